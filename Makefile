@@ -1,0 +1,37 @@
+# make demo   the whole pipeline on real images, then an evaluation beside random
+# make test   lint, types and tests
+# Both make .venv first, and again when pyproject.toml or constraints.txt is newer.
+
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := elfs_ray jobs benchmarks tests
+
+.PHONY: demo test test-slow test-gpu format clean
+
+demo: .venv/ready
+	$(BIN)/python jobs/quickstart.py
+
+test: .venv/ready
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+test-slow: .venv/ready
+	$(BIN)/pytest -m "slow and not gpu" --timeout 3600
+
+test-gpu: .venv/ready
+	$(BIN)/pytest -m gpu
+
+format: .venv/ready
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,27 @@
+"""elfs_ray: label-free coreset selection (ELFS, ICLR 2025) as a distributed batch job on Ray.
+
+    pool ──► index ──► embed ──► cluster ──► train ──► select ──► coreset + report
+
+Given a pool of unlabelled images and a budget, it returns the images worth labelling.
+
+    import elfs_ray
+    config = elfs_ray.load_config("jobs/cifar10.yaml", ["pool.uri=/data/cifar10", "run_dir=/data/run"])
+    elfs_ray.run(config)
+"""
+
+from elfs_ray.version import __version__
+
+__all__ = ["__version__", "load_config", "run"]
+
+
+def __getattr__(name: str):
+    # Workers import methods and storage alone; what the driver needs is imported when it is asked for.
+    if name == "run":
+        from elfs_ray.pipeline import run
+
+        return run
+    if name == "load_config":
+        from elfs_ray.config import load_config
+
+        return load_config
+    raise AttributeError(f"module 'elfs_ray' has no attribute '{name}'")
