@@ -1,0 +1,165 @@
+"""Files by path or URI, local or in an object store, through pyarrow.fs alone.
+
+A write is seen whole or not at all: local files are written beside their place, flushed, and moved there; an object
+store shows an object only when its upload is complete. What an object store needs to know comes from its own
+environment variables (AWS_REGION, AWS_ENDPOINT_URL, STORAGE_EMULATOR_HOST, ...): in a URI a ? is a part of the name.
+"""
+
+import contextlib
+import os
+import posixpath
+import uuid
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+ROWS_PER_GROUP = 1 << 16
+
+
+@lru_cache(maxsize=64)
+def _filesystem_of(root: str) -> tuple[fs.FileSystem, str]:
+    return fs.FileSystem.from_uri(root)
+
+
+def resolve(uri: str) -> tuple[fs.FileSystem, str]:
+    """The file system of a local path or URI (s3://, gs://, file://) and the path within it.
+
+    Raises ValueError for a scheme that pyarrow does not know.
+    """
+    if "://" not in uri:
+        return fs.LocalFileSystem(), os.path.abspath(uri)
+    scheme, rest = uri.split("://", 1)
+    if scheme == "file":
+        return fs.LocalFileSystem(), "/" + rest.lstrip("/")
+    bucket, _, path = rest.partition("/")
+    try:
+        filesystem, root = _filesystem_of(f"{scheme}://{bucket}")
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise ValueError(
+            f"{uri!r} cannot be opened: {error}. Give a local path, s3://bucket/path or gs://bucket/path."
+        ) from error
+    return filesystem, posixpath.join(root, path).rstrip("/")
+
+
+def absolute(uri: str) -> str:
+    """The same place in a form that means the same on every machine: local paths become absolute."""
+    return uri.rstrip("/") if "://" in uri else os.path.abspath(uri)
+
+
+def join(uri: str, *parts: str) -> str:
+    return posixpath.join(uri, *parts)
+
+
+def exists(uri: str) -> bool:
+    filesystem, path = resolve(uri)
+    return filesystem.get_file_info(path).type != fs.FileType.NotFound
+
+
+def is_dir(uri: str) -> bool:
+    filesystem, path = resolve(uri)
+    return filesystem.get_file_info(path).type == fs.FileType.Directory
+
+
+def list_files(uri: str, *, recursive: bool = False) -> list[fs.FileInfo]:
+    """The files in a folder, sorted by path; none when the folder does not exist.
+
+    Raises ValueError for a local name that is not UTF-8.
+    """
+    return [info for info in _list(uri, recursive) if info.type == fs.FileType.File]
+
+
+def list_dirs(uri: str) -> list[fs.FileInfo]:
+    """The folders directly in a folder, sorted by path; none when the folder does not exist."""
+    return [info for info in _list(uri, recursive=False) if info.type == fs.FileType.Directory]
+
+
+def _list(uri: str, recursive: bool) -> list[fs.FileInfo]:
+    filesystem, path = resolve(uri)
+    selector = fs.FileSelector(path, recursive=recursive, allow_not_found=True)
+    try:
+        return sorted(filesystem.get_file_info(selector), key=lambda info: info.path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the name of {error.object!r} is not UTF-8, as names of files must be: rename it") from error
+
+
+def read_bytes(uri: str) -> bytes:
+    filesystem, path = resolve(uri)
+    with filesystem.open_input_file(path) as file:
+        return file.read()
+
+
+def read_range(uri: str, column: str, first: int, last: int) -> pa.Table:
+    """The rows of a Parquet file with first <= column <= last, from the row groups that can hold any."""
+    filesystem, path = resolve(uri)
+    condition = [(column, ">=", first), (column, "<=", last)]
+    return pq.read_table(path, filesystem=filesystem, partitioning=None, filters=condition)
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write a file whole or not at all, making its folder where there is none."""
+    with open_atomic(uri) as sink:
+        sink.write(data)
+
+
+def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
+    filesystem, path = resolve(uri)
+    # partitioning=None: a folder called epoch=003 adds no column.
+    return pq.read_table(path, columns=columns, filesystem=filesystem, partitioning=None)
+
+
+def write_table(uri: str, table: pa.Table, rows_per_group: int = ROWS_PER_GROUP) -> None:
+    """Write a Parquet file whole or not at all; the same rows give the same bytes. Memory: the table once more."""
+    with open_atomic(uri) as sink:
+        # Pages and dictionaries end where chunks do.
+        pq.write_table(table.combine_chunks(), sink, compression="zstd", row_group_size=rows_per_group)
+
+
+def num_rows(uri: str) -> int:
+    """The rows of a Parquet file, from its footer."""
+    filesystem, path = resolve(uri)
+    return pq.read_metadata(path, filesystem=filesystem).num_rows
+
+
+def read_schema(uri: str) -> pa.Schema:
+    """The columns of a Parquet file, from its footer."""
+    filesystem, path = resolve(uri)
+    return pq.read_schema(path, filesystem=filesystem)
+
+
+def delete(uri: str) -> None:
+    """Delete a file, or a folder with all it holds; nothing happens where there is none."""
+    filesystem, path = resolve(uri)
+    kind = filesystem.get_file_info(path).type
+    if kind == fs.FileType.File:
+        filesystem.delete_file(path)
+    elif kind == fs.FileType.Directory:
+        filesystem.delete_dir(path)
+
+
+@contextlib.contextmanager
+def open_atomic(uri: str) -> Iterator[Any]:
+    """A binary file to write to, which appears under its name, with its folders, once the block ends without error."""
+    filesystem, path = resolve(uri)
+    if not isinstance(filesystem, fs.LocalFileSystem):
+        # Buffered, so that a failure half-way uploads nothing.
+        buffer = pa.BufferOutputStream()
+        yield buffer
+        with filesystem.open_output_stream(path) as sink:
+            sink.write(buffer.getvalue())
+        return
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    try:
+        with open(temporary, "wb") as sink:
+            yield sink
+            sink.flush()
+            os.fsync(sink.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise

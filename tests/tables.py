@@ -1,0 +1,134 @@
+"""Run directories with real digits in them, as the earlier stages leave them, for tests of one stage alone."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from elfs_ray.config import Config, load_config
+from elfs_ray.storage import filesystem, schema
+from elfs_ray.storage.run_dir import Marker, RunDir
+
+ROWS_PER_FILE = 150
+IMAGE_SIZE = 8
+GAPS = (3, 77, 500)  # ids that were rejected
+
+
+def digits_config(run_dir: Path, *overrides: str) -> Config:
+    """A config for run directories of scikit-learn's digits, small enough for a test."""
+    return load_config(
+        None,
+        [
+            f"run_dir={run_dir}",
+            "pool.uri=/no/pool",
+            "budget=0.2",
+            "ray_address=local",
+            "embed.encoder=pixels",
+            f"embed.proxy_image_size={IMAGE_SIZE}",
+            "cluster.num_clusters=10",
+            "cluster.num_workers=2",
+            "train.network=small_cnn",
+            "train.epochs=2",
+            "train.batch_size=128",
+            "train.augmentation=crop",
+            "train.crop_padding=1",
+            "train.max_failures=0",
+            "select.hard_fraction=0.1",
+            *overrides,
+        ],
+    )
+
+
+def digit_images(num_samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """(n, 8, 8) uint8 real handwritten digits and their labels (n,)."""
+    digits = load_digits()
+    return (digits.images[:num_samples] * 15.9).astype(np.uint8), digits.target[:num_samples]
+
+
+def write_embedded(run_dir: RunDir, num_samples: int = 1003) -> np.ndarray:
+    """Write index/, embeddings/, proxy_images/ and rejected/; the ids that are embedded."""
+    images, _ = digit_images(num_samples)
+    ids = np.arange(num_samples)
+    uris = [f"/digits/{i}.png" for i in ids]
+    index = pa.table([ids, uris, pa.nulls(num_samples, pa.int32())], schema=schema.INDEX_SCHEMA)
+    filesystem.write_table(run_dir.path(schema.INDEX, schema.range_file(0, num_samples - 1)), index)
+    mark(run_dir, "index", rows=num_samples, label_names=[])
+
+    rejected = [{"sample_id": i, "uri": uris[i], "stage": "embed", "reason": "a test"} for i in GAPS if i < num_samples]
+    table = pa.Table.from_pylist(rejected, schema=schema.REJECTED_SCHEMA)
+    filesystem.write_table(run_dir.path(schema.REJECTED, schema.range_file(0, num_samples - 1)), table)
+
+    vectors = images.reshape(num_samples, -1).astype(np.float64)
+    vectors -= vectors.mean(1, keepdims=True)
+    embeddings = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+    for first, own in files_of(num_samples):
+        name = schema.range_file(first, min(first + ROWS_PER_FILE, num_samples) - 1)
+        column = pa.FixedSizeListArray.from_arrays(pa.array(embeddings[own].reshape(-1)), embeddings.shape[1])
+        table = pa.table([own, column], schema=schema.embeddings_schema(embeddings.shape[1]))
+        filesystem.write_table(run_dir.path(schema.EMBEDDINGS, name), table)
+        table = pa.table([own, [png(images[i]) for i in own]], schema=schema.PROXY_IMAGES_SCHEMA)
+        filesystem.write_table(run_dir.path(schema.PROXY_IMAGES, name), table)
+    embedded = np.concatenate([own for _, own in files_of(num_samples)])
+    mark(run_dir, "embed", rows=len(embedded), rejected=len(rejected), dim=embeddings.shape[1])
+    return embedded
+
+
+def write_clustered(run_dir: RunDir, num_samples: int = 1003) -> np.ndarray:
+    """Write what `write_embedded` does and clusters/, with the digit itself as pseudo-label; the ids."""
+    embedded = write_embedded(run_dir, num_samples)
+    _, labels = digit_images(num_samples)
+    for first, own in files_of(num_samples):
+        name = schema.range_file(first, min(first + ROWS_PER_FILE, num_samples) - 1)
+        columns = [own, labels[own].astype(np.int32), np.zeros(len(own), np.float32)]
+        table = pa.table(columns, schema=schema.PSEUDO_LABELS_SCHEMA)
+        filesystem.write_table(run_dir.path(schema.CLUSTERS, schema.PSEUDO_LABELS_DIR, name), table)
+    mark(run_dir, "cluster", rows=len(embedded), num_clusters=10)
+    return embedded
+
+
+def write_trained(run_dir: RunDir, num_samples: int = 1003, num_epochs: int = 5, num_ranks: int = 3) -> dict:
+    """Write what `write_clustered` does and dynamics/ of made-up probabilities; the records, (epochs, n) each."""
+    ids = write_clustered(run_dir, num_samples)
+    rng = np.random.default_rng(0)
+    target = rng.beta(2, 1, (num_epochs, len(ids))).astype(np.float32).round(2)
+    other = ((1 - target) * rng.uniform(0.5, 1, target.shape)).astype(np.float32)
+    el2n = np.hypot(1 - target, other).astype(np.float32)
+    for epoch in range(num_epochs):
+        rank_of = rng.integers(0, num_ranks, len(ids))
+        for rank in range(num_ranks):
+            own = rank_of == rank
+            columns = [ids[own], target[epoch, own], other[epoch, own], el2n[epoch, own]]
+            path = run_dir.path(schema.DYNAMICS, schema.epoch_dir(epoch), schema.rank_file(rank, num_ranks))
+            filesystem.write_table(path, pa.table(columns, schema=schema.DYNAMICS_SCHEMA))
+    mark(run_dir, "train", rows=len(ids), epochs=num_epochs)
+    return {"sample_id": ids, "target_prob": target, "max_other_prob": other, "el2n": el2n}
+
+
+def files_of(num_samples: int):
+    """(first id, embedded ids) of each file."""
+    for first in range(0, num_samples, ROWS_PER_FILE):
+        ids = np.arange(first, min(first + ROWS_PER_FILE, num_samples))
+        yield first, ids[~np.isin(ids, GAPS)]
+
+
+def mark(run_dir: RunDir, stage: str, **figures) -> None:
+    run_dir.mark_complete(Marker(stage, {}, {}, {"seconds": 1.0, **figures}))
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert("RGB").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def contents(folder: Path, *tables: str) -> dict[str, bytes]:
+    """Path within the run directory and bytes of every file of some tables, markers aside."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for table in tables
+        for path in sorted((folder / table).rglob("*"))
+        if path.is_file() and not path.name.startswith("_")
+    }
