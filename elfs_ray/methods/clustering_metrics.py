@@ -1,0 +1,96 @@
+"""Measures of a clustering, with true labels and without.
+
+All but the neighbours' purity are functions of contingency tables, which workers count over their shards and add.
+"""
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+
+def contingency_table(rows: np.ndarray, columns: np.ndarray, num_rows: int, num_columns: int) -> np.ndarray:
+    """Count how often each pair of ids occurs: (num_rows, num_columns) int64 from two (n,) integer arrays.
+
+    Raises ValueError where the arrays differ in length or hold an id outside its range.
+    Memory: 8·(n + num_rows·num_columns) bytes.
+    """
+    if rows.shape != columns.shape:
+        raise ValueError(f"need two label arrays of one length, got shapes {rows.shape} and {columns.shape}")
+    for name, ids, count in (("first", rows, num_rows), ("second", columns, num_columns)):
+        if ids.size and not (ids.min() >= 0 and ids.max() < count):
+            raise ValueError(
+                f"the {name} label array holds ids from {ids.min()} to {ids.max()}; need 0 to {count - 1}. "
+                "Leave out samples without a label"
+            )
+    pairs = rows.astype(np.int64) * num_columns + columns
+    return np.bincount(pairs, minlength=num_rows * num_columns).reshape(num_rows, num_columns)
+
+
+def matched_accuracy(table: np.ndarray) -> float:
+    """Share of samples that agree under the best one-to-one match of rows to columns (Hungarian matching).
+
+    With clusters as rows and true labels as columns this is clustering accuracy; with the clusters of two heads it is
+    the share of samples on which they agree. Surplus rows or columns stay unmatched.
+    """
+    rows, columns = linear_sum_assignment(table, maximize=True)
+    return float(table[rows, columns].sum() / _total(table))
+
+
+def normalized_mutual_information(table: np.ndarray) -> float:
+    """Mutual information over the arithmetic mean of the two entropies, 0 to 1; 1 where both sides have one group."""
+    joint = table / _total(table)
+    row_entropy, column_entropy = _entropy(joint.sum(axis=1)), _entropy(joint.sum(axis=0))
+    if row_entropy + column_entropy == 0:
+        return 1.0
+    information = row_entropy + column_entropy - _entropy(joint.ravel())
+    return float(np.clip(2 * information / (row_entropy + column_entropy), 0.0, 1.0))
+
+
+def adjusted_rand_index(table: np.ndarray) -> float:
+    """Rand index corrected for chance (Hubert and Arabie, 1985): 1 for equal partitions, about 0 for random ones."""
+    together = _num_pairs(table).sum()
+    row_pairs, column_pairs = _num_pairs(table.sum(axis=1)).sum(), _num_pairs(table.sum(axis=0)).sum()
+    all_pairs = _num_pairs(np.asarray(_total(table)))
+    expected = row_pairs * column_pairs / all_pairs if all_pairs else 0.0
+    highest = (row_pairs + column_pairs) / 2
+    return float((together - expected) / (highest - expected)) if highest != expected else 1.0
+
+
+def head_agreement(head_labels: np.ndarray, head: int, num_clusters: int) -> np.ndarray:
+    """Share of samples on which each head agrees with head `head` after matching, (H,) float64; 1 for itself.
+
+    `head_labels` is (H, n) integer cluster ids. Low values say that the heads found different clusterings.
+    """
+    tables = (contingency_table(labels, head_labels[head], num_clusters, num_clusters) for labels in head_labels)
+    return np.array([matched_accuracy(table) for table in tables])
+
+
+def cluster_sizes(labels: np.ndarray, num_clusters: int) -> np.ndarray:
+    """Samples in every cluster, (num_clusters,) int64, from (n,) cluster ids; workers' sizes add up."""
+    return np.bincount(labels, minlength=num_clusters)
+
+
+def neighbor_purity(labels: np.ndarray, neighbors: np.ndarray, sample_ids: np.ndarray | None = None) -> float:
+    """Mean share of a sample's neighbours that have its label.
+
+    `labels` is (n,) and `neighbors` is (n, k) sample ids, self excluded. With `sample_ids` the mean is over those
+    only. Memory: 5·k bytes a sample.
+    """
+    ids = np.arange(len(labels)) if sample_ids is None else sample_ids
+    return float((labels[neighbors[ids]] == labels[ids, None]).mean())
+
+
+def _total(table: np.ndarray) -> int:
+    total = int(table.sum())
+    if total == 0:
+        raise ValueError("the contingency table counts no samples; need at least one labelled sample")
+    return total
+
+
+def _entropy(probabilities: np.ndarray) -> float:
+    positive = probabilities[probabilities > 0]
+    return float(-(positive * np.log(positive)).sum())
+
+
+def _num_pairs(counts: np.ndarray) -> np.ndarray:
+    counts = counts.astype(np.float64)
+    return counts * (counts - 1) / 2

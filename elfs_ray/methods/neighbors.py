@@ -1,0 +1,214 @@
+"""The k nearest neighbours by cosine similarity: exact over shards, or through an inverted file for huge pools on CPUs.
+
+The similarity is the dot product of the unit-length float16 embeddings as they are stored, which float64 holds exactly
+(methods/assignment.py). A fast product with a proven error sorts out what cannot be a neighbour; what may be one is
+compared exactly. The order is therefore that of a brute-force search in float64, with ties by sample_id.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import faiss
+import numpy as np
+import torch
+
+from elfs_ray.methods.assignment import (
+    MAX_NORM,
+    check_device,
+    embeddings_to_device,
+    exact_products,
+    exact_rows,
+    fast_product,
+    flat_nonzero,
+    product_error,
+)
+
+_NO_ID = torch.iinfo(torch.int64).max
+_BLOCKS = {"cpu": (1024, 8192), "cuda": (4096, 65536)}
+_ADD_ROWS = 65536
+
+
+@dataclass(frozen=True)
+class Neighbors:
+    """neighbor_ids (m, k) int64 and similarity (m, k) float32 of m queries, most similar first, ties by sample_id."""
+
+    neighbor_ids: np.ndarray
+    similarity: np.ndarray
+
+
+def nearest_neighbors(
+    queries: np.ndarray,
+    query_ids: np.ndarray,
+    shards: Iterable[tuple[np.ndarray, np.ndarray]],
+    k: int,
+    *,
+    device: str = "cpu",
+) -> Neighbors:
+    """The k samples most similar to each query, the query itself (by id) left out.
+
+    queries (m, d) float16 of unit length, query_ids (m,) int64; shards are pairs of embeddings (n, d) float16 and
+    sample_ids (n,) int64, read once and one at a time. The neighbours do not depend on how the pool is cut.
+    Raises ValueError for embeddings that are not finite or not of unit length (with their ids), for a k that is not
+    below the number of samples, and for a GPU that is not there.
+    Memory on the device: (m + n)·d·2 bytes for the queries and the largest shard, 16 m·k for the lists, and 100 MB
+    (CPU) or 3 GB (GPU) to work in.
+    """
+    if k < 1:
+        raise ValueError(f"k={k}; it must be at least 1")
+    where = check_device(device)
+    query_rows, point_rows = _BLOCKS[where.type]
+    query_tensor = embeddings_to_device(queries, query_ids, where)
+    query_id_tensor = torch.from_numpy(query_ids.copy()).to(where)
+    blocks = [slice(start, start + query_rows) for start in range(0, len(queries), query_rows)]
+    lists = [_TopLists(query_tensor[block], query_id_tensor[block], k) for block in blocks]
+    num_points = 0
+    for embeddings, sample_ids in shards:
+        points = embeddings_to_device(embeddings, sample_ids, where)
+        ids = torch.from_numpy(sample_ids.copy()).to(where)
+        for top in lists:
+            for start in range(0, len(points), point_rows):
+                top.offer(points[start : start + point_rows], ids[start : start + point_rows])
+        num_points += len(points)
+    if k >= num_points:
+        raise ValueError(
+            f"k={k} neighbours were asked for in a pool of {num_points} samples; ask for at most {num_points - 1}"
+        )
+    return Neighbors(
+        neighbor_ids=torch.cat([top.ids for top in lists]).cpu().numpy(),
+        similarity=torch.cat([top.similarity for top in lists]).float().cpu().numpy(),
+    )
+
+
+class _TopLists:
+    """The best k of what a block of queries was offered: similarity (m, k) float64, exact, and ids (m, k) int64."""
+
+    def __init__(self, queries: torch.Tensor, query_ids: torch.Tensor, k: int):
+        self._queries = queries
+        self._query_ids = query_ids
+        self._error = MAX_NORM**2 * product_error(queries.shape[1], queries.device)
+        self.similarity = torch.full((len(queries), k), -torch.inf, dtype=torch.float64, device=queries.device)
+        self.ids = torch.full((len(queries), k), _NO_ID, dtype=torch.int64, device=queries.device)
+
+    def offer(self, points: torch.Tensor, ids: torch.Tensor) -> None:
+        """Take what belongs in the lists from points (p, d) float16 with ids (p,)."""
+        approximate = fast_product(self._queries, points)
+        flat = flat_nonzero(approximate >= (self._entry_level(approximate) - self._error).unsqueeze(1))
+        rows, columns = flat // len(points), flat % len(points)
+        if len(flat) > approximate.numel() // 8:
+            similarity = (exact_rows(self._queries) @ exact_rows(points).T).flatten()[flat]
+        else:
+            similarity = exact_products(self._queries, rows, points, columns)
+        wanted = (similarity >= self.similarity[rows, -1]) & (ids[columns] != self._query_ids[rows])
+        self._merge(rows[wanted], similarity[wanted], ids[columns[wanted]])
+
+    def _entry_level(self, approximate: torch.Tensor) -> torch.Tensor:
+        """A lower bound (m,) of the k-th similarity after this offer; one of the offered may be the query itself."""
+        k = self.similarity.shape[1]
+        level = self.similarity[:, -1]
+        if approximate.shape[1] > k and torch.isinf(level).any():
+            offered = approximate.topk(k + 1, dim=1).values[:, -1].double() - self._error
+            level = level.maximum(offered)
+        return level.float()
+
+    def _merge(self, rows: torch.Tensor, similarity: torch.Tensor, ids: torch.Tensor) -> None:
+        """Merge pairs (p,), ascending by row, into the lists of their rows."""
+        changed, counts = rows.unique_consecutive(return_counts=True)
+        if len(changed) == 0:
+            return
+        line = torch.arange(len(changed), device=rows.device).repeat_interleave(counts)
+        column = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[line]
+        shape = (len(changed), int(counts.max()))
+        more_similarity = torch.full(shape, -torch.inf, dtype=torch.float64, device=rows.device)
+        more_ids = torch.full(shape, _NO_ID, dtype=torch.int64, device=rows.device)
+        more_similarity[line, column] = similarity
+        more_ids[line, column] = ids
+        k = self.ids.shape[1]
+        all_ids, order = torch.cat([self.ids[changed], more_ids], dim=1).sort(dim=1)
+        all_similarity = torch.cat([self.similarity[changed], more_similarity], dim=1).gather(1, order)
+        all_similarity, order = all_similarity.sort(dim=1, descending=True, stable=True)
+        self.similarity[changed] = all_similarity[:, :k]
+        self.ids[changed] = all_ids.gather(1, order[:, :k])
+
+
+class InvertedFile:
+    """Approximate search on the CPU: samples are listed under their centroid, a query looks into the nearest lists.
+
+    For pools where the exact search is too slow (it costs 2 m·n·d operations). centroids (l, d) float32 are those of a
+    k-means of the same embeddings; about 4 √n to 16 √n lists suit n samples. Memory: n·(2 d + 8) bytes.
+    """
+
+    def __init__(self, centroids: np.ndarray):
+        dim = centroids.shape[1]
+        self._quantizer = faiss.IndexFlatIP(dim)
+        self._quantizer.add(np.ascontiguousarray(centroids, dtype=np.float32))
+        self._index = faiss.IndexIVFScalarQuantizer(
+            self._quantizer, dim, len(centroids), faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT, False
+        )
+        self._index.train(np.ascontiguousarray(centroids, dtype=np.float32))
+
+    @property
+    def num_lists(self) -> int:
+        return self._index.nlist
+
+    def add(self, embeddings: np.ndarray, sample_ids: np.ndarray) -> None:
+        """Add samples: embeddings (n, d) float16 of unit length, which are kept without loss, sample_ids (n,) int64."""
+        embeddings_to_device(embeddings, sample_ids, torch.device("cpu"))
+        for start in range(0, len(embeddings), _ADD_ROWS):
+            rows = slice(start, start + _ADD_ROWS)
+            self._index.add_with_ids(embeddings[rows].astype(np.float32), sample_ids[rows])
+
+    def search(self, queries: np.ndarray, query_ids: np.ndarray, k: int, *, nprobe: int) -> Neighbors:
+        """The k most similar samples in each query's `nprobe` lists, the query itself (by id) left out.
+
+        Where the lists hold fewer than k samples, the rest of a row has id -1 and similarity -inf: an inverted file of
+        one shard may; `merge_neighbors` of all of them may not.
+        """
+        self._index.nprobe = nprobe
+        similarity, ids = self._index.search(queries.astype(np.float32), k + 1)
+        similarity[(ids == query_ids[:, None]) | (ids < 0)] = -np.inf
+        ids[np.isneginf(similarity)] = -1
+        return _first(ids, similarity, k)
+
+
+def merge_neighbors(parts: Sequence[Neighbors], *, allow_short: bool = False) -> Neighbors:
+    """The k best of what several shards found for the same queries.
+
+    Raises ValueError where they hold fewer than k samples together, unless `allow_short`.
+    """
+    ids = np.concatenate([part.neighbor_ids for part in parts], axis=1)
+    similarity = np.concatenate([part.similarity for part in parts], axis=1)
+    merged = _first(ids, similarity, parts[0].neighbor_ids.shape[1])
+    short = int((merged.neighbor_ids < 0).any(1).sum())
+    if short and not allow_short:
+        raise ValueError(
+            f"the lists that were looked into hold fewer than k={merged.neighbor_ids.shape[1]} neighbours for {short} "
+            "queries; raise nprobe, that is the recall asked for"
+        )
+    return merged
+
+
+def choose_nprobe(
+    search: Callable[[int], Neighbors], exact: Neighbors, num_lists: int, min_recall: float
+) -> tuple[int, list[dict[str, float]]]:
+    """The smallest power of two of lists that reaches `min_recall` of the exact neighbours, and what was measured.
+
+    search: finds, with a given nprobe, the neighbours of a sample of the pool drawn by hash; exact: the exact ones.
+    """
+    measured: list[dict[str, float]] = []
+    nprobe = 1
+    while True:
+        measured.append({"nprobe": nprobe, "recall": recall(search(nprobe).neighbor_ids, exact.neighbor_ids)})
+        if measured[-1]["recall"] >= min_recall or nprobe == num_lists:
+            return nprobe, measured
+        nprobe = min(2 * nprobe, num_lists)
+
+
+def _first(ids: np.ndarray, similarity: np.ndarray, k: int) -> Neighbors:
+    order = np.lexsort((ids, -similarity), axis=1)[:, :k]
+    return Neighbors(np.take_along_axis(ids, order, axis=1), np.take_along_axis(similarity, order, axis=1))
+
+
+def recall(found_ids: np.ndarray, exact_ids: np.ndarray) -> float:
+    """The share of exact_ids (m, k) that are among found_ids (m, k) of the same row."""
+    hits = sum(len(np.intersect1d(found, exact)) for found, exact in zip(found_ids, exact_ids, strict=True))
+    return hits / exact_ids.size
