@@ -1,0 +1,96 @@
+"""The command line that every job shares: key=value overrides, --help, --dry-run, one message for an error."""
+
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from elfs_ray.config import Config, ConfigError, describe_keys, load_config
+from elfs_ray.progress import say
+from elfs_ray.storage import schema
+from elfs_ray.storage.run_dir import RunDir
+
+EXIT_OK, EXIT_FAILED, EXIT_BAD_CONFIG, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+def run_job(description: str, yaml_path: str | Path, arguments: list[str] | None = None) -> int:
+    """Run the pipeline with the config of `yaml_path` and the command line's overrides; returns the exit code.
+
+    0 done, 2 for a config that cannot be run (one message, no work begun), 1 for a failure in a stage, 130 for Ctrl-C.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text(description, yaml_path))
+        return EXIT_OK
+    return report_errors(lambda: _run(yaml_path, arguments))
+
+
+def report_errors(job) -> int:
+    """Call `job`; turn what it raises into a message and an exit code."""
+    try:
+        job()
+    except ConfigError as error:
+        say(f"error: {error}")
+        return EXIT_BAD_CONFIG
+    except KeyboardInterrupt:
+        say("\ninterrupted: what is complete is kept; type the same command to go on")
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        if os.environ.get("ELFS_RAY_TRACEBACK"):
+            raise
+        say(
+            f"failed: {type(error).__name__}: {error}\n"
+            "What is complete is kept; the same command goes on from there. ELFS_RAY_TRACEBACK=1 shows the traceback."
+        )
+        return EXIT_FAILED
+    return EXIT_OK
+
+
+def _run(yaml_path: str | Path, arguments: list[str]) -> None:
+    options = [argument for argument in arguments if argument.startswith("-")]
+    check_options(options)
+    config = load_config(yaml_path, [argument for argument in arguments if argument not in options])
+    from elfs_ray import pipeline
+
+    if options:
+        print(pipeline.describe_plan(config))
+        return
+    run_dir = pipeline.run(config)
+    print(closing_lines(config, run_dir))
+
+
+def check_options(options: Iterable[str]) -> None:
+    """Raises ConfigError for an option that no job has."""
+    unknown = set(options) - {"--dry-run"}
+    if unknown:
+        raise ConfigError(f"unknown option {' '.join(sorted(unknown))}: there are --help, --dry-run and key=value")
+
+
+def closing_lines(config: Config, run_dir: RunDir) -> str:
+    """Where the coreset and the report are."""
+    lines = []
+    if run_dir.success_marker("select"):
+        for table, figures in run_dir.figures("select")["coresets"].items():
+            lines.append(f"coreset  {run_dir.path(schema.coreset_text_file(table))}  ({figures['rows']:,} images)")
+    if run_dir.success_marker("report"):
+        lines.append(f"report   {run_dir.path(schema.REPORT_FILE)}")
+    return "\n".join(lines) or f"complete up to {config.until} in {run_dir.uri}"
+
+
+def help_text(description: str, yaml_path: str | Path) -> str:
+    job = Path(sys.argv[0]).name
+    lines = [
+        description,
+        "",
+        f"usage: python jobs/{job} [--dry-run] [--help] key=value ...",
+        "",
+        "--dry-run  check everything, print the plan with counts and resources, do nothing",
+        f"The defaults below are those of {Path(yaml_path).name}.",
+        "",
+    ]
+    keys = list(describe_keys(yaml_path))
+    width = max(len(key) for key, _, _ in keys)
+    for key, default, meaning in keys:
+        lines.append(f"{key:<{width}}  {meaning}")
+        lines.append(f"{'':<{width}}  default: {default}")
+    return "\n".join(lines)

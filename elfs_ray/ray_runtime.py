@@ -1,0 +1,140 @@
+"""What every stage needs of Ray: a connection, the device to use, tasks run a few at a time."""
+
+import concurrent.futures
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import ray
+
+from elfs_ray.config import ConfigError
+from elfs_ray.progress import Progress
+
+# Before a worker imports numpy or torch: one thread for each CPU that it was given, not one for each of the machine's.
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+TASKS_PER_CPU = 2
+
+
+def connect(address: str | None, *, show_worker_logs: bool = False, **init_options: Any) -> None:
+    """Connect to Ray, starting one on this machine where there is none; nothing happens when already connected.
+
+    Ray's own messages below errors are left to its log files, so that progress can be read. `init_options` are further
+    ones of ray.init.
+    """
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name in ("ray", "ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    ray.init(
+        address=address,
+        log_to_driver=show_worker_logs,
+        logging_level=logging.ERROR,
+        runtime_env={"env_vars": _ONE_THREAD},
+        **init_options,
+    )
+
+
+def num_cpus() -> int:
+    """CPUs that the cluster has now, at least 1."""
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def num_gpus() -> int:
+    """GPUs that the cluster has now."""
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def resolve_device(device: str, key: str) -> str:
+    """cpu or cuda for a config value of auto, cpu or cuda. Raises ConfigError where a GPU is asked for and none is."""
+    if device == "cuda" and num_gpus() == 0:
+        raise ConfigError(f"{key}=cuda, but the Ray cluster has no GPU: add a GPU node or set {key}=cpu")
+    if device == "auto":
+        return "cuda" if num_gpus() > 0 else "cpu"
+    return device
+
+
+def run_tasks(
+    function: Callable[..., Any], arguments: Iterable[tuple], *, num_gpus_each: float = 0
+) -> Iterator[tuple[int, Any]]:
+    """Run `function(*arguments)` as Ray tasks, a few for each CPU in flight; yield (position, result) as they end.
+
+    Raises what the first failed task raised.
+    """
+    remote = ray.remote(num_cpus=1, num_gpus=num_gpus_each, max_retries=3)(function)
+    limit = TASKS_PER_CPU * num_cpus()
+    in_flight: dict[ray.ObjectRef, int] = {}
+    for position, argument in enumerate(arguments):
+        if len(in_flight) >= limit:
+            yield _next_result(in_flight)
+        in_flight[remote.remote(*argument)] = position
+    while in_flight:
+        yield _next_result(in_flight)
+
+
+def _next_result(in_flight: dict[ray.ObjectRef, int]) -> tuple[int, Any]:
+    (done,), _ = ray.wait(list(in_flight), num_returns=1)
+    return in_flight.pop(done), get_result(done)
+
+
+def get_result(reference: ray.ObjectRef) -> Any:
+    """ray.get, but what a task raised as it was raised there."""
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.as_instanceof_cause() from None
+
+
+def call_interruptibly(function: Callable[[], Any]) -> Any:
+    """Call `function` in a thread of its own and return or raise what it does, so that Ctrl-C reaches the caller.
+
+    In the main thread, Ray Train would take the signal over and end the process without a word.
+    """
+    outcome: concurrent.futures.Future = concurrent.futures.Future()
+
+    def call() -> None:
+        try:
+            outcome.set_result(function())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return outcome.result()
+
+
+class _Board:
+    """Holds how far remote workers are; an actor beside the driver."""
+
+    def __init__(self) -> None:
+        self._state: tuple[int, str] = (0, "")
+
+    def write(self, done: int, note: str) -> None:
+        self._state = (done, note)
+
+    def read(self) -> tuple[int, str]:
+        return self._state
+
+
+@contextlib.contextmanager
+def remote_progress(progress: Progress) -> Iterator[Any]:
+    """Show what remote workers report: yields an actor with `write.remote(done, note)`, read twice a second."""
+    board: Any = ray.remote(num_cpus=0)(_Board).remote()
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.5):
+            with contextlib.suppress(ray.exceptions.RayError):
+                progress.update(*ray.get(board.read.remote()))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield board
+        progress.update(*ray.get(board.read.remote()))
+    finally:
+        stop.set()
+        watcher.join()
+        ray.kill(board)

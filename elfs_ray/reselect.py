@@ -1,0 +1,120 @@
+"""Another coreset from a finished run: only the selection is made again, beside the first, under a name of its own.
+
+Whatever is not given stays as the run had it. The scores that the run left are read, nothing is trained or replaced.
+"""
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from elfs_ray.config import Config, ConfigError, deciding_keys, load_config
+from elfs_ray.progress import format_duration, say
+from elfs_ray.storage import filesystem, schema
+from elfs_ray.storage.run_dir import Marker, RunDir
+
+KEYS = ("run_dir", "budget", "seed", "on_change", "ray_address", "ray_logs")
+INPUTS = ("index", "cluster", "train")
+
+
+def load(overrides: Sequence[str]) -> tuple[Config, str]:
+    """The run's own config with `key=value` overrides, and the table to write. Raises ConfigError."""
+    given = dict(override.partition("=")[::2] for override in overrides)
+    for key in ("run_dir", "name"):
+        if not given.get(key):
+            raise ConfigError(f"no value for {key}: give {key}=...")
+    name = given.pop("name")
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        raise ConfigError(f"name={name!r}: needed are letters, digits, '_', '-' and '.'; it becomes a folder's name")
+    fixed = [key for key in given if key not in KEYS and not key.startswith("select.")]
+    if fixed:
+        raise ConfigError(f"{', '.join(fixed)} cannot be given here: needed are name, select.* and {', '.join(KEYS)}")
+    run_dir = RunDir(given["run_dir"])
+    own = [override for override in overrides if not override.startswith("name=")]
+    return load_config(None, own, base=_config_of(run_dir)), f"{schema.CORESET}-{name}"
+
+
+def describe(config: Config, table: str) -> str:
+    """What `run` would write. Raises ConfigError as it does."""
+    run_dir = RunDir(config.run_dir)
+    action = "is there" if _is_done(config, run_dir, table) else "would be written"
+    num_samples = int(run_dir.figures("train")["rows"])
+    from elfs_ray.methods.pruning import budget_count
+
+    return "\n".join(
+        f"{run_dir.path(own)} {action}: {budget_count(budget, num_samples):,} of {num_samples:,} images by "
+        f"{config.select.method}"
+        for own, budget in zip(schema.coreset_tables(config.budget, table), config.budgets, strict=True)
+    )
+
+
+def run(config: Config, table: str) -> Mapping[str, Any]:
+    """Write the coreset `table`, unless it is there; its figures, as stage select has them.
+
+    Raises ConfigError for a budget that does not fit, and for a table of that name made otherwise.
+    """
+    from elfs_ray.ray_runtime import connect
+    from elfs_ray.stages.select import select_coresets
+
+    run_dir = RunDir(config.run_dir)
+    if _is_done(config, run_dir, table):
+        say(f"nothing to do: {run_dir.path(table)} is complete")
+        return run_dir.figures(table)
+    connect(config.ray_address, show_worker_logs=config.ray_logs)
+    tables = schema.coreset_tables(config.budget, table)
+    for own in tables:
+        filesystem.delete(run_dir.path(own))
+    marker = _marker(config, run_dir, table)
+    run_dir.mark_started(marker)
+    start_s = time.time()
+    figures = select_coresets(config, run_dir, tables)
+    figures["seconds"] = round(time.time() - start_s, 3)
+    run_dir.mark_complete(Marker(table, marker.config, marker.inputs, figures))
+    say(f"select    complete in {format_duration(figures['seconds'])}")
+    return figures
+
+
+def _config_of(run_dir: RunDir) -> dict[str, Any]:
+    """What a run directory says of its own selection, nested; with the values that every config needs."""
+    select = run_dir.success_marker("select")
+    if select is None:
+        raise ConfigError(f"{run_dir.uri} has no complete stage select: run the pipeline there first")
+    base: dict[str, Any] = {"select": {}}
+    for key, value in select.config.items():
+        section, _, name = key.rpartition(".")
+        (base[section] if section else base)[name] = value
+    index = run_dir.success_marker("index")
+    assert index is not None, run_dir.uri
+    graph = run_dir.table_files(schema.NEIGHBORS)
+    num_neighbors = filesystem.read_schema(graph[0]).field(schema.NEIGHBOR_IDS).type.list_size if graph else 0
+    num_clusters = int(run_dir.figures("cluster")["num_clusters"])
+    cluster = {"num_clusters": num_clusters, "num_neighbors": num_neighbors}
+    return base | {"pool": {"uri": index.config["pool.uri"]}, "cluster": cluster}
+
+
+def _marker(config: Config, run_dir: RunDir, table: str) -> Marker:
+    keys = {f"select.{key}": value for key, value in deciding_keys(config.select).items()}
+    inputs = {stage: run_dir.identity(stage) for stage in INPUTS}
+    return Marker(table, {"seed": config.seed, "budget": config.budget, **keys}, inputs, {})
+
+
+def _is_done(config: Config, run_dir: RunDir, table: str) -> bool:
+    """Whether this very coreset is complete. Raises ConfigError for another one of that name, and budgets of no fit."""
+    from elfs_ray.methods.pruning import budget_count, window_start
+
+    num_samples = int(run_dir.figures("train")["rows"])
+    try:
+        for budget, hard_fraction in zip(config.budgets, config.hard_fractions, strict=True):
+            window_start(num_samples, budget_count(budget, num_samples), hard_fraction)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    success = run_dir.success_marker(table)
+    found = success or run_dir.started_marker(table)
+    if found is None and filesystem.exists(run_dir.path(table)):
+        raise ConfigError(f"{run_dir.path(table)} was written by the run itself: give another name")
+    same = found is not None and found.identity == _marker(config, run_dir, table).identity
+    if found is not None and not same and config.on_change != "rerun":
+        raise ConfigError(
+            f"{run_dir.path(table)} was made otherwise: give another name, or on_change=rerun to replace it"
+        )
+    return same and success is not None

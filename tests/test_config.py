@@ -1,0 +1,122 @@
+"""config: one clear message for every bad value, before any work."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elfs_ray.config import ConfigError, check_against_pool, deciding_keys, describe_keys, load_config
+
+REQUIRED = ["run_dir=/run", "pool.uri=/pool", "budget=0.1", "cluster.num_clusters=10", "select.hard_fraction=0.3"]
+
+
+def message_of(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [*REQUIRED, *overrides])
+    return str(caught.value)
+
+
+def test_overrides_win_over_the_yaml_file_and_the_file_over_defaults(tmp_path):
+    yaml = tmp_path / "job.yaml"
+    yaml.write_text("train: {epochs: 7, lr: 0.5}\nbudget: 0.2\n")
+    config = load_config(yaml, [*REQUIRED, "train.lr=0.25"])
+    assert (config.train.epochs, config.train.lr, config.train.momentum) == (7, 0.25, 0.9)
+
+
+def test_an_unknown_key_is_named_with_the_closest_known_ones():
+    assert "no key named 'train.epoch'; did you mean train.epochs" in message_of("train.epoch=3")
+    assert "no key named 'trian'" in message_of("trian.lr=3")
+
+
+def test_missing_keys_are_all_named_at_once():
+    with pytest.raises(ConfigError, match=r"budget, cluster\.num_clusters, pool\.uri, run_dir, select\.hard_fraction"):
+        load_config()
+
+
+@pytest.mark.parametrize(
+    ("override", "needed"),
+    [
+        ("train.lr=-1", "needed is a number > 0"),
+        ("train.lr=fast", "could not be converted to Float"),
+        ("train.epochs=1.5", "could not be converted to Integer"),
+        ("train.momentum=1", "needed is a number >= 0 and < 1"),
+        ("train.augmentation=cutout", "needed is one of crop_flip, crop, resized_crop_flip, none"),
+        ("train.mean=[1,2]", "needed are 3 numbers"),
+        ("train.std=[1,1,0]", "needed are numbers > 0"),
+        ("train.min_lr=1", "is above the learning rate"),
+        ("train.image_size=64", "is above embed.proxy_image_size=32"),
+        ("budget=0", "needed is a number > 0"),
+        ("budget=-3", "needed is a number > 0"),
+        ("budget=nan", "bad value for budget"),
+        ("select.hard_fraction=-0.1", "needed is a number >= 0 and < 1"),
+        ("cluster.num_clusters=1", "needed is a number >= 2"),
+        ("embed.encoder=", "embed.encoder"),
+        ("until=nothing", "needed is one of index, embed"),
+        ("train=3", "bad value"),
+        ("pool=null", "bad value"),
+        ("budget", "write key=value"),
+        ("=3", "write key=value"),
+    ],
+)
+def test_a_bad_value_is_refused_with_what_is_needed(override, needed):
+    assert needed in message_of(override)
+
+
+def test_a_config_file_that_is_not_there_or_holds_no_keys_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_config(tmp_path / "none.yaml", REQUIRED)
+    (tmp_path / "list.yaml").write_text("- 1\n- 2\n")
+    with pytest.raises(ConfigError, match="holds a list"):
+        load_config(tmp_path / "list.yaml", REQUIRED)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "num_samples", "needed"),
+    [
+        ([], 0, "holds no images"),
+        (["cluster.num_clusters=11"], 10, "more than the pool's 10 samples"),
+        (["budget=101"], 100, "budget"),
+        (["budget=0.001"], 100, "rounds down to no sample"),
+        (["budget=0.9", "select.hard_fraction=0.2"], 100, "hard_fraction"),
+        (["budget=95", "select.hard_fraction=0.06"], 100, "hard_fraction"),
+    ],
+)
+def test_what_does_not_fit_the_pool_is_refused_once_its_size_is_known(overrides, num_samples, needed):
+    config = load_config(None, [*REQUIRED, *overrides])
+    with pytest.raises(ConfigError, match=needed):
+        check_against_pool(config, num_samples)
+
+
+def test_beta_may_be_zero_or_all_that_is_pruned():
+    for beta in ("0", "0.9"):
+        check_against_pool(load_config(None, [*REQUIRED, f"select.hard_fraction={beta}"]), 1003)
+
+
+def test_numbers_of_workers_do_not_decide_a_result_and_science_does():
+    keys = deciding_keys(load_config(None, REQUIRED).train)
+    assert "num_workers" not in keys and "device" not in keys
+    assert {"epochs", "lr", "network", "augmentation"} <= set(keys)
+
+
+def test_every_key_is_described_with_its_default_and_meaning():
+    described = {key: (default, meaning) for key, default, meaning in describe_keys()}
+    assert described["train.epochs"][0] == "200 epochs"
+    assert described["run_dir"][0] == "required"
+    assert all(meaning for _, meaning in described.values())
+
+
+KEYS = [key for key, _, _ in describe_keys()]
+VALUES = st.one_of(
+    st.integers(-(10**20), 10**20).map(str),
+    st.floats().map(str),
+    st.sampled_from(["", "null", "true", "[]", "{}", "[1,2]", "{a: 1}", "'x'", "a b", "\x00", "é", "~", "1e400"]),
+    st.text(max_size=20),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(key=st.sampled_from(KEYS) | st.text(max_size=15), value=VALUES)
+def test_whatever_is_typed_gives_a_config_or_one_config_error(key, value):
+    try:
+        load_config(None, [*REQUIRED, f"{key}={value}"])
+    except ConfigError as error:
+        assert str(error)

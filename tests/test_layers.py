@@ -1,0 +1,178 @@
+"""Imports run down only, and true labels are read by index and evaluate alone: held by reading the sources."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "elfs_ray"
+
+# What each module or package at the top of elfs_ray may import of elfs_ray.
+MAY_IMPORT = {
+    "version": (),
+    "progress": (),
+    "methods": ("methods",),
+    "storage": ("storage",),
+    "config": ("methods",),
+    "ray_runtime": ("config", "progress"),
+    "stages": ("config", "methods", "progress", "ray_runtime", "stages", "storage", "version"),
+    "pipeline": ("config", "methods", "progress", "ray_runtime", "stages", "storage"),
+    "reselect": ("config", "methods", "pipeline", "progress", "ray_runtime", "stages", "storage"),
+    "cli": ("config", "pipeline", "progress", "reselect", "storage"),
+    "__init__": ("config", "pipeline", "version"),
+}
+# Packages that are imported in some places alone.
+IMPORTED_BY = {"ray": ("ray_runtime", "stages"), "omegaconf": ("config",), "jobs": (), "tests": (), "benchmarks": ()}
+READS_LABELS = ("index", "evaluate")
+
+
+def sources() -> dict[str, str]:
+    """Dotted module name and source of every module of the package."""
+    return {
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path.read_text()
+        for path in sorted(PACKAGE.rglob("*.py"))
+    }
+
+
+def imports(module: str, source: str) -> Iterator[str]:
+    """What a module imports, anywhere in it, as dotted names: `from a import b` gives a.b."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = module.split(".")[: -node.level] if node.level else []
+            yield from (".".join([*above, *filter(None, [node.module]), alias.name]) for alias in node.names)
+
+
+def is_stage(module: str, source: str) -> bool:
+    """Whether a module of stages/ is a stage, with its function run_<name>, and not a part of one."""
+    name = module.rpartition(".")[2]
+    functions = [node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    return module.startswith("elfs_ray.stages.") and f"run_{name}" in functions
+
+
+def import_faults(modules: dict[str, str]) -> list[str]:
+    """Every import that the rule forbids."""
+    stages = {module for module, source in modules.items() if is_stage(module, source)}
+    faults = []
+    for module, source in modules.items():
+        layer = module.split(".")[1]
+        if layer not in MAY_IMPORT:
+            faults.append(f"{module} is in no layer: say in MAY_IMPORT what it may import")
+            continue
+        for name in imports(module, source):
+            package, *rest = name.split(".")
+            if package == "elfs_ray" and (not rest or rest[0] not in MAY_IMPORT[layer]):
+                faults.append(f"{module} imports {name}: {layer} may import {MAY_IMPORT[layer]} of elfs_ray")
+            if package in IMPORTED_BY and layer not in IMPORTED_BY[package]:
+                faults.append(f"{module} imports {name}: only {IMPORTED_BY[package]} may import {package}")
+            if layer == "stages" and any(name == stage or name.startswith(stage + ".") for stage in stages - {module}):
+                faults.append(f"{module} imports {name}: a stage is imported by no other, only files pass between them")
+    return faults
+
+
+def label_reads(source: str) -> list[str]:
+    """Every place in a source that can reach the column of true labels."""
+    tree = ast.parse(source)
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and (
+            node.attr == "LABEL" or (node.attr == "label" and ast.unparse(node.value).endswith("pool"))
+        ):
+            found.append(ast.unparse(node))
+        elif isinstance(node, ast.Constant) and node.value == "label":
+            found.append("'label'")
+        elif isinstance(node, ast.ImportFrom) and any(alias.name == "LABEL" for alias in node.names):
+            found.append("import LABEL")
+    return found
+
+
+def test_imports_run_down_only():
+    modules = sources()
+    assert {"elfs_ray.methods.kmeans", "elfs_ray.stages.embed", "elfs_ray.storage.pool", "elfs_ray.__init__"} <= set(
+        modules
+    )
+    assert not import_faults(modules), "\n".join(import_faults(modules))
+
+
+def test_every_stage_of_the_pipeline_is_told_from_its_parts():
+    found = {module.rpartition(".")[2] for module, source in sources().items() if is_stage(module, source)}
+    assert found == {"index", "embed", "cluster", "train", "select", "report", "evaluate"}
+
+
+def test_true_labels_are_read_by_index_and_evaluate_alone():
+    for module, source in sources().items():
+        if module.startswith("elfs_ray.stages."):
+            name = module.rpartition(".")[2]
+            assert bool(label_reads(source)) == (name in READS_LABELS), (module, label_reads(source))
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("elfs_ray.methods.x", "import ray"),
+        ("elfs_ray.methods.x", "import ray.data as data"),
+        ("elfs_ray.methods.x", "def f():\n    from ray import remote"),
+        ("elfs_ray.methods.x", "from elfs_ray.config import Config"),
+        ("elfs_ray.methods.x", "from elfs_ray import config"),
+        ("elfs_ray.methods.x", "from .. import pipeline"),
+        ("elfs_ray.methods.x", "from ..storage import filesystem"),
+        ("elfs_ray.methods.x", "import elfs_ray.stages.train"),
+        ("elfs_ray.methods.x", "if TYPE_CHECKING:\n    from elfs_ray.storage.run_dir import RunDir"),
+        ("elfs_ray.methods.x", "import elfs_ray"),
+        ("elfs_ray.methods.x", "from omegaconf import OmegaConf"),
+        ("elfs_ray.storage.x", "import ray"),
+        ("elfs_ray.storage.x", "from elfs_ray.methods import kmeans"),
+        ("elfs_ray.storage.x", "from elfs_ray.stages import train"),
+        ("elfs_ray.storage.x", "from elfs_ray.config import Config"),
+        ("elfs_ray.config", "import ray"),
+        ("elfs_ray.config", "from elfs_ray.storage import schema"),
+        ("elfs_ray.config", "from elfs_ray.ray_runtime import connect"),
+        ("elfs_ray.pipeline", "import ray"),
+        ("elfs_ray.pipeline", "from elfs_ray.cli import run_job"),
+        ("elfs_ray.ray_runtime", "from elfs_ray.stages import train"),
+        ("elfs_ray.stages.x", "from elfs_ray import pipeline"),
+        ("elfs_ray.stages.x", "from elfs_ray.stages import train"),
+        ("elfs_ray.stages.x", "from elfs_ray.stages.train import run_train"),
+        ("elfs_ray.stages.x", "from .train import run_train"),
+        ("elfs_ray.stages.x", "from tests.tables import mark"),
+        ("elfs_ray.stages.x", "import jobs.quickstart"),
+        ("elfs_ray.new", ""),
+    ],
+)
+def test_an_import_that_runs_up_or_across_is_found(module, source):
+    assert import_faults({"elfs_ray.stages.train": "def run_train(config, run_dir): ...", module: source})
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("elfs_ray.methods.x", "import numpy\nfrom elfs_ray.methods.hashing import hash_uint64"),
+        ("elfs_ray.methods.x", "from . import hashing"),
+        ("elfs_ray.storage.x", "import pyarrow\nfrom elfs_ray.storage import filesystem, schema"),
+        (
+            "elfs_ray.stages.x",
+            "import ray.data\nfrom elfs_ray.config import Config\nfrom elfs_ray.stages import part",
+        ),
+        ("elfs_ray.stages.x", "from elfs_ray.stages.train_worker import train_worker"),
+        ("elfs_ray.stages.train", "def run_train(config, run_dir):\n    from elfs_ray.methods import kmeans"),
+    ],
+)
+def test_an_import_that_runs_down_is_allowed(module, source):
+    assert import_faults({"elfs_ray.stages.train": "def run_train(config, run_dir): ...", module: source}) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "num_reads"),
+    [
+        ("rows[schema.LABEL]", 1),
+        ("from elfs_ray.storage.schema import LABEL", 1),
+        ("rows['label']", 1),
+        ("columns = ['uri', 'label']", 1),
+        ("PoolColumns(None, config.pool.label)", 1),
+        ("rows[schema.PSEUDO_LABEL]; points.label(x); 'a label'", 0),
+    ],
+)
+def test_a_read_of_true_labels_is_found(source, num_reads):
+    assert len(label_reads(source)) == num_reads

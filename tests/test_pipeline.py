@@ -1,0 +1,178 @@
+"""The pipeline as a whole, on real digits: skip, refuse, rerun, and a driver killed on the way."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+import elfs_ray
+from elfs_ray.config import ConfigError, load_config
+from elfs_ray.storage.run_dir import RunDir
+from tests.tables import contents, digit_images, png
+
+TABLES = ("index", "rejected", "embeddings", "proxy_images", "clusters", "dynamics", "scores", "coreset")
+JOB = Path(__file__).parent.parent / "jobs" / "cifar10.py"
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory) -> Path:
+    """A folder of 200 real digits, one empty file and one text among them."""
+    folder = tmp_path_factory.mktemp("pool")
+    images, labels = digit_images(200)
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        (folder / str(label)).mkdir(exist_ok=True)
+        (folder / str(label) / f"{number:03d}.png").write_bytes(png(image))
+    (folder / "3" / "empty.png").write_bytes(b"")
+    (folder / "7" / "text.jpg").write_text("not an image")
+    return folder
+
+
+def overrides(pool: Path, run_dir: Path, *more: str) -> list[str]:
+    return [
+        f"pool.uri={pool}",
+        f"run_dir={run_dir}",
+        "budget=0.25",
+        "embed.encoder=pixels",
+        "embed.image_size=8",
+        "embed.proxy_image_size=8",
+        "cluster.num_clusters=10",
+        "train.network=small_cnn",
+        "train.epochs=3",
+        "train.batch_size=32",
+        "train.augmentation=crop",
+        "train.crop_padding=1",
+        "train.num_workers=1",
+        "train.cpus_per_worker=1",
+        "select.hard_fraction=0.2",
+        *more,
+    ]
+
+
+def run(pool: Path, run_dir: Path, *more: str) -> RunDir:
+    return elfs_ray.run(load_config(None, overrides(pool, run_dir, *more)))
+
+
+@pytest.fixture(scope="module")
+def finished(ray_cluster, pool, tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("finished")
+    run(pool, run_dir)
+    return run_dir
+
+
+def test_every_stage_leaves_its_tables_and_marker(finished):
+    assert {path.name for path in finished.iterdir()} >= {*TABLES, "report.html", "metrics.json"}
+    for stage in ("index", "embed", "cluster", "train", "select", "report"):
+        marker = RunDir(finished).success_marker(stage)
+        assert marker is not None and marker.figures["seconds"] > 0 and marker.figures["versions"]["ray"]
+
+
+def test_embeddings_and_rejected_are_the_index_and_the_coreset_is_the_budget(finished):
+    def ids(table: str) -> list[int]:
+        return pq.ParquetDataset(RunDir(finished).table_files(table)).read()["sample_id"].to_pylist()
+
+    assert sorted(ids("embeddings") + ids("rejected")) == ids("index") == list(range(202))
+    assert len(ids("rejected")) == 2
+    assert len(ids("coreset")) == len(set(ids("coreset"))) == 50
+    assert set(ids("coreset")) <= set(ids("embeddings"))
+
+
+def test_a_second_run_does_nothing_and_says_so(finished, pool, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    run(pool, finished)
+    assert "nothing to do: every stage is complete" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_a_changed_key_is_refused_with_the_difference_and_what_to_do(finished, pool):
+    with pytest.raises(ConfigError) as caught:
+        run(pool, finished, "train.epochs=2")
+    message = str(caught.value)
+    assert "train: train.epochs: 3 there, 2 now" in message
+    assert "on_change=rerun to replace train, select, report" in message
+
+
+def test_a_key_that_decides_nothing_may_change(finished, pool, capsys):
+    run(pool, finished, "embed.num_workers=3", "cluster.num_workers=2")
+    assert "nothing to do" in capsys.readouterr().err
+
+
+def test_a_changed_key_reruns_only_what_depends_on_it_when_told_to(ray_cluster, pool, tmp_path, capsys):
+    run(pool, tmp_path)
+    kept = contents(tmp_path, "index", "embeddings", "clusters", "dynamics")
+    first_coreset = contents(tmp_path, "coreset")
+    run(pool, tmp_path, "select.hard_fraction=0.5", "on_change=rerun")
+    said = capsys.readouterr().err
+    assert "train     complete, skipped" in said
+    assert "select    made with another config: its tables scores, coreset are replaced" in said
+    assert contents(tmp_path, "index", "embeddings", "clusters", "dynamics") == kept
+    assert contents(tmp_path, "coreset") != first_coreset
+
+
+def test_an_unfinished_stage_is_not_continued_with_another_config(ray_cluster, pool, tmp_path):
+    run(pool, tmp_path, "until=embed")
+    (tmp_path / "embed" / "_SUCCESS.json").unlink()
+    with pytest.raises(ConfigError, match=r"embed\.proxy_image_size: 8 there, 9 now"):
+        run(pool, tmp_path, "until=embed", "embed.proxy_image_size=9")
+
+
+@pytest.mark.parametrize(
+    ("override", "needed"),
+    [
+        ("pool.uri=/no/such/place", "does not exist"),
+        ("embed.encoder=resnet", "encoder"),
+        ("embed.encoder=swav_resnet50", "weights"),
+        ("train.network=resnet19", "needed is one of"),
+        ("cluster.num_clusters=203", "more than the pool's 202 samples"),
+        ("budget=203", "budget"),
+        ("budget=0.0001", "rounds down to no sample"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_any_work(pool, tmp_path, override, needed):
+    with pytest.raises(ConfigError, match=needed):
+        run(pool, tmp_path / "new", override)
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_empty_pool_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="holds no images"):
+        run(tmp_path / "empty", tmp_path / "run")
+
+
+def test_labels_change_nothing_but_the_label_column(finished, pool, ray_cluster, tmp_path):
+    run(pool, tmp_path, "pool.label=folder")
+    labels = pq.ParquetDataset(RunDir(tmp_path).table_files("index")).read()["label"].to_pylist()
+    assert set(labels) == set(range(10))
+    tables = [table for table in TABLES if table != "index"]
+    assert contents(tmp_path, *tables) == contents(finished, *tables)
+
+
+def test_a_driver_killed_in_training_goes_on_to_the_same_tables(finished, pool, tmp_path):
+    """The job runs as users run it, in a process and on a Ray of its own; its whole process group is killed."""
+    command = [sys.executable, str(JOB), *overrides(pool, tmp_path, "ray_address=local", "train.epochs=3")]
+    environment = {**os.environ, "RAY_ADDRESS": ""}
+    with subprocess.Popen(command, start_new_session=True, env=environment, stderr=subprocess.PIPE) as job:
+        deadline = time.monotonic() + 200
+        while not list(tmp_path.glob("dynamics/epoch=000/*.parquet")) and job.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.killpg(job.pid, signal.SIGKILL)
+    assert not (tmp_path / "train" / "_SUCCESS.json").exists()
+    # The yaml of the job sets the mean and std of CIFAR-10: the reference run is made with the same.
+    resumed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "train     started before, goes on" in resumed.stderr
+    assert "coreset  " in resumed.stdout
+    undisturbed = run_dir_of_undisturbed(pool, tmp_path)
+    assert contents(tmp_path, *TABLES) == contents(undisturbed, *TABLES)
+
+
+def run_dir_of_undisturbed(pool: Path, tmp_path: Path) -> Path:
+    other = tmp_path / "undisturbed"
+    elfs_ray.run(load_config(JOB.with_suffix(".yaml"), overrides(pool, other)))
+    return other
