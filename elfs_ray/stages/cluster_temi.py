@@ -1,0 +1,234 @@
+"""TEMI deep clustering on Ray Train: heads learn to give a sample and its neighbours one cluster.
+
+Reads   embeddings/, neighbors/
+Writes  cluster/labels/ (the best head's), cluster/temi/ (checkpoints and the losses of every epoch)
+
+The embeddings and the neighbours are joined once into the object store; all workers of a node see that one copy. The
+head is picked by its training loss in the last epoch, never by labels. A lost worker costs one epoch.
+"""
+
+import dataclasses
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import torch
+from ray.train.torch import TorchConfig, TorchTrainer
+from torch import distributed
+
+from elfs_ray.config import Config, TemiConfig
+from elfs_ray.methods.clustering_metrics import head_agreement
+from elfs_ray.methods.hashing import hash_uint64
+from elfs_ray.methods.temi import (
+    CPU_PROFILE,
+    TemiSettings,
+    TemiTrainer,
+    check_collapse,
+    fit_pca,
+    pick_head,
+    project,
+    steps_per_epoch,
+    train_epoch,
+)
+from elfs_ray.progress import Progress
+from elfs_ray.ray_runtime import call_interruptibly, get_result, num_cpus, num_gpus, remote_progress, resolve_device
+from elfs_ray.stages.cluster_shards import write_label_file
+from elfs_ray.storage import filesystem, schema
+from elfs_ray.storage.run_dir import RunDir
+
+CHECKPOINTS_DIR = "temi"
+STATE_FILE = "state.pt"
+PCA_SAMPLES = 20_000
+AGREEMENT_SAMPLES = 20_000
+ASSIGN_ROWS = 8192
+_PCA_STREAM = 0x706361
+_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every worker is given. `data` refers to (sample_ids, embeddings (n, d), neighbours as positions (n, k))."""
+
+    settings: TemiSettings
+    precision: str
+    seed: int
+    run_dir: RunDir
+    data: list[ray.ObjectRef]
+    board: Any
+    num_threads: int
+
+
+def temi_settings(config: TemiConfig, num_clusters: int) -> TemiSettings:
+    """The hyperparameters: what the config gives, else the profile's, else the paper's."""
+    profile = CPU_PROFILE if config.profile == "cpu" else {}
+    names = {spec.name for spec in dataclasses.fields(TemiSettings)} - {"num_clusters"}
+    given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    chosen = {**profile, **given}
+    chosen["pca_dim"] = chosen.get("pca_dim") or None
+    return TemiSettings(num_clusters=num_clusters, **chosen)
+
+
+def run_temi(config: Config, run_dir: RunDir, num_clusters: int) -> dict[str, Any]:
+    """Train the heads and write the labels of the one with the lowest loss. Returns its losses and agreement.
+
+    Raises CollapseError when nearly all samples end in one cluster, RuntimeError when training gives up.
+    """
+    settings = temi_settings(config.cluster.temi, num_clusters)
+    device = resolve_device(config.cluster.device, "cluster.device")
+    num_workers = config.cluster.temi.num_workers or (num_gpus() if device == "cuda" else 1)
+    cpus = 1 if device == "cuda" else max(1, num_cpus() // num_workers)
+    data = _load(run_dir, settings.pca_dim, config.seed)
+    total = settings.num_epochs * steps_per_epoch(int(get_result(_count.remote(data))), settings)
+    with Progress("cluster", total, "TEMI steps") as progress, remote_progress(progress) as board:
+        precision = config.cluster.temi.precision
+        precision = precision if precision != "auto" else "bf16" if device == "cuda" else "fp32"
+        job = _Job(settings, precision, config.seed, run_dir, [data], board, cpus)
+        _fit(job, num_workers, cpus, config.cluster.temi.max_failures, use_gpu=device == "cuda")
+    figures = json.loads(filesystem.read_bytes(run_dir.path("cluster", CHECKPOINTS_DIR, "result.json")))
+    check_collapse(np.array(figures["sizes"]))
+    return figures
+
+
+def _load(run_dir: RunDir, pca_dim: int | None, seed: int) -> ray.ObjectRef:
+    """Join embeddings/ (projected, where asked) and neighbors/ in the object store. Memory there: a copy of each.
+
+    float16 embeddings and 4 bytes a neighbour: 1.28M samples of 768 dimensions with 50 neighbours take 2.2 GB.
+    """
+    names = [path.rsplit("/", 1)[1] for path in run_dir.table_files(schema.EMBEDDINGS)]
+    read = ray.remote(num_cpus=1)(_read_file)
+    parts = [read.remote(run_dir, name) for name in names]
+    return ray.remote(num_cpus=1)(_join).remote(pca_dim, seed, *parts)
+
+
+def _read_file(run_dir: RunDir, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    embedded = filesystem.read_table(run_dir.path(schema.EMBEDDINGS, name))
+    neighbors = filesystem.read_table(run_dir.path(schema.NEIGHBORS, name), [schema.NEIGHBOR_IDS])
+    sample_ids = embedded[schema.SAMPLE_ID].to_numpy()
+    return sample_ids, schema.matrix_of(embedded, schema.EMBEDDING), schema.matrix_of(neighbors, schema.NEIGHBOR_IDS)
+
+
+def _join(
+    pca_dim: int | None, seed: int, *parts: tuple[np.ndarray, np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    sample_ids = np.concatenate([part[0] for part in parts])
+    neighbors = np.concatenate([np.searchsorted(sample_ids, part[2]).astype(np.int32) for part in parts])
+    if pca_dim is None or pca_dim >= parts[0][1].shape[1]:
+        return sample_ids, np.concatenate([part[1] for part in parts]), neighbors
+    embeddings = np.concatenate([part[1] for part in parts])
+    sample = np.sort(np.argsort(hash_uint64(seed, _PCA_STREAM, sample_ids), kind="stable")[:PCA_SAMPLES])
+    mean, components = fit_pca(embeddings[sample].astype(np.float32), pca_dim)
+    return sample_ids, np.concatenate([project(part[1], mean, components) for part in parts]), neighbors
+
+
+@ray.remote(num_cpus=0)
+def _count(data: tuple[np.ndarray, np.ndarray, np.ndarray]) -> int:
+    return len(data[0])
+
+
+def _fit(job: _Job, num_workers: int, cpus: int, max_failures: int, use_gpu: bool) -> None:
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": cpus, **({"GPU": 1} if use_gpu else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name=CHECKPOINTS_DIR,
+            storage_path=job.run_dir.path("cluster"),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            failure_config=ray.train.FailureConfig(max_failures=max_failures),
+        ),
+    )
+    try:
+        call_interruptibly(trainer.fit)
+    except ray.train.WorkerGroupError as error:
+        cause = next(iter(error.worker_failures.values()))
+        raise RuntimeError(f"TEMI gave up after {max_failures} retries: {cause}") from error
+
+
+def _train_worker(loop_config: dict[str, _Job]) -> None:
+    """The training loop of one worker."""
+    job = loop_config["job"]
+    torch.set_num_threads(job.num_threads)
+    device = ray.train.torch.get_device()
+    sample_ids, embeddings, neighbors = ray.get(job.data[0])
+    num_steps = steps_per_epoch(len(embeddings), job.settings)
+    trainer = TemiTrainer(
+        job.settings,
+        embeddings.shape[1],
+        num_steps,
+        job.seed,
+        device=device,
+        autocast_dtype=_DTYPES[job.precision],
+        process_group=distributed.group.WORLD if ray.train.get_context().get_world_size() > 1 else None,
+    )
+    rows = torch.from_numpy(embeddings.copy()).to(device) if device.type == "cuda" else embeddings
+    first_epoch, losses = _load_checkpoint(trainer)
+    for epoch in range(first_epoch, job.settings.num_epochs):
+        losses.append(train_epoch(trainer, rows, neighbors, job.seed, epoch).tolist())
+        if trainer.rank == 0:
+            note = f"epoch {epoch + 1}/{job.settings.num_epochs}, lowest head loss {min(losses[-1]):.4f}"
+            job.board.write.remote((epoch + 1) * num_steps, note)
+        _report(trainer, epoch, losses)
+    if trainer.rank == 0:
+        _write_result(job, trainer, sample_ids, embeddings, losses)
+
+
+def _load_checkpoint(trainer: TemiTrainer) -> tuple[int, list[list[float]]]:
+    """Restore the last reported state, if there is one; the epoch to go on with and the losses before it."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return 0, []
+    with checkpoint.as_directory() as folder:
+        state = torch.load(os.path.join(folder, STATE_FILE), map_location="cpu", weights_only=True)
+    trainer.load_state_dict(state["trainer"])
+    return len(state["losses"]), state["losses"]
+
+
+def _report(trainer: TemiTrainer, epoch: int, losses: list[list[float]]) -> None:
+    if trainer.rank != 0:
+        ray.train.report({"epoch": epoch})
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save({"trainer": trainer.state_dict(), "losses": losses}, os.path.join(folder, STATE_FILE))
+        ray.train.report({"epoch": epoch}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+def _write_result(
+    job: _Job, trainer: TemiTrainer, sample_ids: np.ndarray, embeddings: np.ndarray, losses: list[list[float]]
+) -> None:
+    """Label every sample with the best head's teacher, file by file, and say how far the heads agree."""
+    head = pick_head(np.array(losses[-1]))
+    assign = partial(_assign, trainer, embeddings)
+    labels = assign(np.arange(len(embeddings)), head)
+    for path in job.run_dir.table_files(schema.EMBEDDINGS):
+        ids = filesystem.read_table(path, [schema.SAMPLE_ID])[schema.SAMPLE_ID].to_numpy()
+        write_label_file(job.run_dir, path.rsplit("/", 1)[1], ids, labels[np.searchsorted(sample_ids, ids)])
+    sample = np.linspace(0, len(embeddings) - 1, min(AGREEMENT_SAMPLES, len(embeddings))).astype(np.int64)
+    agreement = head_agreement(assign(sample, None), head, job.settings.num_clusters)
+    result = {
+        "settings": dataclasses.asdict(job.settings),
+        "head": head,
+        "head_losses": losses[-1],
+        "loss_history": [min(epoch_losses) for epoch_losses in losses],
+        "head_agreement": agreement.tolist(),
+        "sizes": np.bincount(labels, minlength=job.settings.num_clusters).tolist(),
+    }
+    path = job.run_dir.path("cluster", CHECKPOINTS_DIR, "result.json")
+    filesystem.write_bytes(path, json.dumps(result).encode())
+
+
+def _assign(trainer: TemiTrainer, embeddings: np.ndarray, rows: np.ndarray, head: int | None) -> np.ndarray:
+    """Labels of some rows by one head (n,), or by all (H, n)."""
+    starts = range(0, len(rows), ASSIGN_ROWS)
+    parts = [trainer.assign(torch.from_numpy(embeddings[rows[s : s + ASSIGN_ROWS]]), head).cpu() for s in starts]
+    return torch.cat(parts, dim=-1).numpy()

@@ -1,0 +1,172 @@
+"""evaluate: is the coreset good? Trained from scratch with true labels, beside random samples of the same number.
+
+A run of several budgets has elfs and random for the first, elfs-<budget> and random-<budget> for the others.
+
+Reads   every coreset of the run, embeddings/ (ids), index/ (the labels: the only stage that reads them),
+        proxy_images/, the test pool
+Writes  evaluate/trials/ (one file a training, so that a resumed run repeats none), evaluate/results.parquet
+"""
+
+import json
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+
+from elfs_ray.config import Config
+from elfs_ray.methods.evaluation import EvaluationSettings, LabelledImages, train_and_test
+from elfs_ray.methods.pruning import random_selection
+from elfs_ray.progress import Progress
+from elfs_ray.ray_runtime import run_tasks
+from elfs_ray.storage import filesystem, schema
+from elfs_ray.storage.images import BadImage, decode_image, decode_proxy_image, encode_proxy_image
+from elfs_ray.storage.pool import PoolColumns, find_units, list_unit, read_images
+from elfs_ray.storage.run_dir import RunDir
+
+CORESET, RANDOM = "elfs", "random"
+
+
+def run_evaluate(config: Config, run_dir: RunDir) -> dict[str, Any]:
+    """Train on each selection with each seed. Returns, for each selection, mean and spread of the test accuracies.
+
+    The spread is the sample standard deviation over seeds. Raises ValueError for samples or test images without label.
+    """
+    test = _load_test_pool(config, run_dir)
+    num_classes = int(test.labels.max()) + 1
+    embedded = run_dir.read_column(schema.EMBEDDINGS, column=schema.SAMPLE_ID)
+    test_reference = ray.put(test)
+    trials = []
+    for table in schema.coreset_tables(config.budget):
+        coreset = run_dir.read_column(table, column=schema.SAMPLE_ID)
+        suffix = table.removeprefix(schema.CORESET)
+        for seed in range(config.evaluate.num_seeds):
+            drawn = embedded[random_selection(embedded, len(coreset), config.seed + seed)]
+            trials += [(CORESET + suffix, seed, np.sort(coreset)), (RANDOM + suffix, seed, np.sort(drawn))]
+    tasks = [
+        (config, run_dir, selection, seed, sample_ids, [test_reference], num_classes)
+        for selection, seed, sample_ids in trials
+    ]
+    rows: list[dict[str, Any]] = [{} for _ in tasks]
+    with Progress("evaluate", len(tasks), "trainings") as progress:
+        for position, row in run_tasks(_run_trial, tasks):
+            rows[position] = row
+            progress.advance(1)
+    table = pa.Table.from_pylist(rows, schema=schema.RESULTS_SCHEMA)
+    filesystem.write_table(run_dir.path("evaluate", schema.RESULTS_FILE), table)
+    return {"rows": len(rows), "test_images": len(test.labels), "selections": _summarize(rows)}
+
+
+def format_results(figures: dict[str, Any]) -> str:
+    """The table of a complete evaluation, for a person."""
+    lines = [f"{'selection':<10} {'images':>8}   {'test accuracy':<16} {'best':<8} seeds"]
+    for name, result in figures["selections"].items():
+        lines.append(
+            f"{name:<10} {result['num_samples']:>8,}   {result['mean']:.1%} ± {result['spread']:.1%}    "
+            f"{result['best_mean']:.1%}   {result['seeds']}"
+        )
+    return "\n".join(lines)
+
+
+def _run_trial(
+    config: Config,
+    run_dir: RunDir,
+    selection: str,
+    seed: int,
+    sample_ids: np.ndarray,
+    test: list[ray.ObjectRef],
+    num_classes: int,
+) -> dict[str, Any]:
+    """One training, unless an earlier run has its result."""
+    torch.set_num_threads(1)
+    path = run_dir.path("evaluate", "trials", f"{selection}-seed{seed}.json")
+    if filesystem.exists(path):
+        return json.loads(filesystem.read_bytes(path))
+    accuracies = train_and_test(
+        _load_samples(config, run_dir, sample_ids), ray.get(test[0]), num_classes, _settings(config), seed=seed
+    )
+    row = {
+        "selection": selection,
+        "seed": seed,
+        "num_samples": len(sample_ids),
+        "last_accuracy": accuracies[-1],
+        "best_accuracy": max(accuracies),
+    }
+    filesystem.write_bytes(path, json.dumps(row).encode())
+    return row
+
+
+def _settings(config: Config) -> EvaluationSettings:
+    evaluate, train = config.evaluate, config.train
+    return EvaluationSettings(
+        network=evaluate.network,
+        iterations=evaluate.iterations,
+        batch_size=evaluate.batch_size,
+        lr=evaluate.lr,
+        min_lr=min(train.min_lr, evaluate.lr),
+        momentum=train.momentum,
+        weight_decay=train.weight_decay,
+        nesterov=train.nesterov,
+        crop_padding=train.crop_padding,
+        flip=train.augmentation in ("crop_flip", "resized_crop_flip"),
+        mean=train.mean,
+        std=train.std,
+    )
+
+
+def _load_samples(config: Config, run_dir: RunDir, sample_ids: np.ndarray) -> LabelledImages:
+    rows = run_dir.read_rows(schema.INDEX, sample_ids, [schema.LABEL])
+    if rows[schema.LABEL].null_count:
+        raise ValueError(f"{rows[schema.LABEL].null_count} samples of the pool have no label: check pool.label")
+    data = run_dir.read_rows(schema.PROXY_IMAGES, sample_ids, [schema.IMAGE])[schema.IMAGE].to_pylist()
+    images = np.stack([decode_proxy_image(image, config.embed.proxy_image_size) for image in data])
+    return LabelledImages(images, rows[schema.LABEL].to_numpy(), sample_ids)
+
+
+def _load_test_pool(config: Config, run_dir: RunDir) -> LabelledImages:
+    """The test images, brought to the proxy's resolution as the pool's were."""
+    assert config.evaluate.test_uri is not None
+    columns = PoolColumns(config.pool.image_column, config.pool.label)
+    units = find_units(config.evaluate.test_uri, config.pool.format)
+    listed = pa.concat_tables([list_unit(unit, columns) for unit in units])
+    size = config.embed.proxy_image_size
+    images = []
+    for uri, data in zip(
+        listed[schema.URI].to_pylist(), read_images(listed[schema.URI].to_pylist(), columns), strict=True
+    ):
+        if isinstance(data, BadImage):
+            raise ValueError(f"test image {uri}: {data}")
+        image = decode_image(data, max_pixels=config.embed.max_image_pixels, min_size=size)
+        proxy = encode_proxy_image(image, short_side=size, jpeg_quality=config.embed.proxy_jpeg_quality)
+        images.append(decode_proxy_image(proxy, size))
+    labels = listed[schema.LABEL]
+    if labels.null_count:
+        raise ValueError(f"{labels.null_count} images of {config.evaluate.test_uri} have no label: check pool.label")
+    return LabelledImages(np.stack(images), _numbers(labels, run_dir), np.arange(len(images)))
+
+
+def _numbers(labels: pa.ChunkedArray, run_dir: RunDir) -> np.ndarray:
+    """Labels as the index numbers them: folder names by their place in the pool's sorted names."""
+    if not pa.types.is_string(labels.type):
+        return labels.to_numpy()
+    names = {name: number for number, name in enumerate(run_dir.figures("index")["label_names"])}
+    unknown = sorted(set(labels.to_pylist()) - set(names))
+    if unknown:
+        raise ValueError(f"the test images have classes that the pool has not: {', '.join(unknown[:5])}")
+    return np.array([names[name] for name in labels.to_pylist()])
+
+
+def _summarize(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    summary = {}
+    for selection in dict.fromkeys(row["selection"] for row in rows):
+        own = [row for row in rows if row["selection"] == selection]
+        last = np.array([row["last_accuracy"] for row in own])
+        summary[selection] = {
+            "num_samples": own[0]["num_samples"],
+            "mean": float(last.mean()),
+            "spread": float(last.std(ddof=1)) if len(last) > 1 else 0.0,
+            "best_mean": float(np.mean([row["best_accuracy"] for row in own])),
+            "seeds": len(own),
+        }
+    return summary

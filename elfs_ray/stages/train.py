@@ -1,0 +1,140 @@
+"""train: a proxy network learns the pseudo-labels; what it makes of every sample in every epoch is recorded.
+
+Reads   clusters/pseudo_labels, proxy_images/
+Writes  dynamics/epoch=NNN/ (one file a worker), train/history/ (one file an epoch), train/checkpoints/,
+        train/reading.txt (how images are read, chosen once)
+
+Ray Train (V2) runs the workers (train_worker.py), DDP (gloo or NCCL) joins them. An epoch's records are written before
+its checkpoint is reported, so a checkpoint means that its epoch's are on disk; an epoch that is trained again
+overwrites its files. Every random choice is a function of the seed, the epoch and the sample, so a resumed run equals
+an undisturbed one of as many workers.
+"""
+
+import json
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from elfs_ray.config import Config, worker_range
+from elfs_ray.progress import Progress
+from elfs_ray.ray_runtime import call_interruptibly, num_cpus, num_gpus, remote_progress, resolve_device
+from elfs_ray.stages.proxy_reader import load_images, read_pool
+from elfs_ray.stages.proxy_reader_streamed import scan_chunks
+from elfs_ray.stages.train_worker import FAILURE_FILE, RANKING, WorkerJob, history_file, train_worker
+from elfs_ray.storage import filesystem, schema
+from elfs_ray.storage.run_dir import RunDir
+
+CHECKPOINTS_DIR = "checkpoints"
+READING_FILE = "reading.txt"
+MAX_STORE_SHARE = 0.25  # of a node's object store; while they are joined, decoded images take twice their place
+RESIZE_INTERVAL_S = 60.0  # between looks at whether an elastic group could have another size
+
+
+def run_train(config: Config, run_dir: RunDir) -> dict[str, Any]:
+    """Train the proxy network. Returns rows an epoch, epochs, workers, how images were read, and every epoch's metrics.
+
+    Raises RuntimeError with the workers' message when training gives up, at once where a retry would end the same way:
+    a loss that is not finite, a proxy image that cannot be decoded.
+    """
+    device = resolve_device(config.train.device, "train.device")
+    limits = worker_range(config.train.num_workers) or ((num_gpus(),) * 2 if device == "cuda" else (1, 1))
+    num_samples = int(run_dir.figures("cluster")["rows"])
+    reading = _choose_reading(config, run_dir, num_samples)
+    one_cpu = device == "cuda" and reading == "memory"
+    cpus = config.train.cpus_per_worker or (1 if one_cpu else max(1, num_cpus() // limits[1]))
+    data = _load_data(config, run_dir, reading)
+
+    total = num_samples * config.train.epochs
+    with Progress("train", total, "images") as progress, remote_progress(progress) as board:
+        job = WorkerJob(
+            config=config.train,
+            seed=config.seed,
+            num_classes=int(run_dir.figures("cluster")["num_clusters"]),
+            proxy_size=config.embed.proxy_image_size,
+            run_dir=run_dir,
+            data=data,
+            board=board,
+            num_threads=cpus,
+        )
+        _fit(job, limits, use_gpu=device == "cuda")
+    history = _finished_history(config, run_dir)
+    return {
+        "rows": num_samples,
+        "epochs": len(history),
+        "workers": history[-1]["workers"],
+        "reading": reading,
+        "history": history,
+    }
+
+
+def _choose_reading(config: Config, run_dir: RunDir, num_samples: int) -> str:
+    """memory or streamed. The order of samples depends on it, so a run that was begun keeps its choice."""
+    path = run_dir.path("train", READING_FILE)
+    if filesystem.exists(path):
+        return filesystem.read_bytes(path).decode()
+    reading = config.train.reading
+    if reading == "auto":
+        stores = [node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"]]
+        num_bytes = num_samples * 3 * config.embed.proxy_image_size**2
+        fits = num_bytes <= MAX_STORE_SHARE * min(stores)
+        reading = "memory" if fits and config.train.augmentation != "resized_crop_flip" else "streamed"
+    filesystem.write_bytes(path, reading.encode())
+    return reading
+
+
+def _load_data(config: Config, run_dir: RunDir, reading: str) -> list[ray.ObjectRef]:
+    """What the workers read, in the object store; see WorkerJob."""
+    if reading == "streamed":
+        pool, chunks = scan_chunks(run_dir)
+        return [ray.put(pool), ray.put(chunks)]
+    image_ids, images = load_images(run_dir, config.embed.proxy_image_size)
+    return [ray.put(read_pool(run_dir, image_ids)[0]), images]
+
+
+def _fit(job: WorkerJob, limits: tuple[int, int], use_gpu: bool) -> None:
+    scaling: dict[str, Any] = {  # a type checker sees the older ScalingConfig, which knows no ranges
+        "num_workers": limits[0] if limits[0] == limits[1] else limits,
+        "elastic_resize_monitor_interval_s": RESIZE_INTERVAL_S,
+    }
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": job.num_threads, **({"GPU": 1} if use_gpu else {})},
+            **scaling,
+        ),
+        run_config=ray.train.RunConfig(
+            name=CHECKPOINTS_DIR,
+            storage_path=job.run_dir.path("train"),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            failure_config=ray.train.FailureConfig(max_failures=job.config.max_failures),
+        ),
+    )
+    failure = job.run_dir.path("train", FAILURE_FILE)
+    filesystem.delete(failure)
+    try:
+        call_interruptibly(trainer.fit)
+    except ray.train.WorkerGroupError as error:
+        if not filesystem.exists(failure):
+            cause = "; ".join(dict.fromkeys(str(cause) for cause in error.worker_failures.values()))
+            raise RuntimeError(f"training gave up after {job.config.max_failures} retries: {cause}") from error
+    if filesystem.exists(failure):
+        raise RuntimeError(f"training stopped: {filesystem.read_bytes(failure).decode()}")
+
+
+def _finished_history(config: Config, run_dir: RunDir) -> list[dict[str, float]]:
+    """The metrics of each epoch, up to the one that settled the ranking where training stopped at that.
+
+    What a group that was ended had of an epoch after it is removed.
+    """
+    threshold = config.train.early_stop_dynamics or 1.0
+    history: list[dict[str, float]] = []
+    while len(history) < config.train.epochs and (not history or history[-1].get(RANKING, 0.0) <= threshold):
+        history.append(json.loads(filesystem.read_bytes(history_file(run_dir, len(history)))))
+    for epoch in range(len(history), config.train.epochs):
+        filesystem.delete(run_dir.path(schema.DYNAMICS, schema.epoch_dir(epoch)))
+    return history

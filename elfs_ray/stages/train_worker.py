@@ -1,0 +1,358 @@
+"""What a training worker does: the epochs, their records and metrics, and the checkpoint at the end of each."""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.util.metrics import Gauge
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from elfs_ray.config import TrainConfig, scaled_lr
+from elfs_ray.methods.dynamics import BatchPlan, DynamicsRecorder, RankingMonitor
+from elfs_ray.methods.hashing import hash_uint64
+from elfs_ray.methods.proxy_models import build_proxy_model
+from elfs_ray.methods.sgd_training import (
+    LossMonitor,
+    Precision,
+    cosine_lr,
+    forward_backward,
+    make_grad_scaler,
+    make_optimizer,
+    set_learning_rate,
+    update,
+)
+from elfs_ray.stages.proxy_reader import Augmenter, Batch, InMemoryReader, Reader, TrainingPool
+from elfs_ray.stages.proxy_reader_streamed import ChunkTable, StreamedReader
+from elfs_ray.storage import filesystem, schema
+from elfs_ray.storage.run_dir import RunDir
+
+HISTORY_DIR = "history"
+STATE_FILE = "state.pt"
+FAILURE_FILE = "failure.txt"
+REPORT_INTERVAL_S = 0.5
+RANKING = "rank_correlation"
+_GAUGES = ("epoch", "loss", "accuracy", "images_per_s", "data_wait_share", "recorder_share")
+_EVENTS_EVERY = 16
+_INIT_STREAM = 0x696E6974
+
+
+@dataclass(frozen=True)
+class WorkerJob:
+    """What every training worker is given.
+
+    `data` is a list of references to the object store: a TrainingPool, then decoded images (m, s, s, 3) uint8 or the
+    ChunkTable of images that are streamed.
+    """
+
+    config: TrainConfig
+    seed: int
+    num_classes: int
+    proxy_size: int
+    run_dir: RunDir
+    data: list[Any]
+    board: Any
+    num_threads: int
+
+    @property
+    def size(self) -> int:
+        """Side of the square that the network sees."""
+        return self.config.image_size or self.proxy_size
+
+
+def train_worker(loop_config: dict[str, WorkerJob]) -> None:
+    """One worker: trains, or ends at once where an earlier try failed in a way that this one would, too.
+
+    Ray Train starts the group again after any exception and has none that it takes for final. So the first worker to
+    meet a final one leaves its message in a file, and the group that is started again returns without training.
+    """
+    job = loop_config["job"]
+    failure = job.run_dir.path("train", FAILURE_FILE)
+    if filesystem.exists(failure):
+        return
+    try:
+        torch.set_num_threads(job.num_threads)
+        Worker(job).train()
+    except (FloatingPointError, ValueError) as error:
+        filesystem.write_bytes(failure, str(error).encode())
+        raise
+
+
+def init_seed(seed: int) -> int:
+    """The seed of torch's generator from which the network's weights come."""
+    return int(hash_uint64(seed, _INIT_STREAM)) >> 1
+
+
+def precision_on(config: TrainConfig, device: torch.device) -> Precision:
+    """The precision that the config asks for on a device."""
+    if config.precision == "auto":
+        return "bf16" if device.type == "cuda" else "fp32"
+    return cast(Precision, config.precision)
+
+
+class StepClock:
+    """Seconds that an epoch waits for data and spends on recording.
+
+    On a GPU recording is timed there, by events about every 16th batch; nothing waits for it until `take`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._reset()
+
+    def _reset(self) -> None:
+        self._start_s = time.perf_counter()
+        self._waiting_s = self._recording_s = 0.0
+        self._num_batches = 0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def next_step(self, steps: Iterator[tuple[int, list[Batch]]]) -> tuple[int, list[Batch]]:
+        """The reader's next step."""
+        start_s = time.perf_counter()
+        step = next(steps)
+        self._waiting_s += time.perf_counter() - start_s
+        return step
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Around the recording of one batch."""
+        self._num_batches += 1
+        if self._device.type == "cpu":
+            start_s = time.perf_counter()
+            yield
+            self._recording_s += time.perf_counter() - start_s
+        elif self._num_batches % _EVENTS_EVERY == 1:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            end.record()
+            self._events.append((start, end))
+        else:
+            yield
+
+    def take(self) -> dict[str, float]:
+        """seconds of the epoch, and the shares of it for data and recording; the next epoch starts now."""
+        if self._events:
+            torch.cuda.synchronize(self._device)
+            timed_s = sum(start.elapsed_time(end) for start, end in self._events) / 1e3
+            self._recording_s = timed_s / len(self._events) * self._num_batches
+        seconds = time.perf_counter() - self._start_s
+        shares = {"data_wait_share": self._waiting_s / seconds, "recorder_share": self._recording_s / seconds}
+        self._reset()
+        return {"seconds": seconds, **shares}
+
+
+class Worker:
+    """One worker's training: its reader, model and optimiser, and the epoch to go on with. Made within Ray Train."""
+
+    def __init__(self, job: WorkerJob):
+        self.job, self.config = job, job.config
+        context = ray.train.get_context()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        self.precision = precision_on(self.config, self.device)
+
+        pool, images = ray.get(job.data)
+        self.sample_ids = pool.sample_ids
+        num_samples = len(self.sample_ids)
+        self.plan = BatchPlan(
+            num_samples, self.config.batch_size, self.rank, self.world_size, self.config.micro_batch_size
+        )
+        self.reader = self._make_reader(pool, images)
+        self.model = self._make_model()
+        self.optimizer = make_optimizer(
+            self.model,
+            lr=scaled_lr(self.config),
+            momentum=self.config.momentum,
+            weight_decay=self.config.weight_decay,
+            nesterov=self.config.nesterov,
+        )
+        self.scaler = make_grad_scaler(self.precision, self.device)
+        self.ranking = RankingMonitor(num_samples) if self.config.early_stop_dynamics is not None else None
+        self.first_epoch = self._load_checkpoint()
+        self.network = DistributedDataParallel(self.model) if self.world_size > 1 else self.model
+
+    def _make_reader(self, pool: TrainingPool, images: np.ndarray | ChunkTable) -> Reader:
+        augmenter = Augmenter(self.config, self.job.seed, self.job.size)
+        if isinstance(images, ChunkTable):
+            return StreamedReader(
+                pool,
+                images,
+                augmenter,
+                self.plan,
+                self.device,
+                proxy_size=self.job.proxy_size,
+                num_decoders=self.job.num_threads,
+            )
+        return InMemoryReader(pool, images, augmenter, self.plan, self.device)
+
+    def _make_model(self) -> nn.Module:
+        torch.manual_seed(init_seed(self.job.seed))
+        model = build_proxy_model(self.config.network, self.job.num_classes)
+        model = model.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.config.compile:
+            model.compile()
+        return model
+
+    def train(self) -> None:
+        """Every epoch that is left."""
+        recorder, monitor, clock = (
+            DynamicsRecorder(self.plan.num_rows, self.device),
+            LossMonitor(),
+            StepClock(self.device),
+        )
+        for epoch in range(self.first_epoch, self.config.epochs):
+            clock.take()
+            lr = self.train_epoch(epoch, recorder, monitor, clock)
+            records = recorder.finish()
+            metrics = self._metrics(epoch, records, monitor.finish(), lr, clock)
+            self._write_records(epoch, records)
+            settled = metrics.get(RANKING, 0.0) > (self.config.early_stop_dynamics or 1.0)
+            self._report(epoch, metrics, settled)
+            if settled:
+                break
+
+    def train_epoch(self, epoch: int, recorder: DynamicsRecorder, monitor: LossMonitor, clock: StepClock) -> float:
+        """One pass over the pool. Returns the last learning rate."""
+        config, plan = self.config, self.plan
+        steps = self.reader.steps(epoch)
+        reported_s = 0.0
+        for index in range(plan.num_steps):
+            num_real, batches = clock.next_step(steps)
+            lr = cosine_lr(
+                epoch * plan.num_steps + index,
+                config.epochs * plan.num_steps,
+                scaled_lr(config),
+                config.min_lr,
+                config.warmup_epochs * plan.num_steps,
+            )
+            set_learning_rate(self.optimizer, lr)
+            loss = torch.zeros((), device=self.device)
+            for position, batch in enumerate(batches):
+                logits, part = forward_backward(
+                    self.network,
+                    batch.images,
+                    batch.targets,
+                    torch.from_numpy(batch.mask).to(self.device, non_blocking=True),
+                    num_real=num_real,
+                    is_last=position == len(batches) - 1,
+                    scaler=self.scaler,
+                    precision=self.precision,
+                    world_size=self.world_size,
+                )
+                loss += part
+                with clock.recording():
+                    recorder.add(batch.sample_ids, batch.mask, logits, batch.targets)
+            update(self.optimizer, self.scaler)
+            monitor.add(loss, num_real=num_real, epoch=epoch, step=index, lr=lr)
+            if self.rank == 0 and time.monotonic() - reported_s > REPORT_INTERVAL_S:
+                reported_s = time.monotonic()
+                done = epoch * plan.num_samples + min((index + 1) * config.batch_size, plan.num_samples)
+                self.job.board.write.remote(done, "")
+        return lr
+
+    def _metrics(
+        self, epoch: int, records: dict[str, np.ndarray], loss: float, lr: float, clock: StepClock
+    ) -> dict[str, float]:
+        """Loss, accuracy against pseudo-labels, images a second and where the time went, over all workers."""
+        times = clock.take()
+        margins = records[schema.TARGET_PROB] - records[schema.MAX_OTHER_PROB]
+        own = [float((margins > 0).sum()), loss, times["data_wait_share"], times["recorder_share"]]
+        num_right, loss_sum, waiting, recording = self._sum_over_workers(np.array(own)).tolist()
+        metrics = {
+            "epoch": epoch,
+            "loss": loss_sum / self.world_size,
+            "accuracy": num_right / self.plan.num_samples,
+            "lr": lr,
+            "seconds": times["seconds"],
+            "images_per_s": self.plan.num_samples / times["seconds"],
+            "data_wait_share": waiting / self.world_size,
+            "recorder_share": recording / self.world_size,
+            "workers": self.world_size,
+        }
+        if self.ranking is not None:
+            of_all = np.zeros(self.plan.num_samples, np.float32)
+            of_all[np.searchsorted(self.sample_ids, records[schema.SAMPLE_ID])] = margins
+            # Each sample has one worker's value and the others' zeros: a sum that no order of workers rounds.
+            metrics[RANKING] = self.ranking.add(self._sum_over_workers(of_all))
+        return metrics
+
+    def _sum_over_workers(self, values: np.ndarray) -> np.ndarray:
+        if self.world_size == 1:
+            return values
+        tensor = torch.from_numpy(values).to(self.device)
+        distributed.all_reduce(tensor)
+        return tensor.cpu().numpy()
+
+    def _write_records(self, epoch: int, records: dict[str, np.ndarray]) -> None:
+        """Write this worker's records; rank 0 then removes what a group of another size left of this epoch."""
+        run_dir = self.job.run_dir
+        folder = run_dir.path(schema.DYNAMICS, schema.epoch_dir(epoch))
+        table = pa.table(records, schema=schema.DYNAMICS_SCHEMA)
+        filesystem.write_table(filesystem.join(folder, schema.rank_file(self.rank, self.world_size)), table)
+        if self.world_size > 1:
+            distributed.barrier()
+        if self.rank == 0:
+            current = {schema.rank_file(rank, self.world_size) for rank in range(self.world_size)}
+            for path in run_dir.table_files(schema.DYNAMICS, schema.epoch_dir(epoch)):
+                if path.rsplit("/", 1)[1] not in current:
+                    filesystem.delete(path)
+
+    def _report(self, epoch: int, metrics: dict[str, float], settled: bool) -> None:
+        """End an epoch: its metrics for people, and a checkpoint, whose presence means that its records are on disk."""
+        if self.rank != 0:
+            ray.train.report(metrics)
+            return
+        filesystem.write_bytes(history_file(self.job.run_dir, epoch), json.dumps(metrics).encode())
+        for name in _GAUGES:
+            Gauge(f"elfs_train_{name}", description=f"{name} of proxy training's last epoch").set(metrics[name])
+        state = {
+            "next_epoch": self.config.epochs if settled else epoch + 1,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "aum": torch.from_numpy(self.ranking.aum) if self.ranking is not None else None,
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            torch.save(state, os.path.join(folder, STATE_FILE))
+            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        done = self.config.epochs if settled else epoch + 1
+        ray.get(self.job.board.write.remote(done * self.plan.num_samples, _note(metrics, self.config.epochs, settled)))
+
+    def _load_checkpoint(self) -> int:
+        """Restore the last reported state, if there is one; the epoch to go on with."""
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return 0
+        with checkpoint.as_directory() as folder:
+            state = torch.load(os.path.join(folder, STATE_FILE), map_location="cpu", weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ranking is not None:
+            self.ranking.restore(state["aum"].numpy())
+        return int(state["next_epoch"])
+
+
+def _note(metrics: dict[str, float], num_epochs: int, settled: bool) -> str:
+    return (
+        f"epoch {metrics['epoch'] + 1}/{num_epochs}, loss {metrics['loss']:.3f}, accuracy {metrics['accuracy']:.1%}, "
+        f"{metrics['images_per_s']:,.0f} images/s, {metrics['data_wait_share']:.0%} waiting for data"
+        + (", ranking settled" if settled else "")
+    )
+
+
+def history_file(run_dir: RunDir, epoch: int) -> str:
+    """Where the metrics of an epoch are kept."""
+    return run_dir.path("train", HISTORY_DIR, f"{schema.epoch_dir(epoch)}.json")

@@ -1,0 +1,43 @@
+"""Trains on a cluster that grows by a node after the first epoch and loses it later; prints the stage's figures."""
+
+import json
+import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import ray
+from ray.cluster_utils import Cluster
+
+from elfs_ray.stages import train
+from elfs_ray.storage.run_dir import RunDir
+from tests.tables import digits_config
+
+RESIZE_INTERVAL_S = 2.0
+NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
+
+
+def main(folder: Path) -> None:
+    cluster = Cluster(initialize_head=True, head_node_args=NODE)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    train.RESIZE_INTERVAL_S = RESIZE_INTERVAL_S
+    config = digits_config(
+        folder, "train.num_workers=1-2", "train.cpus_per_worker=1", "train.epochs=80", "train.batch_size=16"
+    )
+    # Ray starts nodes from the main thread only.
+    training = ThreadPoolExecutor().submit(train.run_train, config, RunDir(str(folder)))
+    _wait_for_workers(folder, 1, training)
+    node = cluster.add_node(**NODE)
+    _wait_for_workers(folder, 2, training)
+    cluster.remove_node(node, allow_graceful=False)
+    print(json.dumps(training.result()))
+
+
+def _wait_for_workers(folder: Path, num_workers: int, training: Future) -> None:
+    while not any(f'"workers": {num_workers}' in path.read_text() for path in folder.glob("train/history/*.json")):
+        assert not training.done(), f"training ended before {num_workers} workers had an epoch: {training.result()}"
+        time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,224 @@
+"""cluster: the same bytes for any number of workers, with a worker or the driver lost on the way."""
+
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+from ray import cloudpickle
+from sklearn.cluster import KMeans
+
+from elfs_ray.methods.clustering_metrics import contingency_table, matched_accuracy
+from elfs_ray.stages import cluster, cluster_neighbors, cluster_shards, cluster_temi
+from elfs_ray.storage.run_dir import RunDir
+from tests.tables import contents, digit_images, digits_config, write_embedded
+
+
+def run(tmp_path, *overrides: str) -> tuple[dict[str, bytes], dict]:
+    run_dir = RunDir(tmp_path)
+    if not (tmp_path / "embeddings").exists():
+        write_embedded(run_dir)
+    figures = cluster.run_cluster(digits_config(tmp_path, *overrides), run_dir)
+    return contents(tmp_path, "clusters"), figures
+
+
+def test_one_two_three_and_seven_workers_give_the_same_bytes(ray_cluster, tmp_path):
+    tables = {}
+    for num_workers in (1, 2, 3, 7):
+        tables[num_workers], figures = run(tmp_path / str(num_workers), f"cluster.num_workers={num_workers}")
+        assert figures["workers"] == num_workers
+    assert tables[1] == tables[2] == tables[3] == tables[7]
+
+
+def test_every_embedded_sample_gets_the_label_of_its_nearest_centroid(ray_cluster, tmp_path):
+    run(tmp_path)
+    embedded = pq.ParquetDataset(RunDir(tmp_path).table_files("embeddings")).read()
+    embeddings = np.stack(embedded["embedding"].to_numpy()).astype(np.float64)
+    centroids = np.stack(pq.read_table(tmp_path / "clusters/centroids.parquet")["centroid"].to_numpy())
+    labelled = pq.ParquetDataset(RunDir(tmp_path).table_files("clusters", "pseudo_labels")).read()
+    distances = np.linalg.norm(embeddings[:, None] - centroids[None].astype(np.float64), axis=2)
+    np.testing.assert_array_equal(labelled["sample_id"], embedded["sample_id"])
+    np.testing.assert_array_equal(labelled["pseudo_label"], distances.argmin(1))
+    np.testing.assert_allclose(labelled["distance"], distances.min(1), atol=1e-6)
+
+
+def test_objective_is_within_one_percent_of_scikit_learn(ray_cluster, tmp_path):
+    _, figures = run(tmp_path, "cluster.num_tries=5", "cluster.tolerance=0")
+    embedded = pq.ParquetDataset(RunDir(tmp_path).table_files("embeddings")).read()
+    embeddings = np.stack(embedded["embedding"].to_numpy()).astype(np.float64)
+    reference = KMeans(10, n_init=10, random_state=0).fit(embeddings).inertia_ / len(embeddings)
+    assert figures["objective"] <= 1.01 * reference
+
+
+def test_a_worker_killed_on_the_way_changes_no_byte(ray_cluster, tmp_path, monkeypatch):
+    undisturbed, _ = run(tmp_path / "undisturbed", "cluster.num_workers=3")
+    killed = []
+    assign = cluster_shards.ShardedPoints.assign
+
+    def assign_and_kill(points, centroids):
+        if len(killed) < 2:
+            killed.append(ray.get(points._workers()[len(killed)].process_id.remote()))
+            threading.Timer(0.005, os.kill, (killed[-1], signal.SIGKILL)).start()
+        return assign(points, centroids)
+
+    monkeypatch.setattr(cluster_shards._Shard, "process_id", lambda shard: os.getpid(), raising=False)
+    monkeypatch.setattr(cluster_shards.ShardedPoints, "assign", assign_and_kill)
+    disturbed, _ = run(tmp_path / "disturbed", "cluster.num_workers=3")
+    assert len(killed) == 2 and not any(os.path.exists(f"/proc/{pid}") for pid in killed)
+    assert disturbed == undisturbed
+
+
+def test_a_killed_driver_goes_on_from_its_last_iteration_to_the_same_bytes(ray_cluster, tmp_path, monkeypatch):
+    undisturbed, _ = run(tmp_path / "undisturbed")
+    monkeypatch.setattr(cluster, "SAVE_INTERVAL_S", 0.0)
+    calls = []
+    assign = cluster_shards.ShardedPoints.assign
+
+    def assign_until(points, centroids):
+        calls.append(time.monotonic())
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return assign(points, centroids)
+
+    monkeypatch.setattr(cluster_shards.ShardedPoints, "assign", assign_until)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "resumed")
+    assert (tmp_path / "resumed/cluster/kmeans_state.npz").exists()
+    resumed, _ = run(tmp_path / "resumed")
+    assert resumed == undisturbed
+
+
+def test_fewer_distinct_embeddings_than_clusters_is_an_error_that_says_how_many(ray_cluster, tmp_path):
+    run_dir = RunDir(tmp_path)
+    write_embedded(run_dir)
+    for path in (tmp_path / "embeddings").iterdir():
+        table = pq.read_table(path)
+        pq.write_table(table.take([0] * table.num_rows).set_column(0, "sample_id", table["sample_id"]), path)
+    with pytest.raises(ValueError, match="distinct"):
+        run(tmp_path, "cluster.num_clusters=20")
+
+
+def labels_of(tmp_path) -> np.ndarray:
+    return RunDir(tmp_path).read_column("clusters", "pseudo_labels", column="pseudo_label")
+
+
+TEMI = (
+    "cluster.method=temi",
+    "cluster.temi.profile=cpu",
+    "cluster.temi.num_heads=3",
+    "cluster.temi.num_epochs=4",
+    "cluster.temi.pca_dim=16",
+    "cluster.temi.batch_size=100",
+    "cluster.num_neighbors=10",
+)
+
+
+def test_neighbours_equal_brute_force_for_any_number_of_tasks(ray_cluster, tmp_path, monkeypatch):
+    tables = []
+    for max_queries in (10_000, 200):
+        monkeypatch.setattr(cluster_neighbors, "MAX_QUERIES", max_queries)
+        run(tmp_path / str(max_queries), "cluster.num_neighbors=7", "cluster.num_workers=2")
+        tables.append(contents(tmp_path / str(max_queries), "neighbors"))
+    assert tables[0] == tables[1]
+
+    embedded = pq.ParquetDataset(RunDir(tmp_path / "200").table_files("embeddings")).read()
+    ids, rows = embedded["sample_id"].to_numpy(), np.stack(embedded["embedding"].to_numpy()).astype(np.float64)
+    similarity = rows @ rows.T
+    np.fill_diagonal(similarity, -np.inf)
+    order = np.lexsort((np.broadcast_to(ids, similarity.shape), -similarity), axis=1)[:, :7]
+    found = pq.ParquetDataset(RunDir(tmp_path / "200").table_files("neighbors")).read()
+    np.testing.assert_array_equal(np.stack(found["neighbor_ids"].to_numpy()), ids[order])
+
+
+def test_the_inverted_file_finds_the_share_of_neighbours_that_was_asked_for(ray_cluster, tmp_path):
+    options = ("cluster.num_neighbors=7", "cluster.num_workers=2", "cluster.neighbor_recall=0.9")
+    run(tmp_path / "exact", *options)
+    _, figures = run(tmp_path / "ivf", *options, "cluster.neighbor_search=ivf")
+    pairs = []
+    for name in ("exact", "ivf"):
+        table = pq.ParquetDataset(RunDir(tmp_path / name).table_files("neighbors")).read()
+        pairs.append(np.stack(table["neighbor_ids"].to_numpy()))
+    share = np.mean([len(np.intersect1d(a, b)) / 7 for a, b in zip(*pairs, strict=True)])
+    assert figures["neighbors"]["recall"] >= 0.9 and share >= 0.85
+
+
+@pytest.mark.slow
+def test_temi_gives_better_labels_than_k_means_and_reports_its_heads(ray_cluster, tmp_path):
+    _, kmeans_figures = run(tmp_path / "kmeans")
+    _, figures = run(tmp_path / "temi", *TEMI, "cluster.temi.num_epochs=25")
+    truth = digit_images(1003)[1][RunDir(tmp_path / "temi").read_column("embeddings", column="sample_id")]
+    accuracy = {
+        name: matched_accuracy(contingency_table(labels_of(tmp_path / name), truth, 10, 10))
+        for name in ("kmeans", "temi")
+    }
+    assert accuracy["temi"] > accuracy["kmeans"]
+    assert len(figures["temi"]["head_losses"]) == 3
+    assert figures["temi"]["head"] == np.argmin(figures["temi"]["head_losses"])
+    assert sum(figures["sizes"]) == kmeans_figures["rows"] == 1000
+    assert 0 < figures["neighbor_purity"] <= 1
+
+
+@pytest.mark.slow
+def test_temi_killed_in_an_epoch_and_resumed_equals_undisturbed(ray_cluster, tmp_path, monkeypatch):
+    undisturbed, first = run(tmp_path / "undisturbed", *TEMI)
+    train_epoch = cluster_temi.train_epoch
+
+    def train_epoch_and_die(trainer, embeddings, neighbors, seed, epoch):
+        mark = tmp_path / "died"
+        if epoch == 2 and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return train_epoch(trainer, embeddings, neighbors, seed, epoch)
+
+    monkeypatch.setattr(cluster_temi, "train_epoch", train_epoch_and_die)
+    cloudpickle.register_pickle_by_value(cluster_temi)
+    try:
+        resumed, second = run(tmp_path / "resumed", *TEMI)
+    finally:
+        cloudpickle.unregister_pickle_by_value(cluster_temi)
+    assert (tmp_path / "died").exists()
+    assert resumed == undisturbed
+    assert first["temi"] == second["temi"]
+
+
+def test_labels_made_elsewhere_are_taken_by_uri_or_id(ray_cluster, tmp_path):
+    _, labels = digit_images(1003)
+    table = pa.table({"uri": [f"/digits/{i}.png" for i in range(1003)], "pseudo_label": labels})
+    pq.write_table(table.take(np.random.default_rng(0).permutation(1003)), tmp_path / "by_uri.parquet")
+    pq.write_table(pa.table({"sample_id": np.arange(1003), "pseudo_label": labels}), tmp_path / "by_id.parquet")
+    tables = []
+    for name in ("by_uri", "by_id"):
+        by = ("cluster.method=file", f"cluster.labels_uri={tmp_path}/{name}.parquet")
+        tables.append(run(tmp_path / name, *by)[0])
+        ids = RunDir(tmp_path / name).read_column("embeddings", column="sample_id")
+        np.testing.assert_array_equal(labels_of(tmp_path / name), labels[ids])
+    assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize(
+    ("columns", "needed"),
+    [
+        ({"sample_id": [0, 1], "pseudo_label": [0, 1]}, r"has no pseudo_label of 998 samples \(sample_id 2, 4, 5"),
+        ({"sample_id": [*range(1003), 7], "pseudo_label": [0] * 1004}, "labels 1 samples .* more than once"),
+        ({"sample_id": range(1003), "pseudo_label": [-1] * 1003}, "number them from 0"),
+        ({"sample_id": range(1003), "pseudo_label": [0.5] * 1003}, "needed: integers"),
+        ({"sample_id": range(1003), "label": range(1003)}, "needed are pseudo_label and sample_id or uri"),
+        ({"uri": ["/none.png"], "pseudo_label": [0]}, "uris that the pool has not: /none.png"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused_with_what_is_wrong(ray_cluster, tmp_path, columns, needed):
+    pq.write_table(pa.table({name: pa.array(list(values)) for name, values in columns.items()}), tmp_path / "l.parquet")
+    with pytest.raises(ValueError, match=needed):
+        run(tmp_path, "cluster.method=file", f"cluster.labels_uri={tmp_path}/l.parquet")
+
+
+def test_the_number_of_clusters_can_be_estimated_and_says_from_what(ray_cluster, tmp_path):
+    _, figures = run(tmp_path, "cluster.num_clusters=auto")
+    assert 5 <= figures["num_clusters"] <= 30
+    tried = {row["num_clusters"]: row["silhouette"] for row in figures["num_clusters_evidence"]}
+    assert max(tried, key=tried.get) == figures["num_clusters"] and len(tried) > 5

@@ -1,0 +1,351 @@
+"""embed: images embedded right or rejected with a reason; the same bytes for any number of encoders, killed or not."""
+
+import io
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray.data
+from PIL import Image
+
+from elfs_ray.stages import embed, index
+from elfs_ray.storage import schema
+from elfs_ray.storage.images import decode_proxy_image
+from elfs_ray.storage.run_dir import RunDir
+from tests.tables import contents, digits_config, mark
+
+SIZE = 16
+NUM_DIGITS = 40
+TABLES = ("embeddings", "proxy_images", "rejected")
+NETWORK = ("embed.encoder=torchvision/squeezenet1_1", "embed.weights=random:0", "embed.image_size=64")
+JOB = Path(__file__).parent.parent.parent / "jobs" / "cifar10.py"
+REASONS = {
+    "bomb.png": "200000x200000 pixels, more than embed.max_image_pixels=300000",
+    "empty.png": "empty file (0 bytes)",
+    "floats.tiff": "floating-point pixels have no known white; convert to 8 or 16 bit",
+    "huge.png": "700x700 pixels, more than embed.max_image_pixels=300000",
+    "text.jpg": "not an image that Pillow can read (12 bytes)",
+    "truncated.jpg": "OSError: image file is truncated",
+    "truncated.png": "OSError: image file is truncated",
+    "white.bmp": "its embedding is zero or not finite",  # with the encoder `pixels`
+}
+
+
+def encode(image: Image.Image, form: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def decompression_bomb() -> bytes:
+    """A PNG of a few bytes that says it has 40 billion pixels."""
+    data = b"\x89PNG\r\n\x1a\n"
+    header = struct.pack(">IIBBBBB", 200_000, 200_000, 8, 0, 0, 0, 0)
+    for kind, content in ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 100_000)), (b"IEND", b"")):
+        data += struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return data
+
+
+def good_files(photographs: list[Image.Image]) -> dict[str, tuple[bytes, Image.Image]]:
+    """Name, bytes, and what a person sees: 8-bit RGB, upright."""
+    wide, one_pixel = photographs[1].resize((3000, 10)), photographs[1].resize((1, 1))
+    square, other = (photograph.crop((100, 0, 500, 400)) for photograph in photographs)
+    grey = square.convert("L")
+    palette = square.quantize(64)
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    alpha = Image.linear_gradient("L").resize(square.size)
+    transparent = square.copy()
+    transparent.putalpha(alpha)
+    on_white = Image.composite(square, Image.new("RGB", square.size, "white"), alpha)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    animation = encode(palette, "GIF", save_all=True, append_images=[other.quantize(64)], duration=40)
+    return {
+        "alpha.png": (encode(transparent, "PNG"), on_white),
+        "animated.gif": (animation, palette.convert("RGB")),
+        "cmyk.jpg": (encode(square.convert("CMYK"), "JPEG"), square),
+        "deep.png": (encode(deep, "PNG"), grey.convert("RGB")),
+        "grey.jpg": (encode(grey, "JPEG"), grey.convert("RGB")),
+        "one_pixel.png": (encode(one_pixel, "PNG"), one_pixel),
+        "palette.png": (encode(palette, "PNG"), palette.convert("RGB")),
+        "photograph.JPEG": (encode(photographs[0], "JPEG"), photographs[0]),
+        "turned.jpg": (encode(square, "JPEG", exif=turned), square.transpose(Image.Transpose.ROTATE_270)),
+        "wide.webp": (encode(wide, "WEBP", lossless=True), wide),
+    }
+
+
+def bad_files(photographs: list[Image.Image]) -> dict[str, bytes]:
+    photograph = photographs[1]
+    return {
+        "bomb.png": decompression_bomb(),
+        "empty.png": b"",
+        "floats.tiff": encode(photograph.convert("F"), "TIFF"),
+        "huge.png": encode(photograph.resize((700, 700)), "PNG"),
+        "text.jpg": b"not an image",
+        "truncated.jpg": encode(photograph, "JPEG")[:20_000],
+        "truncated.png": encode(photograph, "PNG")[:50_000],
+        "white.bmp": encode(Image.new("RGB", (50, 60), "white"), "BMP"),
+    }
+
+
+@pytest.fixture(scope="module")
+def pool(digit_pools, photographs, tmp_path_factory) -> tuple[Path, dict[str, Image.Image]]:
+    """A folder of digits, photographs in many forms and broken files; by name, what the good ones show."""
+    folder = tmp_path_factory.mktemp("pool")
+    good = good_files(photographs)
+    for i, pixels in enumerate(digit_pools.images[:: len(digit_pools.images) // NUM_DIGITS]):
+        digit = Image.fromarray(pixels)
+        good[f"z{i:02d}.png"] = (encode(digit, "PNG"), digit.convert("RGB"))
+    for name, data in [(name, data) for name, (data, _) in good.items()] + list(bad_files(photographs).items()):
+        (folder / name).write_bytes(data)
+    return folder, {name: shown for name, (_, shown) in good.items()}
+
+
+def settings(pool: Path, folder: Path, *overrides: str):
+    return digits_config(
+        folder,
+        f"pool.uri={pool}",
+        "embed.device=cpu",
+        f"embed.image_size={SIZE}",
+        f"embed.proxy_image_size={SIZE}",
+        "embed.max_image_pixels=300_000",
+        "embed.block_images=15",
+        *overrides,
+    )
+
+
+def run(pool: Path, folder: Path, *overrides: str) -> dict:
+    """The figures of stage embed, after stage index where that has not run."""
+    config, run_dir = settings(pool, folder, *overrides), RunDir(folder)
+    if not (folder / "index").exists():
+        mark(run_dir, "index", **index.run_index(config, run_dir))
+    return embed.run_embed(config, run_dir)
+
+
+def rows(folder: Path, table: str) -> pa.Table:
+    return pa.concat_tables(RunDir(folder).read_table(table))
+
+
+def ids_by_name(folder: Path) -> dict[str, int]:
+    return {uri.rpartition("/")[2]: i for i, uri in enumerate(rows(folder, "index")["uri"].to_pylist())}
+
+
+def with_plain_pillow(shown: Image.Image, size: int) -> Image.Image:
+    """Short side to `size`, then the centre square."""
+    scale = size / min(shown.size)
+    resized = shown.resize((round(shown.width * scale), round(shown.height * scale)), Image.Resampling.BICUBIC)
+    left, top = round((resized.width - size) / 2), round((resized.height - size) / 2)
+    return resized.crop((left, top, left + size, top + size))
+
+
+@pytest.fixture(scope="module")
+def embedded(ray_cluster, pool, tmp_path_factory) -> tuple[Path, dict]:
+    """A run with the encoder `pixels`, whose embeddings can be computed by hand."""
+    folder = tmp_path_factory.mktemp("embedded")
+    return folder, run(pool[0], folder, "embed.num_workers=2")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_cluster, pool, tmp_path_factory) -> Path:
+    """A run with a network and one encoder."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run(pool[0], folder, *NETWORK, "embed.num_workers=1")
+    return folder
+
+
+def test_embedded_and_rejected_are_the_index_and_every_embedded_image_has_a_copy(embedded):
+    folder, figures = embedded
+    embedded_ids, rejected_ids = rows(folder, "embeddings")["sample_id"], rows(folder, "rejected")["sample_id"]
+    every_id = rows(folder, "index")["sample_id"].to_pylist()
+    assert sorted(embedded_ids.to_pylist() + rejected_ids.to_pylist()) == every_id
+    assert len(rejected_ids) == len(REASONS)
+    assert set(embedded_ids.to_pylist()) <= set(rows(folder, "proxy_images")["sample_id"].to_pylist())
+    assert figures == {"rows": len(embedded_ids), "rejected": len(REASONS), "dim": 3 * SIZE * SIZE}
+
+
+def test_embeddings_are_float16_of_unit_length(embedded):
+    table = rows(embedded[0], "embeddings")
+    assert table.schema.equals(schema.embeddings_schema(3 * SIZE * SIZE))
+    norms = np.linalg.norm(np.stack(table["embedding"].to_numpy()).astype(np.float64), axis=1)
+    np.testing.assert_allclose(norms, 1, atol=1e-3)
+
+
+def test_every_good_image_is_embedded_as_plain_pillow_shows_it(embedded, pool):
+    folder, _ = embedded
+    table, ids = rows(folder, "embeddings"), ids_by_name(folder)
+    found = dict(zip(table["sample_id"].to_pylist(), table["embedding"].to_pylist(), strict=True))
+    for name, shown in pool[1].items():
+        pixels = np.asarray(with_plain_pillow(shown, SIZE)).transpose(2, 0, 1).ravel().astype(float)
+        expected = (pixels - pixels.mean()) / np.linalg.norm(pixels - pixels.mean())
+        # Of other shapes, plain Pillow rounds the long side and the corner of the crop.
+        assert expected @ found[ids[name]] > (0.9995 if shown.width == shown.height else 0.998), name
+
+
+def test_every_copy_for_the_proxy_network_is_the_image_resized(embedded, pool):
+    folder, _ = embedded
+    table, ids = rows(folder, "proxy_images"), ids_by_name(folder)
+    copies = dict(zip(table["sample_id"].to_pylist(), table["image"].to_pylist(), strict=True))
+    for name, shown in pool[1].items():
+        copy = decode_proxy_image(copies[ids[name]], SIZE).astype(float)
+        assert np.abs(copy - with_plain_pillow(shown, SIZE)).mean() < 5, name
+
+
+def test_every_bad_image_is_rejected_with_its_reason(embedded, pool):
+    rejected = rows(embedded[0], "rejected")
+    assert rejected.schema.equals(schema.REJECTED_SCHEMA)
+    ids = ids_by_name(embedded[0])
+    found = {row["uri"].removeprefix(f"{pool[0]}/"): row for row in rejected.to_pylist()}
+    assert found.keys() == REASONS.keys()
+    for name, row in found.items():
+        assert row["reason"].startswith(REASONS[name]), row
+        assert row["sample_id"] == ids[name] and row["stage"] == "embed"
+
+
+@pytest.mark.parametrize("num_workers", [2, 3])
+def test_more_encoders_give_the_same_bytes(undisturbed, pool, tmp_path, num_workers):
+    run(pool[0], tmp_path, *NETWORK, f"embed.num_workers={num_workers}")
+    assert contents(tmp_path, *TABLES) == contents(undisturbed, *TABLES)
+
+
+def test_a_network_embeds_an_image_of_one_colour_and_rejects_the_same_others(undisturbed):
+    ids = ids_by_name(undisturbed)
+    assert ids["white.bmp"] in rows(undisturbed, "embeddings")["sample_id"].to_pylist()
+    others = sorted(ids[name] for name in REASONS if name != "white.bmp")
+    assert rows(undisturbed, "rejected")["sample_id"].to_pylist() == others
+
+
+def test_an_encoder_killed_on_the_way_changes_no_byte(embedded, pool, tmp_path, monkeypatch):
+    flag = tmp_path / "killed"
+
+    class DyingOnce(embed._DecodeAndEncodeBlock):
+        def __call__(self, batch):
+            if not flag.exists() and int(batch["first"][0]) == 30:
+                flag.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__call__(batch)
+
+    monkeypatch.setattr(embed, "_DecodeAndEncodeBlock", DyingOnce)
+    run(pool[0], tmp_path / "run", "embed.num_workers=1")
+    assert flag.exists()
+    assert contents(tmp_path / "run", *TABLES) == contents(embedded[0], *TABLES)
+
+
+def test_a_resumed_run_repairs_what_is_missing_and_leaves_the_rest_alone(undisturbed, pool, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder)
+    names = [path.name for path in sorted((folder / "embeddings").iterdir())]
+    with_rejected = sorted(path.name for path in (folder / "rejected").iterdir())
+    assert len(names) == 4 and with_rejected[0] == names[0]
+    lost = [folder / "rejected" / names[0], folder / "embeddings" / names[1], folder / "proxy_images" / names[2]]
+    for path in lost:
+        path.unlink()
+    kept = {table: (folder / table / names[3]).stat().st_mtime_ns for table in ("embeddings", "proxy_images")}
+    run(pool[0], folder, *NETWORK, "embed.num_workers=1")
+    assert contents(folder, *TABLES) == contents(undisturbed, *TABLES)
+    assert all((folder / table / names[3]).stat().st_mtime_ns == time for table, time in kept.items())
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
+    run(pool[0], folder, *NETWORK)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")} == times
+
+
+def embed_in_this_process(pool: Path, folder: Path, *overrides: str) -> None:
+    config, run_dir = settings(pool, folder, *overrides), RunDir(folder)
+    if not (folder / "index").exists():
+        mark(run_dir, "index", **index.run_index(config, run_dir))
+    encoder = embed._DecodeAndEncodeBlock(config, run_dir, "cpu")
+    for block in embed._pending_blocks(run_dir, embed._plan_blocks(config.embed, run_dir.figures("index")["rows"])):
+        encoder({"first": [block[0]], "last": [block[1]]})
+
+
+def test_every_format_of_the_same_pool_gives_the_same_bytes(ray_cluster, digit_pools, tmp_path):
+    tables = {}
+    for kind, uri in digit_pools.uris.items():
+        embed_in_this_process(uri, tmp_path / kind)
+        tables[kind] = contents(tmp_path / kind, *TABLES)
+    assert len(tables["folder"]) == 2 * 8
+    assert all(table == tables["folder"] for table in tables.values())
+
+
+def test_an_image_that_can_be_read_again_is_rejected_no_longer(ray_cluster, pool, digit_pools, tmp_path):
+    whole = digit_pools.uris["folder"]
+    shutil.copytree(whole, tmp_path / "pool")
+    (tmp_path / "pool" / "0" / "000.png").write_bytes(b"")
+    embed_in_this_process(tmp_path / "pool", tmp_path / "run")
+    assert rows(tmp_path / "run", "rejected")["sample_id"].to_pylist() == [0]
+    shutil.copy(whole / "0" / "000.png", tmp_path / "pool" / "0" / "000.png")
+    (tmp_path / "run" / "embeddings" / schema.range_file(0, 14)).unlink()
+    embed_in_this_process(tmp_path / "pool", tmp_path / "run")
+    embed_in_this_process(whole, tmp_path / "whole")
+    assert contents(tmp_path / "run", *TABLES) == contents(tmp_path / "whole", *TABLES)
+
+
+def test_decoding_tasks_apart_from_encoders_give_the_same_bytes(undisturbed, pool, tmp_path):
+    """The plan beside GPUs, with encoders that ask for a CPU instead."""
+    config, run_dir = settings(pool[0], tmp_path, *NETWORK), RunDir(tmp_path)
+    shutil.copytree(undisturbed / "index", tmp_path / "index")
+    blocks = embed._plan_blocks(config.embed, len(rows(tmp_path, "index")))
+    todo = ray.data.from_items([{"first": first, "last": last} for first, last in blocks])
+    decoded = todo.map_batches(
+        embed._decode_block, batch_size=1, num_cpus=1, fn_kwargs={"config": config, "run_dir": run_dir}
+    )
+    encoded = decoded.map_batches(
+        embed._EncodeBlock,
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=1),
+        num_cpus=1,
+        fn_constructor_args=(config, run_dir, "cpu"),
+    )
+    summaries = encoded.take_all()
+    assert sum(summary["rows"] for summary in summaries) == len(rows(tmp_path, "index"))
+    assert sum(summary["rejected"] for summary in summaries) == len(rows(tmp_path, "rejected"))
+    assert contents(tmp_path, *TABLES) == contents(undisturbed, *TABLES)
+
+
+def test_a_pool_without_one_good_image_is_an_error_that_says_why(ray_cluster, tmp_path):
+    pq.write_table(pa.table({"image": [b"", b"text", None] * 7}), tmp_path / "pool.parquet")
+    with pytest.raises(RuntimeError, match="none of the 21 images could be embedded: ") as caught:
+        run(tmp_path / "pool.parquet", tmp_path / "run", "embed.num_workers=1")
+    for reason in ("empty file (0 bytes)", "not an image that Pillow can read (4 bytes)", "null: the row"):
+        assert reason in str(caught.value)
+    assert len(rows(tmp_path / "run", "rejected")) == 21
+
+
+@pytest.mark.parametrize("block_images", ["null", "1", "7", "1000"])
+@pytest.mark.parametrize("num_samples", [1, 63, 64, 65, 2000, 1_281_167])
+def test_blocks_hold_every_id_once_and_do_not_depend_on_the_workers(tmp_path, block_images, num_samples):
+    plans = []
+    for num_workers in (1, 7):
+        overrides = (f"embed.block_images={block_images}", f"embed.num_workers={num_workers}")
+        plans.append(embed._plan_blocks(settings(tmp_path, tmp_path, *overrides).embed, num_samples))
+    assert plans[0] == plans[1]
+    ends = np.array(plans[0])
+    assert ends[0, 0] == 0 and ends[-1, 1] == num_samples - 1
+    np.testing.assert_array_equal(ends[1:, 0], ends[:-1, 1] + 1)
+    assert (ends[:, 0] <= ends[:, 1]).all()
+    sizes = ends[:, 1] - ends[:, 0] + 1
+    assert sizes.max() * 3 * SIZE * SIZE <= embed.BLOCK_PIXEL_BYTES
+
+
+@pytest.mark.gpu
+def test_an_encoder_on_a_gpu_gives_what_one_on_a_cpu_does_but_for_rounding(pool, tmp_path):
+    """The job runs as users run it, on a Ray of its own that has the GPU."""
+    for device in ("cpu", "cuda"):
+        overrides = [
+            *(f"pool.uri={pool[0]}", f"run_dir={tmp_path / device}", "ray_address=local", "until=embed"),
+            *(*NETWORK, "embed.max_image_pixels=300_000", "embed.block_images=15", f"embed.device={device}"),
+        ]
+        subprocess.run([sys.executable, str(JOB), *overrides], check=True, timeout=250)
+    cpu, cuda = (rows(tmp_path / device, "embeddings") for device in ("cpu", "cuda"))
+    assert cpu["sample_id"].equals(cuda["sample_id"])
+    cosines = (np.stack(cpu["embedding"].to_numpy()) * np.stack(cuda["embedding"].to_numpy())).sum(1, dtype=np.float64)
+    assert cosines.min() > 0.995
+    assert contents(tmp_path / "cpu", *TABLES[1:]) == contents(tmp_path / "cuda", *TABLES[1:])

@@ -1,0 +1,76 @@
+"""report: one file that opens offline, every figure of it in metrics.json."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+
+from elfs_ray.stages.report import run_report
+from elfs_ray.stages.select import run_select
+from elfs_ray.storage.run_dir import RunDir
+from tests.tables import digits_config, mark, write_trained
+
+
+class Page(HTMLParser):
+    """Tags, attributes and texts of a page."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.texts: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href")]
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def make_report(tmp_path, *overrides: str) -> tuple[Page, dict]:
+    run_dir = RunDir(tmp_path)
+    write_trained(run_dir)
+    mark(run_dir, "train", rows=1000, epochs=5, history=[])
+    config = digits_config(tmp_path, *overrides)
+    mark(run_dir, "select", **run_select(config, run_dir))
+    run_report(config, run_dir)
+    return Page((tmp_path / "report.html").read_text()), json.loads((tmp_path / "metrics.json").read_text())
+
+
+def test_the_page_refers_to_nothing_outside_itself(ray_cluster, tmp_path):
+    page, _ = make_report(tmp_path)
+    assert page.links and all(link.startswith("data:image/") for link in page.links)
+    assert "script" not in page.tags
+    assert not re.search(r"https?://", (tmp_path / "report.html").read_text())
+
+
+def test_each_group_has_as_many_images_as_were_asked_for(ray_cluster, tmp_path):
+    page, _ = make_report(tmp_path, "report.images_per_grid=7")
+    assert page.tags.count("img") == 21
+
+
+def test_an_end_that_was_not_pruned_shows_none(ray_cluster, tmp_path):
+    page, metrics = make_report(tmp_path, "select.hard_fraction=0", "report.images_per_grid=5")
+    assert metrics["counts"]["pruned_hard"] == 0
+    assert page.tags.count("img") == 10 and "none" in page.texts
+
+
+def test_counts_sizes_and_histogram_add_up(ray_cluster, tmp_path):
+    _, metrics = make_report(tmp_path)
+    counts = metrics["counts"]
+    assert counts["pool"] == counts["embedded"] + counts["rejected"] == 1003
+    assert counts["pruned_hard"] + counts["coreset"] + counts["pruned_easy"] == counts["embedded"]
+    assert sum(metrics["score_histogram"]["counts"]) == counts["embedded"]
+    assert sum(metrics["pseudo_label_sizes"]["before"]) == counts["embedded"]
+    assert sum(metrics["pseudo_label_sizes"]["after"]) == counts["coreset"]
+    edges = np.array(metrics["score_histogram"]["edges"])
+    cuts = [metrics["score_histogram"]["hardest_kept"], metrics["score_histogram"]["easiest_kept"]]
+    assert edges[0] <= cuts[0] <= cuts[1] <= edges[-1]
+
+
+def test_names_are_escaped(ray_cluster, tmp_path):
+    page, _ = make_report(tmp_path, "pool.uri=/<script>alert(1)</script>")
+    assert "script" not in page.tags

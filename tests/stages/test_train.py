@@ -1,0 +1,293 @@
+"""train: every sample recorded once an epoch, the same bytes after a crash, the values of a plain loop."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import ray
+import torch
+from scipy.stats import spearmanr
+
+from elfs_ray.methods.dynamics import epoch_order
+from elfs_ray.methods.proxy_models import build_proxy_model
+from elfs_ray.stages import train
+from elfs_ray.stages.proxy_reader import Augmenter
+from elfs_ray.stages.train_worker import init_seed
+from elfs_ray.storage.run_dir import RunDir
+from tests.tables import GAPS, contents, digit_images, digits_config, write_clustered
+
+NUM_SAMPLES = 1003
+EMBEDDED = np.setdiff1d(np.arange(NUM_SAMPLES), GAPS)
+# Micro-batches that divide nothing, so that every step accumulates and pads.
+UNEVEN = ("train.epochs=3", "train.batch_size=50", "train.micro_batch_size=7", "train.cpus_per_worker=1")
+
+
+def run(folder: Path, *overrides: str) -> dict:
+    run_dir = RunDir(str(folder))
+    if not (folder / "clusters").exists():
+        write_clustered(run_dir, NUM_SAMPLES)
+    return train.run_train(digits_config(folder, *overrides), run_dir)
+
+
+def records(folder: Path, epoch: int) -> dict[str, np.ndarray]:
+    rows = pq.ParquetDataset(RunDir(str(folder)).table_files("dynamics", f"epoch={epoch:03d}")).read()
+    return {name: rows[name].to_numpy() for name in rows.column_names}
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    """The bytes of every tensor in the last checkpoint."""
+    *_, path = sorted((folder / "train" / "checkpoints").glob("checkpoint_*/state.pt"))
+    model = torch.load(path, weights_only=True)["model"]
+    return {name: tensor.contiguous().numpy().tobytes() for name, tensor in model.items()}
+
+
+@pytest.fixture(scope="module", params=[(1, "memory"), (2, "memory"), (3, "memory"), (2, "streamed")], ids=str)
+def undisturbed(request, ray_cluster, tmp_path_factory) -> tuple[Path, tuple[str, ...], dict]:
+    """A finished run, its overrides, and its figures."""
+    num_workers, reading = request.param
+    folder = tmp_path_factory.mktemp("undisturbed")
+    overrides = (*UNEVEN, f"train.num_workers={num_workers}", f"train.reading={reading}")
+    return folder, overrides, run(folder, *overrides)
+
+
+def test_every_sample_is_recorded_exactly_once_an_epoch(undisturbed):
+    folder, overrides, figures = undisturbed
+    assert (figures["rows"], figures["epochs"]) == (len(EMBEDDED), 3)
+    assert f"train.num_workers={figures['workers']}" in overrides
+    assert f"train.reading={figures['reading']}" in overrides
+    assert len(list((folder / "dynamics").iterdir())) == 3
+    for epoch in range(3):
+        rows = records(folder, epoch)
+        files = RunDir(str(folder)).table_files("dynamics", f"epoch={epoch:03d}")
+        assert len(files) == figures["workers"]
+        np.testing.assert_array_equal(np.sort(rows["sample_id"]), EMBEDDED)
+
+
+def test_training_learns_the_pseudo_labels_and_its_metrics_say_so(undisturbed):
+    folder, _, figures = undisturbed
+    losses = [metrics["loss"] for metrics in figures["history"]]
+    assert losses[0] > losses[1] > losses[2]
+    for epoch, metrics in enumerate(figures["history"]):
+        rows = records(folder, epoch)
+        assert metrics["accuracy"] == pytest.approx((rows["target_prob"] > rows["max_other_prob"]).mean())
+        assert metrics["loss"] == pytest.approx(-np.log(rows["target_prob"].astype(float)).mean(), rel=1e-4)
+        assert metrics["images_per_s"] == pytest.approx(len(EMBEDDED) / metrics["seconds"])
+        assert 0 < metrics["data_wait_share"] < 1 and 0 < metrics["recorder_share"] < 1
+    assert figures["history"][-1]["accuracy"] > 0.8
+
+
+@pytest.mark.parametrize("undisturbed", [(2, "memory"), (2, "streamed")], indirect=True, ids=str)
+def test_a_worker_killed_in_mid_epoch_changes_no_byte(undisturbed, tmp_path):
+    folder, overrides, _ = undisturbed
+    with _Killer(tmp_path, after_epoch=0) as killer:
+        run(tmp_path, *overrides, "train.max_failures=1")
+    assert killer.epochs_done == 1
+    assert contents(tmp_path, "dynamics") == contents(folder, "dynamics")
+    assert weights(tmp_path) == weights(folder)
+
+
+@pytest.mark.parametrize("undisturbed", [(2, "memory")], indirect=True, ids=str)
+def test_a_killed_driver_goes_on_to_the_same_bytes(undisturbed, tmp_path):
+    folder, overrides, _ = undisturbed
+    write_clustered(RunDir(str(tmp_path / "run")), NUM_SAMPLES)
+    script = (
+        "import sys; from pathlib import Path; from tests.tables import digits_config\n"
+        "from elfs_ray.ray_runtime import connect; from elfs_ray.stages.train import run_train\n"
+        "from elfs_ray.storage.run_dir import RunDir\n"
+        f"folder = {str(tmp_path / 'run')!r}\n"
+        f"connect('local', num_cpus=2); run_train(digits_config(Path(folder), *{overrides!r}), RunDir(folder))"
+    )
+    output = tmp_path / "output"
+    with (
+        output.open("wb") as sink,
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            start_new_session=True,
+            cwd=Path(__file__).parents[2],
+            stdout=sink,
+            stderr=sink,
+        ) as driver,
+    ):
+        _wait_until(lambda: _epochs_done(tmp_path / "run") >= 1 or driver.poll() is not None)
+        os.killpg(driver.pid, signal.SIGKILL)
+    assert 1 <= _epochs_done(tmp_path / "run") < 3, output.read_text()
+    assert all(line.startswith("train  ") for line in output.read_text().splitlines())
+    run(tmp_path / "run", *overrides)
+    assert contents(tmp_path / "run", "dynamics") == contents(folder, "dynamics")
+    assert weights(tmp_path / "run") == weights(folder)
+
+
+def test_records_equal_a_plain_loop_that_keeps_every_logit(ray_cluster, tmp_path):
+    overrides = ("train.num_workers=1", "train.cpus_per_worker=1", "train.batch_size=64")
+    run(tmp_path, *overrides)
+    config = digits_config(tmp_path, *overrides)
+    logits, targets = _plain_logits(config)
+    for epoch in range(2):
+        probs = torch.softmax(torch.from_numpy(logits[epoch]).double(), 1).numpy()
+        onehot = np.eye(10)[targets]
+        rows = records(tmp_path, epoch)
+        np.testing.assert_array_equal(rows["sample_id"], EMBEDDED)
+        np.testing.assert_allclose(rows["target_prob"], (probs * onehot).sum(1), atol=1e-6)
+        np.testing.assert_allclose(rows["max_other_prob"], (probs * (1 - onehot)).max(1), atol=1e-6)
+        np.testing.assert_allclose(rows["el2n"], np.linalg.norm(onehot - probs, axis=1), atol=1e-6)
+
+
+def test_a_diverged_loss_stops_at_once_with_epoch_step_and_learning_rate(ray_cluster, tmp_path):
+    overrides = ("train.lr=1e30", "train.num_workers=2", "train.cpus_per_worker=1", "train.max_failures=-1")
+    with pytest.raises(RuntimeError, match=r"loss is (nan|inf) at epoch 0, step \d+, learning rate \S+e\+\d"):
+        run(tmp_path, *overrides)
+
+
+def test_an_image_that_cannot_be_decoded_while_training_stops_it_with_its_id(ray_cluster, tmp_path):
+    write_clustered(RunDir(str(tmp_path)), 200)
+    path = sorted((tmp_path / "proxy_images").iterdir())[1]
+    rows = pq.read_table(path)
+    pq.write_table(rows.set_column(1, "image", [[b"broken", *rows["image"].to_pylist()[1:]]]), path)
+    overrides = ("train.reading=streamed", "train.num_workers=1", "train.cpus_per_worker=1", "train.max_failures=-1")
+    with pytest.raises(RuntimeError, match=f"sample_id 150 in {path} cannot be decoded"):
+        train.run_train(digits_config(tmp_path, *overrides), RunDir(str(tmp_path)))
+
+
+def test_training_stops_when_the_ranking_has_settled_and_a_resumed_run_stops_there_too(ray_cluster, tmp_path):
+    """The correlation is that of SciPy over the records on disk."""
+    overrides = ("train.epochs=40", "train.num_workers=2", "train.cpus_per_worker=1", "train.early_stop_dynamics=0.98")
+    figures = run(tmp_path, *overrides)
+    epochs = figures["epochs"]
+    assert 2 < epochs < 40
+    assert len(list((tmp_path / "dynamics").iterdir())) == epochs
+    ordered = [records(tmp_path, epoch) for epoch in range(epochs)]
+    ordered = [{name: rows[name][np.argsort(rows["sample_id"])] for name in rows} for rows in ordered]
+    aum = np.cumsum([rows["target_prob"].astype(float) - rows["max_other_prob"] for rows in ordered], axis=0)
+    for epoch in range(1, epochs):
+        expected = spearmanr(aum[epoch - 1], aum[epoch]).statistic
+        assert figures["history"][epoch]["rank_correlation"] == pytest.approx(expected, abs=1e-4)
+        assert (expected > 0.98) == (epoch == epochs - 1)
+    before = contents(tmp_path, "dynamics")
+    assert run(tmp_path, *overrides)["epochs"] == epochs
+    assert contents(tmp_path, "dynamics") == before
+
+
+def test_a_run_that_was_begun_keeps_its_way_of_reading(ray_cluster, tmp_path, monkeypatch):
+    run_dir, config = RunDir(str(tmp_path)), digits_config(tmp_path)
+    assert train._choose_reading(config, run_dir, 1000) == "memory"
+    monkeypatch.setattr(train, "MAX_STORE_SHARE", 0.0)
+    assert train._choose_reading(config, run_dir, 1000) == "memory"
+    assert train._choose_reading(config, RunDir(str(tmp_path / "other")), 1000) == "streamed"
+    resized = digits_config(tmp_path, "train.augmentation=resized_crop_flip")
+    monkeypatch.undo()
+    assert train._choose_reading(resized, RunDir(str(tmp_path / "third")), 1000) == "streamed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("override", ["train.precision=bf16", "train.precision=fp16", "train.compile=true"])
+def test_every_precision_and_a_compiled_network_learn(ray_cluster, tmp_path, override):
+    figures = run(tmp_path, "train.epochs=3", "train.cpus_per_worker=1", override)
+    assert figures["history"][-1]["accuracy"] > 0.8
+    assert all(np.isfinite(records(tmp_path, epoch)["el2n"]).all() for epoch in range(3))
+
+
+@pytest.mark.slow
+def test_a_group_that_grows_and_shrinks_with_the_cluster_records_every_sample(tmp_path):
+    """On a cluster of its own, in a process of its own: nodes are added and killed on the way."""
+    write_clustered(RunDir(str(tmp_path)), NUM_SAMPLES)
+    script = Path(__file__).with_name("elastic_train.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "PYTHONPATH": "."},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    workers = [metrics["workers"] for metrics in json.loads(done.stdout.splitlines()[-1])["history"]]
+    assert workers[0] == workers[-1] == 1 and 2 in workers
+    for epoch in range(len(workers)):
+        np.testing.assert_array_equal(np.sort(records(tmp_path, epoch)["sample_id"]), EMBEDDED)
+
+
+def _plain_logits(config) -> tuple[list[np.ndarray], np.ndarray]:
+    """Training written out: the logits of every sample in each epoch, by ascending sample_id, and the targets."""
+    images, labels = digit_images(NUM_SAMPLES)
+    images = np.repeat(images[EMBEDDED][..., None], 3, axis=3)
+    targets = labels[EMBEDDED]
+    augment = Augmenter(config.train, config.seed, images.shape[1])
+    torch.manual_seed(init_seed(config.seed))
+    model = build_proxy_model("small_cnn", 10).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True)
+    num_steps = -(-len(targets) // 64)
+    torch.set_num_threads(1)
+    kept = []
+    for epoch in range(2):
+        order = epoch_order(len(targets), config.seed, epoch)
+        logits = np.empty((len(targets), 10), np.float32)
+        for step in range(num_steps):
+            rows = order[step * 64 : (step + 1) * 64]
+            progress = (epoch * num_steps + step) / (2 * num_steps)
+            optimizer.param_groups[0]["lr"] = 1e-4 + (0.1 - 1e-4) * 0.5 * (1 + np.cos(np.pi * progress))
+            output = model(augment(torch.from_numpy(images[rows]), EMBEDDED[rows], epoch))
+            logits[rows] = output.detach().numpy()
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(output, torch.from_numpy(targets[rows])).backward()
+            optimizer.step()
+        kept.append(logits)
+    return kept, targets
+
+
+def _epochs_done(folder: Path) -> int:
+    return len(list((folder / "train").glob("history/epoch=*.json")))
+
+
+def _wait_until(condition: Callable[[], bool], timeout_s: float = 240) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+class _Killer:
+    """Kills a training worker of this process's Ray once an epoch is complete, with SIGKILL."""
+
+    def __init__(self, folder: Path, after_epoch: int):
+        self._folder, self._after_epoch = folder, after_epoch
+        self._thread = threading.Thread(target=self._kill, daemon=True)
+        self.epochs_done: int | None = None
+
+    def __enter__(self) -> "_Killer":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.join(timeout=1)
+
+    def _kill(self) -> None:
+        _wait_until(lambda: _epochs_done(self._folder) > self._after_epoch)
+        time.sleep(0.3)
+        workers = _training_worker_pids()
+        os.kill(workers[-1], signal.SIGKILL)
+        self.epochs_done = _epochs_done(self._folder)
+
+
+def _training_worker_pids() -> list[int]:
+    """The processes of this Ray's training workers: children of the raylet that this process started."""
+    session = ray._private.worker._global_node.get_session_dir_path()
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            title = (folder / "cmdline").read_bytes() if folder.name.isdigit() else b""
+            if title.startswith(b"ray::") and b"TrainWorker" in title:
+                parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                if session.encode() in Path(f"/proc/{parent}/cmdline").read_bytes():
+                    found.append(int(folder.name))
+        except OSError:
+            continue
+    return sorted(found)
