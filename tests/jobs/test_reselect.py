@@ -1,0 +1,77 @@
+"""jobs/reselect.py as a person types it: another coreset beside the first, which stays as it was."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from elfs_ray.config import deciding_keys
+from elfs_ray.stages import select
+from elfs_ray.storage.run_dir import Marker, RunDir
+from tests.tables import contents, digits_config, write_trained
+
+JOB = Path(__file__).parent.parent.parent / "jobs" / "reselect.py"
+
+
+def type_job(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(JOB), *arguments], capture_output=True, text=True, timeout=100)
+
+
+@pytest.fixture(scope="module")
+def finished(ray_cluster, tmp_path_factory) -> Path:
+    """A run directory of which stage select is complete."""
+    folder = tmp_path_factory.mktemp("finished")
+    run_dir, config = RunDir(folder), digits_config(folder)
+    write_trained(run_dir)
+    run_dir.mark_complete(Marker("index", {"pool.uri": "/no/pool"}, {}, {"rows": 1003}))
+    keys = {f"select.{key}": value for key, value in deciding_keys(config.select).items()}
+    figures = select.run_select(config, run_dir)
+    run_dir.mark_complete(Marker("select", {"seed": 0, "budget": 0.2, **keys}, {}, figures))
+    return folder
+
+
+def test_a_named_coreset_is_what_a_run_with_those_keys_selects_and_the_first_one_stays(finished, tmp_path):
+    before = contents(finished, "coreset", "scores")
+    asked = ["select.score=el2n", "budget=[0.1,0.3]", "select.balance=true"]
+    result = type_job(f"run_dir={finished}", "name=el2n", "ray_address=local", *asked)
+    assert result.returncode == 0, result.stderr
+    assert f"coreset  {finished}/coreset-el2n.txt  (100 images)" in result.stdout
+    assert contents(finished, "coreset", "scores") == before
+    write_trained(RunDir(tmp_path))
+    select.run_select(digits_config(tmp_path, *asked), RunDir(tmp_path))
+    for named, own in (("coreset-el2n", "coreset"), ("coreset-el2n-0.3", "coreset-0.3")):
+        assert list(contents(finished, named).values()) == list(contents(tmp_path, own).values())
+
+    again = type_job(f"run_dir={finished}", "name=el2n", *asked)
+    assert again.returncode == 0 and "nothing to do" in again.stderr
+    other = type_job(f"run_dir={finished}", "name=el2n", "budget=0.1")
+    assert other.returncode == 2 and "give another name, or on_change=rerun" in other.stderr
+
+
+def test_dry_run_says_what_would_be_written_and_writes_nothing(finished):
+    result = type_job("--dry-run", f"run_dir={finished}", "name=dry", "budget=50")
+    assert result.returncode == 0, result.stderr
+    assert "coreset-dry would be written: 50 of 1,000 images by double_end" in result.stdout
+    assert not (finished / "coreset-dry").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needed"),
+    [
+        (["name=x"], "no value for run_dir"),
+        (["run_dir={run}"], "no value for name"),
+        (["run_dir={run}", "name=../x"], "becomes a folder's name"),
+        (["run_dir={run}", "name=x", "train.epochs=3"], "train.epochs cannot be given here"),
+        (["run_dir={run}", "name=x", "select.scor=aum"], "did you mean select.score"),
+        (["run_dir={run}", "name=x", "budget=0.9", "select.hard_fraction=0.5"], "hard_fraction is 0.5"),
+        (["run_dir={run}", "name=x", "budget=2000"], "between 1 and the size of the pool"),
+        (["run_dir={run}", "name=x", "select.method=d2"], "give cluster.num_neighbors=10"),
+        (["run_dir=/no/such", "name=x"], "no complete stage select"),
+        (["--fast"], "unknown option --fast"),
+    ],
+)
+def test_a_bad_command_ends_with_one_message_and_exit_code_2(finished, arguments, needed):
+    result = type_job(*(argument.format(run=finished) for argument in arguments))
+    assert result.returncode == 2
+    assert needed in result.stderr and "Traceback" not in result.stderr
