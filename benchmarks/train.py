@@ -1,0 +1,310 @@
+"""Proxy training beside a bare PyTorch loop, in memory and streamed; the recorder's cost; two workers beside one.
+
+    python benchmarks/train.py [--quick]
+
+The stage's own worker, in its own Ray Train group, takes turns by epochs with the loop that one writes first: the same
+network, batch, augmentation, optimiser and threads, and nothing recorded. On a GPU the network is ResNet-18 in bf16 and
+a second loop reads through a torch DataLoader. Medians over the turns.
+"""
+
+import argparse
+import dataclasses
+import io
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.train
+import torch
+from PIL import Image
+from ray.train.torch import TorchTrainer
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+
+from elfs_ray.config import Config, load_config
+from elfs_ray.methods import augmentation
+from elfs_ray.methods.dynamics import DynamicsRecorder
+from elfs_ray.methods.proxy_models import build_proxy_model
+from elfs_ray.methods.sgd_training import LossMonitor
+from elfs_ray.progress import Progress
+from elfs_ray.ray_runtime import connect, num_cpus, num_gpus, remote_progress
+from elfs_ray.stages.proxy_reader import load_images, read_pool
+from elfs_ray.stages.proxy_reader_streamed import scan_chunks
+from elfs_ray.stages.train import run_train
+from elfs_ray.stages.train_worker import StepClock, Worker, WorkerJob
+from elfs_ray.storage import filesystem, schema
+from elfs_ray.storage.run_dir import Marker, RunDir
+
+SIZE, NUM_CLASSES, BATCH = 32, 10, 256
+ROWS_PER_FILE, ROWS_PER_CHUNK = 4096, 256
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="under 45 s on 2 cores")
+    quick = parser.parse_args().quick
+    connect("local")
+    on_gpu = num_gpus() > 0
+    num_samples = 50_000 if on_gpu else 2_048 if quick else 10_240
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = RunDir(folder)
+        _write_pool(run_dir, num_samples)
+        _measure_worker(run_dir, rounds=3 if quick else 7, on_gpu=on_gpu)
+        _measure_stage(run_dir, num_samples, epochs=3 if quick else 7, on_gpu=on_gpu)
+
+
+def emit(name: str, value: float, unit: str, reference: str, reference_value: float, *, less_is_better: bool = False):
+    """One line of JSON; ratio > 1 where ours is better."""
+    ratio = reference_value / value if less_is_better else value / reference_value
+    line = {"name": name, "value": value, "unit": unit, "reference": reference, "reference_value": reference_value}
+    rounded = {key: float(f"{item:.4g}") if isinstance(item, float) else item for key, item in line.items()}
+    print(json.dumps({**rounded, "ratio": round(ratio, 3)}), flush=True)
+
+
+def _measure_worker(run_dir: RunDir, rounds: int, on_gpu: bool) -> None:
+    """One worker with every core, or a GPU, against loops in the same process."""
+    config = _config(run_dir, on_gpu)
+    image_ids, images = load_images(run_dir, SIZE)
+    pool, chunks = scan_chunks(run_dir)
+    with (
+        Progress("turns", (rounds + 1) * len(pool.sample_ids), "images") as progress,
+        remote_progress(progress) as board,
+    ):
+        job = WorkerJob(
+            config=config.train,
+            seed=0,
+            num_classes=NUM_CLASSES,
+            proxy_size=SIZE,
+            run_dir=run_dir,
+            data=[ray.put(read_pool(run_dir, image_ids)[0]), images],
+            board=board,
+            num_threads=num_cpus(),
+        )
+        streamed = dataclasses.replace(job, data=[ray.put(pool), ray.put(chunks)])
+        resources = {"CPU": num_cpus(), **({"GPU": 1} if on_gpu else {})}
+        TorchTrainer(
+            _take_turns,
+            train_loop_config={"jobs": (job, streamed), "rounds": rounds, "results": run_dir.path("results.json")},
+            scaling_config=ray.train.ScalingConfig(num_workers=1, use_gpu=on_gpu, resources_per_worker=resources),
+            run_config=ray.train.RunConfig(storage_path=run_dir.path("ray_train")),
+        ).fit()
+    results = json.loads(filesystem.read_bytes(run_dir.path("results.json")))
+    ours, name = results["in_memory"], config.train.network
+    emit(f"{name}, in memory", ours, "images/s", "bare loop", results["bare"])
+    if "data_loader" in results:
+        emit(f"{name}, in memory", ours, "images/s", "bare loop with a DataLoader", results["data_loader"])
+    emit(f"{name}, streamed", results["streamed"], "images/s", "in memory", ours)
+    emit("recorder's share of the time", results["recorder"], "share", "target", 0.01, less_is_better=True)
+    emit("arithmetic", ours * results["flop"] / 1e9, "GFLOP/s", "matrix product of 4096²", results["ceiling"] / 1e9)
+
+
+def _measure_stage(run_dir: RunDir, num_samples: int, epochs: int, on_gpu: bool) -> None:
+    """The stage as it is run, of one worker and of two with a core each; the size of what it writes."""
+    rates = {}
+    for num_workers in (1, 2):
+        if on_gpu and num_workers > num_gpus():
+            return
+        overrides = [f"train.epochs={epochs}", f"train.num_workers={num_workers}", "train.cpus_per_worker=1"]
+        for table in ("dynamics", "train"):
+            filesystem.delete(run_dir.path(table))
+        figures = run_train(_config(run_dir, on_gpu, *overrides), run_dir)
+        rates[num_workers] = statistics.median(metrics["images_per_s"] for metrics in figures["history"][1:])
+        files = filesystem.list_files(run_dir.path(schema.DYNAMICS), recursive=True)
+        num_bytes = sum(info.size for info in files) / num_samples / epochs
+    emit("two workers", rates[2], "images/s", "one worker of the same threads", rates[1])
+    for num_classes in (10, 1000):
+        reference = f"logits of {num_classes} classes"
+        emit("dynamics", num_bytes, "bytes a sample and epoch", reference, 4.0 * num_classes, less_is_better=True)
+
+
+def _take_turns(loop_config: dict[str, Any]) -> None:
+    """Runs in the training worker: epochs of each contestant in turn, and what a matrix product reaches."""
+    in_memory, streamed = (Worker(job) for job in loop_config["jobs"])
+    torch.set_num_threads(in_memory.job.num_threads)
+    shares: list[float] = []
+    contestants: dict[str, Callable[[int], None]] = {
+        "in_memory": lambda epoch: shares.append(_train_epoch(in_memory, epoch)),
+        "bare": _bare_loop(in_memory),
+        "streamed": lambda epoch: void(_train_epoch(streamed, epoch)),
+    }
+    if in_memory.device.type == "cuda":
+        contestants["data_loader"] = _data_loader_loop(in_memory)
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(loop_config["rounds"] + 1):
+        for name, train_epoch in contestants.items():
+            start_s = time.perf_counter()
+            train_epoch(turn)
+            if turn > 0:  # the first warms up
+                seconds[name].append(time.perf_counter() - start_s)
+    num_samples = len(in_memory.sample_ids)
+    results = {name: num_samples / statistics.median(times) for name, times in seconds.items()}
+    results["recorder"] = statistics.median(shares[1:])
+    results["flop"], results["ceiling"] = _flop_an_image(in_memory), _ceiling(in_memory)
+    filesystem.write_bytes(loop_config["results"], json.dumps(results).encode())
+
+
+def void(_: object) -> None:
+    """Takes a result that is not wanted."""
+
+
+def _train_epoch(worker: Worker, epoch: int) -> float:
+    """The stage's own epoch, up to its records on the host; the recorder's share of it."""
+    recorder, monitor = DynamicsRecorder(worker.plan.num_rows, worker.device), LossMonitor()
+    clock = StepClock(worker.device)
+    worker.train_epoch(epoch, recorder, monitor, clock)
+    recorder.finish()
+    monitor.finish()
+    return clock.take()["recorder_share"]
+
+
+def _bare_loop(worker: Worker) -> Callable[[int], None]:
+    """A loop over images in memory."""
+    pool, decoded = ray.get(worker.job.data)
+    images = torch.from_numpy(decoded.copy()).to(worker.device)
+    flat, targets = images.view(len(images), -1), torch.from_numpy(pool.targets.astype(np.int64)).to(worker.device)
+    step = _bare_step(worker)
+
+    def train_epoch(epoch: int) -> None:
+        order = torch.randperm(len(images))
+        for rows in order.split(BATCH):
+            rows = rows.to(worker.device)
+            batch = flat.index_select(0, rows).view(len(rows), *images.shape[1:])
+            step(augmentation.random_crop_flip(batch, rows.cpu().numpy(), seed=0, epoch=epoch), targets[rows])
+        _wait(worker.device)
+
+    return train_epoch
+
+
+def _data_loader_loop(worker: Worker) -> Callable[[int], None]:
+    """A loop over a DataLoader that augments in 8 processes."""
+    pool, decoded = ray.get(worker.job.data)
+    loader = DataLoader(
+        _Images(decoded, pool.targets),
+        BATCH,
+        shuffle=True,
+        num_workers=8,
+        persistent_workers=True,
+        pin_memory=True,
+        multiprocessing_context="forkserver",
+    )
+    step = _bare_step(worker)
+
+    def train_epoch(epoch: int) -> None:
+        for batch, targets in loader:
+            step(batch.to(worker.device, non_blocking=True), targets.to(worker.device, non_blocking=True))
+        _wait(worker.device)
+
+    return train_epoch
+
+
+class _Images(Dataset):
+    """Crops and flips one image at a time, as a Dataset does."""
+
+    def __init__(self, images: np.ndarray, targets: np.ndarray):
+        self._images, self._targets = images, targets
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
+        image = np.pad(self._images[row], ((4, 4), (4, 4), (0, 0)), mode="reflect")
+        top, left, flip = np.random.default_rng().integers((9, 9, 2))
+        crop = image[top : top + SIZE, left : left + SIZE]
+        return torch.from_numpy((crop[:, ::-1] if flip else crop).copy()), int(self._targets[row])
+
+
+def _bare_step(worker: Worker) -> Callable[[torch.Tensor, torch.Tensor], None]:
+    """Forward, backward, SGD on a (b, s, s, 3) uint8 batch."""
+    model = build_proxy_model(worker.config.network, NUM_CLASSES)
+    model = model.to(device=worker.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=5e-4, nesterov=True, fused=True)
+
+    def step(images: torch.Tensor, targets: torch.Tensor) -> None:
+        images = augmentation.normalize(images, worker.config.mean, worker.config.std)
+        with torch.autocast(worker.device.type, torch.bfloat16, enabled=worker.precision == "bf16"):
+            logits = model(images)
+        nn.functional.cross_entropy(logits.float(), targets).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _flop_an_image(worker: Worker) -> float:
+    """Floating-point operations of a training step, an image."""
+    model = build_proxy_model(worker.config.network, NUM_CLASSES)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(BATCH, 3, SIZE, SIZE)).sum().backward()
+    return counter.get_total_flops() / BATCH
+
+
+def _ceiling(worker: Worker) -> float:
+    """Operations a second of a matrix product in the precision of the training."""
+    dtype = torch.bfloat16 if worker.precision == "bf16" else torch.float32
+    n = 4096 if worker.device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=worker.device).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(10):
+        start_s = time.perf_counter()
+        a @ b
+        _wait(worker.device)
+        times.append(time.perf_counter() - start_s)
+    return 2 * n**3 / statistics.median(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _config(run_dir: RunDir, on_gpu: bool, *overrides: str) -> Config:
+    return load_config(
+        None,
+        [
+            f"run_dir={run_dir.uri}",
+            "pool.uri=/made/up",
+            "budget=0.1",
+            "embed.encoder=pixels",
+            f"embed.proxy_image_size={SIZE}",
+            f"cluster.num_clusters={NUM_CLASSES}",
+            f"train.network={'resnet18' if on_gpu else 'small_cnn'}",
+            "train.epochs=1000",
+            f"train.batch_size={BATCH}",
+            "train.num_workers=1",
+            "train.lr=0.01",
+            "select.hard_fraction=0.1",
+            *overrides,
+        ],
+    )
+
+
+def _write_pool(run_dir: RunDir, num_samples: int) -> None:
+    """Smooth random images and labels, as embed and cluster leave them."""
+    rng = np.random.default_rng(0)
+    for first in range(0, num_samples, ROWS_PER_FILE):
+        ids = np.arange(first, min(first + ROWS_PER_FILE, num_samples))
+        coarse = rng.integers(0, 256, (len(ids), 8, 8, 3), dtype=np.uint8)
+        name = schema.range_file(int(ids[0]), int(ids[-1]))
+        table = pa.table([ids, [_png(image) for image in coarse]], schema=schema.PROXY_IMAGES_SCHEMA)
+        filesystem.write_table(run_dir.path(schema.PROXY_IMAGES, name), table, ROWS_PER_CHUNK)
+        labels = [ids, rng.integers(0, NUM_CLASSES, len(ids), dtype=np.int32), np.zeros(len(ids), np.float32)]
+        table = pa.table(labels, schema=schema.PSEUDO_LABELS_SCHEMA)
+        filesystem.write_table(run_dir.path(schema.CLUSTERS, schema.PSEUDO_LABELS_DIR, name), table)
+    run_dir.mark_complete(Marker("cluster", {}, {}, {"rows": num_samples, "num_clusters": NUM_CLASSES}))
+
+
+def _png(coarse: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(coarse).resize((SIZE, SIZE), Image.Resampling.BICUBIC).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+if __name__ == "__main__":
+    main()
