@@ -1,0 +1,60 @@
+"""What all kinds of pools share: their parts, which files count as images, and reading one."""
+
+import posixpath
+from dataclasses import dataclass
+
+from elfs_ray.storage import filesystem
+from elfs_ray.storage.images import BadImage
+
+IMAGE_EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".gif", ".webp"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif"),
+)
+UNIT_EXTENSION = {"parquet": ".parquet", "webdataset": ".tar"}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of a pool that is listed by itself. `recursive` is for folders: with the folders below it."""
+
+    format: str
+    uri: str
+    recursive: bool = True
+
+
+@dataclass(frozen=True)
+class PoolColumns:
+    """Where a pool keeps its images and labels.
+
+    image: Parquet column with bytes, a Hugging Face image struct or uris; None takes `image`, else `uri`.
+    label: Parquet column of integers; for a folder tree "folder", for WebDataset "cls"; None lists no labels.
+    """
+
+    image: str | None = None
+    label: str | None = None
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is passed over."""
+    return name.startswith((".", "_"))
+
+
+def is_image(name: str) -> bool:
+    """Whether a file counts as an image, by its name."""
+    return format_of_name(name) == "folder" and not is_hidden(name)
+
+
+def format_of_name(name: str) -> str | None:
+    """The pool format that a file of this name belongs to, None for other files."""
+    extension = posixpath.splitext(name)[1].lower()
+    if extension in IMAGE_EXTENSIONS:
+        return "folder"
+    return next((form for form, known in UNIT_EXTENSION.items() if known == extension), None)
+
+
+def read_file(uri: str) -> bytes | BadImage:
+    """The bytes of a file, or why it cannot be had."""
+    try:
+        return filesystem.read_bytes(uri)
+    except (OSError, ValueError) as error:
+        return BadImage(f"cannot be read: {error}")

@@ -1,0 +1,161 @@
+"""Pools in Parquet files: a column of image bytes, of Hugging Face image structs, or of uris."""
+
+import os
+import posixpath
+import re
+from collections.abc import Iterator
+from itertools import groupby
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from elfs_ray.storage import filesystem, schema
+from elfs_ray.storage.images import BadImage
+from elfs_ray.storage.pool_files import PoolColumns, Unit, read_file
+
+ROW_URI = re.compile(r"(?P<container>.*)#row=(?P<row>\d+)", re.DOTALL)
+
+
+def list_parquet(unit: Unit, columns: PoolColumns) -> pa.Table:
+    """List one file as `pool.list_unit` does."""
+    with open_parquet(unit.uri) as file:
+        image_column = find_image_column(file.schema_arrow, unit.uri, columns.image)
+        num_rows = file.metadata.num_rows
+        if _is_string(file.schema_arrow.field(image_column).type):
+            given = _read_column(file, image_column, unit.uri).to_pylist()
+            folder = posixpath.dirname(unit.uri)
+            uris = [None if uri is None else _against(folder, uri) for uri in given]
+        else:
+            uris = [f"{unit.uri}#row={row}" for row in range(num_rows)]
+        labels = pa.nulls(num_rows, pa.int32()) if columns.label is None else _labels(file, columns.label, unit.uri)
+    # A null uri keeps its row, so that it is rejected by name and not lost.
+    uris = [f"{unit.uri}#row={row}" if uri is None else uri for row, uri in enumerate(uris)]
+    return pa.table({schema.URI: pa.array(uris, pa.string()), schema.LABEL: labels})
+
+
+def read_parquet_rows(container: str, rows: list[int], columns: PoolColumns) -> Iterator[bytes | BadImage]:
+    """Rows in the order given; those in ascending order are streamed, others held until all are read."""
+    try:
+        file = open_parquet(container)
+        name = find_image_column(file.schema_arrow, container, columns.image)
+    except ValueError as error:
+        yield from (BadImage(f"cannot be read: {error}") for _ in rows)
+        return
+    with file:
+        ascending = sorted(set(rows))
+        images = _read_ascending_rows(file, name, ascending, container)
+        if rows == ascending:
+            yield from images
+        else:
+            by_row = dict(zip(ascending, images, strict=True))
+            yield from (by_row[row] for row in rows)
+
+
+def open_parquet(uri: str) -> pq.ParquetFile:
+    """Open a file by its uri. Raises ValueError where it is not Parquet."""
+    store, path = filesystem.resolve(uri)
+    try:
+        return pq.ParquetFile(path, filesystem=store)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{uri} cannot be read as Parquet: {error}. Mend it or move it out of the pool.") from error
+
+
+def find_image_column(columns: pa.Schema, uri: str, name: str | None) -> str:
+    """The column that holds the images. Raises ValueError where there is none, or one of another type."""
+    name = name or next((known for known in (schema.IMAGE, schema.URI) if known in columns.names), None)
+    if name is None or name not in columns.names:
+        raise ValueError(
+            f"{uri} has columns {columns.names}, none named {name or 'image or uri'}: set pool.image_column"
+        )
+    kind = columns.field(name).type
+    is_struct = pa.types.is_struct(kind) and any(field.name == "bytes" for field in kind)
+    if not (is_struct or _is_binary(kind) or _is_string(kind)):
+        raise ValueError(
+            f"{uri}: column {name!r} is {kind}; needed: image bytes, a struct with bytes and path, or uris as strings"
+        )
+    return name
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _labels(file: pq.ParquetFile, name: str, uri: str) -> pa.Array:
+    if name not in file.schema_arrow.names:
+        raise ValueError(f"{uri} has columns {file.schema_arrow.names}, none named {name!r}: set pool.label")
+    values = _read_column(file, name, uri)
+    try:
+        return values.combine_chunks().cast(pa.int32())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise ValueError(f"{uri}: column {name!r} is {values.type}; needed are integers of 32 bits: {error}") from error
+
+
+def _read_column(file: pq.ParquetFile, name: str, uri: str) -> pa.ChunkedArray:
+    try:
+        return file.read([name])[name]
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(
+            f"{uri}: column {name!r} cannot be read: {error}. Mend it or move it out of the pool."
+        ) from error
+
+
+def _against(folder: str, uri: str) -> str:
+    """A uri that may be relative to a folder. Object stores know no "..", so it is taken out for them."""
+    if "://" in uri or os.path.isabs(uri):
+        return uri
+    scheme, separator, path = folder.rpartition("://")
+    joined = posixpath.join(path, uri)
+    return scheme + separator + (posixpath.normpath(joined) if separator else joined)
+
+
+def _read_ascending_rows(
+    file: pq.ParquetFile, column: str, rows: list[int], container: str
+) -> Iterator[bytes | BadImage]:
+    """From the row groups that hold them; a group that is broken costs no other group its rows."""
+    ends = np.cumsum([file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)])
+    for group, wanted in groupby(rows, key=lambda row: int(np.searchsorted(ends, row, side="right"))):
+        if group == len(ends):
+            yield from (BadImage(f"{container} has no row {row}") for row in wanted)
+            continue
+        start = int(ends[group]) - file.metadata.row_group(group).num_rows
+        pending = [row - start for row in wanted]
+        num_read = 0
+        try:
+            for value in _read_row_group(file, group, column, pending):
+                yield _image_bytes(value, container)
+                num_read += 1
+        except (pa.ArrowException, OSError) as error:
+            reason = f"{container} cannot be read in row group {group}: {error}"
+            yield from (BadImage(reason) for _ in pending[num_read:])
+
+
+def _read_row_group(file: pq.ParquetFile, group: int, column: str, rows: list[int]) -> Iterator[bytes | dict | None]:
+    """The values of a column at ascending rows of one row group."""
+    first = 0
+    pending = iter(rows)
+    row = next(pending, None)
+    for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=[column]):
+        values = batch.column(0)
+        while row is not None and row < first + len(values):
+            yield values[row - first].as_py()
+            row = next(pending, None)
+        first += len(values)
+        if row is None:
+            return
+
+
+def _image_bytes(value: bytes | dict | None, container: str) -> bytes | BadImage:
+    """The bytes behind one Parquet value: bytes, a struct of bytes and path, or null."""
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, dict):
+        if value.get("bytes") is not None:
+            return value["bytes"]
+        if value.get("path"):
+            return read_file(_against(posixpath.dirname(container), value["path"]))
+    return BadImage("null: the row holds no image")
