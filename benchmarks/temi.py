@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elfs_ray.methods.temi import TemiHeads, TemiSettings, TemiTrainer, train_epoch
+from elfs_ray.methods.temi import TemiHeads, TemiSettings
+from elfs_ray.methods.temi_training import TemiTrainer, train_epoch
 
 INPUT_DIM = 768
 

@@ -85,7 +85,7 @@ def _measure_worker(run_dir: RunDir, rounds: int, on_gpu: bool) -> None:
             run_dir=run_dir,
             data=[ray.put(read_pool(run_dir, image_ids)[0]), images],
             board=board,
-            num_threads=num_cpus(),
+            num_decoders=num_cpus(),
         )
         streamed = dataclasses.replace(job, data=[ray.put(pool), ray.put(chunks)])
         resources = {"CPU": num_cpus(), **({"GPU": 1} if on_gpu else {})}
@@ -127,7 +127,7 @@ def _measure_stage(run_dir: RunDir, num_samples: int, epochs: int, on_gpu: bool)
 def _take_turns(loop_config: dict[str, Any]) -> None:
     """Runs in the training worker: epochs of each contestant in turn, and what a matrix product reaches."""
     in_memory, streamed = (Worker(job) for job in loop_config["jobs"])
-    torch.set_num_threads(in_memory.job.num_threads)
+    torch.set_num_threads(in_memory.job.num_decoders)
     shares: list[float] = []
     contestants: dict[str, Callable[[int], None]] = {
         "in_memory": lambda epoch: shares.append(_train_epoch(in_memory, epoch)),

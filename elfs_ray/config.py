@@ -496,6 +496,15 @@ def worker_range(num_workers: int | str | None) -> tuple[int, int] | None:
     raise ConfigError(f"train.num_workers={num_workers!r}: needed is a number >= 1 or a range such as 1-4")
 
 
+def check_temi_workers(batch_size: int, num_workers: int) -> None:
+    """Raise ConfigError for a global batch of TEMI that its workers cannot share evenly."""
+    if batch_size % num_workers:
+        raise ConfigError(
+            f"cluster.temi.batch_size={batch_size} does not divide evenly among {num_workers} workers: give a multiple "
+            f"of {num_workers}, or another cluster.temi.num_workers"
+        )
+
+
 def check_against_pool(config: Config, num_samples: int) -> None:
     """What can be checked only once the size of the pool is known. Raises ConfigError."""
     if num_samples == 0:
@@ -594,6 +603,8 @@ def _check_relations(config: Config) -> None:
     """Checks between keys."""
     if config.cluster.method == "file" and config.cluster.labels_uri is None:
         raise ConfigError("cluster.method=file needs the pseudo-labels: give cluster.labels_uri=...")
+    if config.cluster.temi.batch_size is not None:
+        check_temi_workers(config.cluster.temi.batch_size, config.cluster.temi.num_workers or 1)
     needs, has = config.select.d2_neighbors, config.cluster.num_neighbors
     if config.select.method == "d2" and (50 if has is None and config.cluster.method == "temi" else has or 0) < needs:
         raise ConfigError(

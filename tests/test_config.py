@@ -44,6 +44,7 @@ def test_missing_keys_are_all_named_at_once():
         ("train.std=[1,1,0]", "needed are numbers > 0"),
         ("train.min_lr=1", "is above the learning rate"),
         ("train.image_size=64", "is above embed.proxy_image_size=32"),
+        ("cluster.temi.batch_size=100 cluster.temi.num_workers=3", "give a multiple of 3"),
         ("budget=0", "needed is a number > 0"),
         ("budget=-3", "needed is a number > 0"),
         ("budget=nan", "bad value for budget"),
@@ -58,7 +59,7 @@ def test_missing_keys_are_all_named_at_once():
     ],
 )
 def test_a_bad_value_is_refused_with_what_is_needed(override, needed):
-    assert needed in message_of(override)
+    assert needed in message_of(*override.split(" "))
 
 
 def test_a_config_file_that_is_not_there_or_holds_no_keys_is_refused(tmp_path):

@@ -40,6 +40,7 @@ def overrides(pool: Path, run_dir: Path, *more: str) -> list[str]:
         "embed.encoder=pixels",
         "embed.image_size=8",
         "embed.proxy_image_size=8",
+        "cluster.method=kmeans",
         "cluster.num_clusters=10",
         "train.network=small_cnn",
         "train.epochs=3",

@@ -12,14 +12,13 @@ import math
 from collections import deque
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-Precision = Literal["fp32", "bf16", "fp16"]
-_AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+from elfs_ray.methods.precision import AUTOCAST_DTYPES, Precision
+
 _MAX_UNCHECKED_LOSSES = 8
 
 
@@ -94,7 +93,7 @@ def forward_backward(
     Returns logits (b, num_classes) of the training forward pass and the scalar loss, both detached.
     """
     without_exchange = getattr(model, "no_sync", nullcontext)  # DDP has it, compiled or not
-    dtype = _AUTOCAST_DTYPES[precision]
+    dtype = AUTOCAST_DTYPES[precision]
     with nullcontext() if is_last else without_exchange():
         with torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None):
             logits = model(images)

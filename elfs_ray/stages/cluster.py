@@ -54,7 +54,7 @@ def run_cluster(config: Config, run_dir: RunDir) -> dict[str, Any]:
         points.release()
         figures["neighbors"] = run_neighbors(cluster, run_dir, num_neighbors, config.seed)
     if cluster.method == "temi":
-        figures["temi"] = run_temi(config, run_dir, num_clusters)
+        figures["temi"] = run_temi(config, run_dir, num_clusters, points.count)
     if cluster.method == "kmeans":
         centroids = result.centroids
         sizes = points.write_labels(run_dir, centroids)

@@ -19,36 +19,29 @@ import numpy as np
 import ray
 import ray.train
 import torch
-from ray.train.torch import TorchConfig, TorchTrainer
 from torch import distributed
 
-from elfs_ray.config import Config, TemiConfig
+from elfs_ray.config import Config, TemiConfig, check_temi_workers
 from elfs_ray.methods.clustering_metrics import head_agreement
 from elfs_ray.methods.hashing import hash_uint64
-from elfs_ray.methods.temi import (
-    CPU_PROFILE,
-    TemiSettings,
-    TemiTrainer,
-    check_collapse,
-    fit_pca,
-    pick_head,
-    project,
-    steps_per_epoch,
-    train_epoch,
-)
+from elfs_ray.methods.pca import fit_pca, project
+from elfs_ray.methods.precision import AUTOCAST_DTYPES, resolve_precision
+from elfs_ray.methods.temi import CPU_PROFILE, TemiSettings
+from elfs_ray.methods.temi_training import TemiTrainer, check_collapse, pick_head, steps_per_epoch, train_epoch
 from elfs_ray.progress import Progress
-from elfs_ray.ray_runtime import call_interruptibly, get_result, num_cpus, num_gpus, remote_progress, resolve_device
+from elfs_ray.ray_runtime import num_cpus, num_gpus, remote_progress, resolve_device
 from elfs_ray.stages.cluster_shards import write_label_file
+from elfs_ray.stages.worker_group import WorkerGroup, run_workers
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
 CHECKPOINTS_DIR = "temi"
 STATE_FILE = "state.pt"
+RESULT_FILE = "result.json"
 PCA_SAMPLES = 20_000
 AGREEMENT_SAMPLES = 20_000
 ASSIGN_ROWS = 8192
 _PCA_STREAM = 0x706361
-_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -61,36 +54,45 @@ class _Job:
     run_dir: RunDir
     data: list[ray.ObjectRef]
     board: Any
-    num_threads: int
 
 
-def temi_settings(config: TemiConfig, num_clusters: int) -> TemiSettings:
-    """The hyperparameters: what the config gives, else the profile's, else the paper's."""
+def temi_settings(config: TemiConfig, num_clusters: int, num_samples: int, num_workers: int) -> TemiSettings:
+    """The hyperparameters: what the config gives, else the profile's, else the paper's.
+
+    A pool smaller than a batch is one batch, as far as the workers can share it evenly. Raises ConfigError for a batch
+    that they cannot.
+    """
     profile = CPU_PROFILE if config.profile == "cpu" else {}
     names = {spec.name for spec in dataclasses.fields(TemiSettings)} - {"num_clusters"}
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     chosen = {**profile, **given}
     chosen["pca_dim"] = chosen.get("pca_dim") or None
-    return TemiSettings(num_clusters=num_clusters, **chosen)
+    settings = TemiSettings(num_clusters=num_clusters, **chosen)
+    check_temi_workers(settings.batch_size, num_workers)
+    largest = max(1, num_samples // num_workers) * num_workers
+    return dataclasses.replace(settings, batch_size=min(settings.batch_size, largest))
 
 
-def run_temi(config: Config, run_dir: RunDir, num_clusters: int) -> dict[str, Any]:
+def run_temi(config: Config, run_dir: RunDir, num_clusters: int, num_samples: int) -> dict[str, Any]:
     """Train the heads and write the labels of the one with the lowest loss. Returns its losses and agreement.
 
     Raises CollapseError when nearly all samples end in one cluster, RuntimeError when training gives up.
     """
-    settings = temi_settings(config.cluster.temi, num_clusters)
+    temi = config.cluster.temi
     device = resolve_device(config.cluster.device, "cluster.device")
-    num_workers = config.cluster.temi.num_workers or (num_gpus() if device == "cuda" else 1)
-    cpus = 1 if device == "cuda" else max(1, num_cpus() // num_workers)
+    num_workers = temi.num_workers or (num_gpus() if device == "cuda" else 1)
+    settings = temi_settings(temi, num_clusters, num_samples, num_workers)
     data = _load(run_dir, settings.pca_dim, config.seed)
-    total = settings.num_epochs * steps_per_epoch(int(get_result(_count.remote(data))), settings)
+    total = settings.num_epochs * steps_per_epoch(num_samples, settings)
     with Progress("cluster", total, "TEMI steps") as progress, remote_progress(progress) as board:
-        precision = config.cluster.temi.precision
-        precision = precision if precision != "auto" else "bf16" if device == "cuda" else "fp32"
-        job = _Job(settings, precision, config.seed, run_dir, [data], board, cpus)
-        _fit(job, num_workers, cpus, config.cluster.temi.max_failures, use_gpu=device == "cuda")
-    figures = json.loads(filesystem.read_bytes(run_dir.path("cluster", CHECKPOINTS_DIR, "result.json")))
+        job = _Job(settings, temi.precision, config.seed, run_dir, [data], board)
+        cpus = 1 if device == "cuda" else max(1, num_cpus() // num_workers)
+        workers = (num_workers, num_workers)
+        group = WorkerGroup(
+            run_dir.path("cluster"), CHECKPOINTS_DIR, workers, cpus, device == "cuda", temi.max_failures
+        )
+        run_workers(group, _train_heads, job)
+    figures = json.loads(filesystem.read_bytes(run_dir.path("cluster", CHECKPOINTS_DIR, RESULT_FILE)))
     check_collapse(np.array(figures["sizes"]))
     return figures
 
@@ -126,39 +128,8 @@ def _join(
     return sample_ids, np.concatenate([project(part[1], mean, components) for part in parts]), neighbors
 
 
-@ray.remote(num_cpus=0)
-def _count(data: tuple[np.ndarray, np.ndarray, np.ndarray]) -> int:
-    return len(data[0])
-
-
-def _fit(job: _Job, num_workers: int, cpus: int, max_failures: int, use_gpu: bool) -> None:
-    trainer = TorchTrainer(
-        _train_worker,
-        train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=num_workers,
-            use_gpu=use_gpu,
-            resources_per_worker={"CPU": cpus, **({"GPU": 1} if use_gpu else {})},
-        ),
-        run_config=ray.train.RunConfig(
-            name=CHECKPOINTS_DIR,
-            storage_path=job.run_dir.path("cluster"),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-            failure_config=ray.train.FailureConfig(max_failures=max_failures),
-        ),
-    )
-    try:
-        call_interruptibly(trainer.fit)
-    except ray.train.WorkerGroupError as error:
-        cause = next(iter(error.worker_failures.values()))
-        raise RuntimeError(f"TEMI gave up after {max_failures} retries: {cause}") from error
-
-
-def _train_worker(loop_config: dict[str, _Job]) -> None:
-    """The training loop of one worker."""
-    job = loop_config["job"]
-    torch.set_num_threads(job.num_threads)
+def _train_heads(job: _Job) -> None:
+    """One worker of the group: the epochs that are left, and the result."""
     device = ray.train.torch.get_device()
     sample_ids, embeddings, neighbors = ray.get(job.data[0])
     num_steps = steps_per_epoch(len(embeddings), job.settings)
@@ -168,7 +139,7 @@ def _train_worker(loop_config: dict[str, _Job]) -> None:
         num_steps,
         job.seed,
         device=device,
-        autocast_dtype=_DTYPES[job.precision],
+        autocast_dtype=AUTOCAST_DTYPES[resolve_precision(job.precision, device)],
         process_group=distributed.group.WORLD if ray.train.get_context().get_world_size() > 1 else None,
     )
     rows = torch.from_numpy(embeddings.copy()).to(device) if device.type == "cuda" else embeddings
@@ -223,7 +194,7 @@ def _write_result(
         "head_agreement": agreement.tolist(),
         "sizes": np.bincount(labels, minlength=job.settings.num_clusters).tolist(),
     }
-    path = job.run_dir.path("cluster", CHECKPOINTS_DIR, "result.json")
+    path = job.run_dir.path("cluster", CHECKPOINTS_DIR, RESULT_FILE)
     filesystem.write_bytes(path, json.dumps(result).encode())
 
 

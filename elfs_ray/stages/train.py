@@ -4,32 +4,30 @@ Reads   clusters/pseudo_labels, proxy_images/
 Writes  dynamics/epoch=NNN/ (one file a worker), train/history/ (one file an epoch), train/checkpoints/,
         train/reading.txt (how images are read, chosen once)
 
-Ray Train (V2) runs the workers (train_worker.py), DDP (gloo or NCCL) joins them. An epoch's records are written before
-its checkpoint is reported, so a checkpoint means that its epoch's are on disk; an epoch that is trained again
-overwrites its files. Every random choice is a function of the seed, the epoch and the sample, so a resumed run equals
-an undisturbed one of as many workers.
+Ray Train runs the workers (worker_group.py, train_worker.py), DDP (gloo or NCCL) joins them. An epoch's records are
+written before its checkpoint is reported, so a checkpoint means that its epoch's are on disk; an epoch that is trained
+again overwrites its files. Every random choice is a function of the seed, the epoch and the sample, so a resumed run
+equals an undisturbed one of as many workers.
 """
 
 import json
 from typing import Any
 
 import ray
-import ray.train
-from ray.train.torch import TorchConfig, TorchTrainer
 
 from elfs_ray.config import Config, worker_range
 from elfs_ray.progress import Progress
-from elfs_ray.ray_runtime import call_interruptibly, num_cpus, num_gpus, remote_progress, resolve_device
+from elfs_ray.ray_runtime import num_cpus, num_gpus, remote_progress, resolve_device
 from elfs_ray.stages.proxy_reader import load_images, read_pool
 from elfs_ray.stages.proxy_reader_streamed import scan_chunks
-from elfs_ray.stages.train_worker import FAILURE_FILE, RANKING, WorkerJob, history_file, train_worker
+from elfs_ray.stages.train_worker import RANKING, WorkerJob, history_file, train_worker
+from elfs_ray.stages.worker_group import WorkerGroup, run_workers
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
 CHECKPOINTS_DIR = "checkpoints"
 READING_FILE = "reading.txt"
 MAX_STORE_SHARE = 0.25  # of a node's object store; while they are joined, decoded images take twice their place
-RESIZE_INTERVAL_S = 60.0  # between looks at whether an elastic group could have another size
 
 
 def run_train(config: Config, run_dir: RunDir) -> dict[str, Any]:
@@ -56,9 +54,12 @@ def run_train(config: Config, run_dir: RunDir) -> dict[str, Any]:
             run_dir=run_dir,
             data=data,
             board=board,
-            num_threads=cpus,
+            num_decoders=cpus,
         )
-        _fit(job, limits, use_gpu=device == "cuda")
+        group = WorkerGroup(
+            run_dir.path("train"), CHECKPOINTS_DIR, limits, cpus, device == "cuda", config.train.max_failures
+        )
+        run_workers(group, train_worker, job)
     history = _finished_history(config, run_dir)
     return {
         "rows": num_samples,
@@ -91,39 +92,6 @@ def _load_data(config: Config, run_dir: RunDir, reading: str) -> list[ray.Object
         return [ray.put(pool), ray.put(chunks)]
     image_ids, images = load_images(run_dir, config.embed.proxy_image_size)
     return [ray.put(read_pool(run_dir, image_ids)[0]), images]
-
-
-def _fit(job: WorkerJob, limits: tuple[int, int], use_gpu: bool) -> None:
-    scaling: dict[str, Any] = {  # a type checker sees the older ScalingConfig, which knows no ranges
-        "num_workers": limits[0] if limits[0] == limits[1] else limits,
-        "elastic_resize_monitor_interval_s": RESIZE_INTERVAL_S,
-    }
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            use_gpu=use_gpu,
-            resources_per_worker={"CPU": job.num_threads, **({"GPU": 1} if use_gpu else {})},
-            **scaling,
-        ),
-        run_config=ray.train.RunConfig(
-            name=CHECKPOINTS_DIR,
-            storage_path=job.run_dir.path("train"),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-            failure_config=ray.train.FailureConfig(max_failures=job.config.max_failures),
-        ),
-    )
-    failure = job.run_dir.path("train", FAILURE_FILE)
-    filesystem.delete(failure)
-    try:
-        call_interruptibly(trainer.fit)
-    except ray.train.WorkerGroupError as error:
-        if not filesystem.exists(failure):
-            cause = "; ".join(dict.fromkeys(str(cause) for cause in error.worker_failures.values()))
-            raise RuntimeError(f"training gave up after {job.config.max_failures} retries: {cause}") from error
-    if filesystem.exists(failure):
-        raise RuntimeError(f"training stopped: {filesystem.read_bytes(failure).decode()}")
 
 
 def _finished_history(config: Config, run_dir: RunDir) -> list[dict[str, float]]:

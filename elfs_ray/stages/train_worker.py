@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,10 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 from elfs_ray.config import TrainConfig, scaled_lr
 from elfs_ray.methods.dynamics import BatchPlan, DynamicsRecorder, RankingMonitor
 from elfs_ray.methods.hashing import hash_uint64
+from elfs_ray.methods.precision import resolve_precision
 from elfs_ray.methods.proxy_models import build_proxy_model
 from elfs_ray.methods.sgd_training import (
     LossMonitor,
-    Precision,
     cosine_lr,
     forward_backward,
     make_grad_scaler,
@@ -40,7 +40,6 @@ from elfs_ray.storage.run_dir import RunDir
 
 HISTORY_DIR = "history"
 STATE_FILE = "state.pt"
-FAILURE_FILE = "failure.txt"
 REPORT_INTERVAL_S = 0.5
 RANKING = "rank_correlation"
 _GAUGES = ("epoch", "loss", "accuracy", "images_per_s", "data_wait_share", "recorder_share")
@@ -63,7 +62,7 @@ class WorkerJob:
     run_dir: RunDir
     data: list[Any]
     board: Any
-    num_threads: int
+    num_decoders: int
 
     @property
     def size(self) -> int:
@@ -71,34 +70,14 @@ class WorkerJob:
         return self.config.image_size or self.proxy_size
 
 
-def train_worker(loop_config: dict[str, WorkerJob]) -> None:
-    """One worker: trains, or ends at once where an earlier try failed in a way that this one would, too.
-
-    Ray Train starts the group again after any exception and has none that it takes for final. So the first worker to
-    meet a final one leaves its message in a file, and the group that is started again returns without training.
-    """
-    job = loop_config["job"]
-    failure = job.run_dir.path("train", FAILURE_FILE)
-    if filesystem.exists(failure):
-        return
-    try:
-        torch.set_num_threads(job.num_threads)
-        Worker(job).train()
-    except (FloatingPointError, ValueError) as error:
-        filesystem.write_bytes(failure, str(error).encode())
-        raise
+def train_worker(job: WorkerJob) -> None:
+    """One worker of the group: every epoch that is left."""
+    Worker(job).train()
 
 
 def init_seed(seed: int) -> int:
     """The seed of torch's generator from which the network's weights come."""
     return int(hash_uint64(seed, _INIT_STREAM)) >> 1
-
-
-def precision_on(config: TrainConfig, device: torch.device) -> Precision:
-    """The precision that the config asks for on a device."""
-    if config.precision == "auto":
-        return "bf16" if device.type == "cuda" else "fp32"
-    return cast(Precision, config.precision)
 
 
 class StepClock:
@@ -161,7 +140,7 @@ class Worker:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
-        self.precision = precision_on(self.config, self.device)
+        self.precision = resolve_precision(self.config.precision, self.device)
 
         pool, images = ray.get(job.data)
         self.sample_ids = pool.sample_ids
@@ -193,7 +172,7 @@ class Worker:
                 self.plan,
                 self.device,
                 proxy_size=self.job.proxy_size,
-                num_decoders=self.job.num_threads,
+                num_decoders=self.job.num_decoders,
             )
         return InMemoryReader(pool, images, augmenter, self.plan, self.device)
 

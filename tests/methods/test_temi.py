@@ -16,21 +16,16 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 
 from elfs_ray.methods.clustering_metrics import contingency_table, matched_accuracy
-from elfs_ray.methods.temi import (
-    CPU_PROFILE,
+from elfs_ray.methods.pca import fit_pca, project
+from elfs_ray.methods.temi import CPU_PROFILE, TemiHeads, TemiSettings, cluster_log_probs, temi_loss
+from elfs_ray.methods.temi_training import (
     CollapseError,
-    TemiHeads,
-    TemiSettings,
     TemiTrainer,
     check_collapse,
-    cluster_log_probs,
     draw_neighbors,
     epoch_batches,
-    fit_pca,
     pick_head,
-    project,
     steps_per_epoch,
-    temi_loss,
     train_epoch,
     update_marginal,
     update_teacher,

@@ -9,7 +9,7 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 
-from elfs_ray.stages import train
+from elfs_ray.stages import train, worker_group
 from elfs_ray.storage.run_dir import RunDir
 from tests.tables import digits_config
 
@@ -20,7 +20,7 @@ NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
 def main(folder: Path) -> None:
     cluster = Cluster(initialize_head=True, head_node_args=NODE)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    train.RESIZE_INTERVAL_S = RESIZE_INTERVAL_S
+    worker_group.RESIZE_INTERVAL_S = RESIZE_INTERVAL_S
     config = digits_config(
         folder, "train.num_workers=1-2", "train.cpus_per_worker=1", "train.epochs=80", "train.batch_size=16"
     )

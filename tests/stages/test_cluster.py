@@ -13,8 +13,10 @@ import ray
 from ray import cloudpickle
 from sklearn.cluster import KMeans
 
+from elfs_ray.config import ConfigError
 from elfs_ray.methods.clustering_metrics import contingency_table, matched_accuracy
 from elfs_ray.stages import cluster, cluster_neighbors, cluster_shards, cluster_temi
+from elfs_ray.stages.cluster_temi import temi_settings
 from elfs_ray.storage.run_dir import RunDir
 from tests.tables import contents, digit_images, digits_config, write_embedded
 
@@ -145,6 +147,15 @@ def test_the_inverted_file_finds_the_share_of_neighbours_that_was_asked_for(ray_
         pairs.append(np.stack(table["neighbor_ids"].to_numpy()))
     share = np.mean([len(np.intersect1d(a, b)) / 7 for a, b in zip(*pairs, strict=True)])
     assert figures["neighbors"]["recall"] >= 0.9 and share >= 0.85
+
+
+def test_a_pool_smaller_than_a_batch_of_temi_is_one_batch_that_its_workers_share():
+    config = digits_config("/run").cluster.temi
+    assert temi_settings(config, 10, num_samples=200, num_workers=1).batch_size == 200
+    assert temi_settings(config, 10, num_samples=203, num_workers=4).batch_size == 200
+    assert temi_settings(config, 10, num_samples=5000, num_workers=4).batch_size == 1024
+    with pytest.raises(ConfigError, match=r"batch_size=1024 .* give a multiple of 3"):
+        temi_settings(config, 10, num_samples=5000, num_workers=3)
 
 
 @pytest.mark.slow

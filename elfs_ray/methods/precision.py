@@ -1,0 +1,15 @@
+"""The precision of matrix products in training: what a config may ask for, and what torch's autocast takes for it."""
+
+from typing import Literal, cast
+
+import torch
+
+Precision = Literal["fp32", "bf16", "fp16"]
+AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_precision(precision: str, device: torch.device) -> Precision:
+    """auto, fp32, bf16 or fp16 on a device: auto is bf16 on GPUs and fp32 on CPUs."""
+    if precision == "auto":
+        return "bf16" if device.type == "cuda" else "fp32"
+    return cast(Precision, precision)
