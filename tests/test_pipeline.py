@@ -55,13 +55,21 @@ def overrides(pool: Path, run_dir: Path, *more: str) -> list[str]:
 
 
 def run(pool: Path, run_dir: Path, *more: str) -> RunDir:
-    return elfs_ray.run(load_config(None, overrides(pool, run_dir, *more)))
+    return elfs_ray.run(load_config(JOB.with_suffix(".yaml"), overrides(pool, run_dir, *more)))
 
 
 @pytest.fixture(scope="module")
 def finished(ray_cluster, pool, tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("finished")
     run(pool, run_dir)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def labelled(ray_cluster, pool, tmp_path_factory) -> Path:
+    """As `finished`, of the same pool with the labels that its folders are."""
+    run_dir = tmp_path_factory.mktemp("labelled")
+    run(pool, run_dir, "pool.label=folder")
     return run_dir
 
 
@@ -102,16 +110,22 @@ def test_a_key_that_decides_nothing_may_change(finished, pool, capsys):
     assert "nothing to do" in capsys.readouterr().err
 
 
-def test_a_changed_key_reruns_only_what_depends_on_it_when_told_to(ray_cluster, pool, tmp_path, capsys):
-    run(pool, tmp_path)
-    kept = contents(tmp_path, "index", "embeddings", "clusters", "dynamics")
-    first_coreset = contents(tmp_path, "coreset")
-    run(pool, tmp_path, "select.hard_fraction=0.5", "on_change=rerun")
+def test_labels_change_nothing_but_the_label_column(finished, labelled):
+    labels = pq.ParquetDataset(RunDir(labelled).table_files("index")).read()["label"].to_pylist()
+    assert set(labels) == set(range(10))
+    tables = [table for table in TABLES if table != "index"]
+    assert contents(labelled, *tables) == contents(finished, *tables)
+
+
+def test_a_changed_key_reruns_only_what_depends_on_it_when_told_to(labelled, pool, capsys):
+    kept = contents(labelled, "index", "embeddings", "clusters", "dynamics")
+    first_coreset = contents(labelled, "coreset")
+    run(pool, labelled, "pool.label=folder", "select.hard_fraction=0.5", "on_change=rerun")
     said = capsys.readouterr().err
     assert "train     complete, skipped" in said
     assert "select    made with another config: its tables scores, coreset are replaced" in said
-    assert contents(tmp_path, "index", "embeddings", "clusters", "dynamics") == kept
-    assert contents(tmp_path, "coreset") != first_coreset
+    assert contents(labelled, "index", "embeddings", "clusters", "dynamics") == kept
+    assert contents(labelled, "coreset") != first_coreset
 
 
 def test_an_unfinished_stage_is_not_continued_with_another_config(ray_cluster, pool, tmp_path):
@@ -145,17 +159,9 @@ def test_an_empty_pool_is_refused(tmp_path):
         run(tmp_path / "empty", tmp_path / "run")
 
 
-def test_labels_change_nothing_but_the_label_column(finished, pool, ray_cluster, tmp_path):
-    run(pool, tmp_path, "pool.label=folder")
-    labels = pq.ParquetDataset(RunDir(tmp_path).table_files("index")).read()["label"].to_pylist()
-    assert set(labels) == set(range(10))
-    tables = [table for table in TABLES if table != "index"]
-    assert contents(tmp_path, *tables) == contents(finished, *tables)
-
-
 def test_a_driver_killed_in_training_goes_on_to_the_same_tables(finished, pool, tmp_path):
     """The job runs as users run it, in a process and on a Ray of its own; its whole process group is killed."""
-    command = [sys.executable, str(JOB), *overrides(pool, tmp_path, "ray_address=local", "train.epochs=3")]
+    command = [sys.executable, str(JOB), *overrides(pool, tmp_path, "ray_address=local")]
     environment = {**os.environ, "RAY_ADDRESS": ""}
     with subprocess.Popen(command, start_new_session=True, env=environment, stderr=subprocess.PIPE) as job:
         deadline = time.monotonic() + 200
@@ -164,16 +170,8 @@ def test_a_driver_killed_in_training_goes_on_to_the_same_tables(finished, pool, 
             time.sleep(0.05)
         os.killpg(job.pid, signal.SIGKILL)
     assert not (tmp_path / "train" / "_SUCCESS.json").exists()
-    # The yaml of the job sets the mean and std of CIFAR-10: the reference run is made with the same.
     resumed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
     assert resumed.returncode == 0, resumed.stderr
     assert "train     started before, goes on" in resumed.stderr
     assert "coreset  " in resumed.stdout
-    undisturbed = run_dir_of_undisturbed(pool, tmp_path)
-    assert contents(tmp_path, *TABLES) == contents(undisturbed, *TABLES)
-
-
-def run_dir_of_undisturbed(pool: Path, tmp_path: Path) -> Path:
-    other = tmp_path / "undisturbed"
-    elfs_ray.run(load_config(JOB.with_suffix(".yaml"), overrides(pool, other)))
-    return other
+    assert contents(tmp_path, *TABLES) == contents(finished, *TABLES)

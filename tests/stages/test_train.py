@@ -95,6 +95,7 @@ def test_a_worker_killed_in_mid_epoch_changes_no_byte(undisturbed, tmp_path):
     assert weights(tmp_path) == weights(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("undisturbed", [(2, "memory")], indirect=True, ids=str)
 def test_a_killed_driver_goes_on_to_the_same_bytes(undisturbed, tmp_path):
     folder, overrides, _ = undisturbed
@@ -159,7 +160,7 @@ def test_an_image_that_cannot_be_decoded_while_training_stops_it_with_its_id(ray
 
 def test_training_stops_when_the_ranking_has_settled_and_a_resumed_run_stops_there_too(ray_cluster, tmp_path):
     """The correlation is that of SciPy over the records on disk."""
-    overrides = ("train.epochs=40", "train.num_workers=2", "train.cpus_per_worker=1", "train.early_stop_dynamics=0.98")
+    overrides = ("train.epochs=40", "train.num_workers=1", "train.cpus_per_worker=1", "train.early_stop_dynamics=0.98")
     figures = run(tmp_path, *overrides)
     epochs = figures["epochs"]
     assert 2 < epochs < 40
