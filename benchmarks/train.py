@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import io
 import json
+import resource
 import statistics
 import tempfile
 import time
@@ -44,6 +45,7 @@ from elfs_ray.storage.run_dir import Marker, RunDir
 
 SIZE, NUM_CLASSES, BATCH = 32, 10, 256
 ROWS_PER_FILE, ROWS_PER_CHUNK = 4096, 256
+MEMORY_SAMPLES, SMALL_SIZE = (100_000, 1_000_000), 8
 
 
 def main() -> None:
@@ -58,6 +60,8 @@ def main() -> None:
         _write_pool(run_dir, num_samples)
         _measure_worker(run_dir, rounds=3 if quick else 7, on_gpu=on_gpu)
         _measure_stage(run_dir, num_samples, epochs=3 if quick else 7, on_gpu=on_gpu)
+    if not quick:
+        _measure_memory()
 
 
 def emit(name: str, value: float, unit: str, reference: str, reference_value: float, *, less_is_better: bool = False):
@@ -122,6 +126,45 @@ def _measure_stage(run_dir: RunDir, num_samples: int, epochs: int, on_gpu: bool)
     for num_classes in (10, 1000):
         reference = f"logits of {num_classes} classes"
         emit("dynamics", num_bytes, "bytes a sample and epoch", reference, 4.0 * num_classes, less_is_better=True)
+
+
+def _measure_memory() -> None:
+    """What a worker that streams takes for each further sample, from the peaks of an epoch over two pools."""
+    peaks = {}
+    for num_samples in MEMORY_SAMPLES:
+        with tempfile.TemporaryDirectory() as folder:
+            run_dir = RunDir(folder)
+            _write_small_pool(run_dir, num_samples)
+            pool, chunks = scan_chunks(run_dir)
+            config = _config(run_dir, False, "train.network=small_cnn", "train.batch_size=1024", "train.device=cpu")
+            with Progress("memory", num_samples, "images") as progress, remote_progress(progress) as board:
+                data = [ray.put(pool), ray.put(chunks)]
+                job = WorkerJob(config.train, 0, NUM_CLASSES, SMALL_SIZE, run_dir, data, board, num_decoders=1)
+                TorchTrainer(
+                    _peak_of_an_epoch,
+                    train_loop_config={"job": job, "result": run_dir.path("peak.txt")},
+                    scaling_config=ray.train.ScalingConfig(num_workers=1, resources_per_worker={"CPU": num_cpus()}),
+                    run_config=ray.train.RunConfig(storage_path=run_dir.path("ray_train")),
+                ).fit()
+            peaks[num_samples] = int(filesystem.read_bytes(run_dir.path("peak.txt")))
+    (fewer, low), (more, high) = peaks.items()
+    emit(f"streaming worker's peak, {more:,} samples", high / 2**20, "MiB", f"of {fewer:,} samples", low / 2**20)
+    reference, size = f"decoded images of {SIZE} pixels", 3.0 * SIZE**2
+    emit("streaming worker", (high - low) / (more - fewer), "bytes a sample", reference, size, less_is_better=True)
+
+
+def _peak_of_an_epoch(loop_config: dict[str, Any]) -> None:
+    """Runs in the training worker: the largest resident memory of its process."""
+    _train_epoch(Worker(loop_config["job"]), 0)
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    filesystem.write_bytes(loop_config["result"], str(peak_bytes).encode())
+
+
+def _write_small_pool(run_dir: RunDir, num_samples: int) -> None:
+    """A thousand small images again and again, in files as embed leaves them."""
+    rng = np.random.default_rng(0)
+    files = [_png(coarse, SMALL_SIZE) for coarse in rng.integers(0, 256, (1000, 4, 4, 3), dtype=np.uint8)]
+    _write_tables(run_dir, num_samples, lambda ids: [files[i % 1000] for i in ids.tolist()], rows_per_chunk=4096)
 
 
 def _take_turns(loop_config: dict[str, Any]) -> None:
@@ -288,21 +331,31 @@ def _config(run_dir: RunDir, on_gpu: bool, *overrides: str) -> Config:
 def _write_pool(run_dir: RunDir, num_samples: int) -> None:
     """Smooth random images and labels, as embed and cluster leave them."""
     rng = np.random.default_rng(0)
+
+    def images_of(ids: np.ndarray) -> list[bytes]:
+        return [_png(coarse, SIZE) for coarse in rng.integers(0, 256, (len(ids), 8, 8, 3), dtype=np.uint8)]
+
+    _write_tables(run_dir, num_samples, images_of, ROWS_PER_CHUNK)
+
+
+def _write_tables(
+    run_dir: RunDir, num_samples: int, images_of: Callable[[np.ndarray], list[bytes]], rows_per_chunk: int
+) -> None:
+    rng = np.random.default_rng(1)
     for first in range(0, num_samples, ROWS_PER_FILE):
         ids = np.arange(first, min(first + ROWS_PER_FILE, num_samples))
-        coarse = rng.integers(0, 256, (len(ids), 8, 8, 3), dtype=np.uint8)
         name = schema.range_file(int(ids[0]), int(ids[-1]))
-        table = pa.table([ids, [_png(image) for image in coarse]], schema=schema.PROXY_IMAGES_SCHEMA)
-        filesystem.write_table(run_dir.path(schema.PROXY_IMAGES, name), table, ROWS_PER_CHUNK)
+        table = pa.table([ids, images_of(ids)], schema=schema.PROXY_IMAGES_SCHEMA)
+        filesystem.write_table(run_dir.path(schema.PROXY_IMAGES, name), table, rows_per_chunk)
         labels = [ids, rng.integers(0, NUM_CLASSES, len(ids), dtype=np.int32), np.zeros(len(ids), np.float32)]
         table = pa.table(labels, schema=schema.PSEUDO_LABELS_SCHEMA)
         filesystem.write_table(run_dir.path(schema.CLUSTERS, schema.PSEUDO_LABELS_DIR, name), table)
     run_dir.mark_complete(Marker("cluster", {}, {}, {"rows": num_samples, "num_clusters": NUM_CLASSES}))
 
 
-def _png(coarse: np.ndarray) -> bytes:
+def _png(coarse: np.ndarray, size: int) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(coarse).resize((SIZE, SIZE), Image.Resampling.BICUBIC).save(buffer, "PNG", compress_level=1)
+    Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 

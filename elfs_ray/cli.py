@@ -2,11 +2,11 @@
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from elfs_ray.config import Config, ConfigError, describe_keys, load_config
-from elfs_ray.progress import say
+from elfs_ray.progress import count, say
 from elfs_ray.storage import schema
 from elfs_ray.storage.run_dir import RunDir
 
@@ -19,16 +19,17 @@ def run_job(description: str, yaml_path: str | Path, arguments: list[str] | None
     0 done, 2 for a config that cannot be run (one message, no work begun), 1 for a failure in a stage, 130 for Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    if "--help" in arguments or "-h" in arguments:
-        print(help_text(description, yaml_path))
-        return EXIT_OK
-    return report_errors(lambda: _run(yaml_path, arguments))
+    return report_errors(lambda: _run(description, yaml_path, arguments))
 
 
-def report_errors(job) -> int:
+def report_errors(job: Callable[[], None]) -> int:
     """Call `job`; turn what it raises into a message and an exit code."""
     try:
         job()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Who read the output has seen enough, as `head` does. Python's own flush at exit would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ConfigError as error:
         say(f"error: {error}")
         return EXIT_BAD_CONFIG
@@ -46,24 +47,41 @@ def report_errors(job) -> int:
     return EXIT_OK
 
 
-def _run(yaml_path: str | Path, arguments: list[str]) -> None:
-    options = [argument for argument in arguments if argument.startswith("-")]
-    check_options(options)
-    config = load_config(yaml_path, [argument for argument in arguments if argument not in options])
+def _run(description: str, yaml_path: str | Path, arguments: list[str]) -> None:
+    if asks_for_help(arguments):
+        print(help_text(description, yaml_path))
+        return
+    options, overrides = split_arguments(arguments)
+    config = load_config(yaml_path, overrides)
+    if options:
+        from elfs_ray.plan import describe_plan
+
+        print(describe_plan(config))
+        return
     from elfs_ray import pipeline
 
-    if options:
-        print(pipeline.describe_plan(config))
-        return
     run_dir = pipeline.run(config)
     print(closing_lines(config, run_dir))
 
 
-def check_options(options: Iterable[str]) -> None:
-    """Raises ConfigError for an option that no job has."""
-    unknown = set(options) - {"--dry-run"}
+def asks_for_help(arguments: Iterable[str]) -> bool:
+    """Whether --help or -h is among the arguments."""
+    return not {"--help", "-h"}.isdisjoint(arguments)
+
+
+def split_arguments(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
+    """(options, overrides): --dry-run or nothing, and the rest. Raises ConfigError for an option that no job has."""
+    arguments = list(arguments)
+    options = [argument for argument in arguments if argument.startswith("-")]
+    unknown = sorted(set(options) - {"--dry-run"})
     if unknown:
-        raise ConfigError(f"unknown option {' '.join(sorted(unknown))}: there are --help, --dry-run and key=value")
+        raise ConfigError(f"unknown option {' '.join(unknown)}: there are --help, --dry-run and key=value")
+    return options, [argument for argument in arguments if argument not in options]
+
+
+def coreset_line(run_dir: RunDir, table: str, num_rows: int) -> str:
+    """Where a coreset's list is."""
+    return f"coreset  {run_dir.path(schema.coreset_text_file(table))}  ({count(num_rows, 'image')})"
 
 
 def closing_lines(config: Config, run_dir: RunDir) -> str:
@@ -71,7 +89,7 @@ def closing_lines(config: Config, run_dir: RunDir) -> str:
     lines = []
     if run_dir.success_marker("select"):
         for table, figures in run_dir.figures("select")["coresets"].items():
-            lines.append(f"coreset  {run_dir.path(schema.coreset_text_file(table))}  ({figures['rows']:,} images)")
+            lines.append(coreset_line(run_dir, table, figures["rows"]))
     if run_dir.success_marker("report"):
         lines.append(f"report   {run_dir.path(schema.REPORT_FILE)}")
     return "\n".join(lines) or f"complete up to {config.until} in {run_dir.uri}"

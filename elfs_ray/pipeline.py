@@ -5,7 +5,6 @@
 No science here: a stage is a function of (config, run_dir) that reads tables and writes its own.
 """
 
-import math
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from elfs_ray.config import STAGE_NAMES, USES_HARD_FRACTION, Config, ConfigError, check_against_pool, deciding_keys
+from elfs_ray.config import STAGE_NAMES, Config, ConfigError, check_against_pool, deciding_keys
 from elfs_ray.progress import format_duration, say
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.pool import PoolColumns, count_unit, find_units
@@ -107,7 +106,6 @@ def evaluate(config: Config) -> Mapping[str, Any]:
 
 def check(config: Config, run_dir: RunDir) -> list[PlannedStage]:
     """Check all that can be known before work starts; the plan. Raises ConfigError."""
-    from elfs_ray.methods.encoders import check_encoder
     from elfs_ray.methods.proxy_models import PROXY_MODELS
 
     plan = make_plan(config, run_dir)
@@ -115,7 +113,7 @@ def check(config: Config, run_dir: RunDir) -> list[PlannedStage]:
     actions = {planned.stage.name: planned.action for planned in plan}
     try:
         if actions.get("embed", "done") != "done":
-            check_encoder(config.embed.encoder, config.embed.weights, config.embed.weights_sha256)
+            _check_encoder(config)
         if config.train.network not in PROXY_MODELS:
             raise ConfigError(f"train.network={config.train.network!r}: needed is one of {', '.join(PROXY_MODELS)}")
         check_against_pool(config, count_pool(config, run_dir)[0])
@@ -126,58 +124,15 @@ def check(config: Config, run_dir: RunDir) -> list[PlannedStage]:
     return plan
 
 
-def describe_plan(config: Config) -> str:
-    """What `run` would do, with counts and resources, after the same checks. Raises ConfigError."""
-    run_dir = RunDir(config.run_dir)
-    plan = check(config, run_dir)
-    num_samples, exact = count_pool(config, run_dir)
-    about = "" if exact else "about "
-    lines = [
-        f"pool      {about}{num_samples:,} images in {config.pool.uri}",
-        *_describe_budgets(config, num_samples, about),
-        f"run_dir   {run_dir.uri}",
-        "",
-    ]
-    for planned in plan:
-        lines.append(f"{planned.stage.name:<9} {planned.action:<9} {_work(planned.stage.name, config, num_samples)}")
-        lines.extend(f"{'':<20}{line}" for line in planned.differences)
-    return "\n".join(lines)
+def _check_encoder(config: Config) -> None:
+    from elfs_ray.methods.encoders import check_encoder
 
-
-def _describe_budgets(config: Config, num_samples: int, about: str) -> list[str]:
-    """A line for each coreset."""
-    from elfs_ray.methods.pruning import budget_count, window_start
-
-    lines = []
-    for budget, hard_fraction in zip(config.budgets, config.hard_fractions, strict=True):
-        kept = budget_count(budget, num_samples)
-        line = f"budget    {about}{kept:,} images ({kept / num_samples:.2%})"
-        if config.select.method in USES_HARD_FRACTION:
-            hard = window_start(num_samples, kept, hard_fraction)
-            line += f", after the {about}{hard:,} hardest are dropped"
-        lines.append(line)
-    return lines
-
-
-def _work(stage: str, config: Config, num_samples: int) -> str:
-    """One line on what a stage does and asks for."""
-    embed, cluster, train = config.embed, config.cluster, config.train
-
-    def workers(num_workers: int | str | None, device: str) -> str:
-        return f"{num_workers} on {device}" if num_workers else f"as many as the cluster has devices ({device})"
-
-    return {
-        "index": "list the pool; CPU tasks",
-        "embed": f"{embed.encoder}, proxy copies of {embed.proxy_image_size} pixels; CPU tasks decode; "
-        f"encoders: {workers(embed.num_workers, embed.device)}",
-        "cluster": f"{cluster.method}, {cluster.num_clusters} clusters, {cluster.num_tries} tries of up to "
-        f"{cluster.max_iterations} iterations; workers: {workers(cluster.num_workers, cluster.device)}",
-        "train": f"{train.network}, {train.epochs} epochs of {math.ceil(num_samples / train.batch_size):,} steps; "
-        f"workers: {workers(train.num_workers, train.device)}",
-        "select": f"{config.select.method} by {config.select.score}"
-        f"{', balanced over pseudo-labels' if config.select.balance else ''}; CPU tasks",
-        "report": f"{schema.REPORT_FILE} and {schema.METRICS_FILE}; the driver",
-    }[stage]
+    embed = config.embed
+    try:
+        check_encoder(embed.encoder, embed.weights, embed.weights_sha256)
+    except ValueError as error:
+        given = f"embed.encoder={embed.encoder}" + (f", embed.weights={embed.weights}" if embed.weights else "")
+        raise ConfigError(f"{given}: {error}") from error
 
 
 def make_plan(config: Config, run_dir: RunDir) -> list[PlannedStage]:

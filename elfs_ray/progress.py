@@ -22,6 +22,7 @@ class Progress:
         self._in_terminal = sys.stderr.isatty()
         self._start_s = self._printed_s = time.monotonic()
         self._rated_from_s: float | None = None
+        self._printed: tuple[int, str] | None = None
 
     def advance(self, amount: int, note: str = "") -> None:
         """Count `amount` more as done; `note` is shown behind the figures from now on."""
@@ -43,9 +44,9 @@ class Progress:
     def __exit__(
         self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
+        if error is None and (self._in_terminal or self._printed != (self._done, self._note)):
             self._print(end="\n")
-        elif self._in_terminal:
+        elif error is not None and self._in_terminal:
             sys.stderr.write("\n")
 
     def _rate(self) -> float:
@@ -57,6 +58,7 @@ class Progress:
 
     def _print(self, end: str) -> None:
         self._printed_s = time.monotonic()
+        self._printed = (self._done, self._note)
         rate = self._rate()
         share = self._done / self._total if self._total else 1.0
         line = f"{self._name:<9}{self._done:>11,}/{self._total:,} {self._unit} {share:>4.0%}"
@@ -84,6 +86,11 @@ def format_duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def count(number: int, noun: str, nouns: str | None = None) -> str:
+    """1 image, 2,000 images."""
+    return f"{number:,} {noun if number == 1 else nouns or noun + 's'}"
 
 
 def _format_rate(rate: float) -> str:

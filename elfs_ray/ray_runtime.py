@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -38,6 +39,45 @@ def connect(address: str | None, *, show_worker_logs: bool = False, **init_optio
     )
 
 
+@dataclass(frozen=True)
+class Devices:
+    """What stages can run on, and `where` that is, for people."""
+
+    num_cpus: int
+    num_gpus: int
+    where: str
+
+    def resolve(self, device: str, key: str) -> str:
+        """cpu or cuda for a config value of auto, cpu or cuda. Raises ConfigError for a GPU where there is none."""
+        if device == "cuda" and self.num_gpus == 0:
+            raise ConfigError(f"{key}=cuda, but there is no GPU {self.where}: add one, or set {key}=cpu")
+        if device == "auto":
+            return "cuda" if self.num_gpus > 0 else "cpu"
+        return device
+
+
+def find_devices(address: str | None) -> Devices:
+    """The devices that a run would find now: those of the Ray cluster it would use, else of this machine.
+
+    Starts nothing. Raises ConfigError where no cluster answers at an address that was given.
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address != "local":
+        try:
+            connect(address or "auto")
+            return _devices_of_cluster()
+        except ConnectionError as error:
+            if address not in (None, "auto"):
+                raise ConfigError(f"no Ray cluster answers at ray_address={address}: {error}") from error
+    import torch
+
+    return Devices(len(os.sched_getaffinity(0)), torch.cuda.device_count(), "of this machine")
+
+
+def _devices_of_cluster() -> Devices:
+    return Devices(num_cpus(), num_gpus(), "that the Ray cluster has now")
+
+
 def num_cpus() -> int:
     """CPUs that the cluster has now, at least 1."""
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
@@ -49,12 +89,8 @@ def num_gpus() -> int:
 
 
 def resolve_device(device: str, key: str) -> str:
-    """cpu or cuda for a config value of auto, cpu or cuda. Raises ConfigError where a GPU is asked for and none is."""
-    if device == "cuda" and num_gpus() == 0:
-        raise ConfigError(f"{key}=cuda, but the Ray cluster has no GPU: add a GPU node or set {key}=cpu")
-    if device == "auto":
-        return "cuda" if num_gpus() > 0 else "cpu"
-    return device
+    """`Devices.resolve` on what the cluster has now."""
+    return _devices_of_cluster().resolve(device, key)
 
 
 def run_tasks(

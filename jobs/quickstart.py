@@ -13,8 +13,9 @@ import pyarrow as pa
 from PIL import Image
 
 from elfs_ray import pipeline
-from elfs_ray.cli import check_options, closing_lines, help_text, report_errors
+from elfs_ray.cli import asks_for_help, closing_lines, help_text, report_errors, split_arguments
 from elfs_ray.config import load_config
+from elfs_ray.plan import describe_plan
 from elfs_ray.progress import say
 from elfs_ray.stages.evaluate import format_results
 from elfs_ray.storage import filesystem
@@ -43,14 +44,16 @@ def _png(pixels: np.ndarray) -> bytes:
 
 
 def main() -> None:
-    options = [argument for argument in sys.argv[1:] if argument.startswith("-")]
-    check_options(options)
-    config = load_config(YAML, [argument for argument in sys.argv[1:] if argument not in options])
+    if asks_for_help(sys.argv[1:]):
+        print(help_text(str(__doc__), YAML))
+        return
+    options, overrides = split_arguments(sys.argv[1:])
+    config = load_config(YAML, overrides)
     if not Path(config.pool.uri).exists():
         say(f"writing 5,000 digits to {Path(config.pool.uri).parent}")
         write_digits(Path(config.pool.uri).parent)
     if options:
-        print(pipeline.describe_plan(config))
+        print(describe_plan(config))
         return
     figures = pipeline.evaluate(config)
     print(format_results(figures))
@@ -58,7 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(help_text(__doc__, YAML))
-        sys.exit(0)
     sys.exit(report_errors(main))

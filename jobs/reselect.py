@@ -7,9 +7,8 @@ had it. Example: python jobs/reselect.py run_dir=runs/quickstart name=el2n selec
 import sys
 
 from elfs_ray import reselect
-from elfs_ray.cli import EXIT_OK, check_options, report_errors
+from elfs_ray.cli import asks_for_help, coreset_line, report_errors, split_arguments
 from elfs_ray.config import describe_keys
-from elfs_ray.storage import schema
 from elfs_ray.storage.run_dir import RunDir
 
 
@@ -25,20 +24,18 @@ def help_text() -> str:
 
 
 def main(arguments: list[str]) -> None:
-    options = {argument for argument in arguments if argument.startswith("-")}
-    check_options(options)
-    config, table = reselect.load([argument for argument in arguments if argument not in options])
+    if asks_for_help(arguments):
+        print(help_text())
+        return
+    options, overrides = split_arguments(arguments)
+    config, table = reselect.load(overrides)
     if options:
         print(reselect.describe(config, table))
         return
     figures = reselect.run(config, table)
     for own, found in figures["coresets"].items():
-        path = RunDir(config.run_dir).path(schema.coreset_text_file(own))
-        print(f"coreset  {path}  ({found['rows']:,} images)")
+        print(coreset_line(RunDir(config.run_dir), own, found["rows"]))
 
 
 if __name__ == "__main__":
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(help_text())
-        sys.exit(EXIT_OK)
     sys.exit(report_errors(lambda: main(sys.argv[1:])))

@@ -18,8 +18,9 @@ MAY_IMPORT = {
     "ray_runtime": ("config", "progress"),
     "stages": ("config", "methods", "progress", "ray_runtime", "stages", "storage", "version"),
     "pipeline": ("config", "methods", "progress", "ray_runtime", "stages", "storage"),
+    "plan": ("config", "methods", "pipeline", "progress", "ray_runtime", "storage"),
     "reselect": ("config", "methods", "pipeline", "progress", "ray_runtime", "stages", "storage"),
-    "cli": ("config", "pipeline", "progress", "reselect", "storage"),
+    "cli": ("config", "pipeline", "plan", "progress", "reselect", "storage"),
     "__init__": ("config", "pipeline", "version"),
 }
 # Packages that are imported in some places alone.

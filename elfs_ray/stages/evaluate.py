@@ -62,9 +62,10 @@ def format_results(figures: dict[str, Any]) -> str:
     """The table of a complete evaluation, for a person."""
     lines = [f"{'selection':<10} {'images':>8}   {'test accuracy':<16} {'best':<8} seeds"]
     for name, result in figures["selections"].items():
+        spread = f" ± {result['spread']:.1%}" if result["seeds"] > 1 else ""
+        accuracy = f"{result['mean']:.1%}{spread}"
         lines.append(
-            f"{name:<10} {result['num_samples']:>8,}   {result['mean']:.1%} ± {result['spread']:.1%}    "
-            f"{result['best_mean']:.1%}   {result['seeds']}"
+            f"{name:<10} {result['num_samples']:>8,}   {accuracy:<16} {result['best_mean']:<8.1%} {result['seeds']}"
         )
     return "\n".join(lines)
 

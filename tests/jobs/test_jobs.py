@@ -1,5 +1,6 @@
 """Jobs as a person types them: --help, --dry-run, errors and their exit codes."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,9 @@ JOBS = Path(__file__).parent.parent.parent / "jobs"
 PIPELINE_JOBS = ("imagenet", "cifar10", "cifar100", "stl10", "cinic10")
 
 
-def type_job(name: str, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(JOBS / f"{name}.py"), *arguments], capture_output=True, text=True, timeout=100
-    )
+def type_job(name: str, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(JOBS / f"{name}.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, env=env)
 
 
 @pytest.fixture
@@ -48,12 +48,27 @@ def test_help_lists_every_key_with_its_default(name):
 
 
 def test_dry_run_prints_the_plan_and_does_nothing(pool, tmp_path):
-    arguments = [f"pool.uri={pool}", f"run_dir={tmp_path / 'run'}", "embed.encoder=pixels"]
+    arguments = [f"pool.uri={pool}", f"run_dir={tmp_path / 'run'}", "embed.encoder=pixels", "embed.num_workers=2"]
     result = type_job("cifar10", "--dry-run", *arguments)
     assert result.returncode == 0, result.stderr
     assert "40 images" in result.stdout and "resnet18, 200 epochs" in result.stdout
     assert "4 images (10.00%)" in result.stdout
+    assert "2 encoders on CPUs" in result.stdout and "GPU" in result.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_a_gpu_that_is_not_there_is_refused_by_the_dry_run(pool, tmp_path):
+    arguments = [f"pool.uri={pool}", f"run_dir={tmp_path / 'run'}", "embed.encoder=pixels", "ray_address=local"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    result = type_job("cifar10", "--dry-run", "train.device=cuda", *arguments, env=environment)
+    assert result.returncode == 2
+    assert "train.device=cuda, but there is no GPU of this machine" in result.stderr
+
+
+def test_help_that_is_cut_short_by_its_reader_is_no_error():
+    command = f"{sys.executable} {JOBS / 'imagenet.py'} --help | head -1; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=100)
+    assert (result.returncode, result.stderr, result.stdout.count("\n")) == (0, "", 1)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +77,7 @@ def test_dry_run_prints_the_plan_and_does_nothing(pool, tmp_path):
         (["train.epoch=3"], "did you mean train.epochs"),
         (["--fast"], "unknown option --fast"),
         ([], "no value for pool.uri, run_dir"),
+        (["pool.uri=/tmp", "run_dir=/tmp/none", "embed.encoder=swav_resnet50"], "embed.encoder=swav_resnet50: "),
         (["pool.uri=/no/such/place", "run_dir=/tmp/none", "embed.encoder=pixels"], "does not exist"),
     ],
 )

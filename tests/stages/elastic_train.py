@@ -22,7 +22,12 @@ def main(folder: Path) -> None:
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     worker_group.RESIZE_INTERVAL_S = RESIZE_INTERVAL_S
     config = digits_config(
-        folder, "train.num_workers=1-2", "train.cpus_per_worker=1", "train.epochs=80", "train.batch_size=16"
+        folder,
+        "train.num_workers=1-2",
+        "train.cpus_per_worker=1",
+        "train.epochs=80",
+        "train.batch_size=16",
+        "train.max_failures=3",
     )
     # Ray starts nodes from the main thread only.
     training = ThreadPoolExecutor().submit(train.run_train, config, RunDir(str(folder)))

@@ -1,0 +1,80 @@
+"""The plan of a run, for --dry-run: what each stage would do, with counts and what it asks of the cluster."""
+
+import math
+
+from elfs_ray import pipeline
+from elfs_ray.config import USES_HARD_FRACTION, Config, worker_range
+from elfs_ray.progress import count
+from elfs_ray.ray_runtime import Devices, find_devices
+from elfs_ray.storage import schema
+from elfs_ray.storage.run_dir import RunDir
+
+
+def describe_plan(config: Config) -> str:
+    """What `pipeline.run` would do, with counts and resources, after the same checks. Raises ConfigError."""
+    run_dir = RunDir(config.run_dir)
+    plan = pipeline.check(config, run_dir)
+    num_samples, exact = pipeline.count_pool(config, run_dir)
+    devices = find_devices(config.ray_address)
+    about = "" if exact else "about "
+    lines = [
+        f"pool      {about}{count(num_samples, 'image')} in {config.pool.uri}",
+        *_describe_budgets(config, num_samples, about),
+        f"run_dir   {run_dir.uri}",
+        f"devices   {count(devices.num_cpus, 'CPU')} and {count(devices.num_gpus, 'GPU')} {devices.where}",
+        "",
+    ]
+    work = _describe_work(config, num_samples, devices)
+    for planned in plan:
+        lines.append(f"{planned.stage.name:<9} {planned.action:<9} {work[planned.stage.name]}")
+        lines.extend(f"{'':<20}{line}" for line in planned.differences)
+    return "\n".join(lines)
+
+
+def _describe_budgets(config: Config, num_samples: int, about: str) -> list[str]:
+    """A line for each coreset."""
+    from elfs_ray.methods.pruning import budget_count, window_start
+
+    lines = []
+    for budget, hard_fraction in zip(config.budgets, config.hard_fractions, strict=True):
+        kept = budget_count(budget, num_samples)
+        line = f"budget    {about}{count(kept, 'image')} ({kept / num_samples:.2%})"
+        if config.select.method in USES_HARD_FRACTION:
+            hard = window_start(num_samples, kept, hard_fraction)
+            line += f", after the {about}{hard:,} hardest are dropped"
+        lines.append(line)
+    return lines
+
+
+def _describe_work(config: Config, num_samples: int, devices: Devices) -> dict[str, str]:
+    """One line on what each stage does and asks for."""
+    embed, cluster, train = config.embed, config.cluster, config.train
+    one_cpu = (1, 1)
+
+    def workers(noun: str, section: str, device: str, asked: int | str | None, on_cpus: tuple[int, int]) -> str:
+        device = devices.resolve(device, f"{section}.device")
+        fewest, most = worker_range(asked) or ((devices.num_gpus,) * 2 if device == "cuda" else on_cpus)
+        number = count(most, noun) if fewest == most else f"{fewest} to {most} {noun}s"
+        return f"{number} on {'a GPU each' if device == 'cuda' else 'CPUs'}"
+
+    all_cpus = (devices.num_cpus,) * 2
+    clustering = f"{cluster.num_clusters} clusters, {count(cluster.num_tries, 'try', 'tries')} of up to "
+    clustering += f"{count(cluster.max_iterations, 'iteration')}; "
+    clustering += workers("worker", "cluster", cluster.device, cluster.num_workers, all_cpus)
+    if cluster.method == "temi":
+        trained = workers("worker", "cluster", cluster.device, cluster.temi.num_workers, one_cpu)
+        clustering += f"; then TEMI, {cluster.temi.profile} profile, {trained}"
+    if cluster.method == "file":
+        clustering = f"pseudo-labels from {cluster.labels_uri}"
+    return {
+        "index": "list the pool; CPU tasks",
+        "embed": f"{embed.encoder}, proxy copies of {embed.proxy_image_size} pixels; CPU tasks decode; "
+        + workers("encoder", "embed", embed.device, embed.num_workers, all_cpus),
+        "cluster": clustering,
+        "train": f"{train.network}, {count(train.epochs, 'epoch')} of "
+        f"{count(math.ceil(num_samples / train.batch_size), 'step')}; "
+        + workers("worker", "train", train.device, train.num_workers, one_cpu),
+        "select": f"{config.select.method} by {config.select.score}"
+        f"{', balanced over pseudo-labels' if config.select.balance else ''}; CPU tasks",
+        "report": f"{schema.REPORT_FILE} and {schema.METRICS_FILE}; the driver",
+    }
