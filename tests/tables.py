@@ -85,7 +85,7 @@ def write_clustered(run_dir: RunDir, num_samples: int = 1003) -> np.ndarray:
         columns = [own, labels[own].astype(np.int32), np.zeros(len(own), np.float32)]
         table = pa.table(columns, schema=schema.PSEUDO_LABELS_SCHEMA)
         filesystem.write_table(run_dir.path(schema.CLUSTERS, schema.PSEUDO_LABELS_DIR, name), table)
-    mark(run_dir, "cluster", rows=len(embedded), num_clusters=10)
+    mark(run_dir, "cluster", rows=len(embedded), num_clusters=10, method="file")
     return embedded
 
 

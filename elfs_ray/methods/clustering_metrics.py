@@ -35,6 +35,14 @@ def matched_accuracy(table: np.ndarray) -> float:
     return float(table[rows, columns].sum() / _total(table))
 
 
+def purity(table: np.ndarray) -> float:
+    """Share of samples that have the most frequent column of their row: what naming every cluster would get right.
+
+    Unlike matched accuracy it allows several clusters a class; it rises with the number of clusters.
+    """
+    return float(table.max(axis=1).sum() / _total(table))
+
+
 def normalized_mutual_information(table: np.ndarray) -> float:
     """Mutual information over the arithmetic mean of the two entropies, 0 to 1; 1 where both sides have one group."""
     joint = table / _total(table)
@@ -64,19 +72,13 @@ def head_agreement(head_labels: np.ndarray, head: int, num_clusters: int) -> np.
     return np.array([matched_accuracy(table) for table in tables])
 
 
-def cluster_sizes(labels: np.ndarray, num_clusters: int) -> np.ndarray:
-    """Samples in every cluster, (num_clusters,) int64, from (n,) cluster ids; workers' sizes add up."""
-    return np.bincount(labels, minlength=num_clusters)
-
-
-def neighbor_purity(labels: np.ndarray, neighbors: np.ndarray, sample_ids: np.ndarray | None = None) -> float:
+def neighbor_purity(labels: np.ndarray, rows: np.ndarray, neighbors: np.ndarray) -> float:
     """Mean share of a sample's neighbours that have its label.
 
-    `labels` is (n,) and `neighbors` is (n, k) sample ids, self excluded. With `sample_ids` the mean is over those
-    only. Memory: 5·k bytes a sample.
+    `labels` is (n,); `rows` (m,) are positions in it and `neighbors` (m, k) those of their neighbours, self excluded.
+    Memory: 5·k bytes a row.
     """
-    ids = np.arange(len(labels)) if sample_ids is None else sample_ids
-    return float((labels[neighbors[ids]] == labels[ids, None]).mean())
+    return float((labels[neighbors] == labels[rows, None]).mean())
 
 
 def _total(table: np.ndarray) -> int:

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from elfs_ray.config import Config
+from elfs_ray.methods.clustering_metrics import neighbor_purity
 from elfs_ray.methods.kmeans import ESTIMATE_ROWS, KMeansResult, KMeansState, estimate_num_clusters, kmeans
 from elfs_ray.progress import Progress, say
 from elfs_ray.stages.cluster_file import write_external_labels
@@ -146,11 +147,8 @@ def _neighbor_purity(run_dir: RunDir) -> float:
     ids = run_dir.read_column(schema.CLUSTERS, schema.PSEUDO_LABELS_DIR, column=schema.SAMPLE_ID)
     labels = run_dir.read_column(schema.CLUSTERS, schema.PSEUDO_LABELS_DIR, column=schema.PSEUDO_LABEL)
     files = run_dir.table_files(schema.NEIGHBORS)
-    right = total = 0
-    for path in files:
-        rows = filesystem.read_table(path).slice(0, -(-PURITY_SAMPLES // len(files)))
-        neighbors = np.searchsorted(ids, schema.matrix_of(rows, schema.NEIGHBOR_IDS))
-        own = np.searchsorted(ids, rows[schema.SAMPLE_ID].to_numpy())
-        right += int((labels[neighbors] == labels[own, None]).sum())
-        total += neighbors.size
-    return right / total
+    sampled = pa.concat_tables(
+        filesystem.read_table(path).slice(0, -(-PURITY_SAMPLES // len(files))).combine_chunks() for path in files
+    )
+    rows = np.searchsorted(ids, sampled[schema.SAMPLE_ID].to_numpy())
+    return neighbor_purity(labels, rows, np.searchsorted(ids, schema.matrix_of(sampled, schema.NEIGHBOR_IDS)))

@@ -1,9 +1,10 @@
 """evaluate: is the coreset good? Trained from scratch with true labels, beside random samples of the same number.
 
-A run of several budgets has elfs and random for the first, elfs-<budget> and random-<budget> for the others.
+A run of several budgets has elfs and random for the first, elfs-<budget> and random-<budget> for the others. The
+pseudo-labels are compared with the true ones, too.
 
 Reads   every coreset of the run, embeddings/ (ids), index/ (the labels: the only stage that reads them),
-        proxy_images/, the test pool
+        clusters/pseudo_labels, proxy_images/, the test pool
 Writes  evaluate/trials/ (one file a training, so that a resumed run repeats none), evaluate/results.parquet
 """
 
@@ -16,6 +17,13 @@ import ray
 import torch
 
 from elfs_ray.config import Config
+from elfs_ray.methods.clustering_metrics import (
+    adjusted_rand_index,
+    contingency_table,
+    matched_accuracy,
+    normalized_mutual_information,
+    purity,
+)
 from elfs_ray.methods.evaluation import EvaluationSettings, LabelledImages, train_and_test
 from elfs_ray.methods.pruning import random_selection
 from elfs_ray.progress import Progress
@@ -31,7 +39,9 @@ CORESET, RANDOM = "elfs", "random"
 def run_evaluate(config: Config, run_dir: RunDir) -> dict[str, Any]:
     """Train on each selection with each seed. Returns, for each selection, mean and spread of the test accuracies.
 
-    The spread is the sample standard deviation over seeds. Raises ValueError for samples or test images without label.
+    The spread is the sample standard deviation over seeds. "clustering" holds what the pseudo-labels are worth.
+    Driver memory: the test images, and 40 bytes a sample of the pool. Raises ValueError for samples or test images
+    without label.
     """
     test = _load_test_pool(config, run_dir)
     num_classes = int(test.labels.max()) + 1
@@ -55,7 +65,12 @@ def run_evaluate(config: Config, run_dir: RunDir) -> dict[str, Any]:
             progress.advance(1)
     table = pa.Table.from_pylist(rows, schema=schema.RESULTS_SCHEMA)
     filesystem.write_table(run_dir.path("evaluate", schema.RESULTS_FILE), table)
-    return {"rows": len(rows), "test_images": len(test.labels), "selections": _summarize(rows)}
+    return {
+        "rows": len(rows),
+        "test_images": len(test.labels),
+        "clustering": _judge_clustering(run_dir),
+        "selections": _summarize(rows),
+    }
 
 
 def format_results(figures: dict[str, Any]) -> str:
@@ -67,7 +82,34 @@ def format_results(figures: dict[str, Any]) -> str:
         lines.append(
             f"{name:<10} {result['num_samples']:>8,}   {accuracy:<16} {result['best_mean']:<8.1%} {result['seeds']}"
         )
+    clustering = figures["clustering"]
+    lines.append(
+        f"pseudo-labels: {clustering['accuracy']:.1%} right when clusters and classes are matched one to one, purity "
+        f"{clustering['purity']:.1%}, NMI {clustering['nmi']:.3f}, ARI {clustering['ari']:.3f} "
+        f"({clustering['num_clusters']} clusters, {clustering['num_classes']} classes)"
+    )
     return "\n".join(lines)
+
+
+def _judge_clustering(run_dir: RunDir) -> dict[str, float]:
+    """The pseudo-labels beside the true labels of the samples that have one."""
+    sample_ids, clusters = (
+        run_dir.read_column(schema.CLUSTERS, schema.PSEUDO_LABELS_DIR, column=column)
+        for column in (schema.SAMPLE_ID, schema.PSEUDO_LABEL)
+    )
+    labels = run_dir.read_rows(schema.INDEX, sample_ids, [schema.LABEL])[schema.LABEL]
+    known = labels.is_valid().to_numpy()
+    classes, truth = np.unique(labels.drop_null().to_numpy(), return_inverse=True)
+    num_clusters = int(run_dir.figures("cluster")["num_clusters"])
+    table = contingency_table(clusters[known], truth, num_clusters, len(classes))
+    return {
+        "num_clusters": num_clusters,
+        "num_classes": len(classes),
+        "accuracy": matched_accuracy(table),
+        "purity": purity(table),
+        "nmi": normalized_mutual_information(table),
+        "ari": adjusted_rand_index(table),
+    }
 
 
 def _run_trial(

@@ -16,12 +16,13 @@ import numpy as np
 
 from elfs_ray.config import STAGE_NAMES, Config
 from elfs_ray.progress import format_duration
+from elfs_ray.stages.report_charts import STYLE, html_table, line_chart, score_chart, size_chart
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 from elfs_ray.version import __version__
 
 NUM_BINS = 60
-CHART_WIDTH, CHART_HEIGHT = 760, 220
+MAX_EPOCHS_SHOWN = 20
 GROUPS = {
     "hardest": "Hardest, pruned",
     "kept": "Kept, from the hardest to the easiest",
@@ -107,27 +108,29 @@ def _page(config: Config, run_dir: RunDir, metrics: dict[str, Any]) -> str:
     sections = [
         f"<h1>{title}</h1><p class=sub>Coreset of {html.escape(metrics['pool'])}, chosen without labels by elfs_ray "
         f"{metrics['elfs_ray']}. Run directory: {html.escape(run_dir.uri)}</p>",
-        _table(
+        html_table(
             "Counts",
             ("", "images", "share of the pool"),
             [(name.replace("_", " "), f"{n:,}", f"{n / counts['pool']:.2%}") for name, n in counts.items()],
         ),
         *_coresets(metrics),
-        _table(
+        html_table(
             "Time",
             ("stage", "time"),
             [(name, format_duration(value)) for name, value in seconds.items()]
             + [("total", format_duration(sum(seconds.values())))],
         ),
         f"<h2>Scores ({metrics['score']}, {metrics['hard_side']} is hard)</h2>"
-        + _score_chart(metrics["score_histogram"])
+        + score_chart(metrics["score_histogram"])
         + "<p>Pale bars are the pool, dark ones the coreset; lines mark the hardest and the easiest that are kept.</p>",
-        "<h2>Pseudo-labels before and after</h2>" + _size_chart(metrics["pseudo_label_sizes"]),
+        "<h2>Pseudo-labels before and after</h2>" + size_chart(metrics["pseudo_label_sizes"]),
+        *_clustering(metrics["stages"]["cluster"]),
+        *_training(metrics["stages"]["train"]["history"]),
         *_grids(config, run_dir),
     ]
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>elfs_ray: {title}</title><style>{_STYLE}</style><main>{''.join(sections)}</main></html>\n"
+        f"<title>elfs_ray: {title}</title><style>{STYLE}</style><main>{''.join(sections)}</main></html>\n"
     )
 
 
@@ -140,67 +143,77 @@ def _coresets(metrics: dict[str, Any]) -> list[str]:
         (table, f"{own['rows']:,}", f"{own['rows'] / metrics['counts']['pool']:.2%}", f"{own['hard_fraction']:.3g}")
         for table, own in coresets.items()
     ]
-    return [_table("Coresets", ("", "images", "share of the pool", "hard fraction"), rows)]
+    return [html_table("Coresets", ("", "images", "share of the pool", "hard fraction"), rows)]
 
 
-def _table(title: str, head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    def line(cells: tuple[str, ...], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    return f"<h2>{title}</h2><table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
-
-
-def _score_chart(histogram: dict[str, Any]) -> str:
-    edges, counts = histogram["edges"], histogram["counts"]
-    cuts = sorted((histogram["hardest_kept"], histogram["easiest_kept"]))
-    low, high = edges[0], edges[-1]
-    top = max(max(counts), 1)
-    width = CHART_WIDTH / len(counts)
-
-    def x(value: float) -> float:
-        return (value - low) / (high - low) * CHART_WIDTH
-
-    bars = []
-    for css, heights in (("pruned", counts), ("kept", histogram["kept"])):
-        for position, count in enumerate(heights):
-            height = count / top * CHART_HEIGHT
-            bars.append(
-                f"<rect x={position * width:.1f} y={CHART_HEIGHT - height:.1f} width={width - 1:.1f} "
-                f"height={height:.1f} class={css}><title>{edges[position]:.3g} to {edges[position + 1]:.3g}: "
-                f"{count:,}</title></rect>"
+def _clustering(figures: Mapping[str, Any]) -> list[str]:
+    """How the pseudo-labels were made, and what can be said of them without labels."""
+    rows = [("made by", figures["method"]), ("clusters", f"{figures['num_clusters']:,}")]
+    if "objective" in figures:
+        rows.append(("k-means: mean squared distance", f"{figures['objective']:.5f}"))
+        rows.append(("k-means: iterations of the best try", f"{figures['iterations']:,}"))
+    if "neighbors" in figures:
+        search = figures["neighbors"]
+        recall = f", {search['recall']:.1%} of the exact ones found" if "recall" in search else ""
+        rows.append(("nearest neighbours", f"{search['num_neighbors']} each, {search['search']}{recall}"))
+        rows.append(("neighbours that share a sample's pseudo-label", f"{figures['neighbor_purity']:.1%}"))
+    sections = [html_table("How the pseudo-labels were made", ("", ""), rows)]
+    if figures.get("num_clusters_evidence"):
+        tried = [
+            (
+                f"{row['num_clusters']:.0f}",
+                f"{row['silhouette']:.4f}",
+                _mark(row["num_clusters"] == figures["num_clusters"]),
             )
-    lines = [
-        f"<line x1={x(cut):.1f} x2={x(cut):.1f} y1=0 y2={CHART_HEIGHT} /><text x={x(cut) + 3:.1f} y=12>{cut:.3g}</text>"
-        for cut in cuts
+            for row in figures["num_clusters_evidence"]
+        ]
+        sections.append(html_table("Number of clusters, estimated", ("clusters", "silhouette", ""), tried))
+    if "temi" in figures:
+        sections += _temi_heads(figures["temi"])
+    return sections
+
+
+def _temi_heads(temi: Mapping[str, Any]) -> list[str]:
+    """Every head's loss and agreement with the chosen one, best first, and the lowest loss over the epochs."""
+    losses, agreement = temi["head_losses"], temi["head_agreement"]
+    rows = [
+        (str(head), f"{losses[head]:.4f}", f"{agreement[head]:.1%}", _mark(head == temi["head"]))
+        for head in np.argsort(losses, kind="stable").tolist()
     ]
-    ends = (
-        f"<text x=0 y={CHART_HEIGHT + 16}>{low:.3g}</text>"
-        f"<text x={CHART_WIDTH} y={CHART_HEIGHT + 16} text-anchor=end>{high:.3g}</text>"
-    )
-    return _svg("".join(bars) + "".join(lines) + ends, CHART_HEIGHT + 22, "Histogram of scores with both cuts")
+    return [
+        html_table("TEMI heads", ("head", "loss", "samples labelled as by the chosen head", ""), rows),
+        "<h2>TEMI: lowest loss of a head, by epoch</h2>"
+        + line_chart(temi["loss_history"], "Lowest head loss by epoch"),
+    ]
 
 
-def _size_chart(sizes: dict[str, list[int]]) -> str:
-    """Share of each pseudo-label in the pool (pale) and in the coreset (dark), largest first."""
-    before, after = np.array(sizes["before"], float), np.array(sizes["after"], float)
-    before, after = before / max(before.sum(), 1), after / max(after.sum(), 1)
-    order = np.argsort(-before, kind="stable")
-    top = max(before.max(), after.max())
-    width = CHART_WIDTH / len(order)
-    bars = []
-    for position, label in enumerate(order):
-        for share, css, offset in ((before[label], "pruned", 0.0), (after[label], "kept", width * 0.45)):
-            height = share / top * CHART_HEIGHT
-            bars.append(
-                f"<rect x={position * width + offset:.1f} y={CHART_HEIGHT - height:.1f} width={width * 0.42:.2f} "
-                f"height={height:.1f} class={css}><title>pseudo-label {label}: {share:.2%}</title></rect>"
-            )
-    legend = "<p>Share of each pseudo-label, largest first: pale in the pool, dark in the coreset.</p>"
-    return _svg("".join(bars), CHART_HEIGHT, "Share of each pseudo-label before and after selection") + legend
+def _training(history: Sequence[Mapping[str, float]]) -> list[str]:
+    """The proxy's training: some epochs as a table, accuracy against pseudo-labels over all of them."""
+    if not history:
+        return []
+    shown = np.unique(np.linspace(0, len(history) - 1, MAX_EPOCHS_SHOWN).round().astype(int)).tolist()
+    head = ("epoch", "loss", "agrees with pseudo-labels", "images/s", "waiting for data", "recording")
+    rows = [
+        (
+            f"{epoch['epoch'] + 1:.0f}",
+            f"{epoch['loss']:.4f}",
+            f"{epoch['accuracy']:.1%}",
+            f"{epoch['images_per_s']:,.0f}",
+            f"{epoch['data_wait_share']:.1%}",
+            f"{epoch['recorder_share']:.2%}",
+        )
+        for epoch in (history[i] for i in shown)
+    ]
+    accuracies = [epoch["accuracy"] for epoch in history]
+    return [
+        html_table("Training the proxy", head, rows),
+        "<h2>Share of samples whose pseudo-label the proxy learned, by epoch</h2>"
+        + line_chart(accuracies, "Accuracy against pseudo-labels by epoch"),
+    ]
 
 
-def _svg(content: str, height: float, label: str) -> str:
-    return f"<svg viewBox='0 0 {CHART_WIDTH} {height}' role=img aria-label='{label}'>{content}</svg>"
+def _mark(is_chosen: bool) -> str:
+    return "chosen" if is_chosen else ""
 
 
 def _grids(config: Config, run_dir: RunDir) -> list[str]:
@@ -233,18 +246,3 @@ def _figure(image: bytes, uri: str) -> str:
     kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
     name = html.escape(uri, quote=True)
     return f'<img src="data:image/{kind};base64,{base64.b64encode(image).decode()}" alt="{name}" title="{name}">'
-
-
-_STYLE = """
-:root{color-scheme:light dark;--ink:#1d2733;--pale:#b9c4cf;--dark:#1b6ca8;--line:#d5483a;--back:#fff}
-@media(prefers-color-scheme:dark){:root{--ink:#dde5ec;--pale:#4a5763;--dark:#5aa9e6;--line:#ff8a7a;--back:#14191f}}
-body{margin:0;background:var(--back);color:var(--ink);font:15px/1.5 system-ui,sans-serif}
-main{max-width:800px;margin:2rem auto;padding:0 1rem}h1{margin-bottom:0}h2{margin:2rem 0 .5rem;font-size:1.1rem}
-.sub{margin-top:.2rem;opacity:.75;overflow-wrap:anywhere}table{border-collapse:collapse}
-td,th{padding:.15rem 1.2rem .15rem 0;text-align:right;font-variant-numeric:tabular-nums}
-td:first-child,th:first-child{text-align:left}svg{width:100%;height:auto;overflow:visible}
-svg text{font-size:11px;fill:var(--ink)}.kept{fill:var(--dark)}.pruned{fill:var(--pale)}
-line{stroke:var(--line);stroke-width:1.5;stroke-dasharray:4 3}
-.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(64px,1fr));gap:4px}
-.grid img{width:100%;aspect-ratio:1;object-fit:cover;image-rendering:auto;border-radius:3px}
-"""

@@ -71,6 +71,37 @@ def test_counts_sizes_and_histogram_add_up(ray_cluster, tmp_path):
     assert edges[0] <= cuts[0] <= cuts[1] <= edges[-1]
 
 
+def test_clustering_and_training_are_told_to_the_reader(ray_cluster, tmp_path):
+    run_dir, config = RunDir(tmp_path), digits_config(tmp_path)
+    write_trained(run_dir)
+    temi = {"head": 1, "head_losses": [-1.25, -1.75], "head_agreement": [0.625, 1.0], "loss_history": [-1.0, -1.75]}
+    mark(
+        run_dir,
+        "cluster",
+        rows=1000,
+        method="temi",
+        num_clusters=10,
+        num_clusters_evidence=[{"num_clusters": 10, "silhouette": 0.375}, {"num_clusters": 20, "silhouette": 0.25}],
+        neighbors={"search": "ivf", "num_neighbors": 50, "recall": 0.975},
+        neighbor_purity=0.875,
+        temi=temi,
+    )
+    names = ("loss", "accuracy", "images_per_s", "data_wait_share", "recorder_share")
+    history = [{"epoch": epoch, **dict.fromkeys(names, 0.5 + epoch / 1000)} for epoch in range(100)]
+    mark(run_dir, "train", rows=1000, epochs=5, history=history)
+    mark(run_dir, "select", **run_select(config, run_dir))
+    run_report(config, run_dir)
+    rows = re.findall(r"<tr>(.*?)</tr>", (tmp_path / "report.html").read_text())
+    cells = [re.findall(r"<t[dh]>(.*?)</t[dh]>", row) for row in rows]
+    assert ["10", "0.3750", "chosen"] in cells and ["20", "0.2500", ""] in cells
+    assert ["1", "-1.7500", "100.0%", "chosen"] in cells and ["0", "-1.2500", "62.5%", ""] in cells
+    assert ["nearest neighbours", "50 each, ivf, 97.5% of the exact ones found"] in cells
+    assert ["neighbours that share a sample&#x27;s pseudo-label", "87.5%"] in cells
+    epochs = [row for row in cells if len(row) == 6][1:]
+    assert len(epochs) == 20 and epochs[0][0] == "1" and epochs[-1][:3] == ["100", "0.5990", "59.9%"]
+    assert json.loads((tmp_path / "metrics.json").read_text())["stages"]["cluster"]["temi"] == temi
+
+
 def test_names_are_escaped(ray_cluster, tmp_path):
     page, _ = make_report(tmp_path, "pool.uri=/<script>alert(1)</script>")
     assert "script" not in page.tags
