@@ -18,7 +18,8 @@ import pyarrow as pa
 
 from elfs_ray.config import Config
 from elfs_ray.methods.clustering_metrics import neighbor_purity
-from elfs_ray.methods.kmeans import ESTIMATE_ROWS, KMeansResult, KMeansState, estimate_num_clusters, kmeans
+from elfs_ray.methods.kmeans import KMeansResult, KMeansState, kmeans
+from elfs_ray.methods.num_clusters import ESTIMATE_ROWS, estimate_num_clusters
 from elfs_ray.progress import Progress, say
 from elfs_ray.stages.cluster_file import write_external_labels
 from elfs_ray.stages.cluster_neighbors import run_neighbors

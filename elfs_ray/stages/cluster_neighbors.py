@@ -20,7 +20,8 @@ import torch
 
 from elfs_ray.config import ClusterConfig
 from elfs_ray.methods.hashing import hash_uniform
-from elfs_ray.methods.kmeans import ArrayPoints, kmeans
+from elfs_ray.methods.kmeans import kmeans
+from elfs_ray.methods.kmeans_points import ArrayPoints
 from elfs_ray.methods.neighbors import InvertedFile, Neighbors, choose_nprobe, merge_neighbors, nearest_neighbors
 from elfs_ray.progress import Progress
 from elfs_ray.ray_runtime import get_result, num_cpus, num_gpus, resolve_device, run_tasks

@@ -1,4 +1,4 @@
-"""The pool's embeddings in shards on Ray actors, as k-means sees them (methods.kmeans.Points).
+"""The pool's embeddings in shards on Ray actors, as k-means sees them (methods.kmeans_points.Points).
 
 Each worker reads its own files of embeddings/ once and returns sums, never rows. Sums are exact, so any number of
 workers gives the same bytes. A lost worker starts again, reads its files and repeats its part of one iteration.
@@ -14,7 +14,7 @@ import torch
 
 from elfs_ray.config import ClusterConfig
 from elfs_ray.methods.assignment import add_rows, squared_distances_to, to_fixed_point
-from elfs_ray.methods.kmeans import ArrayPoints, PartialSums, smallest_ids
+from elfs_ray.methods.kmeans_points import ArrayPoints, PartialSums, smallest_ids
 from elfs_ray.ray_runtime import get_result, num_cpus, num_gpus, resolve_device
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir

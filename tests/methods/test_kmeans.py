@@ -9,15 +9,10 @@ from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 from sklearn.metrics import normalized_mutual_info_score
 
-from elfs_ray.methods.kmeans import (
-    ArrayPoints,
-    KMeansState,
-    PartialSums,
-    estimate_num_clusters,
-    kmeans,
-    seed_centroids,
-    smallest_ids,
-)
+from elfs_ray.methods.kmeans import KMeansState, kmeans
+from elfs_ray.methods.kmeans_points import ArrayPoints, PartialSums, smallest_ids
+from elfs_ray.methods.kmeans_seeding import seed_centroids
+from elfs_ray.methods.num_clusters import estimate_num_clusters
 
 
 class Shards:

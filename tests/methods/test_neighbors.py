@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from elfs_ray.methods.kmeans import ArrayPoints, kmeans
+from elfs_ray.methods.kmeans import kmeans
+from elfs_ray.methods.kmeans_points import ArrayPoints
 from elfs_ray.methods.neighbors import (
     InvertedFile,
     Neighbors,
