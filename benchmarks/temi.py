@@ -9,7 +9,6 @@ start from the same weights, and their first losses are compared before anything
 
 import argparse
 import copy
-import json
 import statistics
 import tempfile
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from reporting import emit
 from torch import Tensor, nn
 
 from elfs_ray.methods.temi import TemiHeads, TemiSettings
@@ -155,17 +155,8 @@ def measure_memory(sizes: tuple[int, int], num_neighbors: int = 50) -> None:
         "bytes",
         "embeddings and neighbours held in memory",
         INPUT_DIM * 2 + num_neighbors * 4,
-        lower_is_better=True,
+        less_is_better=True,
     )
-
-
-def emit(
-    name: str, value: float, unit: str, reference: str, reference_value: float, lower_is_better: bool = False
-) -> None:
-    ratio = reference_value / value if lower_is_better else value / reference_value
-    result = {"name": name, "value": value, "unit": unit, "reference": reference, "reference_value": reference_value}
-    rounded = {key: float(f"{item:.4g}") if isinstance(item, float) else item for key, item in result.items()}
-    print(json.dumps({**rounded, "ratio": float(f"{ratio:.3g}")}), flush=True)
 
 
 def main() -> None:

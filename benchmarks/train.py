@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import io
 import json
-import resource
 import statistics
 import tempfile
 import time
@@ -25,6 +24,7 @@ import ray.train
 import torch
 from PIL import Image
 from ray.train.torch import TorchTrainer
+from reporting import emit, peak_bytes
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -62,14 +62,6 @@ def main() -> None:
         _measure_stage(run_dir, num_samples, epochs=3 if quick else 7, on_gpu=on_gpu)
     if not quick:
         _measure_memory()
-
-
-def emit(name: str, value: float, unit: str, reference: str, reference_value: float, *, less_is_better: bool = False):
-    """One line of JSON; ratio > 1 where ours is better."""
-    ratio = reference_value / value if less_is_better else value / reference_value
-    line = {"name": name, "value": value, "unit": unit, "reference": reference, "reference_value": reference_value}
-    rounded = {key: float(f"{item:.4g}") if isinstance(item, float) else item for key, item in line.items()}
-    print(json.dumps({**rounded, "ratio": round(ratio, 3)}), flush=True)
 
 
 def _measure_worker(run_dir: RunDir, rounds: int, on_gpu: bool) -> None:
@@ -156,8 +148,7 @@ def _measure_memory() -> None:
 def _peak_of_an_epoch(loop_config: dict[str, Any]) -> None:
     """Runs in the training worker: the largest resident memory of its process."""
     _train_epoch(Worker(loop_config["job"]), 0)
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    filesystem.write_bytes(loop_config["result"], str(peak_bytes).encode())
+    filesystem.write_bytes(loop_config["result"], str(peak_bytes()).encode())
 
 
 def _write_small_pool(run_dir: RunDir, num_samples: int) -> None:

@@ -57,21 +57,20 @@ class Devices:
 
 
 def find_devices(address: str | None) -> Devices:
-    """The devices that a run would find now: those of the Ray cluster it would use, else of this machine.
+    """The devices of the Ray cluster at `address` or RAY_ADDRESS; without either, or for "local", of this machine.
 
-    Starts nothing. Raises ConfigError where no cluster answers at an address that was given.
+    Starts nothing. Raises ConfigError where no cluster answers.
     """
-    address = address or os.environ.get("RAY_ADDRESS")
-    if address != "local":
-        try:
-            connect(address or "auto")
-            return _devices_of_cluster()
-        except ConnectionError as error:
-            if address not in (None, "auto"):
-                raise ConfigError(f"no Ray cluster answers at ray_address={address}: {error}") from error
-    import torch
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":
+        import torch
 
-    return Devices(len(os.sched_getaffinity(0)), torch.cuda.device_count(), "of this machine")
+        return Devices(len(os.sched_getaffinity(0)), torch.cuda.device_count(), "of this machine")
+    try:
+        connect(address)
+    except ConnectionError as error:
+        raise ConfigError(f"no Ray cluster answers at ray_address={address}: {error}") from error
+    return _devices_of_cluster()
 
 
 def _devices_of_cluster() -> Devices:

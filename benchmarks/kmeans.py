@@ -1,0 +1,202 @@
+"""A k-means iteration beside faiss.Kmeans and scikit-learn, the share of the matmul ceiling, two workers beside one.
+
+    python benchmarks/kmeans.py [--quick]
+
+Everyone starts from the same centroids, takes all points and runs the same number of iterations; an iteration is the
+time of all of them over their number. Ours keeps embeddings in float16 and its sums are exact; faiss and scikit-learn
+get float32. Full size ends with 1M x 384 and k = 1,000 on Ray workers, with the peak memory of driver and workers. On a
+GPU the assignment is measured against a product of the same shape.
+"""
+
+import argparse
+import tempfile
+from functools import partial
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import torch
+from reporting import emit, peak_bytes, processes_titled, take_turns
+from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_limits
+
+from elfs_ray.config import load_config
+from elfs_ray.methods.assignment import nearest_centroids
+from elfs_ray.methods.kmeans import KMeansState, kmeans
+from elfs_ray.methods.kmeans_points import ArrayPoints
+from elfs_ray.ray_runtime import connect
+from elfs_ray.stages.cluster_shards import ShardedPoints
+from elfs_ray.storage import filesystem, schema
+from elfs_ray.storage.run_dir import Marker, RunDir
+
+DIM, NUM_ITERATIONS, ROWS_PER_FILE = 384, 10, 16_384
+NUM_SEEDS = 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="20,000 points, 100 clusters; under 45 s on 2 cores")
+    quick = parser.parse_args().quick
+    if torch.cuda.is_available():
+        measure_gpu(1_000_000, 1000)
+        return
+    num_points, num_clusters, rounds = (20_000, 100, 3) if quick else (200_000, 256, 5)
+    if not quick:
+        measure_million()
+    points = draw_points(num_points, seed=0)
+    for num_threads in (1, 2):
+        measure_iteration(points, num_clusters, num_threads, rounds)
+    measure_workers(num_points if quick else 2 * num_points, num_clusters, rounds)
+    measure_objective(points[:50_000], num_clusters)
+
+
+def draw_points(num_points: int, seed: int) -> np.ndarray:
+    """(n, d) float16 of unit length around 500 centres, as far apart as real classes are."""
+    centres = np.random.default_rng(0).standard_normal((500, DIM), dtype=np.float32)
+    rng = np.random.default_rng([1, seed])
+    points = centres[rng.integers(0, 500, num_points)] + 1.5 * rng.standard_normal((num_points, DIM), dtype=np.float32)
+    return (points / np.linalg.norm(points, axis=1, keepdims=True)).astype(np.float16)
+
+
+def measure_iteration(points: np.ndarray, num_clusters: int, num_threads: int, rounds: int) -> None:
+    ids, single = np.arange(len(points)), points.astype(np.float32)
+    start = single[np.random.default_rng(2).choice(len(points), num_clusters, replace=False)]
+    flop = 2.0 * len(points) * num_clusters * DIM
+    square = torch.randn(2048, 2048)
+
+    def ours() -> None:
+        state = KMeansState(centroids=start)
+        fit = kmeans(
+            ArrayPoints(points, ids), num_clusters, seed=0, max_iterations=NUM_ITERATIONS - 1, tolerance=0, start=state
+        )
+        assert fit.num_iterations == NUM_ITERATIONS - 1  # and an assignment of the last centroids
+
+    def by_faiss() -> None:
+        fit = faiss.Kmeans(DIM, num_clusters, niter=NUM_ITERATIONS, max_points_per_centroid=len(points))
+        fit.train(single, init_centroids=start)
+
+    def by_scikit_learn() -> None:
+        KMeans(num_clusters, init=start, n_init=1, max_iter=NUM_ITERATIONS, tol=0, algorithm="lloyd").fit(single)
+
+    torch.set_num_threads(num_threads)
+    faiss.omp_set_num_threads(num_threads)
+    with threadpool_limits(num_threads):
+        seconds = take_turns(
+            {
+                "ours": ours,
+                "faiss.Kmeans": by_faiss,
+                "scikit-learn": by_scikit_learn,
+                "matmul": lambda: [square @ square for _ in range(10)],
+                "assignment": lambda: nearest_centroids(torch.from_numpy(points), start),
+            },
+            rounds,
+        )
+    threads = f"{num_threads} thread{'s' if num_threads > 1 else ''}"
+    shape = f"{len(points):,} x {DIM}, k = {num_clusters}, {threads}"
+    for name in ("faiss.Kmeans", "scikit-learn"):
+        ours_s, other_s = (seconds[key] / NUM_ITERATIONS for key in ("ours", name))
+        emit(f"k-means iteration, {shape}", ours_s, "s", name, other_s, less_is_better=True)
+    ceiling = 10 * 2.0 * 2048**3 / seconds["matmul"] / 1e9
+    for name, per_call in (("iteration", NUM_ITERATIONS), ("assignment", 1)):
+        rate = flop * per_call / seconds["ours" if name == "iteration" else name] / 1e9
+        emit(f"arithmetic of an {name}, {shape}", rate, "GFLOP/s", "matrix product of 2048²", ceiling)
+
+
+def measure_workers(num_points: int, num_clusters: int, rounds: int) -> None:
+    """An assignment with its sums by Ray workers of one thread each, one and two of them."""
+    connect("local", num_cpus=2)
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = RunDir(folder)
+        write_embeddings(run_dir, num_points)
+        start = draw_points(num_clusters, seed=9).astype(np.float32)
+        medians = {}
+        for num_workers in (1, 2, 1, 2):
+            points = ShardedPoints(_config(run_dir, num_workers), run_dir)
+            times = take_turns({"assign": partial(points.assign, start)}, rounds)
+            medians.setdefault(num_workers, []).append(times["assign"])
+            points.release()
+        one_s, two_s = (float(np.mean(medians[number])) for number in (1, 2))
+        name = f"an iteration by two workers, {num_points:,} x {DIM}, k = {num_clusters}"
+        emit(name, two_s, "s", "by one worker", one_s, less_is_better=True)
+
+
+def measure_million() -> None:
+    """1M x 384 and k = 1,000 on two workers: seconds, and the most that driver and workers held."""
+    connect("local", num_cpus=2)
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = RunDir(folder)
+        write_embeddings(run_dir, 1_000_000)
+        points = ShardedPoints(_config(run_dir, 2), run_dir)
+        sampled = draw_points(1000, seed=9).astype(np.float32)
+        seconds = take_turns({"assign": partial(points.assign, sampled)}, 2)["assign"]
+        result: list[object] = []
+        fit_s = take_turns({"fit": lambda: result.append(kmeans(points, 1000, seed=0, max_iterations=3))}, 1)["fit"]
+        workers = [peak_bytes(pid) for pid in processes_titled("ray::_Shard")]
+        points.release()
+    size = 2.0 * DIM * 1e6
+    emit("1M x 384, k = 1,000: an iteration, two workers", seconds, "s", "four of these and the seeding", fit_s)
+    for name, peak in (("driver", peak_bytes()), ("larger worker", max(workers))):
+        emit(
+            f"1M x 384, k = 1,000: {name}'s peak",
+            peak / 2**20,
+            "MiB",
+            "embeddings, float32",
+            2 * size / 2**20,
+            less_is_better=True,
+        )
+
+
+def measure_objective(points: np.ndarray, num_clusters: int) -> None:
+    """The objective of ours beside faiss.Kmeans's, both from seeds of their own, over some seeds."""
+    ids, single = np.arange(len(points)), points.astype(np.float32)
+    ours, theirs = [], []
+    for seed in range(NUM_SEEDS):
+        fit = kmeans(ArrayPoints(points, ids), num_clusters, seed=seed, max_iterations=NUM_ITERATIONS, tolerance=0)
+        ours.append(fit.objective)
+        other = faiss.Kmeans(
+            DIM, num_clusters, niter=NUM_ITERATIONS, max_points_per_centroid=len(points), seed=seed + 1
+        )
+        other.train(single)
+        theirs.append(float(other.index.search(single, 1)[0].astype(np.float64).sum()))
+    name = f"objective, {len(points):,} x {DIM}, k = {num_clusters}, mean of {NUM_SEEDS} seeds"
+    emit(name, float(np.mean(ours)), "sum of squares", "faiss.Kmeans", float(np.mean(theirs)), less_is_better=True)
+
+
+def measure_gpu(num_points: int, num_clusters: int) -> None:
+    """The assignment on a GPU beside a float16 product of its shape."""
+    points = torch.from_numpy(draw_points(num_points, seed=0)).cuda()
+    centroids = draw_points(num_clusters, seed=9).astype(np.float32)
+    right = torch.from_numpy(centroids).cuda().half().T.contiguous()
+
+    def finished(call) -> None:
+        call()
+        torch.cuda.synchronize()
+
+    contestants = {
+        "ours": lambda: finished(lambda: nearest_centroids(points, centroids)),
+        "product": lambda: finished(lambda: [part @ right for part in points.split(65_536)]),
+    }
+    seconds = take_turns(contestants, 9)
+    flop = 2.0 * num_points * num_clusters * DIM / 1e12
+    name = f"assignment on the GPU, {num_points:,} x {DIM}, k = {num_clusters}"
+    emit(name, flop / seconds["ours"], "TFLOP/s", "float16 product of that shape", flop / seconds["product"])
+
+
+def write_embeddings(run_dir: RunDir, num_points: int) -> None:
+    """A table as embed leaves it, a file at a time."""
+    for first in range(0, num_points, ROWS_PER_FILE):
+        ids = np.arange(first, min(first + ROWS_PER_FILE, num_points))
+        column = schema.matrix_column(draw_points(len(ids), seed=first))
+        table = pa.table([ids, column], schema=schema.embeddings_schema(DIM))
+        path = run_dir.path(schema.EMBEDDINGS, schema.range_file(int(ids[0]), int(ids[-1])))
+        filesystem.write_table(path, table)
+    run_dir.mark_complete(Marker("embed", {}, {}, {"rows": num_points, "dim": DIM}))
+
+
+def _config(run_dir: RunDir, num_workers: int):
+    needed = ["pool.uri=/made/up", "budget=0.1", "cluster.num_clusters=2", "select.hard_fraction=0.1"]
+    return load_config(None, [f"run_dir={run_dir.uri}", f"cluster.num_workers={num_workers}", *needed]).cluster
+
+
+if __name__ == "__main__":
+    main()
