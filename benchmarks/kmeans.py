@@ -111,7 +111,7 @@ def measure_workers(num_points: int, num_clusters: int, rounds: int) -> None:
         start = draw_points(num_clusters, seed=9).astype(np.float32)
         medians = {}
         for num_workers in (1, 2, 1, 2):
-            points = ShardedPoints(_config(run_dir, num_workers), run_dir)
+            points = ShardedPoints(stage_config(run_dir, num_workers), run_dir)
             times = take_turns({"assign": partial(points.assign, start)}, rounds)
             medians.setdefault(num_workers, []).append(times["assign"])
             points.release()
@@ -126,7 +126,7 @@ def measure_million() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run_dir = RunDir(folder)
         write_embeddings(run_dir, 1_000_000)
-        points = ShardedPoints(_config(run_dir, 2), run_dir)
+        points = ShardedPoints(stage_config(run_dir, 2), run_dir)
         sampled = draw_points(1000, seed=9).astype(np.float32)
         seconds = take_turns({"assign": partial(points.assign, sampled)}, 2)["assign"]
         result: list[object] = []
@@ -193,7 +193,7 @@ def write_embeddings(run_dir: RunDir, num_points: int) -> None:
     run_dir.mark_complete(Marker("embed", {}, {}, {"rows": num_points, "dim": DIM}))
 
 
-def _config(run_dir: RunDir, num_workers: int):
+def stage_config(run_dir: RunDir, num_workers: int):
     needed = ["pool.uri=/made/up", "budget=0.1", "cluster.num_clusters=2", "select.hard_fraction=0.1"]
     return load_config(None, [f"run_dir={run_dir.uri}", f"cluster.num_workers={num_workers}", *needed]).cluster
 

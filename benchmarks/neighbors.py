@@ -1,0 +1,153 @@
+"""The 50 nearest neighbours of every point beside faiss and scikit-learn, through an inverted file, by two workers.
+
+    python benchmarks/neighbors.py [--quick]
+
+Ours takes float16 and gives the order of a float64 search; faiss's flat index and scikit-learn's brute force get
+float32. The inverted file is measured with the share of the exact neighbours that it finds. The stage itself then runs
+with two CPUs and with one of them kept busy elsewhere. On a GPU the search is measured against a product of its shape.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable
+
+import faiss
+import numpy as np
+import ray
+import torch
+from kmeans import DIM, draw_points, stage_config, write_embeddings
+from reporting import emit, take_turns
+from sklearn.neighbors import NearestNeighbors
+from threadpoolctl import threadpool_limits
+
+from elfs_ray.methods.kmeans import kmeans
+from elfs_ray.methods.kmeans_points import ArrayPoints
+from elfs_ray.methods.neighbors import InvertedFile, Neighbors, nearest_neighbors, recall
+from elfs_ray.ray_runtime import connect
+from elfs_ray.stages.cluster_neighbors import run_neighbors
+from elfs_ray.storage import filesystem, schema
+from elfs_ray.storage.run_dir import RunDir
+
+K = 50
+MIN_RECALL = 0.95
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="10,000 points; under 45 s on 2 cores")
+    quick = parser.parse_args().quick
+    if torch.cuda.is_available():
+        measure_gpu(200_000)
+        return
+    num_points, rounds = (10_000, 1) if quick else (50_000, 3)
+    points = draw_points(num_points, seed=0)
+    for num_threads in (1, 2):
+        measure_exact(points, num_threads, rounds)
+    measure_inverted_file(points, rounds)
+    measure_stage(num_points, rounds)
+
+
+def measure_exact(points: np.ndarray, num_threads: int, rounds: int) -> None:
+    ids, single = np.arange(len(points)), points.astype(np.float32)
+    square = torch.randn(2048, 2048)
+
+    def by_faiss() -> None:
+        index = faiss.IndexFlatIP(DIM)
+        index.add(single)
+        index.search(single, K + 1)
+
+    contestants: dict[str, Callable[[], object]] = {
+        "ours": lambda: nearest_neighbors(points, ids, [(points, ids)], K),
+        "faiss.IndexFlatIP": by_faiss,
+        "scikit-learn": lambda: NearestNeighbors(n_neighbors=K + 1, algorithm="brute").fit(single).kneighbors(single),
+        "matmul": lambda: [square @ square for _ in range(10)],
+    }
+    torch.set_num_threads(num_threads)
+    faiss.omp_set_num_threads(num_threads)
+    with threadpool_limits(num_threads):
+        seconds = take_turns(contestants, rounds)
+    threads = f"{num_threads} thread{'s' if num_threads > 1 else ''}"
+    name = f"{K} nearest of {len(points):,} x {DIM}, {threads}"
+    for other in ("faiss.IndexFlatIP", "scikit-learn"):
+        emit(name, len(points) / seconds["ours"], "points/s", other, len(points) / seconds[other])
+    rate = 2.0 * len(points) ** 2 * DIM / seconds["ours"] / 1e9
+    ceiling = 10 * 2.0 * 2048**3 / seconds["matmul"] / 1e9
+    emit(f"arithmetic of the {name}", rate, "GFLOP/s", "matrix product of 2048²", ceiling)
+
+
+def measure_inverted_file(points: np.ndarray, rounds: int) -> None:
+    """Looking into as few lists as find 95% of the exact neighbours, beside the exact search; two threads."""
+    ids = np.arange(len(points))
+    lists = kmeans(ArrayPoints(points, ids), 4 * round(len(points) ** 0.5), seed=0, max_iterations=10).centroids
+    index = InvertedFile(lists)
+    index.add(points, ids)
+    exact = nearest_neighbors(points, ids, [(points, ids)], K)
+    found: Neighbors
+    nprobe, share = 1, 0.0
+    while True:
+        found = index.search(points, ids, K, nprobe=nprobe)
+        share = recall(found.neighbor_ids, exact.neighbor_ids)
+        if share >= MIN_RECALL or nprobe >= len(lists):
+            break
+        nprobe *= 2
+    seconds = take_turns(
+        {
+            "ivf": lambda: index.search(points, ids, K, nprobe=nprobe),
+            "exact": lambda: nearest_neighbors(points, ids, [(points, ids)], K),
+        },
+        rounds,
+    )
+    name = f"inverted file, {nprobe} of {len(lists)} lists, finds {share:.1%}"
+    emit(name, len(points) / seconds["ivf"], "points/s", "exact search", len(points) / seconds["exact"])
+
+
+def measure_stage(num_points: int, rounds: int) -> None:
+    """The stage's own tasks, with two CPUs and with one."""
+    connect("local", num_cpus=2)
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = RunDir(folder)
+        write_embeddings(run_dir, num_points)
+        config = stage_config(run_dir, 2)
+
+        def search() -> None:
+            filesystem.delete(run_dir.path(schema.NEIGHBORS))
+            run_neighbors(config, run_dir, K, seed=0)
+
+        def search_on_one() -> None:
+            busy = ray.remote(num_cpus=1)(_Idle).remote()
+            ray.get(busy.ready.remote())
+            search()
+            ray.kill(busy)
+
+        seconds = take_turns({"two": search, "one": search_on_one}, rounds)
+    rates = {name: num_points / taken for name, taken in seconds.items()}
+    emit(f"neighbours of {num_points:,} x {DIM} on two CPUs", rates["two"], "points/s", "on one", rates["one"])
+
+
+class _Idle:
+    """Holds a CPU of the cluster without using it."""
+
+    def ready(self) -> None:
+        pass
+
+
+def measure_gpu(num_points: int) -> None:
+    """The search on a GPU beside a float16 product of its shape."""
+    points, ids = draw_points(num_points, seed=0), np.arange(num_points)
+    left = torch.from_numpy(points).cuda()
+
+    def product() -> None:
+        for part in left.split(4096):
+            part @ left.T
+        torch.cuda.synchronize()
+
+    seconds = take_turns(
+        {"ours": lambda: nearest_neighbors(points, ids, [(points, ids)], K, device="cuda"), "product": product}, 3
+    )
+    flop = 2.0 * num_points**2 * DIM / 1e12
+    name = f"{K} nearest of {num_points:,} x {DIM} on the GPU"
+    emit(name, flop / seconds["ours"], "TFLOP/s", "float16 product of that shape", flop / seconds["product"])
+
+
+if __name__ == "__main__":
+    main()
