@@ -15,7 +15,7 @@ test: .venv/ready
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 test-slow: .venv/ready
 	$(BIN)/pytest -m "slow and not gpu" --timeout 3600

@@ -19,6 +19,7 @@ from PIL import Image
 NUM_CPUS = 8  # logical: enough for 7 workers at once, whatever the machine has
 OBJECT_STORE_BYTES = 512 << 20
 DIGITS_PER_CLASS = 12
+LONGEST = ("test_train.py", "test_pipeline.py")
 FILES = (range(50), range(50, 51), range(51, 120))  # the digits in each Parquet file and tar
 
 # In /tmp, because the paths of Ray's sockets may have no more than 107 characters.
@@ -29,6 +30,11 @@ _token.write_text(secrets.token_hex(32))
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(_token), "RAY_USAGE_STATS_ENABLED": "0"}
 for _name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):
     os.environ.pop(_name, None)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that processes that share the files out end at about the same time."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 def pytest_unconfigure():
