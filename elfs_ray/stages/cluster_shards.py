@@ -95,11 +95,9 @@ class _Shard:
 
     def __init__(self, files: list[str], device: str):
         torch.set_num_threads(1)
-        tables = [filesystem.read_table(path) for path in files]
         self._names = [path.rsplit("/", 1)[1] for path in files]
-        self._ends = np.cumsum([table.num_rows for table in tables])
-        self._embeddings = np.concatenate([schema.matrix_of(table, schema.EMBEDDING) for table in tables])
-        self._sample_ids = np.concatenate([table[schema.SAMPLE_ID].to_numpy() for table in tables])
+        self._ends = np.cumsum([filesystem.num_rows(path) for path in files])
+        self._embeddings, self._sample_ids = _read(files, self._ends.tolist())
         self._points = ArrayPoints(self._embeddings, self._sample_ids, device=device)
 
     def size(self) -> tuple[int, int]:
@@ -155,6 +153,18 @@ class _Shard:
             table = pa.table(columns, schema=schema.PSEUDO_LABELS_SCHEMA)
             filesystem.write_table(run_dir.path(schema.CLUSTERS, schema.PSEUDO_LABELS_DIR, name), table)
             start = end
+
+
+def _read(files: list[str], ends: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """(embeddings (n, d) float16, sample_ids (n,)) of files whose rows end at `ends`; one file at a time in memory."""
+    dims = {filesystem.read_schema(path).field(schema.EMBEDDING).type.list_size for path in files}
+    assert len(dims) == 1, f"embeddings of {sorted(dims)} numbers in one table"
+    embeddings, sample_ids = np.empty((ends[-1], dims.pop()), np.float16), np.empty(ends[-1], np.int64)
+    for path, start, end in zip(files, [0, *ends[:-1]], ends, strict=True):
+        table = filesystem.read_table(path)
+        embeddings[start:end] = schema.matrix_of(table, schema.EMBEDDING)
+        sample_ids[start:end] = table[schema.SAMPLE_ID].to_numpy()
+    return embeddings, sample_ids
 
 
 def write_label_file(run_dir: RunDir, name: str, sample_ids: np.ndarray, labels: np.ndarray) -> None:
