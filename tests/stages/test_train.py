@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -197,6 +199,24 @@ def test_every_precision_and_a_compiled_network_learn(ray_cluster, tmp_path, ove
     figures = run(tmp_path, "train.epochs=3", "train.cpus_per_worker=1", override)
     assert figures["history"][-1]["accuracy"] > 0.8
     assert all(np.isfinite(records(tmp_path, epoch)["el2n"]).all() for epoch in range(3))
+
+
+@pytest.mark.slow
+def test_the_metrics_of_the_last_epoch_reach_the_exporter_of_ray(ray_cluster, tmp_path):
+    """The exporter hears of a worker every 10 s, so the training has to take longer."""
+    write_clustered(RunDir(str(tmp_path)), NUM_SAMPLES)
+    config = digits_config(tmp_path, "train.epochs=300", "train.cpus_per_worker=1")
+    training = threading.Thread(target=train.run_train, args=(config, RunDir(str(tmp_path))))
+    training.start()
+    address = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
+    exported = ""
+    while training.is_alive() and "elfs_train_loss" not in exported:
+        time.sleep(1)
+        with urllib.request.urlopen(address, timeout=5) as answer:
+            exported = answer.read().decode()
+    training.join()
+    for name in ("epoch", "loss", "accuracy", "images_per_s", "data_wait_share", "recorder_share"):
+        assert re.search(rf"^ray_elfs_train_{name}{{.*}} \d", exported, re.MULTILINE)
 
 
 @pytest.mark.slow
