@@ -34,12 +34,12 @@ MIN_RECALL = 0.95
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="10,000 points; under 45 s on 2 cores")
+    parser.add_argument("--quick", action="store_true", help="8,000 points; under 45 s on 2 cores")
     quick = parser.parse_args().quick
     if torch.cuda.is_available():
         measure_gpu(200_000)
         return
-    num_points, rounds = (10_000, 1) if quick else (50_000, 3)
+    num_points, rounds = (8_000, 1) if quick else (25_000, 3)
     points = draw_points(num_points, seed=0)
     for num_threads in (1, 2):
         measure_exact(points, num_threads, rounds)

@@ -14,7 +14,9 @@ MAY_IMPORT = {
     "progress": (),
     "methods": ("methods",),
     "storage": ("storage",),
-    "config": ("methods",),
+    "config_keys": (),
+    "config_checks": ("config_keys", "methods"),
+    "config": ("config_checks", "config_keys"),
     "ray_runtime": ("config", "progress"),
     "stages": ("config", "methods", "progress", "ray_runtime", "stages", "storage", "version"),
     "pipeline": ("config", "methods", "progress", "ray_runtime", "stages", "storage"),
@@ -24,7 +26,13 @@ MAY_IMPORT = {
     "__init__": ("config", "pipeline", "version"),
 }
 # Packages that are imported in some places alone.
-IMPORTED_BY = {"ray": ("ray_runtime", "stages"), "omegaconf": ("config",), "jobs": (), "tests": (), "benchmarks": ()}
+IMPORTED_BY = {
+    "ray": ("ray_runtime", "stages"),
+    "omegaconf": ("config", "config_keys"),
+    "jobs": (),
+    "tests": (),
+    "benchmarks": (),
+}
 READS_LABELS = ("index", "evaluate")
 
 

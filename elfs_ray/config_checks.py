@@ -1,0 +1,118 @@
+"""Checks of a config before anything starts: each key by itself, keys beside each other, and against the pool."""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+from elfs_ray.config_keys import Bounds, Config, ConfigError, TrainConfig, fields_of
+
+LR_BATCH_SIZE = 256  # what train.scale_lr takes train.lr for
+
+
+def scaled_lr(train: TrainConfig) -> float:
+    """The learning rate at the start of training."""
+    return train.lr * train.batch_size / LR_BATCH_SIZE if train.scale_lr else train.lr
+
+
+def worker_range(num_workers: int | str | None) -> tuple[int, int] | None:
+    """(fewest, most) of train.num_workers: 2 is (2, 2), "1-4" is (1, 4). Raises ConfigError for anything else."""
+    if num_workers is None:
+        return None
+    fewest, dash, most = str(num_workers).partition("-")
+    if fewest.isdecimal() and (most.isdecimal() or not dash):
+        limits = int(fewest), int(most or fewest)
+        if 1 <= limits[0] <= limits[1]:
+            return limits
+    raise ConfigError(f"train.num_workers={num_workers!r}: needed is a number >= 1 or a range such as 1-4")
+
+
+def check_temi_workers(batch_size: int, num_workers: int) -> None:
+    """Raise ConfigError for a global batch of TEMI that its workers cannot share evenly."""
+    if batch_size % num_workers:
+        raise ConfigError(
+            f"cluster.temi.batch_size={batch_size} does not divide evenly among {num_workers} workers: give a multiple "
+            f"of {num_workers}, or another cluster.temi.num_workers"
+        )
+
+
+def check_against_pool(config: Config, num_samples: int) -> None:
+    """What can be checked only once the size of the pool is known. Raises ConfigError."""
+    if num_samples == 0:
+        raise ConfigError(f"pool.uri={config.pool.uri!r} holds no images: check the path and pool.format")
+    if config.cluster.method != "file" and _number(config.cluster.num_clusters) > num_samples:
+        raise ConfigError(
+            f"cluster.num_clusters={config.cluster.num_clusters} is more than the pool's {num_samples} samples: "
+            "give fewer clusters"
+        )
+    from elfs_ray.methods.pruning import budget_count, window_start
+
+    try:
+        for budget, hard_fraction in zip(config.budgets, config.hard_fractions, strict=True):
+            window_start(num_samples, budget_count(budget, num_samples), hard_fraction)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _number(value: int | float | str) -> float:
+    """A number as it is, a word such as auto as 0."""
+    return 0 if isinstance(value, str) else value
+
+
+def check_fields(config: Config) -> None:
+    """Raise ConfigError for a value that its key does not allow."""
+    for key, spec in fields_of(Config):
+        value = operator.attrgetter(key)(config)
+        if value is None and spec.type is not Any:
+            continue
+        if value == "":
+            raise ConfigError(f"{key} is empty: {spec.metadata['help']}")
+        if value == []:
+            raise ConfigError(f"{key}=[] is an empty list: give at least one value")
+        for item in value if isinstance(value, list) else [value]:
+            _check_value(key, item, spec.metadata["bounds"], spec.metadata["choices"])
+
+
+def _check_value(key: str, value: Any, bounds: Bounds | None, choices: Sequence[str]) -> None:
+    needed = [f"a number {bounds.describe()}"] if bounds else []
+    needed += [f"one of {', '.join(choices)}"] if choices else []
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if needed and not is_number and not (choices and isinstance(value, str)):
+        raise ConfigError(f"bad value for {key}: {value!r}; needed is {' or '.join(needed)}")
+    if (is_number and bounds and not bounds.allow(value)) or (choices and not is_number and value not in choices):
+        raise ConfigError(f"{key}={value!r}: needed is {' or '.join(needed)}")
+
+
+def check_relations(config: Config) -> None:
+    """Checks between keys."""
+    if config.cluster.method == "file" and config.cluster.labels_uri is None:
+        raise ConfigError("cluster.method=file needs the pseudo-labels: give cluster.labels_uri=...")
+    if config.cluster.temi.batch_size is not None:
+        check_temi_workers(config.cluster.temi.batch_size, config.cluster.temi.num_workers or 1)
+    needs, has = config.select.d2_neighbors, config.cluster.num_neighbors
+    if config.select.method == "d2" and (50 if has is None and config.cluster.method == "temi" else has or 0) < needs:
+        raise ConfigError(
+            f"select.method=d2 needs select.d2_neighbors={needs} nearest neighbours: give cluster.num_neighbors={needs}"
+        )
+    if len({str(budget) for budget in config.budgets}) < len(config.budgets):
+        raise ConfigError(f"budget={config.budget} names a budget twice: each has a coreset of its own")
+    if len(config.hard_fractions) != len(config.budgets):
+        raise ConfigError(
+            f"select.hard_fraction={config.select.hard_fraction} has {len(config.hard_fractions)} values for "
+            f"{len(config.budgets)} budgets: give one for each, or a single one for all"
+        )
+    train = config.train
+    for name in ("mean", "std"):
+        if len(getattr(train, name)) != 3:
+            raise ConfigError(f"train.{name}={getattr(train, name)}: needed are 3 numbers, one a channel")
+    if min(train.std) <= 0:
+        raise ConfigError(f"train.std={train.std}: needed are numbers > 0")
+    if train.min_lr > scaled_lr(train):
+        raise ConfigError(f"train.min_lr={train.min_lr} is above the learning rate, {scaled_lr(train)}: lower it")
+    worker_range(train.num_workers)
+    if train.warmup_epochs >= train.epochs and train.warmup_epochs > 0:
+        raise ConfigError(f"train.warmup_epochs={train.warmup_epochs}: needed are fewer than {train.epochs} epochs")
+    if train.image_size is not None and train.image_size > config.embed.proxy_image_size:
+        raise ConfigError(
+            f"train.image_size={train.image_size} is above embed.proxy_image_size={config.embed.proxy_image_size}: "
+            "the network cannot see more pixels than were kept"
+        )
