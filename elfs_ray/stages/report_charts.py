@@ -71,18 +71,18 @@ def size_chart(sizes: Mapping[str, list[int]]) -> str:
 def line_chart(values: Sequence[float], label: str) -> str:
     """A value an epoch, joined by a line; the lowest and the highest are written at the left."""
     low, high = min(values), max(values)
-    height = CHART_HEIGHT / 2
+    top, bottom = 16, CHART_HEIGHT / 2
     steps = max(len(values) - 1, 1)
 
     def y(value: float) -> float:
-        return height - (value - low) / ((high - low) or 1.0) * height
+        return bottom - (value - low) / ((high - low) or 1.0) * (bottom - top)
 
     points = " ".join(f"{i / steps * CHART_WIDTH:.1f},{y(value):.1f}" for i, value in enumerate(values))
     texts = (
-        f"<text x=0 y=-4>{high:.4g}</text><text x=0 y={height + 14}>{low:.4g}</text>"
-        f"<text x={CHART_WIDTH} y={height + 14} text-anchor=end>epoch {len(values)}</text>"
+        f"<text x=0 y={top - 4}>{high:.4g}</text><text x=0 y={bottom + 14}>{low:.4g}</text>"
+        f"<text x={CHART_WIDTH} y={bottom + 14} text-anchor=end>epoch {len(values)}</text>"
     )
-    return _svg(f"<polyline points='{points}' class=curve />" + texts, height + 20, label)
+    return _svg(f"<polyline points='{points}' class=curve />" + texts, bottom + 20, label)
 
 
 def _svg(content: str, height: float, label: str) -> str:
