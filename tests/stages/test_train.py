@@ -94,7 +94,7 @@ def test_a_worker_killed_in_mid_epoch_changes_no_byte(undisturbed, tmp_path):
     folder, overrides, _ = undisturbed
     with _Killer(tmp_path, after_epoch=0) as killer:
         run(tmp_path, *overrides, "train.max_failures=1")
-    assert killer.epochs_done == 1
+    assert killer.epochs_done is not None and 1 <= killer.epochs_done < 3
     assert contents(tmp_path, "dynamics") == contents(folder, "dynamics")
     assert weights(tmp_path) == weights(folder)
 
