@@ -32,6 +32,7 @@ from elfs_ray.config_keys import (
     TrainConfig,
     fields_of,
 )
+from elfs_ray.credentials import refuse_credentials
 
 __all__ = [
     "STAGE_NAMES",
@@ -116,17 +117,31 @@ def _load_yaml(path: str | Path) -> DictConfig:
     loaded = OmegaConf.load(path)
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path} holds a list: needed are keys with values")
+    _refuse_credentials("", OmegaConf.to_container(loaded))
     return loaded
 
 
 def _parse_override(override: str) -> DictConfig:
-    key, equals, _ = override.partition("=")
+    key, equals, value = override.partition("=")
+    _refuse_credentials(key, value)
     if not equals or not key:
         raise ConfigError(f"{override!r} is not an override: write key=value (see --help for the keys)")
     try:
         return OmegaConf.from_dotlist([override])
     except Exception as error:
         raise ConfigError(f"{override!r} cannot be read: {error}. Quote values with spaces or colons.") from error
+
+
+def _refuse_credentials(key: str, value: Any) -> None:
+    """Raise ConfigError for credentials in any value, before a message could show them."""
+    if isinstance(value, dict):
+        for name, nested in value.items():
+            _refuse_credentials(f"{key}.{name}" if key else str(name), nested)
+    elif isinstance(value, str):
+        try:
+            refuse_credentials(value, key)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
 
 def _merge(merged: DictConfig, added: DictConfig, source: str) -> DictConfig:

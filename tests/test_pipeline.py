@@ -12,6 +12,7 @@ import pytest
 
 import elfs_ray
 from elfs_ray.config import ConfigError, load_config
+from elfs_ray.storage import filesystem
 from elfs_ray.storage.run_dir import RunDir
 from tests.tables import contents, digit_images, png
 
@@ -32,7 +33,7 @@ def pool(tmp_path_factory) -> Path:
     return folder
 
 
-def overrides(pool: Path, run_dir: Path, *more: str) -> list[str]:
+def overrides(pool: Path | str, run_dir: Path | str, *more: str) -> list[str]:
     return [
         f"pool.uri={pool}",
         f"run_dir={run_dir}",
@@ -54,7 +55,7 @@ def overrides(pool: Path, run_dir: Path, *more: str) -> list[str]:
     ]
 
 
-def run(pool: Path, run_dir: Path, *more: str) -> RunDir:
+def run(pool: Path | str, run_dir: Path | str, *more: str) -> RunDir:
     return elfs_ray.run(load_config(JOB.with_suffix(".yaml"), overrides(pool, run_dir, *more)))
 
 
@@ -157,6 +158,28 @@ def test_an_empty_pool_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="holds no images"):
         run(tmp_path / "empty", tmp_path / "run")
+
+
+def test_a_pool_and_a_run_directory_in_a_bucket_give_the_same_tables(finished, pool, s3_bucket):
+    for path in pool.rglob("*.*"):
+        filesystem.write_bytes(f"{s3_bucket}{path}", path.read_bytes())
+    run_dir = f"{s3_bucket}/runs/first"
+    run(f"{s3_bucket}{pool}", run_dir)
+    written = {
+        info.path.removeprefix(run_dir.removeprefix("s3://") + "/"): filesystem.read_bytes(f"s3://{info.path}")
+        for info in filesystem.list_files(run_dir, recursive=True)
+    }
+    with_uris = ("index", "rejected", "coreset")
+    without = [table for table in TABLES if table not in with_uris]
+    assert {name: data for name, data in written.items() if name.startswith(tuple(without))} == contents(
+        finished, *without
+    )
+    for table in with_uris:
+        own, local = (pq.ParquetDataset(RunDir(place).table_files(table)).read() for place in (run_dir, finished))
+        assert [uri.removeprefix(s3_bucket) for uri in own["uri"].to_pylist()] == local["uri"].to_pylist()
+        assert own.drop_columns("uri").equals(local.drop_columns("uri"))
+    assert filesystem.read_bytes(f"{run_dir}/report.html")
+    assert any(name.startswith("train/checkpoints/") for name in written)
 
 
 def test_a_driver_killed_in_training_goes_on_to_the_same_tables(finished, pool, tmp_path):

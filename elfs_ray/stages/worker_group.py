@@ -52,6 +52,7 @@ def run_workers(group: WorkerGroup, worker: Callable[[Any], None], job: Any) -> 
         "num_workers": fewest if fewest == most else (fewest, most),
         "elastic_resize_monitor_interval_s": RESIZE_INTERVAL_S,
     }
+    store, path = filesystem.resolve(group.folder)
     trainer = TorchTrainer(
         _work,
         train_loop_config={"group": group, "worker": worker, "job": job},
@@ -63,7 +64,8 @@ def run_workers(group: WorkerGroup, worker: Callable[[Any], None], job: Any) -> 
         ),
         run_config=ray.train.RunConfig(
             name=group.name,
-            storage_path=group.folder,
+            storage_path=path,
+            storage_filesystem=store,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
             failure_config=ray.train.FailureConfig(max_failures=group.max_failures),
         ),

@@ -1,8 +1,7 @@
 """Files by path or URI, local or in an object store, through pyarrow.fs alone.
 
 A write is seen whole or not at all: local files are written beside their place, flushed, and moved there; an object
-store shows an object only when its upload is complete. What an object store needs to know comes from its own
-environment variables (AWS_REGION, AWS_ENDPOINT_URL, STORAGE_EMULATOR_HOST, ...): in a URI a ? is a part of the name.
+store shows an object only when its upload is complete. A URI is a bucket and a name, in which ? and @ are letters.
 """
 
 import contextlib
@@ -10,39 +9,37 @@ import os
 import posixpath
 import uuid
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from elfs_ray.credentials import refuse_credentials
+from elfs_ray.storage.object_store import explained, open_store, upload
+
 ROWS_PER_GROUP = 1 << 16
-
-
-@lru_cache(maxsize=64)
-def _filesystem_of(root: str) -> tuple[fs.FileSystem, str]:
-    return fs.FileSystem.from_uri(root)
 
 
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     """The file system of a local path or URI (s3://, gs://, file://) and the path within it.
 
-    Raises ValueError for a scheme that pyarrow does not know.
+    Raises ValueError for a scheme that pyarrow does not know, for no bucket, and for credentials.
     """
     if "://" not in uri:
         return fs.LocalFileSystem(), os.path.abspath(uri)
     scheme, rest = uri.split("://", 1)
     if scheme == "file":
         return fs.LocalFileSystem(), "/" + rest.lstrip("/")
+    refuse_credentials(uri, "a place to read or write")
     bucket, _, path = rest.partition("/")
     try:
-        filesystem, root = _filesystem_of(f"{scheme}://{bucket}")
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        store, root = open_store(scheme, bucket)
+    except ValueError as error:
         raise ValueError(
             f"{uri!r} cannot be opened: {error}. Give a local path, s3://bucket/path or gs://bucket/path."
         ) from error
-    return filesystem, posixpath.join(root, path).rstrip("/")
+    return store, posixpath.join(root, path).rstrip("/")
 
 
 def absolute(uri: str) -> str:
@@ -54,11 +51,13 @@ def join(uri: str, *parts: str) -> str:
     return posixpath.join(uri, *parts)
 
 
+@explained
 def exists(uri: str) -> bool:
     filesystem, path = resolve(uri)
     return filesystem.get_file_info(path).type != fs.FileType.NotFound
 
 
+@explained
 def is_dir(uri: str) -> bool:
     filesystem, path = resolve(uri)
     return filesystem.get_file_info(path).type == fs.FileType.Directory
@@ -77,6 +76,7 @@ def list_dirs(uri: str) -> list[fs.FileInfo]:
     return [info for info in _list(uri, recursive=False) if info.type == fs.FileType.Directory]
 
 
+@explained
 def _list(uri: str, recursive: bool) -> list[fs.FileInfo]:
     filesystem, path = resolve(uri)
     selector = fs.FileSelector(path, recursive=recursive, allow_not_found=True)
@@ -86,12 +86,14 @@ def _list(uri: str, recursive: bool) -> list[fs.FileInfo]:
         raise ValueError(f"the name of {error.object!r} is not UTF-8, as names of files must be: rename it") from error
 
 
+@explained
 def read_bytes(uri: str) -> bytes:
     filesystem, path = resolve(uri)
     with filesystem.open_input_file(path) as file:
         return file.read()
 
 
+@explained
 def read_range(uri: str, column: str, first: int, last: int) -> pa.Table:
     """The rows of a Parquet file with first <= column <= last, from the row groups that can hold any."""
     filesystem, path = resolve(uri)
@@ -105,6 +107,7 @@ def write_bytes(uri: str, data: bytes) -> None:
         sink.write(data)
 
 
+@explained
 def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
     filesystem, path = resolve(uri)
     # partitioning=None: a folder called epoch=003 adds no column.
@@ -118,18 +121,21 @@ def write_table(uri: str, table: pa.Table, rows_per_group: int = ROWS_PER_GROUP)
         pq.write_table(table.combine_chunks(), sink, compression="zstd", row_group_size=rows_per_group)
 
 
+@explained
 def num_rows(uri: str) -> int:
     """The rows of a Parquet file, from its footer."""
     filesystem, path = resolve(uri)
     return pq.read_metadata(path, filesystem=filesystem).num_rows
 
 
+@explained
 def read_schema(uri: str) -> pa.Schema:
     """The columns of a Parquet file, from its footer."""
     filesystem, path = resolve(uri)
     return pq.read_schema(path, filesystem=filesystem)
 
 
+@explained
 def delete(uri: str) -> None:
     """Delete a file, or a folder with all it holds; nothing happens where there is none."""
     filesystem, path = resolve(uri)
@@ -148,8 +154,7 @@ def open_atomic(uri: str) -> Iterator[Any]:
         # Buffered, so that a failure half-way uploads nothing.
         buffer = pa.BufferOutputStream()
         yield buffer
-        with filesystem.open_output_stream(path) as sink:
-            sink.write(buffer.getvalue())
+        upload(uri, buffer.getvalue(), filesystem, path)
         return
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from elfs_ray.credentials import refuse_credentials
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.images import BadImage
 from elfs_ray.storage.pool_files import PoolColumns, Unit, read_file
@@ -24,6 +25,8 @@ def list_parquet(unit: Unit, columns: PoolColumns) -> pa.Table:
         num_rows = file.metadata.num_rows
         if _is_string(file.schema_arrow.field(image_column).type):
             given = _read_column(file, image_column, unit.uri).to_pylist()
+            for row, uri in enumerate(given):
+                refuse_credentials(uri or "", f"{unit.uri}, row {row}, column {image_column!r}")
             folder = posixpath.dirname(unit.uri)
             uris = [None if uri is None else _against(folder, uri) for uri in given]
         else:

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import uuid
 
 import numpy as np
 import pyarrow as pa
@@ -13,10 +12,10 @@ import pytest
 from elfs_ray.storage import filesystem
 
 
-@pytest.fixture(params=["local", "object store"])
+@pytest.fixture(params=["local", "s3"])
 def root(request, tmp_path) -> str:
-    """A folder on disk, and one in pyarrow's in-memory file system, which is written as an object store is."""
-    return str(tmp_path) if request.param == "local" else f"fsspec+memory://{uuid.uuid4().hex}/bucket"
+    """A folder on disk, and one in a bucket."""
+    return str(tmp_path) if request.param == "local" else request.getfixturevalue("s3_bucket") + "/root"
 
 
 def table(num_rows: int) -> pa.Table:
@@ -87,7 +86,7 @@ def test_listings_are_sorted_and_tell_files_from_folders(root):
         filesystem.write_bytes(filesystem.join(root, name), b"x")
 
     def names(infos) -> list[str]:
-        return [info.path.split("/bucket/")[-1].removeprefix(root + "/") for info in infos]
+        return [info.path.removeprefix(root.removeprefix("s3://") + "/") for info in infos]
 
     assert names(filesystem.list_files(root)) == ["Z.txt", "a.txt", "b.txt"]
     assert names(filesystem.list_files(root, recursive=True)) == [
@@ -109,6 +108,8 @@ def test_deleting_takes_files_and_folders_and_nothing_else(root):
 
 @pytest.mark.parametrize("name", ["a b", "ünïcödé 猫", "a#b", "a?b=c", "100%25", "line\nbreak", "a+b&c", "~", "-"])
 def test_a_name_of_any_characters_names_one_file(root, name):
+    if root.startswith("s3://") and "\n" in name:
+        pytest.skip("the server of the tests knows no names with line breaks")
     uri = filesystem.join(root, name, f"{name}.bin")
     filesystem.write_bytes(uri, name.encode())
     assert filesystem.read_bytes(uri) == name.encode()

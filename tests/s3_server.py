@@ -1,0 +1,81 @@
+"""An S3 server on 127.0.0.1: `python tests/s3_server.py PORT`. Buckets live in its memory and end with it.
+
+moto answers; faults can be put before it, as object stores and networks have them:
+
+    POST   /_faults    {"kind": "503", "count": 3, "method": "GET", "key": "part"}    the next 3 such requests fail
+    GET    /_requests                                                                 requests so far, by method
+"""
+
+import json
+import socket
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+from werkzeug.serving import run_simple
+
+XML = "<?xml version='1.0' encoding='UTF-8'?><Error><Code>{code}</Code><Message>a test</Message></Error>"
+ERRORS = {
+    "403": ("403 Forbidden", "AccessDenied"),
+    "429": ("429 Too Many Requests", "TooManyRequestsException"),
+    "500": ("500 Internal Server Error", "InternalError"),
+    "503": ("503 Slow Down", "SlowDown"),
+}
+
+
+class FaultyStore:
+    """A WSGI application: another one, behind the faults that were ordered.
+
+    Kinds: a status of ERRORS; "reset" closes the connection without an answer, "cut" in the middle of the body.
+    """
+
+    def __init__(self, store: Callable[..., Iterable[bytes]]):
+        self._store = store
+        self._faults: list[dict[str, Any]] = []
+        self._requests: Counter[str] = Counter()
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable) -> Iterable[bytes]:
+        if environ["PATH_INFO"] == "/_faults":
+            self._faults.append(json.loads(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))))
+            return _respond(start_response, "200 OK", b"")
+        if environ["PATH_INFO"] == "/_requests":
+            return _respond(start_response, "200 OK", json.dumps(self._requests).encode())
+        self._requests[environ["REQUEST_METHOD"]] += 1
+        kind = self._next_fault(environ)
+        if kind is None:
+            return self._store(environ, start_response)
+        if kind == "reset":
+            environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+            return []
+        if kind == "cut":
+            body = b"".join(self._store(environ, start_response))
+            return _cut(body, environ["werkzeug.socket"])
+        environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        status, code = ERRORS[kind]
+        return _respond(start_response, status, XML.format(code=code).encode())
+
+    def _next_fault(self, environ: dict[str, Any]) -> str | None:
+        for fault in self._faults:
+            if fault.get("method", environ["REQUEST_METHOD"]) != environ["REQUEST_METHOD"]:
+                continue
+            if fault["count"] > 0 and fault.get("key", "") in environ["PATH_INFO"]:
+                fault["count"] -= 1
+                return fault["kind"]
+        return None
+
+
+def _respond(start_response: Callable, status: str, body: bytes) -> list[bytes]:
+    start_response(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
+    return [body]
+
+
+def _cut(body: bytes, connection: socket.socket) -> Iterable[bytes]:
+    yield body[: len(body) // 2]
+    connection.shutdown(socket.SHUT_RDWR)
+
+
+if __name__ == "__main__":
+    moto = DomainDispatcherApplication(create_backend_app)
+    run_simple("127.0.0.1", int(sys.argv[1]), FaultyStore(moto), threaded=True, request_handler=MotoRequestHandler)
