@@ -14,6 +14,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from elfs_ray.config_checks import (
     check_against_pool,
+    check_budgets,
     check_fields,
     check_relations,
     check_temi_workers,
@@ -21,6 +22,7 @@ from elfs_ray.config_checks import (
     worker_range,
 )
 from elfs_ray.config_keys import (
+    FIND_HARD_FRACTION,
     STAGE_NAMES,
     USES_HARD_FRACTION,
     ClusterConfig,
@@ -35,6 +37,7 @@ from elfs_ray.config_keys import (
 from elfs_ray.credentials import refuse_credentials
 
 __all__ = [
+    "FIND_HARD_FRACTION",
     "STAGE_NAMES",
     "USES_HARD_FRACTION",
     "ClusterConfig",
@@ -45,6 +48,7 @@ __all__ = [
     "TemiConfig",
     "TrainConfig",
     "check_against_pool",
+    "check_budgets",
     "check_temi_workers",
     "deciding_keys",
     "describe_keys",

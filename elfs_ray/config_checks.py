@@ -44,11 +44,17 @@ def check_against_pool(config: Config, num_samples: int) -> None:
             f"cluster.num_clusters={config.cluster.num_clusters} is more than the pool's {num_samples} samples: "
             "give fewer clusters"
         )
+    check_budgets(config, num_samples)
+
+
+def check_budgets(config: Config, num_samples: int) -> None:
+    """Raise ConfigError for a budget or a hard fraction that does not fit a pool of so many samples."""
     from elfs_ray.methods.pruning import budget_count, window_start
 
     try:
         for budget, hard_fraction in zip(config.budgets, config.hard_fractions, strict=True):
-            window_start(num_samples, budget_count(budget, num_samples), hard_fraction)
+            # What is found later always fits.
+            window_start(num_samples, budget_count(budget, num_samples), _number(hard_fraction))
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -26,6 +26,7 @@ SELECT_METHODS = (
     "zcore",
 )
 USES_HARD_FRACTION = ("double_end", "stratified")
+FIND_HARD_FRACTION = ("auto", "search")
 
 
 class ConfigError(ValueError):
@@ -323,10 +324,22 @@ class SelectConfig:
     )
     hard_fraction: Any = option(
         MISSING,
-        "share of the whole pool dropped from the hard end (beta), for double_end and stratified; [...] gives one for "
-        "each budget; with balance it is one of each pseudo-class",
+        "share of the whole pool dropped from the hard end (beta), for double_end and stratified; auto chooses it from "
+        "what the run has, search by short trainings; [...] gives one for each budget; with balance it is one of each "
+        "pseudo-class",
         unit="fraction",
+        choices=FIND_HARD_FRACTION,
         bounds=Bounds(at_least=0, below=1),
+    )
+    search_step: float = option(
+        0.1, "search: hard fractions tried are its multiples", unit="fraction", bounds=Bounds(above=0, at_most=0.5)
+    )
+    search_iterations: int = option(2_000, "search: steps of every training", unit="steps", bounds=POSITIVE)
+    search_holdout: float = option(
+        0.1,
+        "search: share of the pool to test on, by its pseudo-labels; 10,000 images at most",
+        unit="fraction",
+        bounds=Bounds(above=0, at_most=0.5),
     )
     balance: bool = option(False, "the same budget for each pseudo-class, as far as it has images; better below 5%")
     num_strata: int = option(
@@ -405,8 +418,8 @@ class Config:
         return self.budget if isinstance(self.budget, list) else [self.budget]
 
     @property
-    def hard_fractions(self) -> list[float]:
-        """The hard fraction of each budget; 0 where the method has none."""
+    def hard_fractions(self) -> list[float | str]:
+        """The hard fraction of each budget, or the word for how it is found; 0 where the method has none."""
         if self.select.method not in USES_HARD_FRACTION:
             return [0.0] * len(self.budgets)
         given = self.select.hard_fraction

@@ -19,7 +19,7 @@ def describe_plan(config: Config) -> str:
     about = "" if exact else "about "
     lines = [
         f"pool      {about}{count(num_samples, 'image')} in {config.pool.uri}",
-        *_describe_budgets(config, num_samples, about),
+        *(f"budget    {line}" for line in describe_budgets(config, num_samples, about)),
         f"run_dir   {run_dir.uri}",
         f"devices   {count(devices.num_cpus, 'CPU')} and {count(devices.num_gpus, 'GPU')} {devices.where}",
         "",
@@ -31,15 +31,23 @@ def describe_plan(config: Config) -> str:
     return "\n".join(lines)
 
 
-def _describe_budgets(config: Config, num_samples: int, about: str) -> list[str]:
-    """A line for each coreset."""
+def describe_budgets(config: Config, num_samples: int, about: str = "") -> list[str]:
+    """What each coreset holds and what is dropped before it; `about` says that the pool's size is an estimate."""
+    from elfs_ray.methods.hard_fraction import fraction_grid
     from elfs_ray.methods.pruning import budget_count, window_start
 
     lines = []
     for budget, hard_fraction in zip(config.budgets, config.hard_fractions, strict=True):
         kept = budget_count(budget, num_samples)
-        line = f"budget    {about}{count(kept, 'image')} ({kept / num_samples:.2%})"
-        if config.select.method in USES_HARD_FRACTION:
+        line = f"{about}{count(kept, 'image')} ({kept / num_samples:.2%})"
+        if hard_fraction == "search":
+            trials = len(fraction_grid(config.select.search_step, kept, num_samples))
+            steps = count(config.select.search_iterations, "step")
+            line += f", after a share of the hardest that {count(trials, 'training')} of {steps} choose"
+        elif hard_fraction == "auto":
+            line += ", after a share of the hardest that the run's own records choose"
+        elif config.select.method in USES_HARD_FRACTION:
+            assert not isinstance(hard_fraction, str)
             hard = window_start(num_samples, kept, hard_fraction)
             line += f", after the {about}{hard:,} hardest are dropped"
         lines.append(line)

@@ -1,6 +1,7 @@
 """Another coreset from a finished run: only the selection is made again, beside the first, under a name of its own.
 
-Whatever is not given stays as the run had it. The scores that the run left are read, nothing is trained or replaced.
+Whatever is not given stays as the run had it. The scores that the run left are read; nothing is replaced, and nothing
+trained but by select.hard_fraction=search.
 """
 
 import re
@@ -8,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from elfs_ray.config import Config, ConfigError, deciding_keys, load_config
+from elfs_ray.config import Config, ConfigError, check_budgets, deciding_keys, load_config
 from elfs_ray.progress import format_duration, say
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import Marker, RunDir
@@ -39,12 +40,12 @@ def describe(config: Config, table: str) -> str:
     run_dir = RunDir(config.run_dir)
     action = "is there" if _is_done(config, run_dir, table) else "would be written"
     num_samples = int(run_dir.figures("train")["rows"])
-    from elfs_ray.methods.pruning import budget_count
+    from elfs_ray.plan import describe_budgets
 
+    tables = schema.coreset_tables(config.budget, table)
     return "\n".join(
-        f"{run_dir.path(own)} {action}: {budget_count(budget, num_samples):,} of {num_samples:,} images by "
-        f"{config.select.method}"
-        for own, budget in zip(schema.coreset_tables(config.budget, table), config.budgets, strict=True)
+        f"{run_dir.path(own)} {action}: by {config.select.method}, {line}"
+        for own, line in zip(tables, describe_budgets(config, num_samples), strict=True)
     )
 
 
@@ -75,14 +76,15 @@ def run(config: Config, table: str) -> Mapping[str, Any]:
 
 
 def _config_of(run_dir: RunDir) -> dict[str, Any]:
-    """What a run directory says of its own selection, nested; with the values that every config needs."""
-    select = run_dir.success_marker("select")
-    if select is None:
-        raise ConfigError(f"{run_dir.uri} has no complete stage select: run the pipeline there first")
-    base: dict[str, Any] = {"select": {}}
-    for key, value in select.config.items():
-        section, _, name = key.rpartition(".")
-        (base[section] if section else base)[name] = value
+    """What a run directory says of its own selection, images and training, nested; with what every config needs."""
+    base: dict[str, Any] = {"embed": {}, "train": {}, "select": {}}
+    for stage in ("select", "train", "embed"):
+        marker = run_dir.success_marker(stage)
+        if marker is None:
+            raise ConfigError(f"{run_dir.uri} has no complete stage {stage}: run the pipeline there first")
+        for key, value in marker.config.items():
+            section, _, name = key.rpartition(".")
+            (base[section] if section else base)[name] = value
     index = run_dir.success_marker("index")
     assert index is not None, run_dir.uri
     graph = run_dir.table_files(schema.NEIGHBORS)
@@ -100,14 +102,7 @@ def _marker(config: Config, run_dir: RunDir, table: str) -> Marker:
 
 def _is_done(config: Config, run_dir: RunDir, table: str) -> bool:
     """Whether this very coreset is complete. Raises ConfigError for another one of that name, and budgets of no fit."""
-    from elfs_ray.methods.pruning import budget_count, window_start
-
-    num_samples = int(run_dir.figures("train")["rows"])
-    try:
-        for budget, hard_fraction in zip(config.budgets, config.hard_fractions, strict=True):
-            window_start(num_samples, budget_count(budget, num_samples), hard_fraction)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    check_budgets(config, int(run_dir.figures("train")["rows"]))
     success = run_dir.success_marker(table)
     found = success or run_dir.started_marker(table)
     if found is None and filesystem.exists(run_dir.path(table)):

@@ -2,6 +2,8 @@
 
 The coreset is written beside the first one, to coreset-<name>/ in the run directory; what is not given stays as the run
 had it. Example: python jobs/reselect.py run_dir=runs/quickstart name=el2n select.score=el2n budget=0.1
+
+Not called select.py: run from this folder, that would hide the standard library's module of the name.
 """
 
 import sys

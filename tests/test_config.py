@@ -49,6 +49,9 @@ def test_missing_keys_are_all_named_at_once():
         ("budget=-3", "needed is a number > 0"),
         ("budget=nan", "bad value for budget"),
         ("select.hard_fraction=-0.1", "needed is a number >= 0 and < 1"),
+        ("select.hard_fraction=best", "needed is a number >= 0 and < 1 or one of auto, search"),
+        ("select.hard_fraction=[0.1,auto] budget=[0.1,0.2,0.3]", "has 2 values for 3 budgets"),
+        ("select.search_step=0", "needed is a number > 0"),
         ("cluster.num_clusters=1", "needed is a number >= 2"),
         ("embed.encoder=", "embed.encoder"),
         ("until=nothing", "needed is one of index, embed"),
@@ -90,6 +93,15 @@ def test_what_does_not_fit_the_pool_is_refused_once_its_size_is_known(overrides,
 def test_beta_may_be_zero_or_all_that_is_pruned():
     for beta in ("0", "0.9"):
         check_against_pool(load_config(None, [*REQUIRED, f"select.hard_fraction={beta}"]), 1003)
+
+
+def test_a_hard_fraction_may_be_a_word_alone_or_among_numbers_for_the_methods_that_have_one():
+    for words, expected in (("auto", ["auto"] * 3), ("[search,0.2,auto]", ["search", 0.2, "auto"])):
+        asked = [*REQUIRED, "budget=[0.1,0.3,0.5]", f"select.hard_fraction={words}"]
+        config = load_config(None, asked)
+        assert config.hard_fractions == expected
+        check_against_pool(config, 1003)
+        assert load_config(None, [*asked, "select.method=random"]).hard_fractions == [0.0] * 3
 
 
 def test_numbers_of_workers_do_not_decide_a_result_and_science_does():

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "stages": ("config", "methods", "progress", "ray_runtime", "stages", "storage", "version"),
     "pipeline": ("config", "methods", "progress", "ray_runtime", "stages", "storage"),
     "plan": ("config", "methods", "pipeline", "progress", "ray_runtime", "storage"),
-    "reselect": ("config", "methods", "pipeline", "progress", "ray_runtime", "stages", "storage"),
+    "reselect": ("config", "methods", "pipeline", "plan", "progress", "ray_runtime", "stages", "storage"),
     "cli": ("config", "pipeline", "plan", "progress", "reselect", "storage"),
     "__init__": ("config", "pipeline", "version"),
 }

@@ -8,7 +8,6 @@ Reads   every coreset of the run, embeddings/ (ids), index/ (the labels: the onl
 Writes  evaluate/trials/ (one file a training, so that a resumed run repeats none), evaluate/results.parquet
 """
 
-import json
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from elfs_ray.methods.evaluation import EvaluationSettings, LabelledImages, trai
 from elfs_ray.methods.pruning import random_selection
 from elfs_ray.progress import Progress
 from elfs_ray.ray_runtime import run_tasks
+from elfs_ray.stages.pool_training import kept_or_computed, load_proxy_images, training_settings
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.images import BadImage, decode_image, decode_proxy_image, encode_proxy_image
 from elfs_ray.storage.pool import PoolColumns, find_units, list_unit, read_images
@@ -123,38 +123,26 @@ def _run_trial(
 ) -> dict[str, Any]:
     """One training, unless an earlier run has its result."""
     torch.set_num_threads(1)
-    path = run_dir.path("evaluate", "trials", f"{selection}-seed{seed}.json")
-    if filesystem.exists(path):
-        return json.loads(filesystem.read_bytes(path))
-    accuracies = train_and_test(
-        _load_samples(config, run_dir, sample_ids), ray.get(test[0]), num_classes, _settings(config), seed=seed
-    )
-    row = {
-        "selection": selection,
-        "seed": seed,
-        "num_samples": len(sample_ids),
-        "last_accuracy": accuracies[-1],
-        "best_accuracy": max(accuracies),
-    }
-    filesystem.write_bytes(path, json.dumps(row).encode())
-    return row
+
+    def train() -> dict[str, Any]:
+        accuracies = train_and_test(
+            _load_samples(config, run_dir, sample_ids), ray.get(test[0]), num_classes, _settings(config), seed=seed
+        )
+        return {
+            "selection": selection,
+            "seed": seed,
+            "num_samples": len(sample_ids),
+            "last_accuracy": accuracies[-1],
+            "best_accuracy": max(accuracies),
+        }
+
+    return kept_or_computed(run_dir.path("evaluate", "trials", f"{selection}-seed{seed}.json"), train)
 
 
 def _settings(config: Config) -> EvaluationSettings:
-    evaluate, train = config.evaluate, config.train
-    return EvaluationSettings(
-        network=evaluate.network,
-        iterations=evaluate.iterations,
-        batch_size=evaluate.batch_size,
-        lr=evaluate.lr,
-        min_lr=min(train.min_lr, evaluate.lr),
-        momentum=train.momentum,
-        weight_decay=train.weight_decay,
-        nesterov=train.nesterov,
-        crop_padding=train.crop_padding,
-        flip=train.augmentation in ("crop_flip", "resized_crop_flip"),
-        mean=train.mean,
-        std=train.std,
+    own = config.evaluate
+    return training_settings(
+        config.train, network=own.network, iterations=own.iterations, batch_size=own.batch_size, lr=own.lr
     )
 
 
@@ -162,8 +150,7 @@ def _load_samples(config: Config, run_dir: RunDir, sample_ids: np.ndarray) -> La
     rows = run_dir.read_rows(schema.INDEX, sample_ids, [schema.LABEL])
     if rows[schema.LABEL].null_count:
         raise ValueError(f"{rows[schema.LABEL].null_count} samples of the pool have no label: check pool.label")
-    data = run_dir.read_rows(schema.PROXY_IMAGES, sample_ids, [schema.IMAGE])[schema.IMAGE].to_pylist()
-    images = np.stack([decode_proxy_image(image, config.embed.proxy_image_size) for image in data])
+    images = load_proxy_images(run_dir, sample_ids, config.embed.proxy_image_size)
     return LabelledImages(images, rows[schema.LABEL].to_numpy(), sample_ids)
 
 

@@ -23,6 +23,7 @@ from elfs_ray.version import __version__
 
 NUM_BINS = 60
 MAX_EPOCHS_SHOWN = 20
+CORESET_FIGURES = ("rows", "hard_fraction", "num_hard", "num_easy", "num_not_drawn", "hard_fraction_evidence")
 GROUPS = {
     "hardest": "Hardest, pruned",
     "kept": "Kept, from the hardest to the easiest",
@@ -65,7 +66,7 @@ def _metrics(config: Config, run_dir: RunDir) -> dict[str, Any]:
         "hard_side": first["hard_side"],
         "hard_fraction": first["hard_fraction"],
         "coresets": {
-            table: {name: figures[name] for name in ("rows", "hard_fraction", "num_hard", "num_easy", "num_not_drawn")}
+            table: {name: figures[name] for name in CORESET_FIGURES if name in figures}
             for table, figures in coresets.items()
         },
         "score_histogram": _histogram(run_dir, first),
@@ -114,6 +115,7 @@ def _page(config: Config, run_dir: RunDir, metrics: dict[str, Any]) -> str:
             [(name.replace("_", " "), f"{n:,}", f"{n / counts['pool']:.2%}") for name, n in counts.items()],
         ),
         *_coresets(metrics),
+        *_hard_fractions(metrics["coresets"]),
         html_table(
             "Time",
             ("stage", "time"),
@@ -144,6 +146,28 @@ def _coresets(metrics: dict[str, Any]) -> list[str]:
         for table, own in coresets.items()
     ]
     return [html_table("Coresets", ("", "images", "share of the pool", "hard fraction"), rows)]
+
+
+def _hard_fractions(coresets: Mapping[str, Any]) -> list[str]:
+    """What speaks for each hard fraction that was not given: every training, or every twentieth estimate."""
+    sections = []
+    for table, own in coresets.items():
+        evidence = own.get("hard_fraction_evidence")
+        if evidence is None:
+            continue
+        title = f"Hard fraction of {table}: {own['hard_fraction']:g}, by select.hard_fraction={evidence['found_by']}"
+        if evidence["found_by"] == "search":
+            head = ("hard fraction", f"accuracy on {evidence['held_out']:,} pseudo-labels held out", "")
+            tried = [(trial["hard_fraction"], trial["accuracy"]) for trial in evidence["trials"]]
+            rows = [(f"{beta:g}", f"{share:.1%}", _mark(beta == own["hard_fraction"])) for beta, share in tried]
+        else:
+            head = ("hard fraction", "how much easier than the pool", "variance", "risk")
+            rows = [
+                (f"{risk['hard_fraction']:g}", *(f"{risk[name]:.4f}" for name in ("bias", "variance", "risk")))
+                for risk in evidence["risks"]
+            ]
+        sections.append(html_table(title, head, rows))
+    return sections
 
 
 def _clustering(figures: Mapping[str, Any]) -> list[str]:

@@ -1,13 +1,15 @@
 """select: training dynamics become scores, scores become coresets.
 
-Reads   clusters/pseudo_labels, dynamics/, index/; embeddings/ for zcore, neighbors/ for d2
+Reads   clusters/pseudo_labels, dynamics/, index/; embeddings/ for zcore, neighbors/ for d2, proxy_images/ for search
 Writes  scores/ (a file for each 262,144 ids; score prototypicality is the distance to the centroid), select/<method>/
-        (the scores of d2 or zcore), and for each budget a coreset, hardest first, a file for each 1,048,576 ranks, and
-        its uris as text: coreset/ and coreset.txt for the first budget, coreset-<budget> for every other
+        (the scores of d2 or zcore), select/search/ (trainings that find a hard fraction), and for each budget a
+        coreset, hardest first, a file for each 1,048,576 ranks, and its uris as text: coreset/ and coreset.txt for the
+        first budget, coreset-<budget> for every other
 
-Nothing is sorted as a whole. Each range of ids is scored by one task from all epochs; the cuts are found exactly from
-histograms (select_windows.py); one pass over the scores collects every coreset (select_coreset.py). The driver holds
-histograms; a task about 200 bytes for each sample of a file, and what it keeps of 16 files or a quarter of a CPU's.
+Nothing is sorted as a whole. Each range of ids is scored by one task from all epochs; hard fractions that are not given
+are found (select_auto.py, select_search.py); the cuts are found exactly from histograms (select_windows.py); one pass
+over the scores collects every coreset (select_coreset.py). The driver holds histograms; a task about 200 bytes for each
+sample of a file, and what it keeps of 16 files or a quarter of a CPU's.
 """
 
 import posixpath
@@ -17,13 +19,14 @@ from typing import Any
 import pyarrow as pa
 
 from elfs_ray.config import Config
-from elfs_ray.methods.pruning import budget_count
 from elfs_ray.methods.scores import ScoreAccumulator
 from elfs_ray.progress import Progress
 from elfs_ray.ray_runtime import run_tasks
 from elfs_ray.stages.select_coreset import write_coresets
 from elfs_ray.stages.select_geometry import GEOMETRY, score_by_geometry
-from elfs_ray.stages.select_windows import DIRECTIONS, Budget, ScoredPool, choose
+from elfs_ray.stages.select_hard_fraction import choose_hard_fractions
+from elfs_ray.stages.select_pool import DIRECTIONS, ScoredPool
+from elfs_ray.stages.select_windows import choose
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
@@ -43,14 +46,17 @@ def select_coresets(config: Config, run_dir: RunDir, tables: Sequence[str]) -> d
     num_ids = int(run_dir.figures("index")["rows"])
     _write_scores(run_dir, num_ids, num_epochs=int(run_dir.figures("train")["epochs"]))
     pool = _scored_pool(config, run_dir, num_ids)
-    budgets = _budgets(config, pool)
+    choices = choose_hard_fractions(config, run_dir, pool)
+    budgets = [choice.budget for choice in choices]
     if config.select.method in GEOMETRY:
         pool = score_by_geometry(config, run_dir, pool, max(budget.num_kept for budget in budgets))
     selections = choose(pool, config.select, config.seed, budgets)
     coresets = write_coresets(run_dir, pool, dict(zip(tables, selections, strict=True)))
-    for own, budget in zip(coresets.values(), budgets, strict=True):
-        own |= {"hard_fraction": budget.hard_fraction, "score": pool.score, "hard_side": pool.direction}
+    for own, choice in zip(coresets.values(), choices, strict=True):
+        own |= {"hard_fraction": choice.budget.hard_fraction, "score": pool.score, "hard_side": pool.direction}
         own["score_table"] = posixpath.relpath(posixpath.dirname(pool.files[0]), run_dir.uri)
+        if choice.evidence is not None:
+            own["hard_fraction_evidence"] = choice.evidence
     return {"rows": coresets[tables[0]]["rows"], "samples": pool.num_samples, "coresets": coresets}
 
 
@@ -60,11 +66,6 @@ def _scored_pool(config: Config, run_dir: RunDir, num_ids: int) -> ScoredPool:
     files = tuple(run_dir.table_files(schema.SCORES))
     score = {"dual_beta": "dual", "prototypicality": schema.PROTOTYPICALITY}.get(select.method, select.score)
     return ScoredPool(files, score, DIRECTIONS[score], num_ids, num_groups)
-
-
-def _budgets(config: Config, pool: ScoredPool) -> list[Budget]:
-    counts = [budget_count(budget, pool.num_samples) for budget in config.budgets]
-    return [Budget(count, float(beta)) for count, beta in zip(counts, config.hard_fractions, strict=True)]
 
 
 def _write_scores(run_dir: RunDir, num_ids: int, num_epochs: int) -> None:
@@ -96,7 +97,15 @@ def _score_range(run_dir: RunDir, first: int, last: int, num_epochs: int) -> Non
     scores: Mapping[str, Any] = accumulator.finish()
     labels = {name: clusters[name].combine_chunks() for name in (schema.SAMPLE_ID, schema.PSEUDO_LABEL)}
     table = pa.table({**labels, **scores, schema.PROTOTYPICALITY: clusters[schema.DISTANCE].combine_chunks()})
-    filesystem.write_table(run_dir.path(schema.SCORES, schema.range_file(first, last)), table)
+    write_scores(run_dir.path(schema.SCORES, schema.range_file(first, last)), table)
+
+
+def write_scores(path: str, table: pa.Table) -> None:
+    """Write a file of scores/, small and quick to read: hardly two scores are the same, a dictionary would hold all."""
+    encodings = {schema.SAMPLE_ID: "DELTA_BINARY_PACKED"} | {
+        field.name: "BYTE_STREAM_SPLIT" for field in table.schema if pa.types.is_float32(field.type)
+    }
+    filesystem.write_table(path, table, encodings=encodings)
 
 
 def _pseudo_labels(run_dir: RunDir, first: int, last: int) -> Iterator[pa.Table]:

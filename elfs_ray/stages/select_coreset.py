@@ -13,7 +13,8 @@ import ray
 from elfs_ray.methods.quantiles import Cut, assign_parts, hard_first_order, part_ranks
 from elfs_ray.progress import Progress
 from elfs_ray.ray_runtime import run_tasks
-from elfs_ray.stages.select_windows import ScoredPool, ScoredRows, Selection, find_part_cuts, num_parts
+from elfs_ray.stages.select_pool import ScoredPool, ScoredRows
+from elfs_ray.stages.select_windows import Selection, find_part_cuts, num_parts
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
@@ -102,9 +103,8 @@ def _collect(
     """What some files hold of each coreset: the ends of (all, pruned) samples, then the rows of each of its parts."""
     pieces: list[list[list[pa.Table]]] = [[[] for _ in cuts[1:]] for _, cuts in wanted]
     ends: list[tuple[_Ends, _Ends]] = [(_Ends([], []), _Ends([], [])) for _ in wanted]
-    columns = sorted({name for selection, _ in wanted for name in selection.order.columns})
     for path in files:
-        rows = pool.read(path, columns)
+        rows = pool.read(path)
         keys = pool.hardness_keys(rows)
         everything = _ends(rows, keys, np.arange(keys.size))
         masks = [selection.mask(pool, rows) for selection, _ in wanted]
@@ -126,7 +126,7 @@ def _coreset_rows(run_dir: RunDir, rows: ScoredRows, keys: np.ndarray, kept: np.
     columns = {
         schema.SAMPLE_ID: sample_ids,
         schema.URI: _uris(run_dir, sample_ids),
-        schema.PSEUDO_LABEL: rows.table[schema.PSEUDO_LABEL].to_numpy()[kept],
+        schema.PSEUDO_LABEL: rows.column(schema.PSEUDO_LABEL)[kept],
         schema.SCORE: rows.scores[kept].astype(np.float32),
         KEY: keys[kept],
     }

@@ -19,7 +19,7 @@ from elfs_ray.methods.geometry import d2_selection, zcore_draws, zcore_sum, zcor
 from elfs_ray.methods.quantiles import Direction
 from elfs_ray.progress import Progress
 from elfs_ray.ray_runtime import run_tasks
-from elfs_ray.stages.select_windows import ScoredPool
+from elfs_ray.stages.select_pool import ScoredPool
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 

@@ -6,14 +6,11 @@ of all groups and all budgets that share an order in one search. The driver hold
 numbers for each pseudo-class.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
 from elfs_ray.config import SelectConfig
 from elfs_ray.methods import pruning
@@ -21,97 +18,21 @@ from elfs_ray.methods.quantiles import (
     KEY_BITS,
     Cut,
     DigitRequest,
-    Direction,
     assign_parts,
     count_digits,
-    grouped_keys,
     hardness_keys,
     part_ranks,
     rank_to_cut,
 )
-from elfs_ray.methods.scores import SCORES
-from elfs_ray.ray_runtime import num_cpus, run_tasks
-from elfs_ray.storage import filesystem, schema
+from elfs_ray.stages.select_pool import Order, ScoredPool, ScoredRows
 
 RANKS_PER_FILE = 1 << 20
-MAX_SHARES = 512
-FILES_PER_SHARE = 16
-DIRECTIONS: dict[str, Direction] = {**SCORES, schema.PROTOTYPICALITY: "high"}
-"""The scores in scores/, with the end of the range where hard samples lie."""
-
 LAST_KEY = np.uint32(2**KEY_BITS - 1)
-
-
-class ScoredRows(NamedTuple):
-    """Rows of one file: sample_ids (n,) int64, groups (n,) int64, scores (n,) float32 or int32, and other columns."""
-
-    sample_ids: np.ndarray
-    groups: np.ndarray
-    scores: np.ndarray
-    table: pa.Table
-
-
-@dataclass(frozen=True)
-class ScoredPool:
-    """The scored samples that a selection chooses from, in files of one range of ids each; a worker gets one."""
-
-    files: tuple[str, ...]
-    score: str
-    direction: Direction
-    num_ids: int
-    num_groups: int
-
-    def read(self, path: str, columns: Sequence[str] = ()) -> ScoredRows:
-        """The rows of one file, with other columns that are wanted."""
-        wanted = dict.fromkeys([schema.SAMPLE_ID, schema.PSEUDO_LABEL, self.score, *columns])
-        table = filesystem.read_table(path, list(wanted))
-        labels = table[schema.PSEUDO_LABEL].to_numpy()
-        groups = labels.astype(np.int64) if self.num_groups > 1 else np.zeros(len(labels), np.int64)
-        return ScoredRows(table[schema.SAMPLE_ID].to_numpy(), groups, table[self.score].to_numpy(), table)
-
-    def hardness_keys(self, rows: ScoredRows) -> np.ndarray:
-        return hardness_keys(rows.scores, self.direction)
-
-    def keys(self, order: "Order", rows: ScoredRows) -> np.ndarray:
-        """The keys of an order, below the group where there is more than one."""
-        keys = order.keys(self, rows)
-        return grouped_keys(rows.groups, keys) if self.num_groups > 1 else keys
-
-    def shares(self) -> list[tuple[str, ...]]:
-        """The files in about equal runs: enough for every CPU, and for tasks to stay small."""
-        num_shares = min(len(self.files), MAX_SHARES, max(4 * num_cpus(), len(self.files) // FILES_PER_SHARE))
-        ends = [len(self.files) * share // num_shares for share in range(num_shares + 1)]
-        return [self.files[first:last] for first, last in pairwise(ends)]
-
-    def map_shares(self, function: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
-        """`function(pool, files, *arguments)` of every share, in any order."""
-        for _, result in run_tasks(function, [(self, files, *arguments) for files in self.shares()]):
-            yield result
-
-    @cached_property
-    def counts(self) -> np.ndarray:
-        """Samples of each group, (groups,) int64."""
-        return sum(self.map_shares(_count_groups), np.zeros(self.num_groups, np.int64))
-
-    @property
-    def num_samples(self) -> int:
-        return int(self.counts.sum())
-
-
-class Order(Protocol):
-    """What a method orders samples by, ties by sample_id: keys (n,) uint32 from the columns it names."""
-
-    @property
-    def columns(self) -> tuple[str, ...]: ...
-
-    def keys(self, pool: ScoredPool, rows: ScoredRows) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
 class ByHardness:
     """The hardest first."""
-
-    columns: tuple[str, ...] = ()
 
     def keys(self, pool: ScoredPool, rows: ScoredRows) -> np.ndarray:
         return pool.hardness_keys(rows)
@@ -122,7 +43,6 @@ class ByDraw:
     """At random."""
 
     seed: int
-    columns: tuple[str, ...] = ()
 
     def keys(self, pool: ScoredPool, rows: ScoredRows) -> np.ndarray:
         return pruning.random_keys(rows.sample_ids, self.seed)
@@ -137,7 +57,6 @@ class ByStratum:
     cuts: tuple[Cut, ...]
     lowest: tuple[float, ...]
     highest: tuple[float, ...]
-    columns: tuple[str, ...] = ()
 
     def strata(self, pool: ScoredPool, rows: ScoredRows) -> np.ndarray:
         lowest, highest = np.array(self.lowest)[rows.groups], np.array(self.highest)[rows.groups]
@@ -156,10 +75,9 @@ class ByDualWeight:
     exponent: float
     anchors: tuple[float, ...]
     rates: tuple[float, ...]
-    columns: tuple[str, ...] = ("dual", "dual_mean_prob")
 
     def keys(self, pool: ScoredPool, rows: ScoredRows) -> np.ndarray:
-        dual, mean_prob = (rows.table[name].to_numpy() for name in self.columns)
+        dual, mean_prob = (rows.column(name) for name in ("dual", "dual_mean_prob"))
         anchors, rates = np.array(self.anchors)[rows.groups], np.array(self.rates)[rows.groups]
         return pruning.dual_beta_keys(dual, mean_prob, rows.sample_ids, anchors, rates, self.seed, self.exponent)
 
@@ -313,25 +231,19 @@ def _from_cuts(pool: ScoredPool, rows: ScoredRows, cuts: Sequence[Cut]) -> np.nd
     return (keys > cut_keys) | ((keys == cut_keys) & (rows.sample_ids >= cut_ids))
 
 
-def _count_groups(pool: ScoredPool, files: Sequence[str]) -> np.ndarray:
-    if pool.num_groups == 1:
-        return np.array([sum(map(filesystem.num_rows, files))])
-    labels = (filesystem.read_table(path, [schema.PSEUDO_LABEL])[schema.PSEUDO_LABEL].to_numpy() for path in files)
-    return sum((np.bincount(own, minlength=pool.num_groups) for own in labels), np.zeros(pool.num_groups, np.int64))
-
-
 def _count(pool: ScoredPool, files: Sequence[str], order: Order, request: DigitRequest) -> np.ndarray:
     counts = np.zeros((len(request.prefixes), 1 << request.width), np.int64)
     for path in files:
-        rows = pool.read(path, order.columns)
-        counts += count_digits(request, pool.keys(order, rows), rows.sample_ids)
+        rows = pool.read(path)
+        sample_ids = rows.sample_ids if request.reads_ids else None
+        counts += count_digits(request, pool.keys(order, rows), sample_ids)
     return counts
 
 
 def _count_kept(pool: ScoredPool, files: Sequence[str], selection: Selection, request: DigitRequest) -> np.ndarray:
     counts = np.zeros((len(request.prefixes), 1 << request.width), np.int64)
     for path in files:
-        rows = pool.read(path, selection.order.columns)
+        rows = pool.read(path)
         kept = selection.mask(pool, rows)
         counts += count_digits(request, pool.hardness_keys(rows)[kept], rows.sample_ids[kept])
     return counts
@@ -363,13 +275,13 @@ def _best_dual(pool: ScoredPool, files: Sequence[str]) -> tuple[np.ndarray, np.n
     """The samples of highest DUAL score of each group: groups, keys, sample_ids and mean probabilities."""
     columns: list[tuple[np.ndarray, ...]] = []
     for path in files:
-        rows = pool.read(path, ByDualWeight.columns)
-        keys = hardness_keys(rows.table["dual"].to_numpy(), "high")
+        rows = pool.read(path)
+        keys = hardness_keys(rows.column("dual"), "high")
         order = np.lexsort((rows.sample_ids, keys, rows.groups))
         counts = np.bincount(rows.groups, minlength=pool.num_groups)
         place = np.arange(order.size) - np.repeat(np.cumsum(counts) - counts, counts)
         best = order[place < pruning.DUAL_NUM_ANCHORS]
-        mean_probs = rows.table["dual_mean_prob"].to_numpy()
+        mean_probs = rows.column("dual_mean_prob")
         columns.append((rows.groups[best], keys[best], rows.sample_ids[best], mean_probs[best]))
     groups, all_keys, sample_ids, all_probs = (np.concatenate(column) for column in zip(*columns, strict=True))
     return groups, all_keys, sample_ids, all_probs

@@ -8,7 +8,7 @@ import contextlib
 import os
 import posixpath
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -114,11 +114,30 @@ def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
     return pq.read_table(path, columns=columns, filesystem=filesystem, partitioning=None)
 
 
-def write_table(uri: str, table: pa.Table, rows_per_group: int = ROWS_PER_GROUP) -> None:
-    """Write a Parquet file whole or not at all; the same rows give the same bytes. Memory: the table once more."""
+def write_table(
+    uri: str, table: pa.Table, rows_per_group: int = ROWS_PER_GROUP, encodings: Mapping[str, str] | None = None
+) -> None:
+    """Write a Parquet file whole or not at all; the same rows give the same bytes. Memory: the table once more.
+
+    encodings: Parquet's encoding of columns that do better without a dictionary.
+    """
     with open_atomic(uri) as sink:
         # Pages and dictionaries end where chunks do.
-        pq.write_table(table.combine_chunks(), sink, compression="zstd", row_group_size=rows_per_group)
+        pq.write_table(
+            table.combine_chunks(),
+            sink,
+            compression="zstd",
+            row_group_size=rows_per_group,
+            use_dictionary=[name for name in table.column_names if name not in encodings] if encodings else True,
+            column_encoding=dict(encodings) if encodings else None,
+        )
+
+
+@explained
+def open_parquet(uri: str) -> pq.ParquetFile:
+    """A Parquet file to read column by column; its footer is read once."""
+    filesystem, path = resolve(uri)
+    return pq.ParquetFile(path, filesystem=filesystem, pre_buffer=True)
 
 
 @explained

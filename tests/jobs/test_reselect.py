@@ -26,6 +26,9 @@ def finished(ray_cluster, tmp_path_factory) -> Path:
     write_trained(run_dir)
     run_dir.mark_complete(Marker("index", {"pool.uri": "/no/pool"}, {}, {"rows": 1003}))
     keys = {f"select.{key}": value for key, value in deciding_keys(config.select).items()}
+    for stage in ("embed", "train"):
+        own = {f"{stage}.{key}": value for key, value in deciding_keys(getattr(config, stage)).items()}
+        run_dir.mark_complete(Marker(stage, own, {}, run_dir.figures(stage)))
     figures = select.run_select(config, run_dir)
     run_dir.mark_complete(Marker("select", {"seed": 0, "budget": 0.2, **keys}, {}, figures))
     return folder
@@ -49,10 +52,25 @@ def test_a_named_coreset_is_what_a_run_with_those_keys_selects_and_the_first_one
     assert other.returncode == 2 and "give another name, or on_change=rerun" in other.stderr
 
 
+def test_the_hard_fraction_may_be_found_by_either_way_with_the_network_of_the_run(finished):
+    asked = ["budget=[0.1,0.3]", "select.hard_fraction=[auto,search]", "select.search_step=0.4"]
+    arguments = [f"run_dir={finished}", "name=found", "ray_address=local", *asked, "select.search_iterations=3"]
+    plan = type_job("--dry-run", *arguments)
+    assert plan.returncode == 0, plan.stderr
+    assert "100 images (10.00%), after a share of the hardest that the run's own records choose" in plan.stdout
+    assert "300 images (30.00%), after a share of the hardest that 2 trainings of 3 steps choose" in plan.stdout
+    result = type_job(*arguments)
+    assert result.returncode == 0, result.stderr
+    first, second = RunDir(finished).figures("coreset-found")["coresets"].values()
+    assert first["hard_fraction_evidence"]["found_by"] == "auto" and 0 <= first["hard_fraction"] <= 0.9
+    assert [trial["hard_fraction"] for trial in second["hard_fraction_evidence"]["trials"]] == [0.0, 0.4]
+    assert (first["rows"], second["rows"]) == (100, 300)
+
+
 def test_dry_run_says_what_would_be_written_and_writes_nothing(finished):
     result = type_job("--dry-run", f"run_dir={finished}", "name=dry", "budget=50")
     assert result.returncode == 0, result.stderr
-    assert "coreset-dry would be written: 50 of 1,000 images by double_end" in result.stdout
+    assert "coreset-dry would be written: by double_end, 50 images (5.00%)" in result.stdout
     assert not (finished / "coreset-dry").exists()
 
 

@@ -1,8 +1,11 @@
 import numpy as np
 import pytest
+from sklearn.datasets import load_digits
 
 from elfs_ray.methods.geometry import d2_selection, prototypicality, zcore_draws, zcore_scores, zcore_votes
 from elfs_ray.methods.hashing import hash_uniform
+from elfs_ray.methods.kmeans import kmeans
+from elfs_ray.methods.kmeans_points import ArrayPoints
 from elfs_ray.methods.pruning import hardest
 
 
@@ -13,6 +16,13 @@ def clustered_embeddings(n, dim=16, num_clusters=5, seed=0):
     label = rng.integers(0, num_clusters, n)
     points = centers[label] + 0.15 * (1 + label[:, None]) * rng.standard_normal((n, dim))
     return (points / np.linalg.norm(points, axis=1, keepdims=True)).astype(np.float16)
+
+
+def digit_embeddings():
+    """scikit-learn's 1,797 real digits as the encoder `pixels` embeds them: less their mean, unit length, float16."""
+    pixels = load_digits().data
+    pixels = pixels - pixels.mean(1, keepdims=True)
+    return (pixels / np.linalg.norm(pixels, axis=1, keepdims=True)).astype(np.float16)
 
 
 def neighbors_of(embeddings, k):
@@ -205,3 +215,21 @@ def test_zcore_refuses_pools_and_settings_that_are_too_small():
         zcore_votes(clustered_embeddings(5), range(3), 0, num_neighbors=0)
     with pytest.raises(ValueError, match="num_draws is 0"):
         zcore_draws(0)
+
+
+def test_every_baseline_orders_real_images_as_a_plain_implementation_does():
+    """Ties and sums of another order aside: what is kept later is never harder by more than rounding."""
+    embeddings, ids = digit_embeddings(), np.arange(1797)
+    centroids = kmeans(ArrayPoints(embeddings, ids), 10, seed=0, max_iterations=20).centroids
+    unit = centroids / np.linalg.norm(centroids.astype(float), axis=1, keepdims=True)
+    plain = (1 - embeddings.astype(float) @ unit.T).min(axis=1)
+    kept = hardest(prototypicality(embeddings, centroids), ids, 1797, "high")
+    assert (np.diff(plain[kept]) <= 1e-6).all()
+
+    neighbors, similarity = neighbors_of(embeddings, 10)
+    expected = plain_d2(neighbors, similarity, 300, np.ones(1797), 1.0, 1.0)
+    np.testing.assert_array_equal(d2_selection(neighbors, similarity, 300), expected)
+
+    scores = zcore_scores(embeddings, ids, seed=0, num_draws=300, num_neighbors=100)
+    plain = hash_uniform(0, 3, ids) + plain_zcore_votes(embeddings, 300, 0, 100, 4.0)
+    assert (np.diff(plain[hardest(scores, ids, 1797, "high")]) <= 1e-4).all()

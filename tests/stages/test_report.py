@@ -105,3 +105,15 @@ def test_clustering_and_training_are_told_to_the_reader(ray_cluster, tmp_path):
 def test_names_are_escaped(ray_cluster, tmp_path):
     page, _ = make_report(tmp_path, "pool.uri=/<script>alert(1)</script>")
     assert "script" not in page.tags
+
+
+def test_what_speaks_for_a_hard_fraction_that_was_found_is_shown_and_kept(ray_cluster, tmp_path):
+    search = ("select.search_iterations=2", "select.search_step=0.4")
+    page, metrics = make_report(tmp_path, "budget=[0.2,0.1]", "select.hard_fraction=[search,auto]", *search)
+    first, second = metrics["coresets"].values()
+    trials = first["hard_fraction_evidence"]["trials"]
+    assert [trial["hard_fraction"] for trial in trials] == [0.0, 0.4, 0.8]
+    assert all(f"{trial['accuracy']:.1%}" in page.texts for trial in trials)
+    assert f"Hard fraction of coreset: {first['hard_fraction']:g}, by select.hard_fraction=search" in page.texts
+    assert f"Hard fraction of coreset-0.1: {second['hard_fraction']:g}, by select.hard_fraction=auto" in page.texts
+    assert f"{second['hard_fraction_evidence']['risks'][0]['risk']:.4f}" in page.texts

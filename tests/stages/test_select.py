@@ -1,13 +1,17 @@
 """select against NumPy: the scores' formulas and double-end pruning written out."""
 
+from fractions import Fraction
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from elfs_ray.methods import geometry, pruning
-from elfs_ray.stages import select, select_windows
-from elfs_ray.stages.select_coreset import escape_line_breaks
+from elfs_ray.stages import select, select_pool, select_windows
+from elfs_ray.stages.select_coreset import escape_line_breaks, write_coresets
+from elfs_ray.stages.select_pool import ScoredPool
+from elfs_ray.stages.select_windows import Budget, choose
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 from tests.tables import contents, digit_images, digits_config, write_trained
@@ -239,7 +243,50 @@ def test_the_number_of_files_in_a_task_changes_nothing(ray_cluster, tmp_path, mo
     write_trained(run_dir)
     found = []
     for max_shares in (1, 4, 7):
-        monkeypatch.setattr(select_windows, "MAX_SHARES", max_shares)
+        monkeypatch.setattr(select_pool, "MAX_SHARES", max_shares)
         select.run_select(digits_config(tmp_path, *overrides), run_dir)
         found.append(contents(tmp_path, "coreset", "coreset-0.05"))
     assert found[0] == found[1] == found[2]
+
+
+def write_scored(folder, scores: np.ndarray, num_files: int) -> ScoredPool:
+    """scores/ and index/ of samples 0..n-1, as many in each file."""
+    run_dir, ids = RunDir(folder), np.arange(len(scores))
+    for own in np.array_split(ids, num_files):
+        name = schema.range_file(int(own[0]), int(own[-1]))
+        labels = np.zeros(len(own), np.int32)
+        columns = {"sample_id": own, "pseudo_label": labels, "aum": scores[own]}
+        filesystem.write_table(run_dir.path("scores", name), pa.table(columns))
+        uris = [f"/{i}.png" for i in own.tolist()]
+        index = pa.table([own, uris, pa.nulls(len(own), pa.int32())], schema=schema.INDEX_SCHEMA)
+        filesystem.write_table(run_dir.path("index", name), index)
+    return ScoredPool(tuple(run_dir.table_files("scores")), "aum", "low", len(scores), 1)
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "num_files", "num_workers"),
+    [(1, 1, 1), (10, 7, 4), (999, 3, 2), (1000, 1, 1), (1000, 5, 4), (100_000, 7, 3), (100_000, 2, 2)],
+)
+def test_double_end_is_sort_and_slice_for_every_rate_and_beta(
+    ray_cluster, tmp_path, monkeypatch, num_samples, num_files, num_workers
+):
+    """All windows of a grid at once, over any number of files, dealt to any number of workers; many scores tie."""
+    monkeypatch.setattr(select_pool, "MAX_SHARES", num_workers)
+    monkeypatch.setattr(select_windows, "RANKS_PER_FILE", 30_000)
+    rng = np.random.default_rng(num_samples)
+    scores = (rng.integers(-40, 200, num_samples) / 8).astype(np.float32)
+    pool = write_scored(tmp_path, scores, num_files)
+    budgets = [
+        Budget(pruning.budget_count(1 - pruned / 10, num_samples), hard / 10)
+        for pruned in range(10)
+        for hard in range(pruned + 1)
+        if (10 - pruned) * num_samples >= 10
+    ]
+    selections = choose(pool, digits_config(tmp_path).select, 0, budgets)
+    tables = {f"coreset-{place}": selection for place, selection in enumerate(selections)}
+    write_coresets(RunDir(tmp_path), pool, tables)
+    order = np.lexsort((np.arange(num_samples), scores))
+    for table, budget in zip(tables, budgets, strict=True):
+        start = int(Fraction(str(budget.hard_fraction)) * num_samples)
+        kept = read(RunDir(tmp_path), table)["sample_id"]
+        np.testing.assert_array_equal(kept, order[start : start + budget.num_kept])

@@ -1,0 +1,170 @@
+"""What hard fractions found by auto and by search are worth, beside a grid of them, the paper's value and random.
+
+    python benchmarks/hard_fraction.py [--quick] [--pool FILE --num-images 10000] [--folder FOLDER]
+
+Without --pool, the 4,000 digits of jobs/quickstart.py, tested on their 1,000; with it, the first images of a Parquet
+file (image, label), tested on the 2,000 after them. The proxy is trained on pseudo-labels by the pipeline; then a
+network is trained from scratch with the true labels on the coreset of every hard fraction, as stage evaluate does. All
+accuracies are means over seeds. --folder keeps the run, so that a second call repeats only what is measured.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import ray
+import torch
+from reporting import emit
+
+from elfs_ray import load_config, pipeline
+from elfs_ray.config import Config
+from elfs_ray.methods import pruning
+from elfs_ray.methods.evaluation import LabelledImages, train_and_test
+from elfs_ray.methods.hard_fraction import fraction_grid
+from elfs_ray.ray_runtime import connect, run_tasks
+from elfs_ray.stages.pool_training import load_proxy_images, training_settings
+from elfs_ray.stages.select_auto import estimate_hard_fractions
+from elfs_ray.stages.select_pool import ScoredPool
+from elfs_ray.stages.select_search import search_hard_fractions
+from elfs_ray.storage import filesystem, schema
+from elfs_ray.storage.images import decode_proxy_image
+from elfs_ray.storage.run_dir import RunDir
+
+JOBS = Path(__file__).parent.parent / "jobs"
+BUDGETS = [0.01, 0.05, 0.1, 0.3]
+NUM_TEST = 2_000
+FIXED = (0.0, 0.4, 0.5)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="1,000 digits, one seed; under 45 s on 2 cores")
+    parser.add_argument("--pool", help="Parquet file of images and labels")
+    parser.add_argument("--num-images", type=int, default=10_000, help="images of it to choose from")
+    parser.add_argument("--folder", help="where the run is kept")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(arguments.folder or temporary)
+        images, test = write_pool(folder, arguments.pool, 1_000 if arguments.quick else arguments.num_images)
+        config = configure(folder, images, of_digits=arguments.pool is None, quick=arguments.quick)
+        pipeline.run(config)
+        connect(config.ray_address)  # a complete run starts none
+        name = Path(arguments.pool).parent.name if arguments.pool else "digits"
+        compare(config, test, name, num_seeds=1 if arguments.quick else 2)
+
+
+def write_pool(folder: Path, source: str | None, num_images: int) -> tuple[Path, Path]:
+    """Write the images to choose from and those to test on; their paths."""
+    if source is None:
+        sys.path.insert(0, str(JOBS.parent))
+        from jobs.quickstart import write_digits
+
+        write_digits(folder)
+        if num_images >= 4_000:
+            return folder / "pool.parquet", folder / "test.parquet"
+        source = str(folder / "pool.parquet")
+    rows = pq.read_table(source, columns=["image", "label"])
+    filesystem.write_table(str(folder / "chosen.parquet"), rows.slice(0, num_images))
+    filesystem.write_table(str(folder / "held.parquet"), rows.slice(num_images, NUM_TEST))
+    return folder / "chosen.parquet", folder / "held.parquet"
+
+
+def configure(folder: Path, images: Path, *, of_digits: bool, quick: bool) -> Config:
+    """The quickstart's settings; its 30 clusters and its balance are for the digits alone."""
+    overrides = [f"pool.uri={images}", f"run_dir={folder / 'run'}", f"budget={[0.05, 0.2] if quick else BUDGETS}"]
+    overrides += ["select.search_iterations=200", "until=select"]
+    if not of_digits:
+        overrides += ["cluster.num_clusters=10", "select.balance=false"]
+    if quick:
+        overrides += ["train.epochs=4", "select.search_step=0.4", "select.search_iterations=40"]
+    return load_config(JOBS / "quickstart.yaml", overrides)
+
+
+def compare(config: Config, test_path: Path, name: str, num_seeds: int) -> None:
+    """For each budget: auto's accuracy beside the best of the grid, what search finds, fixed values and random."""
+    run_dir = RunDir(config.run_dir)
+    files = tuple(run_dir.table_files(schema.SCORES))
+    num_groups = int(run_dir.figures("cluster")["num_clusters"]) if config.select.balance else 1
+    pool = ScoredPool(files, config.select.score, "low", int(run_dir.figures("index")["rows"]), num_groups)
+    counts = [pruning.budget_count(budget, pool.num_samples) for budget in config.budgets]
+    autos = [found for found, _ in estimate_hard_fractions(config, run_dir, pool, counts)]
+    searched = [found for found, _ in search_hard_fractions(config, run_dir, pool, counts)]
+    trainer = Trainer(config, run_dir, test_path, num_seeds)
+    wanted: dict[tuple[int, float | None], None] = {}
+    grids = [fraction_grid(config.select.search_step, count, pool.num_samples) for count in counts]
+    for count, auto, found, grid in zip(counts, autos, searched, grids, strict=True):
+        wanted |= dict.fromkeys((count, beta) for beta in [*grid, auto, found, *fixed(count, pool.num_samples), None])
+    accuracy = trainer.accuracies(list(wanted))
+    for count, auto, found, grid in zip(counts, autos, searched, grids, strict=True):
+        best = max(grid, key=lambda beta: accuracy[count, beta])
+        what = f"test accuracy with {count} of {pool.num_samples:,} {name}"
+        others = {f"best of the grid, β={best:g}": best}
+        others |= {f"β={beta:g}": beta for beta in fixed(count, pool.num_samples)}
+        for way, own in ((f"auto, β={auto:.3g}", auto), (f"search, β={found:g}", found)):
+            for other, beta in others.items():
+                emit(f"{what}: {way}", accuracy[count, own], "share", other, accuracy[count, beta])
+        emit(f"{what}: auto, β={auto:.3g}", accuracy[count, auto], "share", "random", accuracy[count, None])
+
+
+def fixed(count: int, num_samples: int) -> list[float]:
+    """The hard fractions one would take unseen, as far as they fit."""
+    return [beta for beta in FIXED if beta <= 1 - count / num_samples]
+
+
+class Trainer:
+    """Trains on coresets with true labels and tests, several seeds each, as Ray tasks."""
+
+    def __init__(self, config: Config, run_dir: RunDir, test_path: Path, num_seeds: int) -> None:
+        self._config, self._num_seeds = config, num_seeds
+        tables = pq.ParquetDataset(run_dir.table_files(schema.SCORES)).read()
+        self._ids, self._scores, self._groups = (
+            tables[column].to_numpy() for column in (schema.SAMPLE_ID, config.select.score, schema.PSEUDO_LABEL)
+        )
+        labels = run_dir.read_rows(schema.INDEX, self._ids, [schema.LABEL])[schema.LABEL].to_numpy()
+        pool = LabelledImages(load_proxy_images(run_dir, self._ids, config.embed.proxy_image_size), labels, self._ids)
+        self._images = ray.put((pool, read_test(test_path, config.embed.proxy_image_size)))
+
+    def accuracies(self, wanted: Sequence[tuple[int, float | None]]) -> dict[tuple[int, float | None], float]:
+        """The mean accuracy of each (samples to keep, hard fraction), None for random samples."""
+        tasks = [
+            ([self._images], np.sort(self._chosen(count, beta, seed)), self._config, seed)
+            for count, beta in wanted
+            for seed in range(self._num_seeds)
+        ]
+        found = np.zeros(len(tasks))
+        for position, accuracy in run_tasks(train, tasks):
+            found[position] = accuracy
+        return dict(zip(wanted, found.reshape(-1, self._num_seeds).mean(1).tolist(), strict=True))
+
+    def _chosen(self, count: int, beta: float | None, seed: int) -> np.ndarray:
+        """Positions in the pool."""
+        if beta is None:
+            return pruning.random_selection(self._ids, count, seed)
+        if self._config.select.balance:
+            return pruning.balanced_double_end(self._scores, self._ids, self._groups, count, beta, "low")
+        return pruning.double_end(self._scores, self._ids, count, beta, "low")
+
+
+def train(images: list[ray.ObjectRef], chosen: np.ndarray, config: Config, seed: int) -> float:
+    torch.set_num_threads(1)
+    pool, test = ray.get(images[0])
+    own = config.evaluate
+    settings = training_settings(
+        config.train, network=own.network, iterations=own.iterations, batch_size=own.batch_size, lr=own.lr, num_tests=1
+    )
+    coreset = LabelledImages(pool.images[chosen], pool.labels[chosen], pool.sample_ids[chosen])
+    return train_and_test(coreset, test, int(test.labels.max()) + 1, settings, seed=seed)[-1]
+
+
+def read_test(path: Path, size: int) -> LabelledImages:
+    rows = pq.read_table(path)
+    images = np.stack([decode_proxy_image(image, size) for image in rows["image"].to_pylist()])
+    return LabelledImages(images, rows["label"].to_numpy(), np.arange(rows.num_rows))
+
+
+if __name__ == "__main__":
+    main()
