@@ -56,19 +56,20 @@ def random_resized_crop_flip(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: bool = True,
+    view: int = 0,
 ) -> torch.Tensor:
     """Cut a random box from each image, resize it to `size` (bilinear, antialiased), and mirror every second one.
 
     The distribution of boxes is that of torchvision's RandomResizedCrop: `scale` is a range of area fractions,
     `ratio` one of width / height. images: (n, h, w, c) uint8, on any device; for images of several shapes call it
-    with n = 1. sample_ids: (n,) integers, on the host. Returns (n, size, size, c) uint8.
+    with n = 1. sample_ids: (n,) integers, on the host. view: another has other draws. Returns (n, size, size, c) uint8.
     Memory on a GPU: 4n(hwc + hc·size + (h + w)·size) bytes.
     """
     _, h, w, _ = _checked_shape(images, sample_ids)
     if not (0 < scale[0] <= scale[1] <= 1 and 0 < ratio[0] <= ratio[1]):
         raise ValueError(f"scale and ratio are (low, high) with 0 < low <= high and scale <= 1, got {scale}, {ratio}")
     draws = hash_uniform(
-        seed, _RESIZED_CROP_STREAM, epoch, np.asarray(sample_ids)[:, None], np.arange(2 * _NUM_BOX_TRIALS + 3)
+        seed, _RESIZED_CROP_STREAM + view, epoch, np.asarray(sample_ids)[:, None], np.arange(2 * _NUM_BOX_TRIALS + 3)
     )
     boxes = _draw_boxes(draws, h, w, scale, ratio)
     flips = (draws[:, -1] < 0.5) & flip

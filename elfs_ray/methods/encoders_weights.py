@@ -1,12 +1,16 @@
 """Weights files of image encoders: download, check, read, load. Used by encoders_networks.py."""
 
 import argparse
+import dataclasses
 import hashlib
+import io
 import pickle
 import re
 from collections import OrderedDict
 from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import torch
@@ -14,6 +18,7 @@ from torch import nn
 
 # Where training scripts keep the network inside a checkpoint; the averaged network is the better encoder.
 _WRAPPERS = ("state_dict_ema", "model_ema", "teacher", "state_dict", "model")
+_TRAINED_ENCODER = "elfs_ray encoder, format"
 _WRAPPER_PREFIX = re.compile(r"^(?:(?:module|_orig_mod|backbone)\.)+")
 
 
@@ -92,6 +97,40 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     stripped = {_unwrapped(f"{key}.").rstrip("."): version for key, version in versions.items()}
     tensors._metadata = stripped  # type: ignore[attr-defined]
     return tensors
+
+
+@dataclass(frozen=True)
+class TrainedEncoder:
+    """An encoder that a run trained on its pool, and what made it.
+
+    network: a name of methods/proxy_models.py. image_size (pixels), mean and std (0..1, one a channel): what it was
+    trained on. config: the keys of the stage that trained it; pool: the identity of that run's index.
+    """
+
+    network: str
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    config: Mapping[str, Any]
+    pool: str
+    state_dict: Mapping[str, torch.Tensor]
+
+    def to_bytes(self) -> bytes:
+        """The file's content; plain data, read without running code."""
+        fields = {spec.name: getattr(self, spec.name) for spec in dataclasses.fields(self)}
+        buffer = io.BytesIO()
+        torch.save({_TRAINED_ENCODER: 1, **fields, "config": dict(self.config)}, buffer)
+        return buffer.getvalue()
+
+
+def read_trained_encoder(path: Path) -> TrainedEncoder:
+    """Read what `TrainedEncoder.to_bytes` gave. Raises ValueError for any other file."""
+    found = _read_pickle(path)
+    if not isinstance(found, Mapping) or found.get(_TRAINED_ENCODER) != 1:
+        raise ValueError(
+            f"{path} is no encoder that was trained on a pool: give the encoder.pt in pretrain/ of a run directory"
+        )
+    return TrainedEncoder(**{spec.name: found[spec.name] for spec in dataclasses.fields(TrainedEncoder)})
 
 
 def drop_heads(state_dict: dict[str, torch.Tensor], heads: Iterable[str], keep: Container[str] = ()) -> None:

@@ -21,6 +21,15 @@ def build_proxy_model(name: str, num_classes: int) -> nn.Module:
     return PROXY_MODELS[name](num_classes)
 
 
+def build_backbone(name: str) -> tuple[nn.Module, int]:
+    """A proxy model without its classifier, from images to (n, d) features, and d."""
+    model = build_proxy_model(name, 1)
+    classifier = "classifier" if isinstance(model, SmallCNN) else "fc"
+    dim = getattr(model, classifier).in_features
+    setattr(model, classifier, nn.Identity())
+    return model, dim
+
+
 class SmallCNN(nn.Module):
     """Three convolutions and a pooled linear layer: what learns most of an image in a second of a CPU core.
 

@@ -1,0 +1,113 @@
+"""Batch normalisation over the batches of all workers, on CPUs too: torch's own works on GPUs alone.
+
+A contrastive network sees one global batch, however many workers share it: with statistics of their own, workers would
+normalise each other's negatives differently, and two would not give the loss of one.
+"""
+
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from torch.nn import functional
+
+
+def synchronize_batch_norms(model: nn.Module, group: distributed.ProcessGroup, device: torch.device) -> nn.Module:
+    """Give every batch norm of `model` the statistics of the group's global batch; names and weights stay.
+
+    Workers may hold different numbers of rows, or none.
+    """
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model, group)
+    for name, child in model.named_children():
+        if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
+            setattr(model, name, SyncedBatchNorm(child, group))
+        else:
+            synchronize_batch_norms(child, group, device)
+    return model
+
+
+class SyncedBatchNorm(nn.BatchNorm2d):
+    """The batch norm `norm`, its parameters and buffers shared, with statistics over all workers of a group."""
+
+    def __init__(self, norm: nn.BatchNorm1d | nn.BatchNorm2d, group: distributed.ProcessGroup):
+        super().__init__(norm.num_features, eps=norm.eps, momentum=norm.momentum)
+        self.weight, self.bias = norm.weight, norm.bias
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            setattr(self, name, getattr(norm, name))
+        self._group = group
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows (b, c) or (b, c, h, w); the same shape."""
+        assert self.running_mean is not None and self.running_var is not None
+        if not self.training:
+            return functional.batch_norm(
+                rows, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+            )
+        mean, variance, num_values = self.statistics(rows.float())
+        return _Normalize.apply(rows.float(), self.weight, self.bias, mean, variance, num_values, self.eps, self._group)
+
+    @torch.no_grad()
+    def statistics(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Mean (c,) and biased variance (c,) over all workers, and the number of values a channel; updates the running
+        ones."""
+        num_own = rows.numel() // rows.shape[1]
+        if num_own:
+            variance, mean = torch.var_mean(rows, _reduced(rows), correction=0)
+        else:
+            variance = mean = rows.new_zeros(rows.shape[1])
+        own = torch.cat([rows.new_tensor([num_own]), mean, variance * num_own])
+        gathered = [torch.empty_like(own) for _ in range(self._group.size())]
+        distributed.all_gather(gathered, own, group=self._group)
+        counts, means, squares = torch.stack(gathered).split([1, len(mean), len(mean)], dim=1)
+        num_values = counts.sum()
+        mean = (counts * means).sum(0) / num_values
+        variance = (squares + counts * (means - mean).square()).sum(0) / num_values
+
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        momentum = 0.1 if self.momentum is None else self.momentum
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean, momentum)
+        self.running_var.lerp_(variance * (num_values / (num_values - 1).clamp(min=1)), momentum)
+        return mean, variance, float(num_values)
+
+
+class _Normalize(torch.autograd.Function):
+    """Batch norm (Ioffe and Szegedy, arXiv 1502.03167) with statistics over a group, and its gradient over the group.
+
+    The gradient is that of the sum of all workers' losses.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        mean: torch.Tensor,
+        variance: torch.Tensor,
+        num_values: float,
+        eps: float,
+        group: distributed.ProcessGroup,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(rows, weight, mean, variance)
+        ctx.num_values, ctx.eps, ctx.group = num_values, eps, group
+        return functional.batch_norm(rows, mean, variance, weight, bias, False, 0.0, eps)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, weight, mean, variance = ctx.saved_tensors
+        (gradient,) = gradients
+        shape = (1, -1, *(1,) * (rows.ndim - 2))
+        scale = torch.rsqrt(variance + ctx.eps)
+        normalized = (rows - mean.view(shape)) * scale.view(shape)
+        own = torch.stack([gradient.sum(_reduced(rows)), (gradient * normalized).sum(_reduced(rows))])
+        everyones = own.clone()
+        distributed.all_reduce(everyones, group=ctx.group)
+        of_mean, of_variance = everyones / ctx.num_values
+        of_rows = gradient - of_mean.view(shape) - normalized * of_variance.view(shape)
+        return of_rows * (weight * scale).view(shape), own[1], own[0], None, None, None, None, None
+
+
+def _reduced(rows: torch.Tensor) -> list[int]:
+    """Every dimension but that of the channels."""
+    return [0, *range(2, rows.ndim)]
