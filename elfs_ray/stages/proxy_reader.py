@@ -1,4 +1,4 @@
-"""How training reads proxy_images/: the batches of an epoch, on the device, augmented.
+"""How proxy training and pretraining read proxy_images/: the batches of an epoch, on the device, augmented.
 
 Two readers, one interface. InMemoryReader, here, has a pool decoded once to centre squares: one copy a node in the
 object store, or on each GPU. StreamedReader (proxy_reader_streamed.py) decodes in every epoch what it reads in chunks.
@@ -24,13 +24,15 @@ from elfs_ray.storage.images import decode_proxy_image
 from elfs_ray.storage.run_dir import RunDir
 
 MAX_GPU_SHARE = 0.3
+READING_FILE = "reading.txt"
+MAX_STORE_SHARE = 0.25  # of a node's object store; while they are joined, decoded images take twice their place
 
 
 class Batch(NamedTuple):
     """What one worker puts through the network at once.
 
     sample_ids (m,) int64 and mask (m,) bool on the host; images (m, 3, s, s) float32 and targets (m,) int64 on the
-    device. Rows outside the mask only fill the batch.
+    device. Rows outside the mask only fill the batch. Of images with several views, all first ones come first.
     """
 
     sample_ids: np.ndarray
@@ -50,8 +52,8 @@ class Reader(Protocol):
 class TrainingPool:
     """The samples to train on, by ascending id. Memory: 16 bytes a sample, once a node.
 
-    sample_ids (n,) int64; targets (n,) int32, the pseudo-labels; rows (n,) int32, where a sample's image is among the
-    decoded images or in its chunk.
+    sample_ids (n,) int64; targets (n,) int32, the pseudo-labels, or zeros where there are none; rows (n,) int32, where
+    a sample's image is among the decoded images or in its chunk.
     """
 
     sample_ids: np.ndarray
@@ -59,9 +61,27 @@ class TrainingPool:
     rows: np.ndarray
 
 
+class Augmentation(Protocol):
+    """Turns uint8 images into what a network sees, in two steps: decoders crop, the device does the rest."""
+
+    @property
+    def seed(self) -> int:
+        """What the order of samples follows from, too."""
+
+    @property
+    def takes_whole_images(self) -> bool:
+        """Whether crops are drawn from a whole photograph rather than about its centre square."""
+
+    def crop(self, images: torch.Tensor, sample_ids: np.ndarray, epoch: int) -> torch.Tensor:
+        """(n, h, w, 3) uint8 to (n, ..., size, size, 3) uint8; n may be 0."""
+
+    def finish(self, crops: torch.Tensor, sample_ids: np.ndarray, epoch: int) -> torch.Tensor:
+        """What `crop` gave to (m, 3, size, size) float32, channels_last."""
+
+
 @dataclass(frozen=True)
 class Augmenter:
-    """Turns uint8 images into what the network sees, as the config says."""
+    """The augmentation of proxy training, as the config says."""
 
     config: TrainConfig
     seed: int
@@ -73,7 +93,7 @@ class Augmenter:
         return self.config.augmentation == "resized_crop_flip"
 
     def __call__(self, images: torch.Tensor, sample_ids: np.ndarray, epoch: int) -> torch.Tensor:
-        return self.normalize(self.crop(images, sample_ids, epoch))
+        return self.finish(self.crop(images, sample_ids, epoch), sample_ids, epoch)
 
     def crop(self, images: torch.Tensor, sample_ids: np.ndarray, epoch: int) -> torch.Tensor:
         """(n, h, w, 3) uint8 to (n, size, size, 3) uint8, at random but for augmentation=none."""
@@ -94,9 +114,9 @@ class Augmenter:
             flip=kind == "crop_flip",
         )
 
-    def normalize(self, images: torch.Tensor) -> torch.Tensor:
+    def finish(self, crops: torch.Tensor, sample_ids: np.ndarray, epoch: int) -> torch.Tensor:
         """(n, s, s, 3) uint8 to (n, 3, s, s) float32, channels_last."""
-        return augmentation.normalize(images, self.config.mean, self.config.std)
+        return augmentation.normalize(crops, self.config.mean, self.config.std)
 
 
 class InMemoryReader:
@@ -106,7 +126,7 @@ class InMemoryReader:
     """
 
     def __init__(
-        self, pool: TrainingPool, images: np.ndarray, augmenter: Augmenter, plan: BatchPlan, device: torch.device
+        self, pool: TrainingPool, images: np.ndarray, augmenter: Augmentation, plan: BatchPlan, device: torch.device
     ):
         self._pool, self._augmenter, self._plan, self._device = pool, augmenter, plan, device
         self._shape = images.shape[1:]
@@ -126,7 +146,8 @@ class InMemoryReader:
         images = self._images.index_select(0, rows).view(len(samples), *self._shape)
         images = images.to(self._device, non_blocking=True)
         targets = targets_on(self._device, self._pool.targets[samples])
-        return Batch(sample_ids, mask, self._augmenter(images, sample_ids, epoch), targets)
+        crops = self._augmenter.crop(images, sample_ids, epoch)
+        return Batch(sample_ids, mask, self._augmenter.finish(crops, sample_ids, epoch), targets)
 
 
 def targets_on(device: torch.device, targets: np.ndarray) -> torch.Tensor:
@@ -158,6 +179,28 @@ def read_pool(run_dir: RunDir, image_ids: np.ndarray) -> tuple[TrainingPool, np.
             "them: run stage embed again"
         )
     return TrainingPool(sample_ids, targets, rows.astype(np.int32)), rows
+
+
+def every_image(run_dir: RunDir, image_ids: np.ndarray) -> tuple[TrainingPool, np.ndarray]:
+    """What `read_pool` gives, of every image that there is a copy of, without targets."""
+    positions = np.arange(len(image_ids))
+    return TrainingPool(image_ids, np.zeros(len(image_ids), np.int32), positions.astype(np.int32)), positions
+
+
+def choose_reading(
+    run_dir: RunDir, stage: str, asked: str, num_samples: int, proxy_size: int, *, needs_whole_images: bool
+) -> str:
+    """memory or streamed. The order of samples depends on it, so a stage that was begun keeps its choice."""
+    path = run_dir.path(stage, READING_FILE)
+    if filesystem.exists(path):
+        return filesystem.read_bytes(path).decode()
+    reading = asked
+    if asked == "auto":
+        stores = [node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"]]
+        fits = num_samples * 3 * proxy_size**2 <= MAX_STORE_SHARE * min(stores)
+        reading = "memory" if fits and not needs_whole_images else "streamed"
+    filesystem.write_bytes(path, reading.encode())
+    return reading
 
 
 def load_images(run_dir: RunDir, size: int) -> tuple[np.ndarray, ray.ObjectRef]:

@@ -13,7 +13,7 @@ Memory of a worker: 16 bytes a sample once a node, 8 for an epoch's order (41 wh
 import multiprocessing
 import warnings
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,12 +23,23 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import ray
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from elfs_ray.methods.dynamics import NUM_LANES, WINDOW_CHUNKS, BatchPlan, Step, streamed_order
 from elfs_ray.ray_runtime import run_tasks
-from elfs_ray.stages.proxy_reader import Augmenter, Batch, TrainingPool, describe_bad_image, read_pool, targets_on
+from elfs_ray.stages.proxy_reader import (
+    Augmentation,
+    Batch,
+    InMemoryReader,
+    Reader,
+    TrainingPool,
+    describe_bad_image,
+    load_images,
+    read_pool,
+    targets_on,
+)
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.images import decode_proxy_image
 from elfs_ray.storage.run_dir import RunDir
@@ -59,8 +70,39 @@ class _Part(NamedTuple):
     upcoming: np.ndarray
 
 
-def scan_chunks(run_dir: RunDir) -> tuple[TrainingPool, ChunkTable]:
-    """The pseudo-labelled samples and the chunks that have their images, from the files' footers and ids.
+PoolOf = Callable[[RunDir, np.ndarray], tuple[TrainingPool, np.ndarray]]
+
+
+def load_data(run_dir: RunDir, reading: str, proxy_size: int, pool_of: PoolOf = read_pool) -> list[ray.ObjectRef]:
+    """References to what `make_reader` takes: the pool, then decoded images or, for reading=streamed, the chunks.
+
+    pool_of: which samples there are, as `read_pool` gives them for the ids of all images.
+    """
+    if reading == "streamed":
+        pool, chunks = scan_chunks(run_dir, pool_of)
+        return [ray.put(pool), ray.put(chunks)]
+    image_ids, images = load_images(run_dir, proxy_size)
+    return [ray.put(pool_of(run_dir, image_ids)[0]), images]
+
+
+def make_reader(
+    pool: TrainingPool,
+    images: "np.ndarray | ChunkTable",
+    augmenter: Augmentation,
+    plan: BatchPlan,
+    device: torch.device,
+    *,
+    proxy_size: int,
+    num_decoders: int,
+) -> Reader:
+    """The reader of what `load_data` left in the object store."""
+    if isinstance(images, ChunkTable):
+        return StreamedReader(pool, images, augmenter, plan, device, proxy_size=proxy_size, num_decoders=num_decoders)
+    return InMemoryReader(pool, images, augmenter, plan, device)
+
+
+def scan_chunks(run_dir: RunDir, pool_of: PoolOf = read_pool) -> tuple[TrainingPool, ChunkTable]:
+    """The samples to train on and the chunks that have their images, from the files' footers and ids.
 
     Driver memory: 40 bytes a sample. Raises ValueError for samples without an image.
     """
@@ -69,7 +111,7 @@ def scan_chunks(run_dir: RunDir) -> tuple[TrainingPool, ChunkTable]:
     for position, result in run_tasks(_scan_file, [(path,) for path in paths]):
         scanned[position] = result
     num_groups = [len(sizes) for _, sizes in scanned]
-    pool, positions = read_pool(run_dir, np.concatenate([ids for ids, _ in scanned]))
+    pool, positions = pool_of(run_dir, np.concatenate([ids for ids, _ in scanned]))
 
     starts = np.cumsum([0, *chain.from_iterable(sizes for _, sizes in scanned)])
     chunks = np.searchsorted(starts, positions, side="right") - 1
@@ -100,7 +142,7 @@ class StreamedReader:
         self,
         pool: TrainingPool,
         chunks: ChunkTable,
-        augmenter: Augmenter,
+        augmenter: Augmentation,
         plan: BatchPlan,
         device: torch.device,
         *,
@@ -120,19 +162,18 @@ class StreamedReader:
         self._parts = self._make_parts(order, epoch)
         decoded = iter(self._loader)
         for step in self._plan.steps():
-            yield step.num_real, [self._batch(order[m.positions], m.mask, decoded) for m in step.micro_batches]
+            yield step.num_real, [self._batch(order[m.positions], m.mask, decoded, epoch) for m in step.micro_batches]
 
-    def _batch(self, samples: np.ndarray, mask: np.ndarray, decoded: Iterator[torch.Tensor | str]) -> Batch:
+    def _batch(self, samples: np.ndarray, mask: np.ndarray, decoded: Iterator[torch.Tensor | str], epoch: int) -> Batch:
         parts = []
         for _ in range(self._num_decoders):
             part = next(decoded)
             if isinstance(part, str):
                 raise ValueError(part)
             parts.append(part.to(self._device, non_blocking=True))
-        images = self._augmenter.normalize(torch.cat(parts))
-        return Batch(
-            self._pool.sample_ids[samples], mask, images, targets_on(self._device, self._pool.targets[samples])
-        )
+        sample_ids = self._pool.sample_ids[samples]
+        images = self._augmenter.finish(torch.cat(parts), sample_ids, epoch)
+        return Batch(sample_ids, mask, images, targets_on(self._device, self._pool.targets[samples]))
 
     def _make_parts(self, order: np.ndarray, epoch: int) -> Iterator[_Part]:
         """Every micro-batch of the epoch in as many parts as there are decoders, each in turn."""
@@ -191,14 +232,14 @@ def _as_it_is(part: Any) -> Any:
 class _Decoder(Dataset):
     """Lives in a decoder process: decodes and crops the images of a part, keeps the chunks that it goes on to need."""
 
-    def __init__(self, chunks: ChunkTable, augmenter: Augmenter, proxy_size: int, max_chunks: int):
+    def __init__(self, chunks: ChunkTable, augmenter: Augmentation, proxy_size: int, max_chunks: int):
         self._chunks, self._augmenter, self._proxy_size = chunks, augmenter, proxy_size
         self._max_chunks = max_chunks
         self._read: OrderedDict[int, Future[pa.Array]] = OrderedDict()
         self._threads: ThreadPoolExecutor | None = None
 
     def __getitem__(self, part: _Part) -> torch.Tensor | str:
-        """(m, size, size, 3) uint8, or what is wrong with an image."""
+        """(m, ..., size, size, 3) uint8, or what is wrong with an image."""
         needed = self._request(np.unique(part.chunks))
         self._request(part.upcoming)
         while len(self._read) > max(self._max_chunks, len(needed) + len(part.upcoming)):
@@ -211,13 +252,14 @@ class _Decoder(Dataset):
             except Exception as error:
                 return describe_bad_image(sample_id, self._chunks.paths[self._chunks.files[chunk]], error)
         if not images:
-            return torch.empty((0, self._augmenter.size, self._augmenter.size, 3), dtype=torch.uint8)
+            none = torch.empty((0, self._proxy_size, self._proxy_size, 3), dtype=torch.uint8)
+            return self._augmenter.crop(none, part.sample_ids, part.epoch)
         if self._augmenter.takes_whole_images:
             return torch.cat(images)
         return self._augmenter.crop(torch.cat(images), part.sample_ids, part.epoch)
 
     def _decode(self, encoded: bytes, sample_id: int, epoch: int) -> torch.Tensor:
-        """A crop of the whole image, (1, size, size, 3) uint8, or its centre square."""
+        """What is cropped from the whole image, (1, ..., size, size, 3) uint8, or its centre square."""
         if not self._augmenter.takes_whole_images:
             return torch.from_numpy(decode_proxy_image(encoded, self._proxy_size)[None].copy())
         whole = torch.from_numpy(decode_proxy_image(encoded)[None].copy())

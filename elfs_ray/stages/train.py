@@ -13,21 +13,17 @@ equals an undisturbed one of as many workers.
 import json
 from typing import Any
 
-import ray
-
 from elfs_ray.config import Config, worker_range
 from elfs_ray.progress import Progress
 from elfs_ray.ray_runtime import num_cpus, num_gpus, remote_progress, resolve_device
-from elfs_ray.stages.proxy_reader import load_images, read_pool
-from elfs_ray.stages.proxy_reader_streamed import scan_chunks
+from elfs_ray.stages.proxy_reader import choose_reading
+from elfs_ray.stages.proxy_reader_streamed import load_data
 from elfs_ray.stages.train_worker import RANKING, WorkerJob, history_file, train_worker
 from elfs_ray.stages.worker_group import WorkerGroup, run_workers
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
 CHECKPOINTS_DIR = "checkpoints"
-READING_FILE = "reading.txt"
-MAX_STORE_SHARE = 0.25  # of a node's object store; while they are joined, decoded images take twice their place
 
 
 def run_train(config: Config, run_dir: RunDir) -> dict[str, Any]:
@@ -42,7 +38,7 @@ def run_train(config: Config, run_dir: RunDir) -> dict[str, Any]:
     reading = _choose_reading(config, run_dir, num_samples)
     one_cpu = device == "cuda" and reading == "memory"
     cpus = config.train.cpus_per_worker or (1 if one_cpu else max(1, num_cpus() // limits[1]))
-    data = _load_data(config, run_dir, reading)
+    data = load_data(run_dir, reading, config.embed.proxy_image_size)
 
     total = num_samples * config.train.epochs
     with Progress("train", total, "images") as progress, remote_progress(progress) as board:
@@ -71,27 +67,15 @@ def run_train(config: Config, run_dir: RunDir) -> dict[str, Any]:
 
 
 def _choose_reading(config: Config, run_dir: RunDir, num_samples: int) -> str:
-    """memory or streamed. The order of samples depends on it, so a run that was begun keeps its choice."""
-    path = run_dir.path("train", READING_FILE)
-    if filesystem.exists(path):
-        return filesystem.read_bytes(path).decode()
-    reading = config.train.reading
-    if reading == "auto":
-        stores = [node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"]]
-        num_bytes = num_samples * 3 * config.embed.proxy_image_size**2
-        fits = num_bytes <= MAX_STORE_SHARE * min(stores)
-        reading = "memory" if fits and config.train.augmentation != "resized_crop_flip" else "streamed"
-    filesystem.write_bytes(path, reading.encode())
-    return reading
-
-
-def _load_data(config: Config, run_dir: RunDir, reading: str) -> list[ray.ObjectRef]:
-    """What the workers read, in the object store; see WorkerJob."""
-    if reading == "streamed":
-        pool, chunks = scan_chunks(run_dir)
-        return [ray.put(pool), ray.put(chunks)]
-    image_ids, images = load_images(run_dir, config.embed.proxy_image_size)
-    return [ray.put(read_pool(run_dir, image_ids)[0]), images]
+    train = config.train
+    return choose_reading(
+        run_dir,
+        "train",
+        train.reading,
+        num_samples,
+        config.embed.proxy_image_size,
+        needs_whole_images=train.augmentation == "resized_crop_flip",
+    )
 
 
 def _finished_history(config: Config, run_dir: RunDir) -> list[dict[str, float]]:

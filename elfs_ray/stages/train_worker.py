@@ -33,8 +33,8 @@ from elfs_ray.methods.sgd_training import (
     set_learning_rate,
     update,
 )
-from elfs_ray.stages.proxy_reader import Augmenter, Batch, InMemoryReader, Reader, TrainingPool
-from elfs_ray.stages.proxy_reader_streamed import ChunkTable, StreamedReader
+from elfs_ray.stages.proxy_reader import Augmenter, Batch
+from elfs_ray.stages.proxy_reader_streamed import make_reader
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
@@ -148,7 +148,15 @@ class Worker:
         self.plan = BatchPlan(
             num_samples, self.config.batch_size, self.rank, self.world_size, self.config.micro_batch_size
         )
-        self.reader = self._make_reader(pool, images)
+        self.reader = make_reader(
+            pool,
+            images,
+            Augmenter(self.config, job.seed, job.size),
+            self.plan,
+            self.device,
+            proxy_size=job.proxy_size,
+            num_decoders=job.num_decoders,
+        )
         self.model = self._make_model()
         self.optimizer = make_optimizer(
             self.model,
@@ -161,20 +169,6 @@ class Worker:
         self.ranking = RankingMonitor(num_samples) if self.config.early_stop_dynamics is not None else None
         self.first_epoch = self._load_checkpoint()
         self.network = DistributedDataParallel(self.model) if self.world_size > 1 else self.model
-
-    def _make_reader(self, pool: TrainingPool, images: np.ndarray | ChunkTable) -> Reader:
-        augmenter = Augmenter(self.config, self.job.seed, self.job.size)
-        if isinstance(images, ChunkTable):
-            return StreamedReader(
-                pool,
-                images,
-                augmenter,
-                self.plan,
-                self.device,
-                proxy_size=self.job.proxy_size,
-                num_decoders=self.job.num_decoders,
-            )
-        return InMemoryReader(pool, images, augmenter, self.plan, self.device)
 
     def _make_model(self) -> nn.Module:
         torch.manual_seed(init_seed(self.job.seed))

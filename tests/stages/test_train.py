@@ -21,11 +21,12 @@ from scipy.stats import spearmanr
 
 from elfs_ray.methods.dynamics import epoch_order
 from elfs_ray.methods.proxy_models import build_proxy_model
-from elfs_ray.stages import train
+from elfs_ray.stages import proxy_reader, train
 from elfs_ray.stages.proxy_reader import Augmenter
 from elfs_ray.stages.train_worker import init_seed
 from elfs_ray.storage.run_dir import RunDir
 from tests.tables import GAPS, contents, digit_images, digits_config, write_clustered
+from tests.workers import training_worker_pids
 
 NUM_SAMPLES = 1003
 EMBEDDED = np.setdiff1d(np.arange(NUM_SAMPLES), GAPS)
@@ -185,7 +186,7 @@ def test_training_stops_when_the_ranking_has_settled_and_a_resumed_run_stops_the
 def test_a_run_that_was_begun_keeps_its_way_of_reading(ray_cluster, tmp_path, monkeypatch):
     run_dir, config = RunDir(str(tmp_path)), digits_config(tmp_path)
     assert train._choose_reading(config, run_dir, 1000) == "memory"
-    monkeypatch.setattr(train, "MAX_STORE_SHARE", 0.0)
+    monkeypatch.setattr(proxy_reader, "MAX_STORE_SHARE", 0.0)
     assert train._choose_reading(config, run_dir, 1000) == "memory"
     assert train._choose_reading(config, RunDir(str(tmp_path / "other")), 1000) == "streamed"
     resized = digits_config(tmp_path, "train.augmentation=resized_crop_flip")
@@ -296,22 +297,6 @@ class _Killer:
     def _kill(self) -> None:
         _wait_until(lambda: _epochs_done(self._folder) > self._after_epoch)
         time.sleep(0.3)
-        workers = _training_worker_pids()
+        workers = training_worker_pids()
         os.kill(workers[-1], signal.SIGKILL)
         self.epochs_done = _epochs_done(self._folder)
-
-
-def _training_worker_pids() -> list[int]:
-    """The processes of this Ray's training workers: children of the raylet that this process started."""
-    session = ray._private.worker._global_node.get_session_dir_path()
-    found = []
-    for folder in Path("/proc").iterdir():
-        try:
-            title = (folder / "cmdline").read_bytes() if folder.name.isdigit() else b""
-            if title.startswith(b"ray::") and b"TrainWorker" in title:
-                parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                if session.encode() in Path(f"/proc/{parent}/cmdline").read_bytes():
-                    found.append(int(folder.name))
-        except OSError:
-            continue
-    return sorted(found)
