@@ -1,14 +1,17 @@
 """evaluate: true labels beside the pseudo-labels, and trainings on every coreset and on random samples."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
-from elfs_ray.stages.evaluate import format_results, run_evaluate
+from elfs_ray.stages import evaluate
+from elfs_ray.stages.evaluate import format_results, neighbor_accuracy, run_evaluate
 from elfs_ray.stages.select import run_select
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
@@ -69,6 +72,50 @@ def test_pseudo_labels_are_measured_as_scikit_learn_does(judged):
     assert found["ari"] == pytest.approx(adjusted_rand_score(truth, clusters))
 
 
+def embeddings(run_dir: RunDir) -> tuple[np.ndarray, np.ndarray]:
+    """(sample_ids, vectors) of a run."""
+    rows = pa.concat_tables(run_dir.read_table("embeddings"))
+    return rows["sample_id"].to_numpy(), np.stack(rows["embedding"].to_numpy()).astype(np.float64)
+
+
+def test_the_vote_of_the_neighbours_is_that_of_scikit_learn_without_the_sample_itself(judged):
+    run_dir, _, figures = judged
+    ids, vectors = embeddings(run_dir)
+    truth = digit_images(1003)[1][ids]
+    found = NearestNeighbors(n_neighbors=11, metric="cosine", algorithm="brute").fit(vectors).kneighbors(vectors)[1]
+    neighbors = np.array([[k for k in row if k != i][:10] for i, row in enumerate(found.tolist())])
+    votes = np.array([np.bincount(truth[row], minlength=10).argmax() for row in neighbors])
+    assert figures["knn"]["queries"] == len(ids) and figures["knn"]["num_neighbors"] == 10
+    assert figures["knn"]["accuracy"] == pytest.approx((votes == truth).mean(), abs=1.5 / len(ids))
+    assert figures["knn"]["accuracy"] > 0.9  # real digits
+
+
+def test_samples_without_a_label_neither_ask_nor_vote_and_a_large_pool_asks_some(judged, tmp_path, monkeypatch):
+    run_dir, config, _ = judged
+    shutil.copytree(run_dir.uri, tmp_path / "run")
+    copy = RunDir(tmp_path / "run")
+    (path,) = copy.table_files(schema.INDEX)
+    rows = filesystem.read_table(path)
+    labels = [label if i % 3 == 0 else None for i, label in enumerate(rows["label"].to_pylist())]
+    filesystem.write_table(path, rows.set_column(2, rows.schema.field(2), pa.array(labels, pa.int32())))
+    ids, vectors = embeddings(copy)
+    own = ids % 3 == 0
+    truth = digit_images(1003)[1][ids[own]]
+    expected = [
+        KNeighborsClassifier(10, metric="cosine")
+        .fit(np.delete(vectors[own], i, axis=0), np.delete(truth, i))
+        .predict(vectors[own][i : i + 1])[0]
+        for i in range(own.sum())
+    ]
+    found = neighbor_accuracy(config, copy)
+    assert found["queries"] == own.sum()
+    assert found["accuracy"] == pytest.approx((np.array(expected) == truth).mean(), abs=1.5 / own.sum())
+    monkeypatch.setattr(evaluate, "MAX_QUERIES", 100)
+    monkeypatch.setattr(evaluate, "QUERIES_PER_TASK", 30)
+    some = neighbor_accuracy(config, copy)
+    assert some["queries"] == 100 and some["accuracy"] == pytest.approx(found["accuracy"], abs=0.1)
+
+
 def test_every_budget_is_trained_on_beside_random_samples_of_its_number(judged):
     run_dir, _, figures = judged
     assert {name: found["num_samples"] for name, found in figures["selections"].items()} == {
@@ -100,7 +147,7 @@ def test_a_second_evaluation_repeats_no_training_and_says_the_same(judged):
 def test_the_table_for_people_has_a_line_each_and_the_pseudo_labels(judged):
     _, _, figures = judged
     lines = format_results(figures).splitlines()
-    assert [line.split()[0] for line in lines] == ["selection", *figures["selections"], "pseudo-labels:"]
-    assert all("±" in line for line in lines[1:-1])
+    assert [line.split()[0] for line in lines] == ["selection", *figures["selections"], "pseudo-labels:", "embeddings:"]
+    assert all("±" in line for line in lines[1:-2])
     single = {name: found | {"seeds": 1} for name, found in figures["selections"].items()}
     assert "±" not in format_results(figures | {"selections": single})
