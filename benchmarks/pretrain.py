@@ -1,0 +1,228 @@
+"""Pretraining beside a bare loop of the same method, and against the ceiling of a matrix product.
+
+    python benchmarks/pretrain.py [--quick]
+
+The stage's own worker, in its own Ray Train group, takes turns by epochs with the loop that one writes first: the same
+network, batch, augmentation, optimiser and threads, nothing measured, nothing kept. On a GPU the network is ResNet-18
+in bf16. Medians over the turns. Then two workers beside one of the same threads.
+"""
+
+import argparse
+import io
+import json
+import statistics
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.train
+import torch
+from PIL import Image
+from ray.train.torch import TorchTrainer
+from reporting import emit
+from torch import nn
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+from elfs_ray.config import Config, load_config
+from elfs_ray.methods.augmentation_views import change_colors, two_crops
+from elfs_ray.methods.proxy_models import build_backbone
+from elfs_ray.methods.self_supervised_training import MEAN, STD
+from elfs_ray.progress import Progress
+from elfs_ray.ray_runtime import connect, num_cpus, num_gpus, remote_progress
+from elfs_ray.stages.pretrain import pretrain_settings, run_pretrain
+from elfs_ray.stages.pretrain_worker import PretrainJob, PretrainWorker
+from elfs_ray.stages.proxy_reader import every_image
+from elfs_ray.stages.proxy_reader_streamed import load_data
+from elfs_ray.storage import filesystem, schema
+from elfs_ray.storage.run_dir import Marker, RunDir
+
+SIZE = 32
+ROWS_PER_FILE, ROWS_PER_CHUNK = 4096, 256
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="under 45 s on 2 cores")
+    quick = parser.parse_args().quick
+    connect("local")
+    on_gpu = num_gpus() > 0
+    num_samples = 50_000 if on_gpu else 768 if quick else 5_120
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = RunDir(folder)
+        _write_pool(run_dir, num_samples)
+        _measure_worker(run_dir, rounds=3 if quick else 7, on_gpu=on_gpu)
+        if not quick:
+            _measure_workers(run_dir, on_gpu=on_gpu)
+
+
+def _measure_worker(run_dir: RunDir, rounds: int, on_gpu: bool) -> None:
+    """One worker with every core, or a GPU, against a loop in the same process."""
+    config = _config(run_dir, on_gpu)
+    settings = pretrain_settings(config.pretrain, SIZE)
+    with Progress("turns", rounds + 1, "turns") as progress, remote_progress(progress) as board:
+        job = PretrainJob(
+            settings=settings,
+            precision="auto",
+            seed=0,
+            image_size=SIZE,
+            proxy_size=SIZE,
+            run_dir=run_dir,
+            data=load_data(run_dir, "memory", SIZE, every_image),
+            board=board,
+            num_decoders=num_cpus(),
+        )
+        resources = {"CPU": num_cpus(), **({"GPU": 1} if on_gpu else {})}
+        TorchTrainer(
+            _take_turns,
+            train_loop_config={"job": job, "rounds": rounds, "results": run_dir.path("results.json")},
+            scaling_config=ray.train.ScalingConfig(num_workers=1, use_gpu=on_gpu, resources_per_worker=resources),
+            run_config=ray.train.RunConfig(storage_path=run_dir.path("ray_train")),
+        ).fit()
+    results = json.loads(filesystem.read_bytes(run_dir.path("results.json")))
+    emit(settings.network, results["ours"], "images/s", "bare loop", results["bare"])
+    arithmetic = results["ours"] * results["flop"] / 1e9
+    emit("arithmetic", arithmetic, "GFLOP/s", "matrix product of 4096²", results["ceiling"] / 1e9)
+
+
+def _measure_workers(run_dir: RunDir, on_gpu: bool) -> None:
+    """The stage as it is run, of one worker and of two with a core (or GPU) each."""
+    if on_gpu and num_gpus() < 2:
+        return
+    rates = {}
+    for num_workers in (1, 2):
+        filesystem.delete(run_dir.path("pretrain"))
+        overrides = ("pretrain.epochs=4", f"pretrain.num_workers={num_workers}", "pretrain.cpus_per_worker=1")
+        history = run_pretrain(_config(run_dir, on_gpu, *overrides), run_dir)["history"]
+        rates[num_workers] = statistics.median(metrics["images_per_s"] for metrics in history[1:])
+    emit("two workers", rates[2], "images/s", "one worker of the same threads", rates[1])
+
+
+def _take_turns(loop_config: dict[str, Any]) -> None:
+    """Runs in the training worker: epochs of each contestant in turn, and what a matrix product reaches."""
+    worker = PretrainWorker(loop_config["job"])
+    torch.set_num_threads(worker.job.num_decoders)
+    contestants = {"ours": worker.train_epoch, "bare": _BareLoop(worker).train_epoch}
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(loop_config["rounds"] + 1):
+        for name, train_epoch in contestants.items():
+            start_s = time.perf_counter()
+            train_epoch(turn)
+            _wait(worker.device)
+            if turn > 0:  # the first warms up
+                seconds[name].append(time.perf_counter() - start_s)
+    results = {name: worker.plan.num_samples / statistics.median(times) for name, times in seconds.items()}
+    results |= {"flop": _flop_an_image(worker), "ceiling": _ceiling(worker)}
+    filesystem.write_bytes(loop_config["results"], json.dumps(results).encode())
+
+
+class _BareLoop:
+    """SimCLR over images in memory, as one writes it first."""
+
+    def __init__(self, worker: PretrainWorker) -> None:
+        pool, decoded = ray.get(worker.job.data)
+        self._images = torch.from_numpy(decoded.copy()).to(worker.device)
+        self._sample_ids, self._settings = pool.sample_ids, worker.settings
+        self._device, self._batch = worker.device, worker.plan.global_batch
+        self._bf16 = worker.trainer.precision == "bf16"
+        backbone, dim = build_backbone(worker.settings.network)
+        hidden = worker.settings.hidden_dim
+        self._model = nn.Sequential(
+            backbone,
+            nn.Linear(dim, hidden),
+            nn.BatchNorm1d(hidden),
+            nn.ReLU(inplace=True),
+            nn.Linear(hidden, worker.settings.projection_dim),
+        ).to(device=worker.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._optimizer = torch.optim.SGD(
+            self._model.parameters(), 0.01, 0.9, weight_decay=5e-4, nesterov=True, fused=True
+        )
+
+    def train_epoch(self, epoch: int) -> None:
+        for rows in torch.randperm(len(self._images)).split(self._batch):
+            sample_ids, views = self._sample_ids[rows.numpy()], self._settings.views
+            crops = two_crops(self._images[rows], sample_ids, views, seed=0, epoch=epoch, size=SIZE)
+            images = [
+                change_colors(crops[:, view], sample_ids, views, MEAN, STD, seed=0, epoch=epoch, view=view)
+                for view in range(2)
+            ]
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
+                projections = self._model(torch.cat(images))
+            rows_ = functional.normalize(projections.float(), dim=1)
+            logits = (rows_ @ rows_.T / self._settings.temperature).fill_diagonal_(-torch.inf)
+            targets = torch.arange(2 * len(rows), device=self._device).roll(len(rows))
+            functional.cross_entropy(logits, targets).backward()
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+
+
+def _flop_an_image(worker: PretrainWorker) -> float:
+    """Floating-point operations of a training step, an image, that is two views."""
+    backbone, _ = build_backbone(worker.settings.network)
+    with FlopCounterMode(display=False) as counter:
+        backbone(torch.zeros(64, 3, SIZE, SIZE)).sum().backward()
+    return 2 * counter.get_total_flops() / 64
+
+
+def _ceiling(worker: PretrainWorker) -> float:
+    """Operations a second of a matrix product in the precision of the training."""
+    dtype = torch.bfloat16 if worker.trainer.precision == "bf16" else torch.float32
+    n = 4096 if worker.device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=worker.device).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(10):
+        start_s = time.perf_counter()
+        a @ b
+        _wait(worker.device)
+        times.append(time.perf_counter() - start_s)
+    return 2 * n**3 / statistics.median(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _config(run_dir: RunDir, on_gpu: bool, *overrides: str) -> Config:
+    return load_config(
+        None,
+        [
+            f"run_dir={run_dir.uri}",
+            "pool.uri=/made/up",
+            "budget=0.1",
+            "embed.encoder=self_supervised",
+            f"embed.proxy_image_size={SIZE}",
+            "cluster.num_clusters=10",
+            "select.hard_fraction=0.1",
+            f"pretrain.profile={'gpu' if on_gpu else 'cpu'}",
+            "pretrain.epochs=1000",
+            "pretrain.lr=0.01",
+            *overrides,
+        ],
+    )
+
+
+def _write_pool(run_dir: RunDir, num_samples: int) -> None:
+    """Smooth random images, as stage copy leaves them."""
+    rng = np.random.default_rng(0)
+    for first in range(0, num_samples, ROWS_PER_FILE):
+        ids = np.arange(first, min(first + ROWS_PER_FILE, num_samples))
+        images = [_png(coarse) for coarse in rng.integers(0, 256, (len(ids), 8, 8, 3), dtype=np.uint8)]
+        table = pa.table([ids, images], schema=schema.PROXY_IMAGES_SCHEMA)
+        name = schema.range_file(int(ids[0]), int(ids[-1]))
+        filesystem.write_table(run_dir.path(schema.PROXY_IMAGES, name), table, ROWS_PER_CHUNK)
+    for stage in ("index", "copy"):
+        run_dir.mark_complete(Marker(stage, {}, {}, {"rows": num_samples}))
+
+
+def _png(coarse: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(coarse).resize((SIZE, SIZE), Image.Resampling.BICUBIC).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+if __name__ == "__main__":
+    main()
