@@ -4,7 +4,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-from elfs_ray.config_keys import Bounds, Config, ConfigError, TrainConfig, fields_of
+from elfs_ray.config_keys import SELF_SUPERVISED, Bounds, Config, ConfigError, TrainConfig, fields_of
 
 LR_BATCH_SIZE = 256  # what train.scale_lr takes train.lr for
 
@@ -106,6 +106,7 @@ def check_relations(config: Config) -> None:
             f"select.hard_fraction={config.select.hard_fraction} has {len(config.hard_fractions)} values for "
             f"{len(config.budgets)} budgets: give one for each, or a single one for all"
         )
+    _check_pretraining(config)
     train = config.train
     for name in ("mean", "std"):
         if len(getattr(train, name)) != 3:
@@ -122,3 +123,27 @@ def check_relations(config: Config) -> None:
             f"train.image_size={train.image_size} is above embed.proxy_image_size={config.embed.proxy_image_size}: "
             "the network cannot see more pixels than were kept"
         )
+
+
+def _check_pretraining(config: Config) -> None:
+    if config.until not in config.stage_names:
+        raise ConfigError(
+            f"until={config.until}: this run has no such stage; embed.encoder={SELF_SUPERVISED} without embed.weights "
+            "has one"
+        )
+    if not config.pretrains:
+        return
+    embed = config.embed
+    sizes = {
+        "pretrain.image_size": config.pretrain.image_size,
+        "embed.image_size": embed.image_size,
+        "embed.resize": embed.resize,
+    }
+    for key, size in sizes.items():
+        if size is not None and size > embed.proxy_image_size:
+            raise ConfigError(
+                f"{key}={size} is above embed.proxy_image_size={embed.proxy_image_size}: the encoder cannot see more "
+                f"pixels than were kept; {key}=null takes what fits"
+            )
+    if embed.weights_sha256 is not None:
+        raise ConfigError("embed.weights_sha256 is given, but the weights are trained in this run: leave it out")

@@ -13,7 +13,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
-STAGE_NAMES = ("index", "embed", "cluster", "train", "select", "report")
+STAGE_NAMES = ("index", "copy", "pretrain", "embed", "cluster", "train", "select", "report")
+PRETRAINING = ("copy", "pretrain")  # stages of a run that trains its own encoder
+SELF_SUPERVISED = "self_supervised"
 SELECT_METHODS = (
     "double_end",
     "hardest",
@@ -99,11 +101,13 @@ class EmbedConfig:
 
     encoder: str = option(
         "timm/vit_base_patch16_224.dino",
-        "pixels, efficientnet_lite0, swav_resnet50, torchvision/<model>, timm/<model>, or file",
+        "pixels, efficientnet_lite0, swav_resnet50, torchvision/<model>, timm/<model>, file, or self_supervised: "
+        "trained on the pool itself, see pretrain",
     )
     weights: str | None = option(
         None,
-        "local file of the encoder's weights; random:<seed> for an untrained network; null takes the library's own",
+        "local file of the encoder's weights; random:<seed> for an untrained network; null takes the library's own, "
+        "for self_supervised it trains them",
     )
     weights_sha256: str | None = option(None, "SHA-256 that the weights file must have")
     image_size: int | None = option(
@@ -134,6 +138,83 @@ class EmbedConfig:
     )
     num_workers: int | None = option(
         None, "encoders at once; null takes one a GPU, or one a CPU", bounds=POSITIVE, decides=False
+    )
+
+
+@dataclass
+class PretrainConfig:
+    """An encoder trained on the pool itself by SimCLR, with encoder=self_supervised; null takes the profile's value."""
+
+    profile: str = option("gpu", "gpu: published settings; cpu: half an hour on 2 cores", choices=("gpu", "cpu"))
+    network: str | None = option(
+        None,
+        "the encoder: resnet18 (3x3 stem), resnet18_imagenet, resnet34, resnet50, small_cnn (gpu resnet18, cpu "
+        "small_cnn)",
+    )
+    epochs: int | None = option(
+        None,
+        "passes over the pool (gpu 400, cpu 20); 0 leaves the network untrained",
+        unit="epochs",
+        bounds=Bounds(at_least=0),
+    )
+    batch_size: int | None = option(
+        None, "global batch, all of it negatives (gpu 512, cpu 256)", unit="images", bounds=Bounds(at_least=2)
+    )
+    lr: float | None = option(
+        None, "SGD learning rate for a batch of 256, scaled with the batch (0.12)", bounds=Bounds(above=0)
+    )
+    warmup_epochs: int | None = option(
+        None, "epochs of linear warm-up before the cosine (gpu 10, cpu 1)", unit="epochs", bounds=Bounds(at_least=0)
+    )
+    momentum: float | None = option(None, "SGD momentum (0.9)", bounds=Bounds(at_least=0, below=1))
+    weight_decay: float | None = option(None, "SGD weight decay (5e-4)", bounds=Bounds(at_least=0))
+    temperature: float | None = option(None, "of the softmax over similarities (gpu 0.5)", bounds=Bounds(above=0))
+    hidden_dim: int | None = option(None, "width of the projector's hidden layer (512)", bounds=POSITIVE)
+    projection_dim: int | None = option(None, "width of what the loss compares (128)", bounds=POSITIVE)
+    min_crop_area: float | None = option(
+        None, "smallest share of an image that a view shows (0.2)", bounds=Bounds(above=0, at_most=1)
+    )
+    color_strength: float | None = option(
+        None, "of brightness, contrast, saturation and hue (0.5); 0 keeps colours", bounds=Bounds(at_least=0, at_most=1)
+    )
+    grey_probability: float | None = option(
+        None, "share of views without colour (0.2)", bounds=Bounds(at_least=0, at_most=1)
+    )
+    blur_probability: float | None = option(
+        None, "share of blurred views; null takes 0 up to 64 pixels, else 0.5", bounds=Bounds(at_least=0, at_most=1)
+    )
+    flip: bool | None = option(None, "mirror every second view (true); false for what has a handedness, as digits")
+    image_size: int | None = option(
+        None,
+        "side of the square that the encoder sees; null takes embed.proxy_image_size",
+        unit="pixels",
+        bounds=Bounds(at_least=8),
+    )
+    precision: str = option("auto", "auto is bf16 on GPUs and fp32 on CPUs", choices=("auto", "fp32", "bf16", "fp16"))
+    reading: str = option(
+        "auto",
+        "memory: decoded once, centre squares; streamed: decoded in every epoch, crops of the whole photograph; auto: "
+        "streamed for pools above a quarter of a node's object store",
+        choices=("auto", "memory", "streamed"),
+    )
+    device: str = option(
+        "auto",
+        "where pretraining runs; auto takes GPUs if the cluster has any",
+        choices=("auto", "cpu", "cuda"),
+        decides=False,
+    )
+    num_workers: int | None = option(
+        None, "data-parallel workers; null takes one a GPU, or one CPU worker", bounds=POSITIVE, decides=False
+    )
+    cpus_per_worker: int | None = option(
+        None,
+        "CPUs of each worker; null takes 1 beside a GPU that has its images in memory, else an equal share of all",
+        unit="CPUs",
+        bounds=POSITIVE,
+        decides=False,
+    )
+    max_failures: int = option(
+        5, "failed workers after which pretraining gives up; -1 never does", bounds=Bounds(at_least=-1), decides=False
     )
 
 
@@ -405,12 +486,23 @@ class Config:
     )
     ray_logs: bool = option(False, "show what Ray's workers print, too", decides=False)
     pool: PoolConfig = field(default_factory=PoolConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     embed: EmbedConfig = field(default_factory=EmbedConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     select: SelectConfig = field(default_factory=SelectConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    @property
+    def pretrains(self) -> bool:
+        """Whether the run trains its own encoder."""
+        return self.embed.encoder == SELF_SUPERVISED and self.embed.weights is None
+
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        """The stages of this run, in their order."""
+        return tuple(name for name in STAGE_NAMES if self.pretrains or name not in PRETRAINING)
 
     @property
     def budgets(self) -> list[int | float]:

@@ -1,13 +1,14 @@
 """The order of the stages: skip what is complete, refuse what was made with another config, time each.
 
     index ──► embed ──► cluster ──► train ──► select ──► report
+    index ──► copy ──► pretrain ──► embed ──► ...               with an encoder that is trained on the pool itself
 
 No science here: a stage is a function of (config, run_dir) that reads tables and writes its own.
 """
 
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -36,9 +37,11 @@ class Stage:
     inputs: tuple[str, ...]
     tables: tuple[str, ...]
     global_keys: tuple[str, ...] = ("seed",)
+    section_keys: tuple[str, ...] | None = None  # where the others of the section are for another stage
 
     def deciding_config(self, config: Config) -> dict[str, Any]:
-        keys = {f"{self.section}.{key}": value for key, value in deciding_keys(getattr(config, self.section)).items()}
+        found = deciding_keys(getattr(config, self.section))
+        keys = {f"{self.section}.{key}": found[key] for key in self.section_keys or found}
         return {**{key: getattr(config, key) for key in self.global_keys}, **keys}
 
     def function(self) -> Callable[[Config, RunDir], Mapping[str, Any]]:
@@ -54,8 +57,20 @@ STAGES = (
     Stage("select", "select", ("index", "cluster", "train"), (schema.SCORES, schema.CORESET), ("seed", "budget")),
     Stage("report", "report", ("index", "embed", "cluster", "train", "select"), (), global_keys=()),
 )
+COPY_KEYS = ("proxy_image_size", "proxy_jpeg_quality", "max_image_pixels", "block_images")
+# In place of embed, where the encoder is trained on the pool itself: it needs the copies first.
+PRETRAINING_STAGES = (
+    Stage("copy", "embed", ("index",), (schema.PROXY_IMAGES,), global_keys=(), section_keys=COPY_KEYS),
+    Stage("pretrain", "pretrain", ("index", "copy"), ()),
+    Stage("embed", "embed", ("index", "copy", "pretrain"), (schema.EMBEDDINGS, schema.REJECTED), global_keys=()),
+)
 EVALUATE = Stage("evaluate", "evaluate", ("index", "embed", "train", "select"), ())
-assert tuple(stage.name for stage in STAGES) == STAGE_NAMES
+assert tuple(stage.name for stage in (STAGES[0], *PRETRAINING_STAGES, *STAGES[2:])) == STAGE_NAMES
+
+
+def stages_of(config: Config) -> tuple[Stage, ...]:
+    """The stages of a run, in their order."""
+    return (STAGES[0], *PRETRAINING_STAGES, *STAGES[2:]) if config.pretrains else STAGES
 
 
 @dataclass(frozen=True)
@@ -96,7 +111,9 @@ def evaluate(config: Config) -> Mapping[str, Any]:
     if config.evaluate.test_uri is None or config.pool.label is None:
         raise ConfigError("evaluate needs true labels: give evaluate.test_uri=... and pool.label=...")
     run_dir = run(config)
-    planned = _plan_stage(EVALUATE, config, run_dir, {stage.name: run_dir.identity(stage.name) for stage in STAGES})
+    planned = _plan_stage(
+        EVALUATE, config, run_dir, {stage.name: run_dir.identity(stage.name) for stage in stages_of(config)}
+    )
     _refuse_differences([planned], config, run_dir)
     if planned.action != "done":
         _connect(config)
@@ -112,16 +129,22 @@ def check(config: Config, run_dir: RunDir) -> list[PlannedStage]:
     _refuse_differences(plan, config, run_dir)
     actions = {planned.stage.name: planned.action for planned in plan}
     try:
-        if actions.get("embed", "done") != "done":
+        if config.pretrains and config.pretrain.network is not None:
+            _check_network("pretrain.network", config.pretrain.network, PROXY_MODELS)
+        if not config.pretrains and actions.get("embed", "done") != "done":
             _check_encoder(config)
-        if config.train.network not in PROXY_MODELS:
-            raise ConfigError(f"train.network={config.train.network!r}: needed is one of {', '.join(PROXY_MODELS)}")
+        _check_network("train.network", config.train.network, PROXY_MODELS)
         check_against_pool(config, count_pool(config, run_dir)[0])
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return plan
+
+
+def _check_network(key: str, network: str, known: Iterable[str]) -> None:
+    if network not in known:
+        raise ConfigError(f"{key}={network!r}: needed is one of {', '.join(known)}")
 
 
 def _check_encoder(config: Config) -> None:
@@ -139,7 +162,7 @@ def make_plan(config: Config, run_dir: RunDir) -> list[PlannedStage]:
     """What a run would do with each stage up to config.until."""
     plan: list[PlannedStage] = []
     identities: dict[str, str] = {}
-    for stage in STAGES[: STAGE_NAMES.index(config.until) + 1]:
+    for stage in stages_of(config)[: config.stage_names.index(config.until) + 1]:
         planned = _plan_stage(stage, config, run_dir, identities)
         identities[stage.name] = planned.marker.identity
         plan.append(planned)
@@ -151,11 +174,22 @@ def _plan_stage(stage: Stage, config: Config, run_dir: RunDir, identities: Mappi
     wanted = Marker(stage.name, stage.deciding_config(config), {name: identities[name] for name in stage.inputs}, {})
     success, started = run_dir.success_marker(stage.name), run_dir.started_marker(stage.name)
     found = success or started
-    if found is None:
-        return PlannedStage(stage, "run", wanted)
-    if found.identity == wanted.identity:
-        return PlannedStage(stage, "done" if success else "continue", wanted)
-    return PlannedStage(stage, "rerun", wanted, _differences(found, wanted))
+    differences = () if found is None or found.identity == wanted.identity else _differences(found, wanted)
+    other = _other_writer(stage, run_dir)
+    if other is not None:
+        differences += (f"{schema.PROXY_IMAGES}/ was written by stage {other.name}",)
+    if differences:
+        return PlannedStage(stage, "rerun", wanted, differences)
+    return PlannedStage(stage, "run" if found is None else "done" if success else "continue", wanted)
+
+
+def _other_writer(stage: Stage, run_dir: RunDir) -> Stage | None:
+    """The stage that wrote proxy_images/ in place of the one that is to: embed or copy, as the encoder was another."""
+    if schema.PROXY_IMAGES not in stage.tables:
+        return None
+    other = STAGES[1] if stage.name == "copy" else PRETRAINING_STAGES[0]
+    found = run_dir.success_marker(other.name) or run_dir.started_marker(other.name)
+    return None if found is None or "copy" in found.inputs else other
 
 
 def count_pool(config: Config, run_dir: RunDir) -> tuple[int, bool]:
@@ -223,8 +257,12 @@ def _run_stage(planned: PlannedStage, config: Config, run_dir: RunDir) -> None:
 
 
 def _remove_tables(stage: Stage, run_dir: RunDir) -> None:
+    other = _other_writer(stage, run_dir)
+    if other is not None:
+        _remove_tables(other, run_dir)
     found = run_dir.success_marker(stage.name) or run_dir.started_marker(stage.name)
-    assert found is not None, stage
+    if found is None:  # removed with the tables of the other writer
+        return
     others = schema.coreset_tables(found.config["budget"])[1:] if stage.name == "select" else []
     tables = (*stage.tables, *others)
     say(f"{stage.name:<9} made with another config: its tables {', '.join(tables) or 'and files'} are replaced")

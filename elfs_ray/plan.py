@@ -56,7 +56,7 @@ def describe_budgets(config: Config, num_samples: int, about: str = "") -> list[
 
 def _describe_work(config: Config, num_samples: int, devices: Devices) -> dict[str, str]:
     """One line on what each stage does and asks for."""
-    embed, cluster, train = config.embed, config.cluster, config.train
+    pretrain, embed, cluster, train = config.pretrain, config.embed, config.cluster, config.train
     one_cpu = (1, 1)
 
     def workers(noun: str, section: str, device: str, asked: int | str | None, on_cpus: tuple[int, int]) -> str:
@@ -74,10 +74,14 @@ def _describe_work(config: Config, num_samples: int, devices: Devices) -> dict[s
         clustering += f"; then TEMI, {cluster.temi.profile} profile, {trained}"
     if cluster.method == "file":
         clustering = f"pseudo-labels from {cluster.labels_uri}"
+    copies = f"copies of {embed.proxy_image_size} pixels; CPU tasks decode"
+    embedding = f"{embed.encoder}, {'of the copies' if config.pretrains else f'proxy {copies}'}; "
     return {
         "index": "list the pool; CPU tasks",
-        "embed": f"{embed.encoder}, proxy copies of {embed.proxy_image_size} pixels; CPU tasks decode; "
-        + workers("encoder", "embed", embed.device, embed.num_workers, all_cpus),
+        "copy": copies,
+        "pretrain": f"{pretrain.profile} profile; "
+        + workers("worker", "pretrain", pretrain.device, pretrain.num_workers, one_cpu),
+        "embed": embedding + workers("encoder", "embed", embed.device, embed.num_workers, all_cpus),
         "cluster": clustering,
         "train": f"{train.network}, {count(train.epochs, 'epoch')} of "
         f"{count(math.ceil(num_samples / train.batch_size), 'step')}; "

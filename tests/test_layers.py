@@ -108,7 +108,7 @@ def test_imports_run_down_only():
 
 def test_every_stage_of_the_pipeline_is_told_from_its_parts():
     found = {module.rpartition(".")[2] for module, source in sources().items() if is_stage(module, source)}
-    assert found == {"index", "embed", "cluster", "train", "select", "report", "evaluate"}
+    assert found == {"index", "copy", "pretrain", "embed", "cluster", "train", "select", "report", "evaluate"}
 
 
 def test_true_labels_are_read_by_index_and_evaluate_alone():

@@ -8,66 +8,100 @@ by an actor pool of encoders. Beside GPUs, CPU tasks decode and a block crosses 
 pixels, so that the two scale apart; encoders on CPUs decode for themselves. A block's embeddings are written last, so
 that a file in embeddings/ means a block that is done: a resumed run skips it, a re-tried block overwrites itself. An
 image that cannot be used is a row in rejected/.
+
+With an encoder that this run has trained on its own pool (stages copy and pretrain) proxy_images/ is there already: its
+images are embedded as they are, and nothing is decoded at full size again.
 """
 
+import contextlib
+import io
 import json
 import logging
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray.data
 import torch
+from PIL import Image
 
-from elfs_ray.config import Config, EmbedConfig
-from elfs_ray.methods.encoders import encoder_input, load_encoder, to_unit_float16
+from elfs_ray.config import Config
+from elfs_ray.methods.encoders import EncoderInput, encoder_input, load_encoder, to_unit_float16
 from elfs_ray.progress import Progress, say
 from elfs_ray.ray_runtime import num_cpus, num_gpus, resolve_device
+from elfs_ray.stages.embed_blocks import (
+    decode_images,
+    plan_blocks,
+    rejected_by_copy,
+    rows_by_file,
+    write_proxy_images,
+    write_rejected,
+)
 from elfs_ray.storage import filesystem, schema
-from elfs_ray.storage.images import BadImage, decode_image, encode_proxy_image, resize_center_crop
-from elfs_ray.storage.pool import PoolColumns, read_images
+from elfs_ray.storage.images import BadImage, encode_proxy_image, resize_center_crop
 from elfs_ray.storage.run_dir import RunDir
 
-BLOCK_PIXEL_BYTES = 64 << 20
-MAX_BLOCK_IMAGES = 8192
-PROXY_GROUP_BYTES = 1 << 20  # of proxy images in a row group, the unit in which streamed training reads
-MIN_BLOCKS = 16
-MIN_BLOCK_IMAGES = 64
 MAX_INPUT_BLOCKS = 4096
-FOOTER_THREADS = 32
+
+
+@dataclass(frozen=True)
+class EmbedJob:
+    """What every task and encoder is given; `shape` is what the encoder sees."""
+
+    config: Config
+    run_dir: RunDir
+    shape: EncoderInput
+
+    def blocks(self, num_samples: int) -> list[tuple[int, int]]:
+        """(first, last) id of each file; where copies are there already, their blocks."""
+        embed = self.config.embed
+        side = embed.proxy_image_size if self.config.pretrains else self.shape.crop
+        return plan_blocks(embed.block_images, side, num_samples)
 
 
 def run_embed(config: Config, run_dir: RunDir) -> dict[str, Any]:
     """Embed the pool. Returns rows, rejected, dim. Raises RuntimeError when no image could be embedded."""
     num_samples = int(run_dir.figures("index")["rows"])
-    blocks = _plan_blocks(config.embed, num_samples)
-    pending = _pending_blocks(run_dir, blocks)
+    job = make_job(config, run_dir)
+    pending = pending_blocks(run_dir, job.blocks(num_samples))
     num_done = num_samples - sum(last - first + 1 for first, last in pending)
     if 0 < num_done < num_samples:
         say(f"embed: {num_done:,} images were embedded by an earlier run")
 
     rejected = 0
     with Progress("embed", num_samples, "images", done=num_done) as progress:
-        for summary in _stream(config, run_dir, pending) if pending else ():
+        for summary in _stream(job, pending) if pending else ():
             rejected += summary["rejected"]
             progress.advance(summary["rows"], f"{rejected:,} rejected" if rejected else "")
     return _closing_figures(run_dir, num_samples)
 
 
-def _plan_blocks(config: EmbedConfig, num_samples: int) -> list[tuple[int, int]]:
-    """(first, last) id of each block: a function of the config and the pool's size alone, as file names are."""
-    rows = config.block_images
-    if rows is None:
-        crop = encoder_input(config.encoder, config.image_size, config.resize).crop
-        rows = min(BLOCK_PIXEL_BYTES // (3 * crop * crop), MAX_BLOCK_IMAGES, -(-num_samples // MIN_BLOCKS))
-        rows = max(rows, MIN_BLOCK_IMAGES)
-    return [(first, min(first + rows, num_samples) - 1) for first in range(0, num_samples, rows)]
+def make_job(config: Config, run_dir: RunDir) -> EmbedJob:
+    """The job that a config asks for."""
+    embed = config.embed
+    with _weights(config, run_dir) as weights:
+        shape = encoder_input(embed.encoder, embed.image_size, embed.resize, weights)
+    return EmbedJob(config, run_dir, shape)
 
 
-def _pending_blocks(run_dir: RunDir, blocks: list[tuple[int, int]]) -> list[tuple[int, int]]:
+@contextlib.contextmanager
+def _weights(config: Config, run_dir: RunDir) -> Iterator[str | None]:
+    """The weights to load: what the config says, or a local file of what stage pretrain made."""
+    if not config.pretrains:
+        yield config.embed.weights
+        return
+    with tempfile.NamedTemporaryFile(suffix=".pt") as file:  # the run directory may be in a bucket
+        file.write(filesystem.read_bytes(run_dir.path("pretrain", schema.ENCODER_FILE)))
+        file.flush()
+        yield file.name
+
+
+def pending_blocks(run_dir: RunDir, blocks: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """The blocks of which an image is neither embedded nor rejected, or whose proxy images are not there."""
-    embedded, rejected = (_rows_by_file(run_dir, table) for table in (schema.EMBEDDINGS, schema.REJECTED))
+    embedded, rejected = (rows_by_file(run_dir, table) for table in (schema.EMBEDDINGS, schema.REJECTED))
     copied = {path.rsplit("/", 1)[1] for path in run_dir.table_files(schema.PROXY_IMAGES)}
 
     def is_done(first: int, last: int) -> bool:
@@ -77,16 +111,9 @@ def _pending_blocks(run_dir: RunDir, blocks: list[tuple[int, int]]) -> list[tupl
     return [block for block in blocks if not is_done(*block)]
 
 
-def _rows_by_file(run_dir: RunDir, table: str) -> dict[str, int]:
-    """The rows of each file of a table, from their footers."""
-    paths = run_dir.table_files(table)
-    with ThreadPoolExecutor(FOOTER_THREADS) as threads:
-        counts = list(threads.map(filesystem.num_rows, paths))
-    return {path.rsplit("/", 1)[1]: count for path, count in zip(paths, counts, strict=True)}
-
-
-def _stream(config: Config, run_dir: RunDir, blocks: list[tuple[int, int]]):
+def _stream(job: EmbedJob, blocks: list[tuple[int, int]]):
     """Run the blocks through Ray Data; yields each block's row counts as it is written."""
+    config = job.config
     device = resolve_device(config.embed.device, "embed.device")
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # importing ray.data has set it to INFO
     context = ray.data.DataContext.get_current()
@@ -97,68 +124,87 @@ def _stream(config: Config, run_dir: RunDir, blocks: list[tuple[int, int]]):
     # An encoder without a block to embed would be loaded for nothing.
     num_encoders = min(config.embed.num_workers or (num_gpus() if device == "cuda" else num_cpus()), len(blocks))
     embed = _embed_on_gpus if device == "cuda" else _embed_on_cpus
-    return embed(todo, config, run_dir, num_encoders).iter_rows()
+    return embed(todo, job, num_encoders).iter_rows()
 
 
-def _embed_on_gpus(dataset: ray.data.Dataset, config: Config, run_dir: RunDir, num_encoders: int) -> ray.data.Dataset:
+def _embed_on_gpus(dataset: ray.data.Dataset, job: EmbedJob, num_encoders: int) -> ray.data.Dataset:
     """CPU tasks decode, one encoder a GPU embeds."""
-    decode: Any = _decode_block
-    decoded = dataset.map_batches(decode, batch_size=1, num_cpus=1, fn_kwargs={"config": config, "run_dir": run_dir})
+    decode: Any = _read_block
+    decoded = dataset.map_batches(decode, batch_size=1, num_cpus=1, fn_kwargs={"job": job})
     return decoded.map_batches(
         _EncodeBlock,
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=num_encoders),
         num_gpus=1,
-        fn_constructor_args=(config, run_dir, "cuda"),
+        fn_constructor_args=(job, "cuda"),
     )
 
 
-def _embed_on_cpus(dataset: ray.data.Dataset, config: Config, run_dir: RunDir, num_encoders: int) -> ray.data.Dataset:
+def _embed_on_cpus(dataset: ray.data.Dataset, job: EmbedJob, num_encoders: int) -> ray.data.Dataset:
     """One encoder a CPU decodes and embeds: nothing crosses the object store, and no CPU waits for another."""
     return dataset.map_batches(
         _DecodeAndEncodeBlock,
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=num_encoders),
         num_cpus=1,
-        fn_constructor_args=(config, run_dir, "cpu"),
+        fn_constructor_args=(job, "cpu"),
     )
 
 
-def _decode_block(batch: dict[str, Any], config: Config, run_dir: RunDir) -> dict[str, Any]:
+def _decode_block(batch: dict[str, Any], job: EmbedJob) -> dict[str, Any]:
     """Read and decode one block; write its proxy images; hand on its pixels and the reasons of what is rejected."""
     torch.set_num_threads(1)
     first, last = int(batch["first"][0]), int(batch["last"][0])
-    shape = encoder_input(config.embed.encoder, config.embed.image_size, config.embed.resize)
-    proxy_size = config.embed.proxy_image_size
-    columns = PoolColumns(config.pool.image_column)
-    index = run_dir.read_rows(schema.INDEX, np.arange(first, last + 1), [schema.URI])
-    uris = index[schema.URI].to_pylist()
-
+    embed, shape = job.config.embed, job.shape
     sample_ids, pixels, proxies, rejected = [], [], [], []
-    for sample_id, uri, data in zip(range(first, last + 1), uris, read_images(uris, columns), strict=True):
-        try:
-            if isinstance(data, BadImage):
-                raise data
-            min_size = max(shape.resize, proxy_size)
-            image = decode_image(data, max_pixels=config.embed.max_image_pixels, min_size=min_size)
-            square = resize_center_crop(image, resize=shape.resize, crop=shape.crop, interpolation=shape.interpolation)
-            proxy = encode_proxy_image(image, short_side=proxy_size, jpeg_quality=config.embed.proxy_jpeg_quality)
-        except BadImage as error:
-            rejected.append({"sample_id": sample_id, "uri": uri, "reason": str(error)})
+    min_size = max(shape.resize, embed.proxy_image_size)
+    for sample_id, uri, image in decode_images(job.config, job.run_dir, first, last, min_size=min_size):
+        if isinstance(image, BadImage):
+            rejected.append({"sample_id": sample_id, "uri": uri, "stage": "embed", "reason": str(image)})
             continue
         sample_ids.append(sample_id)
-        pixels.append(square)
-        proxies.append(proxy)
+        pixels.append(
+            resize_center_crop(image, resize=shape.resize, crop=shape.crop, interpolation=shape.interpolation)
+        )
+        proxies.append(
+            encode_proxy_image(image, short_side=embed.proxy_image_size, jpeg_quality=embed.proxy_jpeg_quality)
+        )
+    write_proxy_images(job.run_dir, schema.range_file(first, last), sample_ids, proxies)
+    return _pack(first, last, shape.crop, sample_ids, pixels, rejected)
 
-    table = pa.table([sample_ids, proxies], schema=schema.PROXY_IMAGES_SCHEMA)
-    rows_per_group = max(1, PROXY_GROUP_BYTES * len(proxies) // max(1, sum(map(len, proxies))))
-    filesystem.write_table(run_dir.path(schema.PROXY_IMAGES, schema.range_file(first, last)), table, rows_per_group)
-    images = np.stack(pixels) if pixels else np.empty((0, shape.crop, shape.crop, 3), np.uint8)
+
+def _read_copies(batch: dict[str, Any], job: EmbedJob) -> dict[str, Any]:
+    """Hand on one block's copies and what stage copy could not use of it."""
+    torch.set_num_threads(1)
+    first, last = int(batch["first"][0]), int(batch["last"][0])
+    name, shape = schema.range_file(first, last), job.shape
+    copies = filesystem.read_table(job.run_dir.path(schema.PROXY_IMAGES, name))
+    pixels = []
+    for encoded in copies[schema.IMAGE]:
+        image = Image.open(io.BytesIO(encoded.as_py())).convert("RGB")
+        pixels.append(
+            resize_center_crop(image, resize=shape.resize, crop=shape.crop, interpolation=shape.interpolation)
+        )
+    path = rejected_by_copy(job.run_dir, name)
+    rejected = filesystem.read_table(path).to_pylist() if filesystem.exists(path) else []
+    return _pack(first, last, shape.crop, copies[schema.SAMPLE_ID].to_pylist(), pixels, rejected)
+
+
+def _read_block(batch: dict[str, Any], job: EmbedJob) -> dict[str, Any]:
+    """One block's pixels, decoded from the pool or from its copies."""
+    return _read_copies(batch, job) if job.config.pretrains else _decode_block(batch, job)
+
+
+def _pack(
+    first: int, last: int, side: int, sample_ids: list[int], pixels: list[np.ndarray], rejected: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """A block as one row, to cross the object store."""
+    images = np.stack(pixels) if pixels else np.empty((0, side, side, 3), np.uint8)
     return {
         "first": [first],
         "last": [last],
         "sample_ids": [np.array(sample_ids, np.int64).tobytes()],
-        "side": [shape.crop],
+        "side": [side],
         "pixels": [images.tobytes()],
         "rejected": [json.dumps(rejected)],
     }
@@ -167,55 +213,48 @@ def _decode_block(batch: dict[str, Any], config: Config, run_dir: RunDir) -> dic
 class _EncodeBlock:
     """An encoder held by an actor: embeds a block and writes what it gives."""
 
-    def __init__(self, config: Config, run_dir: RunDir, device: str):
+    def __init__(self, job: EmbedJob, device: str):
         torch.set_num_threads(1)
-        self._config, self._run_dir = config, run_dir
+        self._job, config = job, job.config
         self._batch_size = config.embed.batch_size
-        self._encoder = load_encoder(
-            config.embed.encoder,
-            weights=config.embed.weights,
-            weights_sha256=config.embed.weights_sha256,
-            image_size=config.embed.image_size,
-            device=device,
-        )
+        with _weights(config, job.run_dir) as weights:
+            self._encoder = load_encoder(
+                config.embed.encoder,
+                weights=weights,
+                weights_sha256=config.embed.weights_sha256,
+                image_size=config.embed.image_size,
+                device=device,
+            )
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        run_dir = self._job.run_dir
         first, last, side = (int(batch[key][0]) for key in ("first", "last", "side"))
         sample_ids = np.frombuffer(batch["sample_ids"][0], np.int64)
         images = np.frombuffer(batch["pixels"][0], np.uint8).reshape(len(sample_ids), side, side, 3)
-        rejected = [dict(row, stage="embed") for row in json.loads(batch["rejected"][0])]
+        rejected = json.loads(batch["rejected"][0])
         starts = range(0, len(images), self._batch_size)
         parts = [self._encoder.encode(images[start : start + self._batch_size]) for start in starts]
         features = np.concatenate(parts) if parts else np.empty((0, self._encoder.dim), np.float32)
         embeddings, usable = to_unit_float16(features)
 
         if not usable.all():
-            uris = self._run_dir.read_rows(schema.INDEX, sample_ids[~usable], [schema.URI])[schema.URI].to_pylist()
+            uris = run_dir.read_rows(schema.INDEX, sample_ids[~usable], [schema.URI])[schema.URI].to_pylist()
             reason = "its embedding is zero or not finite"
             rejected += [
                 {"sample_id": int(sample_id), "uri": uri, "stage": "embed", "reason": reason}
                 for sample_id, uri in zip(sample_ids[~usable], uris, strict=True)
             ]
         name = schema.range_file(first, last)
-        self._write_rejected(name, rejected)
-        _write_embeddings(self._run_dir.path(schema.EMBEDDINGS, name), sample_ids[usable], embeddings[usable])
+        write_rejected(run_dir.path(schema.REJECTED, name), rejected)
+        _write_embeddings(run_dir.path(schema.EMBEDDINGS, name), sample_ids[usable], embeddings[usable])
         return {"rows": [last - first + 1], "rejected": [len(rejected)]}
-
-    def _write_rejected(self, name: str, rejected: list[dict[str, Any]]) -> None:
-        path = self._run_dir.path(schema.REJECTED, name)
-        if not rejected:
-            # An earlier try may have failed to read what can be read now.
-            filesystem.delete(path)
-            return
-        rejected.sort(key=lambda row: row["sample_id"])
-        filesystem.write_table(path, pa.Table.from_pylist(rejected, schema=schema.REJECTED_SCHEMA))
 
 
 class _DecodeAndEncodeBlock(_EncodeBlock):
     """An encoder that decodes its own blocks."""
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return super().__call__(_decode_block(batch, self._config, self._run_dir))
+        return super().__call__(_read_block(batch, self._job))
 
 
 def _write_embeddings(path: str, sample_ids: np.ndarray, embeddings: np.ndarray) -> None:
@@ -228,7 +267,7 @@ def _write_embeddings(path: str, sample_ids: np.ndarray, embeddings: np.ndarray)
 
 
 def _closing_figures(run_dir: RunDir, num_samples: int) -> dict[str, Any]:
-    rows, rejected = (sum(_rows_by_file(run_dir, table).values()) for table in (schema.EMBEDDINGS, schema.REJECTED))
+    rows, rejected = (sum(rows_by_file(run_dir, table).values()) for table in (schema.EMBEDDINGS, schema.REJECTED))
     assert rows + rejected == num_samples, (rows, rejected, num_samples)
     if rows == 0:
         reasons = next(run_dir.read_table(schema.REJECTED))[schema.REASON].unique().to_pylist()

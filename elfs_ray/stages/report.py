@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from elfs_ray.config import STAGE_NAMES, Config
+from elfs_ray.config import Config
 from elfs_ray.progress import format_duration
 from elfs_ray.stages.report_charts import STYLE, html_table, line_chart, score_chart, size_chart
 from elfs_ray.storage import filesystem, schema
@@ -41,7 +41,7 @@ def run_report(config: Config, run_dir: RunDir) -> dict[str, Any]:
 
 
 def _metrics(config: Config, run_dir: RunDir) -> dict[str, Any]:
-    stages = {name: run_dir.figures(name) for name in STAGE_NAMES if name != "report"}
+    stages = {name: run_dir.figures(name) for name in config.stage_names if name != "report"}
     num_clusters = stages["cluster"]["num_clusters"]
     before = _label_sizes(run_dir, schema.CLUSTERS, schema.PSEUDO_LABELS_DIR, num_clusters=num_clusters)
     after = _label_sizes(run_dir, schema.CORESET, num_clusters=num_clusters)
@@ -126,6 +126,7 @@ def _page(config: Config, run_dir: RunDir, metrics: dict[str, Any]) -> str:
         + score_chart(metrics["score_histogram"])
         + "<p>Pale bars are the pool, dark ones the coreset; lines mark the hardest and the easiest that are kept.</p>",
         "<h2>Pseudo-labels before and after</h2>" + size_chart(metrics["pseudo_label_sizes"]),
+        *_pretraining(metrics["stages"].get("pretrain", {}).get("history", ())),
         *_clustering(metrics["stages"]["cluster"]),
         *_training(metrics["stages"]["train"]["history"]),
         *_grids(config, run_dir),
@@ -134,6 +135,35 @@ def _page(config: Config, run_dir: RunDir, metrics: dict[str, Any]) -> str:
         f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>elfs_ray: {title}</title><style>{STYLE}</style><main>{''.join(sections)}</main></html>\n"
     )
+
+
+def _pretraining(history: Sequence[Mapping[str, float]]) -> list[str]:
+    """The encoder's training, where the run has trained its own: some epochs as a table, loss and rank over all."""
+    if not history:
+        return []
+    head = ("epoch", "loss", "spread", "effective rank", "images/s", "waiting for data")
+    rows = [
+        (
+            f"{epoch['epoch'] + 1:.0f}",
+            f"{epoch['loss']:.4f}",
+            f"{epoch['spread']:.3f}",
+            f"{epoch['effective_rank']:.1f}",
+            f"{epoch['images_per_s']:,.0f}",
+            f"{epoch['data_wait_share']:.1%}",
+        )
+        for epoch in _some_of(history)
+    ]
+    charts = [
+        f"<h2>Encoder: {what}, by epoch</h2>" + line_chart([epoch[key] for epoch in history], f"{what} by epoch")
+        for key, what in (("loss", "contrastive loss"), ("effective_rank", "effective rank of the embeddings"))
+    ]
+    return [html_table("Training the encoder", head, rows), *charts]
+
+
+def _some_of(history: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
+    """At most 20 epochs, evenly spread, the first and the last among them."""
+    shown = np.unique(np.linspace(0, len(history) - 1, MAX_EPOCHS_SHOWN).round().astype(int))
+    return [history[i] for i in shown.tolist()]
 
 
 def _coresets(metrics: dict[str, Any]) -> list[str]:
@@ -215,7 +245,6 @@ def _training(history: Sequence[Mapping[str, float]]) -> list[str]:
     """The proxy's training: some epochs as a table, accuracy against pseudo-labels over all of them."""
     if not history:
         return []
-    shown = np.unique(np.linspace(0, len(history) - 1, MAX_EPOCHS_SHOWN).round().astype(int)).tolist()
     head = ("epoch", "loss", "agrees with pseudo-labels", "images/s", "waiting for data", "recording")
     rows = [
         (
@@ -226,7 +255,7 @@ def _training(history: Sequence[Mapping[str, float]]) -> list[str]:
             f"{epoch['data_wait_share']:.1%}",
             f"{epoch['recorder_share']:.2%}",
         )
-        for epoch in (history[i] for i in shown)
+        for epoch in _some_of(history)
     ]
     accuracies = [epoch["accuracy"] for epoch in history]
     return [

@@ -69,6 +69,7 @@ PSEUDO_LABELS_DIR = "pseudo_labels"
 REPORT_FILE = "report.html"
 RESULTS_FILE = "results.parquet"
 METRICS_FILE = "metrics.json"
+ENCODER_FILE = "encoder.pt"
 
 
 def embeddings_schema(dim: int) -> pa.Schema:

@@ -17,7 +17,7 @@ import pytest
 import ray.data
 from PIL import Image
 
-from elfs_ray.stages import embed, index
+from elfs_ray.stages import embed, embed_blocks, index
 from elfs_ray.storage import schema
 from elfs_ray.storage.images import decode_proxy_image
 from elfs_ray.storage.run_dir import RunDir
@@ -261,8 +261,9 @@ def embed_in_this_process(pool: Path, folder: Path, *overrides: str) -> None:
     config, run_dir = settings(pool, folder, *overrides), RunDir(folder)
     if not (folder / "index").exists():
         mark(run_dir, "index", **index.run_index(config, run_dir))
-    encoder = embed._DecodeAndEncodeBlock(config, run_dir, "cpu")
-    for block in embed._pending_blocks(run_dir, embed._plan_blocks(config.embed, run_dir.figures("index")["rows"])):
+    job = embed.make_job(config, run_dir)
+    encoder = embed._DecodeAndEncodeBlock(job, "cpu")
+    for block in embed.pending_blocks(run_dir, job.blocks(run_dir.figures("index")["rows"])):
         encoder({"first": [block[0]], "last": [block[1]]})
 
 
@@ -292,17 +293,16 @@ def test_decoding_tasks_apart_from_encoders_give_the_same_bytes(undisturbed, poo
     """The plan beside GPUs, with encoders that ask for a CPU instead."""
     config, run_dir = settings(pool[0], tmp_path, *NETWORK), RunDir(tmp_path)
     shutil.copytree(undisturbed / "index", tmp_path / "index")
-    blocks = embed._plan_blocks(config.embed, len(rows(tmp_path, "index")))
+    job = embed.make_job(config, run_dir)
+    blocks = job.blocks(len(rows(tmp_path, "index")))
     todo = ray.data.from_items([{"first": first, "last": last} for first, last in blocks])
-    decoded = todo.map_batches(
-        embed._decode_block, batch_size=1, num_cpus=1, fn_kwargs={"config": config, "run_dir": run_dir}
-    )
+    decoded = todo.map_batches(embed._decode_block, batch_size=1, num_cpus=1, fn_kwargs={"job": job})
     encoded = decoded.map_batches(
         embed._EncodeBlock,
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=1),
         num_cpus=1,
-        fn_constructor_args=(config, run_dir, "cpu"),
+        fn_constructor_args=(job, "cpu"),
     )
     summaries = encoded.take_all()
     assert sum(summary["rows"] for summary in summaries) == len(rows(tmp_path, "index"))
@@ -325,14 +325,15 @@ def test_blocks_hold_every_id_once_and_do_not_depend_on_the_workers(tmp_path, bl
     plans = []
     for num_workers in (1, 7):
         overrides = (f"embed.block_images={block_images}", f"embed.num_workers={num_workers}")
-        plans.append(embed._plan_blocks(settings(tmp_path, tmp_path, *overrides).embed, num_samples))
+        config = settings(tmp_path, tmp_path, *overrides)
+        plans.append(embed.make_job(config, RunDir(tmp_path)).blocks(num_samples))
     assert plans[0] == plans[1]
     ends = np.array(plans[0])
     assert ends[0, 0] == 0 and ends[-1, 1] == num_samples - 1
     np.testing.assert_array_equal(ends[1:, 0], ends[:-1, 1] + 1)
     assert (ends[:, 0] <= ends[:, 1]).all()
     sizes = ends[:, 1] - ends[:, 0] + 1
-    assert sizes.max() * 3 * SIZE * SIZE <= embed.BLOCK_PIXEL_BYTES
+    assert sizes.max() * 3 * SIZE * SIZE <= embed_blocks.BLOCK_PIXEL_BYTES
 
 
 @pytest.mark.gpu

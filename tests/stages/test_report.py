@@ -102,6 +102,24 @@ def test_clustering_and_training_are_told_to_the_reader(ray_cluster, tmp_path):
     assert json.loads((tmp_path / "metrics.json").read_text())["stages"]["cluster"]["temi"] == temi
 
 
+def test_the_training_of_an_encoder_is_told_where_there_was_one(ray_cluster, tmp_path):
+    run_dir = RunDir(tmp_path)
+    write_trained(run_dir)
+    mark(run_dir, "train", rows=1000, epochs=5, history=[])
+    names = ("loss", "spread", "effective_rank", "images_per_s", "data_wait_share")
+    history = [{"epoch": epoch, **dict.fromkeys(names, 0.5 + epoch / 1000)} for epoch in range(50)]
+    mark(run_dir, "copy", rows=1000)
+    mark(run_dir, "pretrain", rows=1000, history=history)
+    for encoder in ("self_supervised", "pixels"):
+        config = digits_config(tmp_path, f"embed.encoder={encoder}")
+        mark(run_dir, "select", **run_select(config, run_dir))
+        run_report(config, run_dir)
+        page, metrics = (tmp_path / "report.html").read_text(), json.loads((tmp_path / "metrics.json").read_text())
+        told = encoder == "self_supervised"
+        assert ("Training the encoder" in page and "<td>50</td><td>0.5490</td><td>0.549</td>" in page) == told
+        assert metrics["stages"].get("pretrain", {}).get("history") == (history if told else None)
+
+
 def test_names_are_escaped(ray_cluster, tmp_path):
     page, _ = make_report(tmp_path, "pool.uri=/<script>alert(1)</script>")
     assert "script" not in page.tags

@@ -1,0 +1,98 @@
+"""pretrain: an encoder learns from the pool itself, without labels and without weights from elsewhere.
+
+Reads   proxy_images/
+Writes  pretrain/encoder.pt (what embed.weights can name in any later run), pretrain/history/ (one file an epoch),
+        pretrain/checkpoints/, pretrain/reading.txt (how images are read, chosen once)
+
+Runs with embed.encoder=self_supervised, before embed. The method is SimCLR (methods/self_supervised.py says why). Ray
+Train runs the workers (worker_group.py, pretrain_worker.py), DDP (gloo or NCCL) joins them, and the batches come from
+the readers of proxy training (proxy_reader.py). Every random choice is a function of the seed, the epoch, the sample
+and the view, so a resumed run equals an undisturbed one of as many workers. A lost worker costs one epoch.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+from elfs_ray.config import Config, PretrainConfig
+from elfs_ray.methods.augmentation_views import ViewSettings
+from elfs_ray.methods.self_supervised_training import CPU_PROFILE, SimclrSettings
+from elfs_ray.progress import Progress, say
+from elfs_ray.ray_runtime import num_cpus, num_gpus, remote_progress, resolve_device
+from elfs_ray.stages.pretrain_worker import PretrainJob, history_file, pretrain_worker
+from elfs_ray.stages.proxy_reader import choose_reading, every_image
+from elfs_ray.stages.proxy_reader_streamed import load_data
+from elfs_ray.stages.worker_group import WorkerGroup, run_workers
+from elfs_ray.storage import filesystem, schema
+from elfs_ray.storage.run_dir import RunDir
+
+CHECKPOINTS_DIR = "checkpoints"
+LARGEST_SHARP_SIZE = 64  # pixels: blurring views of smaller images hides what there is
+
+
+def pretrain_settings(config: PretrainConfig, image_size: int) -> SimclrSettings:
+    """The hyperparameters: what the config gives, else the profile's, else the defaults."""
+    profile = CPU_PROFILE if config.profile == "cpu" else {}
+    views: dict[str, Any] = {"blur_probability": 0.0 if image_size <= LARGEST_SHARP_SIZE else 0.5}
+    views |= _given(config, ViewSettings)
+    return SimclrSettings(**{**profile, **_given(config, SimclrSettings), "views": ViewSettings(**views)})
+
+
+def _given(config: PretrainConfig, settings: type) -> dict[str, Any]:
+    """The keys of a dataclass of settings that a config gives a value for."""
+    names = [spec.name for spec in dataclasses.fields(settings) if hasattr(config, spec.name)]
+    return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+
+
+def run_pretrain(config: Config, run_dir: RunDir) -> dict[str, Any]:
+    """Train the encoder. Returns rows, epochs, workers, how images were read, the settings and every epoch's metrics.
+
+    Raises RuntimeError with the workers' message when training gives up, at once where a retry would end the same way:
+    a loss that is not finite, a collapsed encoder, a copy that cannot be decoded.
+    """
+    pretrain, proxy_size = config.pretrain, config.embed.proxy_image_size
+    device = resolve_device(pretrain.device, "pretrain.device")
+    num_workers = pretrain.num_workers or (num_gpus() if device == "cuda" else 1)
+    num_samples = int(run_dir.figures("copy")["rows"])
+    reading = choose_reading(run_dir, "pretrain", pretrain.reading, num_samples, proxy_size, needs_whole_images=False)
+    one_cpu = device == "cuda" and reading == "memory"
+    cpus = pretrain.cpus_per_worker or (1 if one_cpu else max(1, num_cpus() // num_workers))
+    image_size = pretrain.image_size or proxy_size
+    settings = pretrain_settings(pretrain, image_size)
+    if settings.epochs == 0:
+        say("pretrain: no epochs, the encoder stays untrained")
+
+    with (
+        Progress("pretrain", num_samples * settings.epochs, "images") as progress,
+        remote_progress(progress) as board,
+    ):
+        job = PretrainJob(
+            settings=settings,
+            precision=pretrain.precision,
+            seed=config.seed,
+            image_size=image_size,
+            proxy_size=proxy_size,
+            run_dir=run_dir,
+            data=load_data(run_dir, reading, proxy_size, every_image),
+            board=board,
+            num_decoders=cpus,
+        )
+        group = WorkerGroup(
+            run_dir.path("pretrain"),
+            CHECKPOINTS_DIR,
+            (num_workers, num_workers),
+            cpus,
+            device == "cuda",
+            pretrain.max_failures,
+        )
+        run_workers(group, pretrain_worker, job)
+    history = [json.loads(filesystem.read_bytes(history_file(run_dir, epoch))) for epoch in range(settings.epochs)]
+    return {
+        "rows": num_samples,
+        "epochs": settings.epochs,
+        "workers": num_workers,
+        "reading": reading,
+        "settings": dataclasses.asdict(settings),
+        "encoder": run_dir.path("pretrain", schema.ENCODER_FILE),
+        "history": history,
+    }

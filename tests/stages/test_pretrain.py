@@ -1,0 +1,257 @@
+"""pretrain: copies first, an encoder from them, the same bytes after a crash, and weights that other runs can name."""
+
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+import elfs_ray
+from elfs_ray.config import Config, ConfigError
+from elfs_ray.methods.dynamics import BatchPlan
+from elfs_ray.methods.encoders import load_encoder
+from elfs_ray.methods.encoders_weights import read_trained_encoder
+from elfs_ray.methods.self_supervised_training import SimclrTrainer
+from elfs_ray.plan import describe_plan
+from elfs_ray.stages.pretrain import pretrain_settings
+from elfs_ray.stages.pretrain_worker import TwoViews, real_views
+from elfs_ray.stages.proxy_reader import InMemoryReader, TrainingPool
+from elfs_ray.storage.run_dir import RunDir
+from tests.tables import contents, digit_images, digits_config, png
+from tests.workers import training_worker_pids
+
+SIZE = 16
+NUM_DIGITS = 150
+CPU = torch.device("cpu")
+SETTINGS = (
+    "embed.encoder=self_supervised",
+    f"embed.proxy_image_size={SIZE}",
+    "embed.block_images=50",
+    "embed.num_workers=1",
+    "pretrain.profile=cpu",
+    "pretrain.epochs=3",
+    "pretrain.batch_size=40",
+    "pretrain.flip=false",
+    "pretrain.cpus_per_worker=1",
+    "pretrain.max_failures=0",
+    "ray_address=null",
+)
+TABLES = ("index", "rejected", "embeddings", "proxy_images", "copy")
+ENCODER = Path("pretrain", "encoder.pt")
+
+
+def digits() -> np.ndarray:
+    """(150, 16, 16, 3) uint8 real handwritten digits."""
+    images = np.kron(digit_images(NUM_DIGITS)[0], np.ones((2, 2), np.uint8))
+    return np.repeat(images[..., None], 3, axis=3)
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory) -> Path:
+    """A folder of digits, an empty file and a text among them."""
+    folder = tmp_path_factory.mktemp("pool")
+    for number, image in enumerate(digits()):
+        (folder / f"{number:03d}.png").write_bytes(png(image))
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.jpg").write_text("not an image")
+    return folder
+
+
+def config_of(pool: Path, folder: Path, *overrides: str) -> Config:
+    return digits_config(folder, f"pool.uri={pool}", *SETTINGS, *overrides)
+
+
+def run(pool: Path, folder: Path, *overrides: str) -> RunDir:
+    return elfs_ray.run(config_of(pool, folder, "until=embed", *overrides))
+
+
+def rows(folder: Path, table: str) -> pa.Table:
+    return pa.concat_tables(RunDir(folder).read_table(table))
+
+
+def vectors(folder: Path) -> np.ndarray:
+    return np.stack(rows(folder, "embeddings")["embedding"].to_numpy()).astype(np.float64)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_cluster, pool, tmp_path_factory) -> Path:
+    """A finished run of two workers, up to its embeddings."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run(pool, folder, "pretrain.num_workers=2")
+    return folder
+
+
+def test_embedded_and_rejected_are_the_index_and_what_was_copied_is_embedded(undisturbed):
+    found = {table: rows(undisturbed, table)["sample_id"].to_pylist() for table in ("index", "embeddings", "rejected")}
+    assert sorted(found["embeddings"] + found["rejected"]) == found["index"] == list(range(NUM_DIGITS + 2))
+    assert rows(undisturbed, "proxy_images")["sample_id"].to_pylist() == found["embeddings"]
+    rejected = {(row["stage"], row["reason"]) for row in rows(undisturbed, "rejected").to_pylist()}
+    assert rejected == {("copy", "empty file (0 bytes)"), ("copy", "not an image that Pillow can read (12 bytes)")}
+
+
+def test_embeddings_are_what_the_file_makes_of_the_copies(undisturbed):
+    """Pool, copies and encoder have the same size here: the pixels are the digits' own."""
+    encoder = load_encoder("self_supervised", weights=str(undisturbed / ENCODER))
+    assert encoder.input.crop == SIZE
+    features = encoder.encode(digits())
+    expected = features / np.linalg.norm(features, axis=1, keepdims=True)
+    np.testing.assert_allclose(vectors(undisturbed), expected, atol=2e-3)
+
+
+def test_two_workers_have_the_losses_of_a_plain_loop_over_whole_batches(undisturbed, pool):
+    """The tail and the workers' shares are uneven: rows that only fill a batch would be seen here."""
+    config = config_of(pool, undisturbed)
+    settings = pretrain_settings(config.pretrain, SIZE)
+    sample_ids = rows(undisturbed, "proxy_images")["sample_id"].to_numpy()
+    everything = TrainingPool(sample_ids, np.zeros(NUM_DIGITS, np.int32), np.arange(NUM_DIGITS, dtype=np.int32))
+    plan = BatchPlan(NUM_DIGITS, 38)  # 4 batches of at most 40, as even as can be: 38, 38, 38, 36
+    reader = InMemoryReader(everything, digits(), TwoViews(settings.views, config.seed, SIZE), plan, CPU)
+    trainer = SimclrTrainer(settings, plan.num_steps, config.seed, device=CPU)
+    history = RunDir(undisturbed).figures("pretrain")["history"]
+    torch.set_num_threads(1)
+    for epoch in range(3):
+        losses = []
+        for index, (num_real, (batch,)) in enumerate(reader.steps(epoch)):
+            assert batch.mask.all()
+            losses.append(num_real * trainer.step(batch.images, [num_real], epoch=epoch, step=index)[1].item())
+        assert history[epoch]["loss"] == pytest.approx(sum(losses) / NUM_DIGITS, rel=2e-3)
+
+
+def test_every_epoch_has_measures_that_need_no_labels(undisturbed):
+    figures = RunDir(undisturbed).figures("pretrain")
+    assert (figures["rows"], figures["epochs"], figures["workers"], figures["reading"]) == (NUM_DIGITS, 3, 2, "memory")
+    assert [epoch["epoch"] for epoch in figures["history"]] == [0, 1, 2]
+    assert figures["history"][-1]["loss"] < figures["history"][0]["loss"] < np.log(2 * 38 - 1)
+    for epoch in figures["history"]:
+        assert 0.02 < epoch["spread"] < 1 and 1.5 < epoch["effective_rank"] < 256
+        assert epoch["images_per_s"] == pytest.approx(NUM_DIGITS / epoch["seconds"])
+
+
+def test_the_file_says_what_made_it(undisturbed):
+    trained = read_trained_encoder(undisturbed / ENCODER)
+    assert (trained.network, trained.image_size) == ("small_cnn", SIZE)
+    assert trained.pool == RunDir(undisturbed).identity("index")
+    assert (trained.config["seed"], trained.config["epochs"], trained.config["views"]["flip"]) == (0, 3, False)
+
+
+def test_another_run_names_the_file_and_has_no_such_stages(undisturbed, pool, tmp_path, capsys):
+    weights = f"embed.weights={undisturbed / ENCODER}"
+    run(pool, tmp_path, weights)
+    assert not (tmp_path / "pretrain").exists() and not (tmp_path / "copy").exists()
+    assert rows(tmp_path, "embeddings")["sample_id"].equals(rows(undisturbed, "embeddings")["sample_id"])
+    np.testing.assert_allclose(vectors(tmp_path), vectors(undisturbed), atol=2e-3)
+    assert {row["stage"] for row in rows(tmp_path, "rejected").to_pylist()} == {"embed"}
+    for table in ("proxy_images", "rejected"):
+        assert rows(tmp_path, table)["sample_id"].equals(rows(undisturbed, table)["sample_id"])
+
+
+def test_the_plan_has_two_more_stages_and_only_where_an_encoder_is_trained(undisturbed, pool, tmp_path):
+    def planned(*overrides: str) -> list[str]:
+        lines = describe_plan(config_of(pool, tmp_path, *overrides)).split("\n\n")[1].splitlines()
+        return [line.split()[0] for line in lines]
+
+    others = ["index", "embed", "cluster", "train", "select", "report"]
+    assert planned() == ["index", "copy", "pretrain", *others[1:]]
+    assert planned("embed.encoder=pixels") == others
+    assert planned(f"embed.weights={undisturbed / ENCODER}") == others
+
+
+@pytest.mark.parametrize(
+    ("overrides", "needed"),
+    [
+        (("embed.weights=/no/such/file.pt",), "no weights file /no/such/file.pt"),
+        (("pretrain.network=resnet19",), "pretrain.network='resnet19': needed is one of"),
+        (("pretrain.image_size=32",), "pretrain.image_size=32 is above embed.proxy_image_size=16"),
+        (("embed.image_size=32",), "embed.image_size=32 is above embed.proxy_image_size=16"),
+        (("embed.resize=32",), "embed.resize=32 is above .* embed.resize=null takes what fits"),
+        (("embed.encoder=pixels", "until=pretrain"), "until=pretrain: this run has no such stage"),
+        ((f"embed.weights_sha256={'0' * 64}",), "the weights are trained in this run"),
+        (("pretrain.temperature=0",), "pretrain.temperature=0"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_any_work(pool, tmp_path, overrides, needed):
+    with pytest.raises(ConfigError, match=needed):
+        elfs_ray.run(config_of(pool, tmp_path / "new", *overrides))
+    assert not (tmp_path / "new").exists()
+
+
+def test_weights_of_another_kind_are_refused_before_any_work(pool, tmp_path):
+    torch.save({"model": {"weight": torch.zeros(3)}}, tmp_path / "other.pt")
+    with pytest.raises(ConfigError, match=r"other\.pt is no encoder that was trained on a pool"):
+        elfs_ray.run(config_of(pool, tmp_path / "new", f"embed.weights={tmp_path / 'other.pt'}"))
+
+
+def test_the_copies_of_one_encoder_are_replaced_for_another_only_when_told_to(undisturbed, pool, tmp_path):
+    """To an encoder that decodes for itself, and back: in neither direction is a copy left of the other's blocks."""
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder)
+    pixels = ("embed.encoder=pixels", "embed.image_size=16", "embed.block_images=40")
+    with pytest.raises(ConfigError, match=r"proxy_images/ was written by stage copy"):
+        run(pool, folder, *pixels)
+    run(pool, folder, *pixels, "on_change=rerun")
+    assert len(list((folder / "proxy_images").iterdir())) == 4
+    assert rows(folder, "proxy_images")["sample_id"].to_pylist() == rows(folder, "embeddings")["sample_id"].to_pylist()
+    with pytest.raises(ConfigError, match=r"copy: proxy_images/ was written by stage embed"):
+        run(pool, folder)
+    run(pool, folder, "pretrain.num_workers=2", "on_change=rerun")  # what was trained is still there
+    assert contents(folder, *TABLES) == contents(undisturbed, *TABLES)
+    assert (folder / ENCODER).stat().st_mtime_ns == (undisturbed / ENCODER).stat().st_mtime_ns
+
+
+def test_rows_that_only_fill_a_batch_are_no_views():
+    pool = TrainingPool(np.arange(5), np.zeros(5, np.int32), np.arange(5, dtype=np.int32))
+    views = TwoViews(pretrain_settings(config_of(Path("/no"), Path("/no")).pretrain, SIZE).views, 0, SIZE)
+    reader = InMemoryReader(pool, digits()[:5], views, BatchPlan(5, 5, rank=0, world_size=2), CPU)
+    ((num_real, (batch,)),) = list(reader.steps(0))
+    assert (num_real, batch.mask.tolist(), len(batch.images)) == (5, [True, True, False], 6)
+    assert torch.equal(real_views(batch), batch.images[[0, 1, 3, 4]])
+
+
+@pytest.mark.slow
+def test_a_worker_killed_on_the_way_changes_no_byte(undisturbed, pool, tmp_path):
+    overrides = ("pretrain.num_workers=2", "pretrain.max_failures=1", "pretrain.epochs=40")
+    run(pool, tmp_path / "whole", *overrides)
+    killed: list[int] = []
+
+    def kill() -> None:
+        while len(list((tmp_path / "killed" / "pretrain").glob("history/*.json"))) < 5:
+            time.sleep(0.02)
+        killed.append(training_worker_pids()[-1])
+        os.kill(killed[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    run(pool, tmp_path / "killed", *overrides)
+    killer.join()
+    assert killed
+    assert (tmp_path / "killed" / ENCODER).read_bytes() == (tmp_path / "whole" / ENCODER).read_bytes()
+    assert contents(tmp_path / "killed", *TABLES) == contents(tmp_path / "whole", *TABLES)
+
+
+@pytest.mark.slow
+def test_a_collapsed_encoder_stops_the_run_at_once_and_says_what_to_do(ray_cluster, pool, tmp_path):
+    overrides = ("pretrain.weight_decay=30", "pretrain.lr=0.5", "pretrain.epochs=60", "pretrain.max_failures=-1")
+    with pytest.raises(RuntimeError, match=r"the encoder has collapsed in epoch \d+: .* Lower pretrain\.lr"):
+        run(pool, tmp_path, *overrides, "pretrain.warmup_epochs=0")
+
+
+@pytest.mark.slow
+def test_streamed_copies_train_an_encoder_too(ray_cluster, pool, tmp_path):
+    run(pool, tmp_path, "pretrain.reading=streamed", "pretrain.num_workers=2", "pretrain.image_size=12")
+    figures = RunDir(tmp_path).figures("pretrain")
+    assert figures["reading"] == "streamed"
+    assert figures["history"][-1]["loss"] < figures["history"][0]["loss"]
+    assert read_trained_encoder(tmp_path / ENCODER).image_size == 12
+
+
+@pytest.mark.slow
+def test_an_untrained_encoder_and_the_whole_pipeline(ray_cluster, pool, tmp_path):
+    run_dir = elfs_ray.run(config_of(pool, tmp_path, "pretrain.epochs=0", "train.epochs=1"))
+    assert run_dir.figures("pretrain")["history"] == []
+    assert (tmp_path / "report.html").exists() and (tmp_path / "coreset.txt").exists()
