@@ -153,7 +153,7 @@ class PretrainConfig:
     )
     epochs: int | None = option(
         None,
-        "passes over the pool (gpu 400, cpu 20); 0 leaves the network untrained",
+        "passes over the pool (gpu 400, cpu 16); 0 leaves the network untrained",
         unit="epochs",
         bounds=Bounds(at_least=0),
     )
@@ -161,14 +161,16 @@ class PretrainConfig:
         None, "global batch, all of it negatives (gpu 512, cpu 256)", unit="images", bounds=Bounds(at_least=2)
     )
     lr: float | None = option(
-        None, "SGD learning rate for a batch of 256, scaled with the batch (0.12)", bounds=Bounds(above=0)
+        None, "SGD learning rate for a batch of 256, scaled with the batch (gpu 0.12, cpu 0.3)", bounds=Bounds(above=0)
     )
     warmup_epochs: int | None = option(
         None, "epochs of linear warm-up before the cosine (gpu 10, cpu 1)", unit="epochs", bounds=Bounds(at_least=0)
     )
     momentum: float | None = option(None, "SGD momentum (0.9)", bounds=Bounds(at_least=0, below=1))
     weight_decay: float | None = option(None, "SGD weight decay (5e-4)", bounds=Bounds(at_least=0))
-    temperature: float | None = option(None, "of the softmax over similarities (gpu 0.5)", bounds=Bounds(above=0))
+    temperature: float | None = option(
+        None, "of the softmax over similarities (gpu 0.5, cpu 0.2)", bounds=Bounds(above=0)
+    )
     hidden_dim: int | None = option(None, "width of the projector's hidden layer (512)", bounds=POSITIVE)
     projection_dim: int | None = option(None, "width of what the loss compares (128)", bounds=POSITIVE)
     min_crop_area: float | None = option(

@@ -66,16 +66,19 @@ def train(trainer: SimclrTrainer, rank: int, world_size: int) -> list[float]:
     for num_images, number in STEPS:
         shares = shares_of(num_images, world_size)
         first = sum(shares[:rank])
-        own = images_of(num_images, number)[:, first : first + shares[rank]]
+        own = images_of(num_images, number)[:, first : first + shares[rank]].to(trainer.device)
         _, loss, _ = trainer.step(own.flatten(0, 1), shares, epoch=0, step=number)
         losses.append(loss.item())
     return losses
 
 
-def _train_in_a_group(rank: int, world_size: int, folder: str) -> None:
+def _train_in_a_group(rank: int, world_size: int, folder: str, backend: str = "gloo") -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
-    trainer = SimclrTrainer(SMALL, len(STEPS), seed=1, device=CPU, group=dist.group.WORLD)
+    device = torch.device("cuda", rank) if backend == "nccl" else CPU
+    if backend == "nccl":
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    trainer = SimclrTrainer(SMALL, len(STEPS), seed=1, device=device, group=dist.group.WORLD)
     losses = train(trainer, rank, world_size)
     torch.save({"losses": losses, **trainer.state_dict()}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -214,6 +217,15 @@ def test_every_backbone_gives_one_vector_an_image_and_has_no_classifier(name):
     with torch.inference_mode():
         assert backbone.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, dim)
     assert not any(key.startswith(("fc.", "classifier.")) for key in backbone.state_dict())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_have_the_loss_of_one(tmp_path: Path):
+    spawn(_train_in_a_group, args=(2, str(tmp_path), "nccl"), nprocs=2)
+    losses = [torch.load(tmp_path / f"{rank}.pt", weights_only=True, map_location=CPU)["losses"] for rank in range(2)]
+    alone = SimclrTrainer(SMALL, len(STEPS), seed=1, device=torch.device("cuda", 0))
+    np.testing.assert_allclose(np.mean(losses, axis=0), train(alone, 0, 1), rtol=1e-2, atol=1e-4)
 
 
 @pytest.mark.gpu

@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -42,6 +44,7 @@ SETTINGS = (
     "pretrain.max_failures=0",
     "ray_address=null",
 )
+JOB = Path(__file__).parent.parent.parent / "jobs" / "cifar10.py"
 TABLES = ("index", "rejected", "embeddings", "proxy_images", "copy")
 ENCODER = Path("pretrain", "encoder.pt")
 
@@ -255,3 +258,17 @@ def test_an_untrained_encoder_and_the_whole_pipeline(ray_cluster, pool, tmp_path
     run_dir = elfs_ray.run(config_of(pool, tmp_path, "pretrain.epochs=0", "train.epochs=1"))
     assert run_dir.figures("pretrain")["history"] == []
     assert (tmp_path / "report.html").exists() and (tmp_path / "coreset.txt").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reading", ["memory", "streamed"])
+def test_a_gpu_trains_an_encoder_and_embeds_with_it(pool, tmp_path, reading):
+    """The job runs as users run it, on a Ray of its own that has the GPU; the profile is that of GPUs."""
+    settings = [setting for setting in SETTINGS if "profile" not in setting and "address" not in setting]
+    overrides = [f"pool.uri={pool}", f"run_dir={tmp_path}", "ray_address=local", "until=embed", *settings]
+    devices = ["pretrain.device=cuda", "embed.device=cuda", "embed.image_size=null", f"pretrain.reading={reading}"]
+    subprocess.run([sys.executable, str(JOB), *overrides, *devices], check=True, timeout=280)
+    history = RunDir(tmp_path).figures("pretrain")["history"]
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert read_trained_encoder(tmp_path / ENCODER).network == "resnet18"
+    assert vectors(tmp_path).shape == (NUM_DIGITS, 512)
