@@ -79,7 +79,7 @@ def _describe_work(config: Config, num_samples: int, devices: Devices) -> dict[s
     return {
         "index": "list the pool; CPU tasks",
         "copy": copies,
-        "pretrain": f"{pretrain.profile} profile; "
+        "pretrain": f"{_describe_pretraining(config, num_samples)}; "
         + workers("worker", "pretrain", pretrain.device, pretrain.num_workers, one_cpu),
         "embed": embedding + workers("encoder", "embed", embed.device, embed.num_workers, all_cpus),
         "cluster": clustering,
@@ -90,3 +90,13 @@ def _describe_work(config: Config, num_samples: int, devices: Devices) -> dict[s
         f"{', balanced over pseudo-labels' if config.select.balance else ''}; CPU tasks",
         "report": f"{schema.REPORT_FILE} and {schema.METRICS_FILE}; the driver",
     }
+
+
+def _describe_pretraining(config: Config, num_samples: int) -> str:
+    from elfs_ray.methods.self_supervised_training import CPU_PROFILE, SimclrSettings
+
+    given = {key: getattr(config.pretrain, key) for key in ("network", "epochs", "batch_size")}
+    profile = CPU_PROFILE if config.pretrain.profile == "cpu" else {}
+    chosen = SimclrSettings(**{**profile, **{key: value for key, value in given.items() if value is not None}})
+    steps = math.ceil(num_samples / chosen.batch_size)
+    return f"SimCLR, {chosen.network}, {count(chosen.epochs, 'epoch')} of {count(steps, 'step')}"

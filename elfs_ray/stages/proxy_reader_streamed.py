@@ -48,6 +48,7 @@ PARTS_AHEAD = 4  # decoded parts of batches that wait for the training process, 
 READ_AHEAD = 8  # parts of batches, a decoder, whose chunks are being read
 READ_THREADS = 4
 MAX_OPEN_FOOTERS = 1024
+PoolOf = Callable[[RunDir, np.ndarray], tuple[TrainingPool, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,6 @@ class _Part(NamedTuple):
     upcoming: np.ndarray
 
 
-PoolOf = Callable[[RunDir, np.ndarray], tuple[TrainingPool, np.ndarray]]
-
-
 def load_data(run_dir: RunDir, reading: str, proxy_size: int, pool_of: PoolOf = read_pool) -> list[ray.ObjectRef]:
     """References to what `make_reader` takes: the pool, then decoded images or, for reading=streamed, the chunks.
 
@@ -87,7 +85,7 @@ def load_data(run_dir: RunDir, reading: str, proxy_size: int, pool_of: PoolOf = 
 
 def make_reader(
     pool: TrainingPool,
-    images: "np.ndarray | ChunkTable",
+    images: np.ndarray | ChunkTable,
     augmenter: Augmentation,
     plan: BatchPlan,
     device: torch.device,
