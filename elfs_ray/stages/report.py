@@ -181,6 +181,8 @@ def _coresets(metrics: dict[str, Any]) -> list[str]:
 def _hard_fractions(coresets: Mapping[str, Any]) -> list[str]:
     """What speaks for each hard fraction that was not given: every training, or every twentieth estimate."""
     sections = []
+    head: tuple[str, ...]
+    rows: list[tuple[str, ...]]
     for table, own in coresets.items():
         evidence = own.get("hard_fraction_evidence")
         if evidence is None:

@@ -37,7 +37,7 @@ def _score_range(pool: ScoredPool, files: Sequence[str]) -> tuple[float, float]:
 
 
 def _count_difficulty(pool: ScoredPool, files: Sequence[str], score_range: tuple[float, float]) -> np.ndarray:
-    sums = 0
+    sums: np.ndarray | int = 0
     for path in files:
         rows = pool.read(path)
         probs = rows.column(PROBABILITY)

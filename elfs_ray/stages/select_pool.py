@@ -107,4 +107,5 @@ class ScoredPool:
 def _count_groups(pool: ScoredPool, files: Sequence[str]) -> np.ndarray:
     if pool.num_groups == 1:
         return np.array([sum(map(filesystem.num_rows, files))])
-    return sum(np.bincount(pool.read(path).groups, minlength=pool.num_groups) for path in files)
+    sizes = (np.bincount(pool.read(path).groups, minlength=pool.num_groups) for path in files)
+    return sum(sizes, np.zeros(pool.num_groups, np.int64))
