@@ -14,8 +14,8 @@ def scaled_lr(train: TrainConfig) -> float:
     return train.lr * train.batch_size / LR_BATCH_SIZE if train.scale_lr else train.lr
 
 
-def worker_range(num_workers: int | str | None) -> tuple[int, int] | None:
-    """(fewest, most) of train.num_workers: 2 is (2, 2), "1-4" is (1, 4). Raises ConfigError for anything else."""
+def worker_range(num_workers: int | str | None, key: str) -> tuple[int, int] | None:
+    """(fewest, most) of a key: 2 is (2, 2), "1-4" is (1, 4), null None. Raises ConfigError for anything else."""
     if num_workers is None:
         return None
     fewest, dash, most = str(num_workers).partition("-")
@@ -23,7 +23,7 @@ def worker_range(num_workers: int | str | None) -> tuple[int, int] | None:
         limits = int(fewest), int(most or fewest)
         if 1 <= limits[0] <= limits[1]:
             return limits
-    raise ConfigError(f"train.num_workers={num_workers!r}: needed is a number >= 1 or a range such as 1-4")
+    raise ConfigError(f"{key}={num_workers!r}: needed is a number >= 1 or a range such as 1-4")
 
 
 def check_temi_workers(batch_size: int, num_workers: int) -> None:
@@ -115,7 +115,8 @@ def check_relations(config: Config) -> None:
         raise ConfigError(f"train.std={train.std}: needed are numbers > 0")
     if train.min_lr > scaled_lr(train):
         raise ConfigError(f"train.min_lr={train.min_lr} is above the learning rate, {scaled_lr(train)}: lower it")
-    worker_range(train.num_workers)
+    worker_range(train.num_workers, "train.num_workers")
+    worker_range(config.embed.num_workers, "embed.num_workers")
     if train.warmup_epochs >= train.epochs and train.warmup_epochs > 0:
         raise ConfigError(f"train.warmup_epochs={train.warmup_epochs}: needed are fewer than {train.epochs} epochs")
     if train.image_size is not None and train.image_size > config.embed.proxy_image_size:

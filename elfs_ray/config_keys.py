@@ -136,8 +136,21 @@ class EmbedConfig:
         choices=("auto", "cpu", "cuda"),
         decides=False,
     )
-    num_workers: int | None = option(
-        None, "encoders at once; null takes one a GPU, or one a CPU", bounds=POSITIVE, decides=False
+    num_workers: int | str | None = option(
+        None,
+        "encoders at once, or a range such as 2-16: as many as there is room for, and work begins with the fewest; "
+        "null takes one a GPU, or one a CPU",
+        decides=False,
+    )
+    cpus_per_worker: int | None = option(
+        None, "CPUs set aside for each encoder; null takes 1", unit="CPUs", bounds=POSITIVE, decides=False
+    )
+    memory_gib: float | None = option(
+        None,
+        "memory set aside for each encoder; null sets none aside",
+        unit="GiB",
+        bounds=Bounds(above=0),
+        decides=False,
     )
 
 
@@ -310,6 +323,9 @@ class ClusterConfig:
     num_workers: int | None = option(
         None, "shards in memory at once; null takes one a GPU, or one a CPU", bounds=POSITIVE, decides=False
     )
+    memory_gib: float | None = option(
+        None, "memory set aside for each shard; null sets none aside", unit="GiB", bounds=Bounds(above=0), decides=False
+    )
     temi: TemiConfig = field(default_factory=TemiConfig)
 
 
@@ -381,6 +397,13 @@ class TrainConfig:
         "its images in memory, else an equal share of all",
         unit="CPUs",
         bounds=POSITIVE,
+        decides=False,
+    )
+    memory_gib: float | None = option(
+        None,
+        "memory set aside for each worker; null sets none aside",
+        unit="GiB",
+        bounds=Bounds(above=0),
         decides=False,
     )
     max_failures: int = option(

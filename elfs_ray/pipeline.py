@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import chain
 from typing import Any
 
 from elfs_ray.config import STAGE_NAMES, Config, ConfigError, check_against_pool, deciding_keys
-from elfs_ray.progress import format_duration, say
+from elfs_ray.progress import format_duration, listen, say
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.pool import PoolColumns, count_unit, find_units
 from elfs_ray.storage.run_dir import Marker, RunDir
@@ -95,6 +96,7 @@ def run(config: Config) -> RunDir:
         return run_dir
 
     _connect(config)
+    _ask(plan, config)
     for planned in plan:
         if planned.action == "done":
             say(f"{planned.stage.name:<9} complete, skipped")
@@ -234,9 +236,27 @@ def _refuse_differences(plan: list[PlannedStage], config: Config, run_dir: RunDi
 
 
 def _connect(config: Config) -> None:
+    from elfs_ray.metrics import report_progress
     from elfs_ray.ray_runtime import connect
 
     connect(config.ray_address, show_worker_logs=config.ray_logs)
+    listen(report_progress)
+
+
+def _ask(plan: list[PlannedStage], config: Config) -> None:
+    """Say what each stage that is to run will ask of the cluster. Raises ConfigError for what it can never have."""
+    from elfs_ray.ray_runtime import devices_of_cluster
+    from elfs_ray.resources import check_request, requests_of
+
+    devices = devices_of_cluster()
+    say(f"devices   {devices.describe()}")
+    names = [planned.stage.name for planned in plan if planned.action != "done"]
+    requests = {name: requests_of(name, config, devices) for name in names}
+    for request in chain.from_iterable(requests.values()):
+        check_request(request, devices)
+    for name, own in requests.items():
+        if own:
+            say(f"{name:<9} will ask for {', '.join(request.describe() for request in own)}")
 
 
 def _run_stage(planned: PlannedStage, config: Config, run_dir: RunDir) -> None:

@@ -3,9 +3,10 @@
 import math
 
 from elfs_ray import pipeline
-from elfs_ray.config import USES_HARD_FRACTION, Config, worker_range
+from elfs_ray.config import USES_HARD_FRACTION, Config
 from elfs_ray.progress import count
 from elfs_ray.ray_runtime import Devices, find_devices
+from elfs_ray.resources import check_request, requests_of
 from elfs_ray.storage import schema
 from elfs_ray.storage.run_dir import RunDir
 
@@ -21,12 +22,13 @@ def describe_plan(config: Config) -> str:
         f"pool      {about}{count(num_samples, 'image')} in {config.pool.uri}",
         *(f"budget    {line}" for line in describe_budgets(config, num_samples, about)),
         f"run_dir   {run_dir.uri}",
-        f"devices   {count(devices.num_cpus, 'CPU')} and {count(devices.num_gpus, 'GPU')} {devices.where}",
+        f"devices   {devices.describe()}",
         "",
     ]
-    work = _describe_work(config, num_samples, devices)
+    work = _describe_work(config, num_samples)
     for planned in plan:
-        lines.append(f"{planned.stage.name:<9} {planned.action:<9} {work[planned.stage.name]}")
+        name = planned.stage.name
+        lines.append(f"{name:<9} {planned.action:<9} {work[name]}; {_describe_requests(name, config, devices)}")
         lines.extend(f"{'':<20}{line}" for line in planned.differences)
     return "\n".join(lines)
 
@@ -54,41 +56,37 @@ def describe_budgets(config: Config, num_samples: int, about: str = "") -> list[
     return lines
 
 
-def _describe_work(config: Config, num_samples: int, devices: Devices) -> dict[str, str]:
-    """One line on what each stage does and asks for."""
-    pretrain, embed, cluster, train = config.pretrain, config.embed, config.cluster, config.train
-    one_cpu = (1, 1)
+def _describe_requests(stage: str, config: Config, devices: Devices) -> str:
+    """What a stage asks for. Raises ConfigError for what the cluster can never have."""
+    if stage == "report":
+        return "the driver"
+    requests = requests_of(stage, config, devices)
+    for request in requests:
+        check_request(request, devices)
+    return ", ".join([*(request.describe() for request in requests), "tasks of 1 CPU"])
 
-    def workers(noun: str, section: str, device: str, asked: int | str | None, on_cpus: tuple[int, int]) -> str:
-        device = devices.resolve(device, f"{section}.device")
-        fewest, most = worker_range(asked) or ((devices.num_gpus,) * 2 if device == "cuda" else on_cpus)
-        number = count(most, noun) if fewest == most else f"{fewest} to {most} {noun}s"
-        return f"{number} on {'a GPU each' if device == 'cuda' else 'CPUs'}"
 
-    all_cpus = (devices.num_cpus,) * 2
+def _describe_work(config: Config, num_samples: int) -> dict[str, str]:
+    """One line on what each stage does."""
+    embed, cluster, train = config.embed, config.cluster, config.train
     clustering = f"{cluster.num_clusters} clusters, {count(cluster.num_tries, 'try', 'tries')} of up to "
-    clustering += f"{count(cluster.max_iterations, 'iteration')}; "
-    clustering += workers("worker", "cluster", cluster.device, cluster.num_workers, all_cpus)
+    clustering += count(cluster.max_iterations, "iteration")
     if cluster.method == "temi":
-        trained = workers("worker", "cluster", cluster.device, cluster.temi.num_workers, one_cpu)
-        clustering += f"; then TEMI, {cluster.temi.profile} profile, {trained}"
+        clustering += f", then TEMI, {cluster.temi.profile} profile"
     if cluster.method == "file":
         clustering = f"pseudo-labels from {cluster.labels_uri}"
-    copies = f"copies of {embed.proxy_image_size} pixels; CPU tasks decode"
-    embedding = f"{embed.encoder}, {'of the copies' if config.pretrains else f'proxy {copies}'}; "
+    copies = f"copies of {embed.proxy_image_size} pixels"
     return {
-        "index": "list the pool; CPU tasks",
+        "index": "list the pool",
         "copy": copies,
-        "pretrain": f"{_describe_pretraining(config, num_samples)}; "
-        + workers("worker", "pretrain", pretrain.device, pretrain.num_workers, one_cpu),
-        "embed": embedding + workers("encoder", "embed", embed.device, embed.num_workers, all_cpus),
+        "pretrain": _describe_pretraining(config, num_samples),
+        "embed": f"{embed.encoder}, {'of the copies' if config.pretrains else f'proxy {copies}'}",
         "cluster": clustering,
         "train": f"{train.network}, {count(train.epochs, 'epoch')} of "
-        f"{count(math.ceil(num_samples / train.batch_size), 'step')}; "
-        + workers("worker", "train", train.device, train.num_workers, one_cpu),
+        f"{count(math.ceil(num_samples / train.batch_size), 'step')}",
         "select": f"{config.select.method} by {config.select.score}"
-        f"{', balanced over pseudo-labels' if config.select.balance else ''}; CPU tasks",
-        "report": f"{schema.REPORT_FILE} and {schema.METRICS_FILE}; the driver",
+        f"{', balanced over pseudo-labels' if config.select.balance else ''}",
+        "report": f"{schema.REPORT_FILE} and {schema.METRICS_FILE}",
     }
 
 

@@ -2,10 +2,21 @@
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 TERMINAL_INTERVAL_S = 0.2
 LOG_INTERVAL_S = 10.0
+
+# Called with (name, unit, done, total, rate, whether it goes on) whenever a line could be printed.
+Listener = Callable[[str, str, int, int, float, bool], None]
+_listeners: list[Listener] = []
+
+
+def listen(listener: Listener) -> None:
+    """Tell `listener` of all progress from now on; once, however often it is given."""
+    if listener not in _listeners:
+        _listeners.append(listener)
 
 
 class Progress:
@@ -37,8 +48,10 @@ class Progress:
         interval = TERMINAL_INTERVAL_S if self._in_terminal else LOG_INTERVAL_S
         if time.monotonic() - self._printed_s >= interval:
             self._print(end="" if self._in_terminal else "\n")
+            self._tell(running=True)
 
     def __enter__(self) -> "Progress":
+        self._tell(running=True)
         return self
 
     def __exit__(
@@ -48,6 +61,11 @@ class Progress:
             self._print(end="\n")
         elif error is not None and self._in_terminal:
             sys.stderr.write("\n")
+        self._tell(running=False)
+
+    def _tell(self, running: bool) -> None:
+        for listener in _listeners:
+            listener(self._name, self._unit, self._done, self._total, self._rate(), running)
 
     def _rate(self) -> float:
         """Done a second since the first progress; over the whole time when all was done at once."""

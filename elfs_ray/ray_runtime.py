@@ -11,8 +11,9 @@ from typing import Any
 
 import ray
 
+from elfs_ray.cluster_growth import Growth, find_growth
 from elfs_ray.config import ConfigError
-from elfs_ray.progress import Progress
+from elfs_ray.progress import Progress, count
 
 # Before a worker imports numpy or torch: one thread for each CPU that it was given, not one for each of the machine's.
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -41,19 +42,48 @@ def connect(address: str | None, *, show_worker_logs: bool = False, **init_optio
 
 @dataclass(frozen=True)
 class Devices:
-    """What stages can run on, and `where` that is, for people."""
+    """What stages can run on now, and `where` that is, for people. `growth` is that of an autoscaling cluster."""
 
     num_cpus: int
     num_gpus: int
     where: str
+    node_cpus: int
+    node_memory_bytes: int | None = None
+    growth: Growth | None = None
+
+    @property
+    def limits(self) -> Growth:
+        """What there can ever be."""
+        if self.growth is None:
+            return Growth(self.num_cpus, self.num_gpus, self.node_cpus, self.node_memory_bytes)
+        return self.growth
+
+    @property
+    def usual_cpus(self) -> int:
+        """What a stage takes that is not told: the CPUs that are there, else those that there can be."""
+        return self.num_cpus or self.limits.num_cpus or 1
+
+    @property
+    def usual_gpus(self) -> int:
+        """The GPUs that are there, else those that there can be."""
+        return self.num_gpus or self.limits.num_gpus or 0
 
     def resolve(self, device: str, key: str) -> str:
-        """cpu or cuda for a config value of auto, cpu or cuda. Raises ConfigError for a GPU where there is none."""
-        if device == "cuda" and self.num_gpus == 0:
+        """cpu or cuda for a config value of auto, cpu or cuda. Raises ConfigError for a GPU where there can be none."""
+        if device == "cuda" and self.limits.num_gpus == 0:
             raise ConfigError(f"{key}=cuda, but there is no GPU {self.where}: add one, or set {key}=cpu")
         if device == "auto":
-            return "cuda" if self.num_gpus > 0 else "cpu"
+            return "cuda" if self.usual_gpus > 0 else "cpu"
         return device
+
+    def describe(self) -> str:
+        """Devices now, and how far they can grow."""
+        has = f"{count(self.num_cpus, 'CPU')} and {count(self.num_gpus, 'GPU')} {self.where}"
+        if self.growth is None:
+            return has
+        if self.growth.num_cpus is None or self.growth.num_gpus is None:
+            return f"{has}; it grows, how far is not known here"
+        return f"{has}; it can grow to {count(self.growth.num_cpus, 'CPU')} and {count(self.growth.num_gpus, 'GPU')}"
 
 
 def find_devices(address: str | None) -> Devices:
@@ -62,34 +92,46 @@ def find_devices(address: str | None) -> Devices:
     Starts nothing. Raises ConfigError where no cluster answers.
     """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if ray.is_initialized():
+        return devices_of_cluster()
     if address == "local":
         import torch
 
-        return Devices(len(os.sched_getaffinity(0)), torch.cuda.device_count(), "of this machine")
+        num_cpus = len(os.sched_getaffinity(0))
+        return Devices(num_cpus, torch.cuda.device_count(), "of this machine", num_cpus)
     try:
         connect(address)
     except ConnectionError as error:
         raise ConfigError(f"no Ray cluster answers at ray_address={address}: {error}") from error
-    return _devices_of_cluster()
+    return devices_of_cluster()
 
 
-def _devices_of_cluster() -> Devices:
-    return Devices(num_cpus(), num_gpus(), "that the Ray cluster has now")
+def devices_of_cluster() -> Devices:
+    """The devices of the cluster that this process is connected to."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return Devices(
+        num_cpus=int(sum(node.get("CPU", 0) for node in nodes)),
+        num_gpus=int(sum(node.get("GPU", 0) for node in nodes)),
+        where="that the Ray cluster has now",
+        node_cpus=int(max(node.get("CPU", 0) for node in nodes)),
+        node_memory_bytes=int(max(node.get("memory", 0) for node in nodes)),
+        growth=find_growth(ray.get_runtime_context().gcs_address),
+    )
 
 
 def num_cpus() -> int:
-    """CPUs that the cluster has now, at least 1."""
-    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+    """CPUs that the cluster has now; where it has none yet, those that it can have; at least 1."""
+    return devices_of_cluster().usual_cpus
 
 
 def num_gpus() -> int:
-    """GPUs that the cluster has now."""
-    return int(ray.cluster_resources().get("GPU", 0))
+    """GPUs that the cluster has now; where it has none yet, those that it can have."""
+    return devices_of_cluster().usual_gpus
 
 
 def resolve_device(device: str, key: str) -> str:
     """`Devices.resolve` on what the cluster has now."""
-    return _devices_of_cluster().resolve(device, key)
+    return devices_of_cluster().resolve(device, key)
 
 
 def run_tasks(

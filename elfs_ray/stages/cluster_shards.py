@@ -31,6 +31,7 @@ class ShardedPoints:
 
     def __init__(self, config: ClusterConfig, run_dir: RunDir):
         self._device = resolve_device(config.device, "cluster.device")
+        self._memory_bytes = int((config.memory_gib or 0) * (1 << 30))
         num_workers = config.num_workers or (num_gpus() if self._device == "cuda" else num_cpus())
         self._shares = _share_out(run_dir.table_files(schema.EMBEDDINGS), num_workers)
         self._shards: list[Any] = []
@@ -75,7 +76,8 @@ class ShardedPoints:
     def _workers(self) -> list[Any]:
         if not self._shards:
             gpus = 1 if self._device == "cuda" else 0
-            actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)(_Shard)
+            options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus, "memory": self._memory_bytes}
+            actor: Any = ray.remote(**options, max_restarts=-1, max_task_retries=-1)(_Shard)
             self._shards = [actor.remote(files, self._device) for files in self._shares]
         return self._shards
 

@@ -28,8 +28,9 @@ import ray.data
 import torch
 from PIL import Image
 
-from elfs_ray.config import Config
+from elfs_ray.config import Config, EmbedConfig, worker_range
 from elfs_ray.methods.encoders import EncoderInput, encoder_input, load_encoder, to_unit_float16
+from elfs_ray.metrics import report_rejected
 from elfs_ray.progress import Progress, say
 from elfs_ray.ray_runtime import num_cpus, num_gpus, resolve_device
 from elfs_ray.stages.embed_blocks import (
@@ -75,6 +76,7 @@ def run_embed(config: Config, run_dir: RunDir) -> dict[str, Any]:
     with Progress("embed", num_samples, "images", done=num_done) as progress:
         for summary in _stream(job, pending) if pending else ():
             rejected += summary["rejected"]
+            report_rejected(rejected)
             progress.advance(summary["rows"], f"{rejected:,} rejected" if rejected else "")
     return _closing_figures(run_dir, num_samples)
 
@@ -121,34 +123,40 @@ def _stream(job: EmbedJob, blocks: list[tuple[int, int]]):
     context.print_on_execution_start = False
     rows = [{"first": first, "last": last} for first, last in blocks]
     todo = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_INPUT_BLOCKS))
-    # An encoder without a block to embed would be loaded for nothing.
-    num_encoders = min(config.embed.num_workers or (num_gpus() if device == "cuda" else num_cpus()), len(blocks))
     embed = _embed_on_gpus if device == "cuda" else _embed_on_cpus
-    return embed(todo, job, num_encoders).iter_rows()
+    return embed(todo, job, _encoder_pool(config.embed, device, len(blocks))).iter_rows()
 
 
-def _embed_on_gpus(dataset: ray.data.Dataset, job: EmbedJob, num_encoders: int) -> ray.data.Dataset:
+def _encoder_pool(config: EmbedConfig, device: str, num_blocks: int) -> dict[str, Any]:
+    """How many encoders, and what each holds, as options of map_batches. All are asked for at once.
+
+    An autoscaling cluster grows by what waits, and work begins on the first that has come.
+    """
+    usual = num_gpus() if device == "cuda" else num_cpus()
+    # An encoder without a block to embed would be loaded for nothing.
+    fewest, most = (
+        min(limit, num_blocks) for limit in worker_range(config.num_workers, "embed.num_workers") or (usual, usual)
+    )
+    options: dict[str, Any] = {"num_gpus": 1} if device == "cuda" else {"num_cpus": config.cpus_per_worker or 1}
+    if device == "cuda" and config.cpus_per_worker:
+        options["num_cpus"] = config.cpus_per_worker
+    if config.memory_gib:
+        options["memory"] = config.memory_gib * (1 << 30)
+    return {"compute": ray.data.ActorPoolStrategy(min_size=fewest, max_size=most, initial_size=most), **options}
+
+
+def _embed_on_gpus(dataset: ray.data.Dataset, job: EmbedJob, encoder_pool: dict[str, Any]) -> ray.data.Dataset:
     """CPU tasks decode, one encoder a GPU embeds."""
     decode: Any = _read_block
     decoded = dataset.map_batches(decode, batch_size=1, num_cpus=1, fn_kwargs={"job": job})
-    return decoded.map_batches(
-        _EncodeBlock,
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=num_encoders),
-        num_gpus=1,
-        fn_constructor_args=(job, "cuda"),
-    )
+    encode: Any = _EncodeBlock
+    return decoded.map_batches(encode, batch_size=1, fn_constructor_args=(job, "cuda"), **encoder_pool)
 
 
-def _embed_on_cpus(dataset: ray.data.Dataset, job: EmbedJob, num_encoders: int) -> ray.data.Dataset:
+def _embed_on_cpus(dataset: ray.data.Dataset, job: EmbedJob, encoder_pool: dict[str, Any]) -> ray.data.Dataset:
     """One encoder a CPU decodes and embeds: nothing crosses the object store, and no CPU waits for another."""
-    return dataset.map_batches(
-        _DecodeAndEncodeBlock,
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=num_encoders),
-        num_cpus=1,
-        fn_constructor_args=(job, "cpu"),
-    )
+    encode: Any = _DecodeAndEncodeBlock
+    return dataset.map_batches(encode, batch_size=1, fn_constructor_args=(job, "cpu"), **encoder_pool)
 
 
 def _decode_block(batch: dict[str, Any], job: EmbedJob) -> dict[str, Any]:

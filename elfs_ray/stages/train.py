@@ -33,7 +33,9 @@ def run_train(config: Config, run_dir: RunDir) -> dict[str, Any]:
     a loss that is not finite, a proxy image that cannot be decoded.
     """
     device = resolve_device(config.train.device, "train.device")
-    limits = worker_range(config.train.num_workers) or ((num_gpus(),) * 2 if device == "cuda" else (1, 1))
+    limits = worker_range(config.train.num_workers, "train.num_workers") or (
+        (num_gpus(),) * 2 if device == "cuda" else (1, 1)
+    )
     num_samples = int(run_dir.figures("cluster")["rows"])
     reading = _choose_reading(config, run_dir, num_samples)
     one_cpu = device == "cuda" and reading == "memory"
@@ -53,7 +55,8 @@ def run_train(config: Config, run_dir: RunDir) -> dict[str, Any]:
             num_decoders=cpus,
         )
         group = WorkerGroup(
-            run_dir.path("train"), CHECKPOINTS_DIR, limits, cpus, device == "cuda", config.train.max_failures
+            *(run_dir.path("train"), CHECKPOINTS_DIR, limits, cpus, device == "cuda"),
+            *(config.train.max_failures, config.train.memory_gib),
         )
         run_workers(group, train_worker, job)
     history = _finished_history(config, run_dir)

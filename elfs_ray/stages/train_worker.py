@@ -15,7 +15,6 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.util.metrics import Gauge
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -33,6 +32,7 @@ from elfs_ray.methods.sgd_training import (
     set_learning_rate,
     update,
 )
+from elfs_ray.metrics import report_epoch
 from elfs_ray.stages.proxy_reader import Augmenter, Batch
 from elfs_ray.stages.proxy_reader_streamed import make_reader
 from elfs_ray.storage import filesystem, schema
@@ -42,7 +42,6 @@ HISTORY_DIR = "history"
 STATE_FILE = "state.pt"
 REPORT_INTERVAL_S = 0.5
 RANKING = "rank_correlation"
-_GAUGES = ("epoch", "loss", "accuracy", "images_per_s", "data_wait_share", "recorder_share")
 _EVENTS_EVERY = 16
 _INIT_STREAM = 0x696E6974
 
@@ -288,8 +287,7 @@ class Worker:
             ray.train.report(metrics)
             return
         filesystem.write_bytes(history_file(self.job.run_dir, epoch), json.dumps(metrics).encode())
-        for name in _GAUGES:
-            Gauge(f"elfs_train_{name}", description=f"{name} of proxy training's last epoch").set(metrics[name])
+        report_epoch(metrics)
         state = {
             "next_epoch": self.config.epochs if settled else epoch + 1,
             "model": self.model.state_dict(),

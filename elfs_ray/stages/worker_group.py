@@ -35,6 +35,13 @@ class WorkerGroup:
     cpus_per_worker: int
     use_gpu: bool
     max_failures: int
+    memory_gib: float | None = None
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """What a worker holds, as Ray names it."""
+        memory = {"memory": int(self.memory_gib * (1 << 30))} if self.memory_gib else {}
+        return {"CPU": self.cpus_per_worker, **({"GPU": 1} if self.use_gpu else {}), **memory}
 
     @property
     def failure_file(self) -> str:
@@ -59,7 +66,7 @@ def run_workers(group: WorkerGroup, worker: Callable[[Any], None], job: Any) -> 
         torch_config=TorchConfig(backend="nccl" if group.use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             use_gpu=group.use_gpu,
-            resources_per_worker={"CPU": group.cpus_per_worker, **({"GPU": 1} if group.use_gpu else {})},
+            resources_per_worker=group.resources,
             **scaling,
         ),
         run_config=ray.train.RunConfig(

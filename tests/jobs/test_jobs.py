@@ -53,7 +53,7 @@ def test_dry_run_prints_the_plan_and_does_nothing(pool, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "40 images" in result.stdout and "resnet18, 200 epochs" in result.stdout
     assert "4 images (10.00%)" in result.stdout
-    assert "2 encoders on CPUs" in result.stdout and "GPU" in result.stdout
+    assert "2 encoders of 1 CPU, tasks of 1 CPU" in result.stdout and "GPU" in result.stdout
     assert not (tmp_path / "run").exists()
 
 
