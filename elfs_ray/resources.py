@@ -81,14 +81,6 @@ def _request(
 def check_request(request: Request, devices: Devices) -> None:
     """Raise ConfigError for what the cluster has not and can never have."""
     limits = devices.limits
-    asked = {"CPU": request.fewest * request.cpus, "GPU": request.fewest * request.gpus}
-    for noun, limit in (("CPU", limits.num_cpus), ("GPU", limits.num_gpus)):
-        if limit is not None and asked[noun] > limit:
-            raise ConfigError(
-                f"{request.key} asks for {request.describe()}: {count(asked[noun], noun)} in all, and there "
-                f"{'can never be more than' if devices.growth else 'are'} {limit:,} {devices.where}: lower "
-                f"{request.key}.num_workers, or add nodes"
-            )
     if limits.node_cpus is not None and request.cpus > limits.node_cpus:
         raise ConfigError(
             f"{request.key}.cpus_per_worker={request.cpus} is more than the {count(limits.node_cpus, 'CPU')} of the "
@@ -100,3 +92,11 @@ def check_request(request: Request, devices: Devices) -> None:
             f"{request.key}.memory_gib={request.memory_gib:g} is more than the {memory / GIB:.1f} GiB that Ray gives "
             f"to workers on the largest node {devices.where}: lower it"
         )
+    asked = {"CPU": request.fewest * request.cpus, "GPU": request.fewest * request.gpus}
+    for noun, limit in (("CPU", limits.num_cpus), ("GPU", limits.num_gpus)):
+        if limit is not None and asked[noun] > limit:
+            raise ConfigError(
+                f"{request.key} asks for {request.describe()}: {count(asked[noun], noun)} in all, and there "
+                f"{'can never be more than' if devices.growth else 'are'} {limit:,} {devices.where}: lower "
+                f"{request.key}.num_workers, or add nodes"
+            )

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import yaml
-from jsonschema import ValidationError
+from jsonschema import ValidationError, validate
 from ray._private.runtime_env.packaging import create_package
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from elfs_ray.version import __version__
+from tests.kuberay_schema import RAY_JOB
 
 ROOT = Path(__file__).parents[1]
 CLUSTER_CONFIGS = ROOT / "cluster_configs"
@@ -112,6 +113,33 @@ def test_launcher_nodes_install_nothing_when_they_start(name: str):
     config = launched(name)
     commands = [*config["setup_commands"], *config["head_setup_commands"], *config["worker_setup_commands"]]
     assert not [command for command in commands if "install" in command]
+
+
+def test_the_rayjob_is_what_kuberays_types_allow(ray_job: dict[str, Any]):
+    validate(ray_job, RAY_JOB)
+
+
+@pytest.mark.parametrize(
+    ("place", "key", "value"),
+    [
+        ("spec", "shutdownAfterJobFinish", True),
+        ("spec.rayClusterSpec", "authOption", {"mode": "token"}),
+        ("spec.rayClusterSpec.authOptions", "mode", "tokens"),
+        ("spec.rayClusterSpec.autoscalerOptions", "version", "2"),
+        ("spec.rayClusterSpec.headGroupSpec.rayStartParams", "num-cpus", 0),
+        ("spec.rayClusterSpec.workerGroupSpecs.0", "maxReplicas", "2"),
+        ("spec.rayClusterSpec.workerGroupSpecs.0.template.spec", "nodeSelectors", {}),
+        ("spec.rayClusterSpec.workerGroupSpecs.0.template.spec.containers.0.resources.limits", "memory", "160 GB"),
+    ],
+)
+def test_a_misspelt_key_or_a_value_of_another_type_in_the_rayjob_is_found(ray_job, place, key, value):
+    changed = copy.deepcopy(ray_job)
+    target: Any = changed
+    for part in place.split("."):
+        target = target[int(part) if part.isdecimal() else part]
+    target[key] = value
+    with pytest.raises(ValidationError):
+        validate(changed, RAY_JOB)
 
 
 def test_the_rayjob_scales_with_autoscaler_v2(ray_cluster_spec: dict[str, Any]):

