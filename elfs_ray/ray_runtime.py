@@ -125,8 +125,9 @@ def num_cpus() -> int:
 
 
 def num_gpus() -> int:
-    """GPUs that the cluster has now; where it has none yet, those that it can have."""
-    return devices_of_cluster().usual_gpus
+    """GPUs that the cluster has now; where it has none yet, those that it can have, 1 where that is not known."""
+    devices = devices_of_cluster()
+    return devices.usual_gpus or int(devices.limits.num_gpus is None)
 
 
 def resolve_device(device: str, key: str) -> str:

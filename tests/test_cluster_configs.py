@@ -91,6 +91,8 @@ def test_a_launcher_cluster_gives_back_idle_nodes_and_stops_none(name: str):
     config = launched(name)
     assert 0 < config["idle_timeout_minutes"] <= 10
     assert config["provider"]["cache_stopped_nodes"] is False
+    workers = [node for key, node in config["available_node_types"].items() if key != config["head_node_type"]]
+    assert all(node["min_workers"] == 0 for node in workers)
     assert config["max_workers"] == sum(node["max_workers"] for node in config["available_node_types"].values())
 
 
@@ -172,6 +174,19 @@ def test_the_rayjob_takes_its_cluster_down_and_tries_a_failed_job_again(ray_job:
     assert ray_job["spec"]["shutdownAfterJobFinishes"] is True
     assert ray_job["spec"]["ttlSecondsAfterFinished"] > 0
     assert ray_job["spec"]["backoffLimit"] > 0
+
+
+def test_the_rayjobs_gpus_come_for_a_stage_and_go_after_it(ray_job: dict[str, Any]):
+    (gpus,) = (
+        group["maxReplicas"] * int(limits["nvidia.com/gpu"])
+        for group in ray_job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+        if "nvidia.com/gpu" in (limits := group["template"]["spec"]["containers"][0]["resources"]["limits"])
+    )
+    asked = dict(word.split("=") for word in ray_job["spec"]["entrypoint"].split() if "=" in word)
+    for stage in ("embed", "cluster", "train"):
+        assert asked[f"{stage}.device"] == "cuda"
+        assert asked[f"{stage}.num_workers"].rpartition("-")[2] == str(gpus)
+    assert all(group["minReplicas"] == 0 for group in ray_job["spec"]["rayClusterSpec"]["workerGroupSpecs"])
 
 
 def test_the_rayjob_runs_a_job_that_the_image_holds_with_keys_that_exist(ray_job: dict[str, Any]):
