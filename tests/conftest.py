@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tests import s3
+from tests import gcs, s3
+from tests.gcs import gcs_bucket, gcs_server  # noqa: F401  (fixtures)
 from tests.s3 import s3_bucket, s3_server  # noqa: F401  (fixtures)
 
 NUM_CPUS = 8  # logical: enough for 7 workers at once, whatever the machine has
@@ -31,7 +32,7 @@ _token = _folder / "token"
 _token.write_text(secrets.token_hex(32))
 # Before anything imports ray: jobs that tests start inherit these, too.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(_token), "RAY_USAGE_STATS_ENABLED": "0"}
-os.environ |= s3.environment()
+os.environ |= s3.environment() | gcs.environment()
 for _name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):
     os.environ.pop(_name, None)
 

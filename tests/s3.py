@@ -23,7 +23,7 @@ PORTS = range(20_000, 30_000)  # below those that Linux gives away by itself
 def environment() -> dict[str, str]:
     """Where a server will be, and credentials for it: for os.environ, before Ray starts and hands it to its workers."""
     return {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{_free_port()}",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}",
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_REGION": "us-east-1",
@@ -31,7 +31,8 @@ def environment() -> dict[str, str]:
     }
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port on which nothing listens."""
     while True:
         port = random.choice(PORTS)
         with socket.socket() as probe:

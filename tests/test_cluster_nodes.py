@@ -1,6 +1,5 @@
 """Three nodes, one of which is lost in every stage, give the tables of one node; the same on addresses of their own."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,8 @@ from tests.tables import contents, digit_images, png
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 SCRIPT = Path(__file__).with_name("nodes_run.py")
+NAMESPACES = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--net", "--mount"]
+MAY_UNSHARE = shutil.which("ip") and subprocess.run([*NAMESPACES, "true"], capture_output=True).returncode == 0
 TABLES = ("index", "rejected", "embeddings", "proxy_images", "clusters", "dynamics", "scores", "coreset")
 
 
@@ -40,9 +41,14 @@ def overrides(folder) -> list[str]:
     ]
 
 
-def test_a_node_lost_in_each_stage_changes_nothing(folder, overrides):
-    command = [sys.executable, str(SCRIPT), str(folder), *overrides]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=1100, env=os.environ)
+@pytest.mark.parametrize("kind", ["processes", "namespaces"])
+def test_a_node_lost_in_each_stage_changes_nothing(folder, overrides, kind):
+    if kind == "namespaces" and not MAY_UNSHARE:
+        pytest.skip("needs root, for namespaces")
+    command = [sys.executable, str(SCRIPT), kind, str(folder), *overrides]
+    if kind == "namespaces":
+        command = [*NAMESPACES, *command]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=1100)
     assert result.returncode == 0, result.stderr[-5000:]
     lost = [line for line in result.stdout.splitlines() if line.startswith("lost ")]
     assert lost == [f"lost {stage} in time" for stage in ("index", "embed", "cluster", "train", "select")]

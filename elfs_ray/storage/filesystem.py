@@ -79,11 +79,23 @@ def list_dirs(uri: str) -> list[fs.FileInfo]:
 @explained
 def _list(uri: str, recursive: bool) -> list[fs.FileInfo]:
     filesystem, path = resolve(uri)
-    selector = fs.FileSelector(path, recursive=recursive, allow_not_found=True)
+    by_path = isinstance(filesystem, fs.GcsFileSystem)
+    selector = fs.FileSelector(path, recursive=recursive or by_path, allow_not_found=True)
     try:
-        return sorted(filesystem.get_file_info(selector), key=lambda info: info.path)
+        found = sorted(filesystem.get_file_info(selector), key=lambda info: info.path)
+        return found if recursive or not by_path else _directly_in(path, found)
     except UnicodeDecodeError as error:
         raise ValueError(f"the name of {error.object!r} is not UTF-8, as names of files must be: rename it") from error
+
+
+def _directly_in(path: str, found: list[fs.FileInfo]) -> list[fs.FileInfo]:
+    """What lies directly in a folder of a store that lists objects alone, all below it: folders are parts of names."""
+    files = [info for info in found if info.type == fs.FileType.File]
+    depth = len(path.split("/"))
+    folders = {info.path.split("/")[depth] for info in files if len(info.path.split("/")) > depth + 1}
+    dirs = [fs.FileInfo(f"{path}/{name}", fs.FileType.Directory) for name in folders]
+    direct = [info for info in files if len(info.path.split("/")) == depth + 1]
+    return sorted([*direct, *dirs], key=lambda info: info.path)
 
 
 @explained
@@ -162,7 +174,9 @@ def delete(uri: str) -> None:
     if kind == fs.FileType.File:
         filesystem.delete_file(path)
     elif kind == fs.FileType.Directory:
-        filesystem.delete_dir(path)
+        # Of a folder that is only a part of names nothing is left to delete once its objects are.
+        with contextlib.suppress(FileNotFoundError):
+            filesystem.delete_dir(path)
 
 
 @contextlib.contextmanager

@@ -49,12 +49,7 @@ def open_store(scheme: str, bucket: str) -> tuple[fs.FileSystem, str]:
     if scheme == "s3":
         return _open_s3(bucket), bucket
     if scheme in ("gs", "gcs"):
-        emulator, address = _endpoint(os.environ.get("STORAGE_EMULATOR_HOST"))
-        anonymous = emulator is not None
-        store = fs.GcsFileSystem(
-            anonymous, scheme=emulator, endpoint_override=address, retry_time_limit=RETRY_TIME_LIMIT
-        )
-        return store, bucket
+        return _open_gcs(), bucket
     try:
         return fs.FileSystem.from_uri(f"{scheme}://{bucket}")
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
@@ -76,6 +71,12 @@ def _open_s3(bucket: str) -> fs.S3FileSystem:
         allow_delayed_open=True,  # small objects take one request
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=MAX_ATTEMPTS),
     )
+
+
+def _open_gcs() -> fs.GcsFileSystem:
+    scheme, address = _endpoint(os.environ.get("STORAGE_EMULATOR_HOST"))
+    endpoint = {"anonymous": True, "scheme": scheme, "endpoint_override": address} if address else {}
+    return fs.GcsFileSystem(retry_time_limit=RETRY_TIME_LIMIT, **endpoint)
 
 
 def _endpoint(url: str | None) -> tuple[str | None, str | None]:

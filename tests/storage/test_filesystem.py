@@ -12,10 +12,10 @@ import pytest
 from elfs_ray.storage import filesystem
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", "s3", "gcs"])
 def root(request, tmp_path) -> str:
-    """A folder on disk, and one in a bucket."""
-    return str(tmp_path) if request.param == "local" else request.getfixturevalue("s3_bucket") + "/root"
+    """A folder on disk, and one in each kind of bucket."""
+    return str(tmp_path) if request.param == "local" else request.getfixturevalue(f"{request.param}_bucket") + "/root"
 
 
 def table(num_rows: int) -> pa.Table:
@@ -86,7 +86,7 @@ def test_listings_are_sorted_and_tell_files_from_folders(root):
         filesystem.write_bytes(filesystem.join(root, name), b"x")
 
     def names(infos) -> list[str]:
-        return [info.path.removeprefix(root.removeprefix("s3://") + "/") for info in infos]
+        return [info.path.removeprefix(root.split("://")[-1] + "/") for info in infos]
 
     assert names(filesystem.list_files(root)) == ["Z.txt", "a.txt", "b.txt"]
     assert names(filesystem.list_files(root, recursive=True)) == [
