@@ -1,7 +1,7 @@
 """k-means over shards: one Lloyd loop, the same bytes for any number of workers.
 
 The loop sees `Points` (kmeans_points.py): it asks for the partial sums of an assignment and never for rows. Sums of
-embeddings are exact (methods/assignment.py), so they do not depend on how the pool is cut or who finishes first.
+embeddings are exact (exact_arithmetic.py), so they do not depend on how the pool is cut or who finishes first.
 """
 
 import math
@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 
-from elfs_ray.methods.assignment import FIXED_POINT_UNIT, to_fixed_point
+from elfs_ray.methods.exact_arithmetic import FIXED_POINT_UNIT, to_fixed_point
 from elfs_ray.methods.hashing import hash_uint64
 from elfs_ray.methods.kmeans_points import PartialSums, Points
 from elfs_ray.methods.kmeans_seeding import seed_centroids

@@ -1,6 +1,6 @@
 """What k-means clusters: a pool that answers an assignment with sums, in one array or in shards on many workers.
 
-Sums of embeddings are exact (methods/assignment.py), so they do not depend on how the pool is cut.
+Sums of embeddings are exact (exact_arithmetic.py), so they do not depend on how the pool is cut.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,16 +11,13 @@ import numpy as np
 import torch
 
 from elfs_ray.methods.assignment import (
-    FIXED_POINT_UNIT,
     add_rows,
     check_device,
     embeddings_to_device,
-    flat_nonzero,
     nearest_centroids,
-    row_chunks,
     squared_distances_to,
-    squared_norms,
 )
+from elfs_ray.methods.exact_arithmetic import FIXED_POINT_UNIT, flat_nonzero, row_chunks, squared_norms
 from elfs_ray.methods.hashing import hash_uint64
 
 T = TypeVar("T")
@@ -118,7 +115,7 @@ class ArrayPoints:
 
     def assign(self, centroids: np.ndarray) -> PartialSums:
         num_clusters = len(centroids)
-        labels = nearest_centroids(self._embeddings, centroids, self._engine)
+        labels = self._nearest(centroids)
         moved = None
         if self._labels is not None and self._sums.shape == centroids.shape:
             moved = flat_nonzero(labels != self._labels)
@@ -139,9 +136,12 @@ class ArrayPoints:
             squared_norms=norms.index_add_(0, labels, self._squared_norms).cpu().numpy(),
         )
 
+    def _nearest(self, centroids: np.ndarray) -> torch.Tensor:
+        return nearest_centroids(self._embeddings, centroids, self._engine)
+
     def label(self, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Nearest centroid and Euclidean distance to it: labels (n,) int32, distances (n,) float32, in shard order."""
-        labels = nearest_centroids(self._embeddings, centroids, self._engine)
+        labels = self._nearest(centroids)
         squared = squared_distances_to(self._embeddings, centroids, labels).cpu().numpy()
         return labels.int().cpu().numpy(), np.sqrt(squared).astype(np.float32)
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from elfs_ray.methods.assignment import FIXED_POINT_UNIT, exact_rows, row_chunks, squared_norms
+from elfs_ray.methods.exact_arithmetic import FIXED_POINT_UNIT, exact_rows, row_chunks, squared_norms
 from elfs_ray.methods.hashing import hash_uniform
 
 MAX_GREEDY_CLUSTERS = 2048

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from elfs_ray.methods.assignment import squared_norms
+from elfs_ray.methods.exact_arithmetic import squared_norms
 from elfs_ray.methods.kmeans import kmeans
 from elfs_ray.methods.kmeans_points import ArrayPoints
 from elfs_ray.methods.kmeans_seeding import distances_to_seeds

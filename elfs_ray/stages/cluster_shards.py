@@ -13,7 +13,8 @@ import ray
 import torch
 
 from elfs_ray.config import ClusterConfig
-from elfs_ray.methods.assignment import add_rows, squared_distances_to, to_fixed_point
+from elfs_ray.methods.assignment import add_rows, squared_distances_to
+from elfs_ray.methods.exact_arithmetic import to_fixed_point
 from elfs_ray.methods.kmeans_points import ArrayPoints, PartialSums, smallest_ids
 from elfs_ray.ray_runtime import get_result, num_cpus, num_gpus, resolve_device
 from elfs_ray.storage import filesystem, schema

@@ -12,9 +12,8 @@ from elfs_ray.methods.assignment import (
     embeddings_to_device,
     nearest_centroids,
     squared_distances_to,
-    squared_norms,
-    to_fixed_point,
 )
+from elfs_ray.methods.exact_arithmetic import squared_norms, to_fixed_point
 
 CPU = torch.device("cpu")
 UNIT = 2.0**-24
