@@ -1,15 +1,17 @@
 """A k-means iteration beside faiss.Kmeans and scikit-learn, the share of the matmul ceiling, two workers beside one.
 
-    python benchmarks/kmeans.py [--quick]
+    python benchmarks/kmeans.py [--quick] [--only PART] [--points FILE.npy]
 
 Everyone starts from the same centroids, takes all points and runs the same number of iterations; an iteration is the
 time of all of them over their number. Ours keeps embeddings in float16 and its sums are exact; faiss and scikit-learn
-get float32. Full size ends with 1M x 384 and k = 1,000 on Ray workers, with the peak memory of driver and workers. On a
-GPU the assignment is measured against a product of the same shape.
+get float32. What the bounds save is measured beside a search for all points in every iteration, over 10 iterations and
+to convergence. Full size has 1M x 384 and k = 1,000 on Ray workers, with the peak memory of driver and workers. On a
+GPU the assignment is measured against a product of the same shape. `--points` takes points of your own, (n, d).
 """
 
 import argparse
 import tempfile
+import time
 from functools import partial
 
 import faiss
@@ -36,18 +38,24 @@ NUM_SEEDS = 5
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="20,000 points, 100 clusters; under 45 s on 2 cores")
-    quick = parser.parse_args().quick
+    parser.add_argument("--only", choices=("iteration", "bounds", "workers", "objective", "million"))
+    parser.add_argument("--points", help="a file of numpy.save with (n, d) numbers, for the parts in one process")
+    arguments = parser.parse_args()
     if torch.cuda.is_available():
         measure_gpu(1_000_000, 1000)
         return
-    num_points, num_clusters, rounds = (20_000, 100, 3) if quick else (200_000, 256, 5)
-    if not quick:
-        measure_million()
-    points = draw_points(num_points, seed=0)
-    for num_threads in (1, 2):
-        measure_iteration(points, num_clusters, num_threads, rounds)
-    measure_workers(num_points if quick else 2 * num_points, num_clusters, rounds)
-    measure_objective(points[:50_000], num_clusters)
+    num_points, num_clusters, rounds = (20_000, 100, 3) if arguments.quick else (200_000, 256, 5)
+    points = unit(np.load(arguments.points)) if arguments.points else draw_points(num_points, seed=0)
+    parts = {
+        "iteration": lambda: [measure_iteration(points, num_clusters, threads, rounds) for threads in (1, 2)],
+        "bounds": lambda: measure_bounds(points, num_clusters),
+        "workers": lambda: measure_workers(num_points if arguments.quick else 2 * num_points, num_clusters, rounds),
+        "objective": lambda: measure_objective(points[:50_000], num_clusters),
+        "million": measure_million,
+    }
+    for name, measure in parts.items():
+        if arguments.only == name or (arguments.only is None and not (arguments.quick and name == "million")):
+            measure()
 
 
 def draw_points(num_points: int, seed: int) -> np.ndarray:
@@ -55,13 +63,19 @@ def draw_points(num_points: int, seed: int) -> np.ndarray:
     centres = np.random.default_rng(0).standard_normal((500, DIM), dtype=np.float32)
     rng = np.random.default_rng([1, seed])
     points = centres[rng.integers(0, 500, num_points)] + 1.5 * rng.standard_normal((num_points, DIM), dtype=np.float32)
-    return (points / np.linalg.norm(points, axis=1, keepdims=True)).astype(np.float16)
+    return unit(points)
+
+
+def unit(points: np.ndarray) -> np.ndarray:
+    """(n, d) float16 of unit length."""
+    single = points.astype(np.float32)
+    return (single / np.linalg.norm(single, axis=1, keepdims=True)).astype(np.float16)
 
 
 def measure_iteration(points: np.ndarray, num_clusters: int, num_threads: int, rounds: int) -> None:
-    ids, single = np.arange(len(points)), points.astype(np.float32)
-    start = single[np.random.default_rng(2).choice(len(points), num_clusters, replace=False)]
-    flop = 2.0 * len(points) * num_clusters * DIM
+    ids, single, dim = np.arange(len(points)), points.astype(np.float32), points.shape[1]
+    start = draw_start(points, num_clusters)
+    flop = 2.0 * len(points) * num_clusters * dim
     square = torch.randn(2048, 2048)
 
     def ours() -> None:
@@ -72,7 +86,7 @@ def measure_iteration(points: np.ndarray, num_clusters: int, num_threads: int, r
         assert fit.num_iterations == NUM_ITERATIONS - 1  # and an assignment of the last centroids
 
     def by_faiss() -> None:
-        fit = faiss.Kmeans(DIM, num_clusters, niter=NUM_ITERATIONS, max_points_per_centroid=len(points))
+        fit = faiss.Kmeans(dim, num_clusters, niter=NUM_ITERATIONS, max_points_per_centroid=len(points))
         fit.train(single, init_centroids=start)
 
     def by_scikit_learn() -> None:
@@ -93,16 +107,52 @@ def measure_iteration(points: np.ndarray, num_clusters: int, num_threads: int, r
             rounds,
         )
     threads = f"{num_threads} thread{'s' if num_threads > 1 else ''}"
-    shape = f"{len(points):,} x {DIM}, k = {num_clusters}, {threads}"
+    shape = f"{len(points):,} x {dim}, k = {num_clusters}, {threads}"
     for name in ("faiss.Kmeans", "scikit-learn"):
         ours_s, other_s = (seconds[key] / NUM_ITERATIONS for key in ("ours", name))
         emit(f"k-means iteration, {shape}", ours_s, "s", name, other_s, less_is_better=True)
     by_torch, by_faiss_s = seconds["assignment"], seconds["assignment by faiss"]
     emit(f"assignment, torch engine, {shape}", by_torch, "s", "faiss engine", by_faiss_s, less_is_better=True)
     ceiling = 10 * 2.0 * 2048**3 / seconds["matmul"] / 1e9
-    for name, per_call in (("iteration", NUM_ITERATIONS), ("assignment", 1)):
-        rate = flop * per_call / seconds["ours" if name == "iteration" else name] / 1e9
-        emit(f"arithmetic of an {name}, {shape}", rate, "GFLOP/s", "matrix product of 2048²", ceiling)
+    rate = flop / seconds["assignment"] / 1e9
+    emit(f"arithmetic of an assignment, {shape}", rate, "GFLOP/s", "matrix product of 2048²", ceiling)
+
+
+class SearchingForAll(ArrayPoints):
+    """Points without bounds: every iteration searches for every point."""
+
+    def _nearest(self, centroids: np.ndarray) -> torch.Tensor:
+        return nearest_centroids(self._embeddings, centroids, "torch")
+
+
+def measure_bounds(points: np.ndarray, num_clusters: int) -> None:
+    """What it saves to search only for points whose centroid may have changed; the same centroids, to the bit."""
+    ids, start = np.arange(len(points)), KMeansState(centroids=draw_start(points, num_clusters))
+    torch.set_num_threads(1)
+    for tolerance, max_iterations in ((0, NUM_ITERATIONS - 1), (1e-4, 100), (0, 100)):
+        seconds, fits = {}, {}
+        for kind in (ArrayPoints, SearchingForAll):
+            start_s = time.perf_counter()
+            fits[kind] = kmeans(
+                kind(points, ids),
+                num_clusters,
+                seed=0,
+                max_iterations=max_iterations,
+                tolerance=tolerance,
+                start=start,
+            )
+            seconds[kind] = time.perf_counter() - start_s
+        fit, other = fits.values()
+        assert fit.centroids.tobytes() == other.centroids.tobytes() and fit.history == other.history
+        end = f"{len(fit.history)} iterations" + (f" to a relative change of {tolerance}" if tolerance else "")
+        name = f"k-means, {len(points):,} x {points.shape[1]}, k = {num_clusters}, 1 thread, {end}"
+        emit(name, seconds[ArrayPoints], "s", "a search for all", seconds[SearchingForAll], less_is_better=True)
+
+
+def draw_start(points: np.ndarray, num_clusters: int) -> np.ndarray:
+    """Centroids (k, d) float32 to start from: points drawn at random."""
+    drawn = np.random.default_rng(2).choice(len(points), num_clusters, replace=False)
+    return points[drawn].astype(np.float32)
 
 
 def measure_workers(num_points: int, num_clusters: int, rounds: int) -> None:
@@ -155,11 +205,11 @@ def measure_objective(points: np.ndarray, num_clusters: int) -> None:
         fit = kmeans(ArrayPoints(points, ids), num_clusters, seed=seed, max_iterations=NUM_ITERATIONS, tolerance=0)
         ours.append(fit.objective)
         other = faiss.Kmeans(
-            DIM, num_clusters, niter=NUM_ITERATIONS, max_points_per_centroid=len(points), seed=seed + 1
+            points.shape[1], num_clusters, niter=NUM_ITERATIONS, max_points_per_centroid=len(points), seed=seed + 1
         )
         other.train(single)
         theirs.append(float(other.index.search(single, 1)[0].astype(np.float64).sum()))
-    name = f"objective, {len(points):,} x {DIM}, k = {num_clusters}, mean of {NUM_SEEDS} seeds"
+    name = f"objective, {len(points):,} x {points.shape[1]}, k = {num_clusters}, mean of {NUM_SEEDS} seeds"
     emit(name, float(np.mean(ours)), "sum of squares", "faiss.Kmeans", float(np.mean(theirs)), less_is_better=True)
 
 

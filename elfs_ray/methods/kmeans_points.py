@@ -13,10 +13,12 @@ import torch
 from elfs_ray.methods.assignment import (
     add_rows,
     check_device,
+    default_engine,
     embeddings_to_device,
     nearest_centroids,
     squared_distances_to,
 )
+from elfs_ray.methods.assignment_bounds import BoundedSearch
 from elfs_ray.methods.exact_arithmetic import FIXED_POINT_UNIT, flat_nonzero, row_chunks, squared_norms
 from elfs_ray.methods.hashing import hash_uint64
 
@@ -67,8 +69,9 @@ class Points(Protocol):
 class ArrayPoints:
     """One shard in memory: embeddings (n, d) float16 of unit length (a memory map will do), sample_ids (n,) int64.
 
-    Memory beside the embeddings: 32 n bytes, and k·d·8 for the sums; on a GPU the embeddings' n·d·2 bytes as well.
-    Successive assignments only move the samples that changed cluster between the sums, which is exact.
+    Memory beside the embeddings: 52 n bytes, and 16 k·d for sums and centroids; on a GPU the embeddings' n·d·2 as well.
+    Successive assignments only move the samples that changed cluster between the sums, which is exact, and on a CPU
+    only search for samples whose nearest centroid may have changed.
     Raises ValueError for embeddings that are not finite or not of unit length (with their ids), for ids that repeat,
     and for a GPU that is not there.
     """
@@ -79,11 +82,12 @@ class ArrayPoints:
         self._device = check_device(device)
         self._embeddings = embeddings_to_device(embeddings, sample_ids, self._device)
         self._sample_ids = sample_ids
-        self._engine = engine
+        self._engine = engine or default_engine(self._device)
         self._order = np.argsort(sample_ids, kind="stable")
         if (np.diff(sample_ids[self._order]) == 0).any():
             raise ValueError("sample_ids hold an id more than once; every sample needs an id of its own")
         self._squared_norms = squared_norms(self._embeddings).div(FIXED_POINT_UNIT).round().mul(FIXED_POINT_UNIT)
+        self._bounded = BoundedSearch(self._embeddings, self._squared_norms)
         self._labels: torch.Tensor | None = None
         self._sums = torch.empty(0)
 
@@ -137,6 +141,8 @@ class ArrayPoints:
         )
 
     def _nearest(self, centroids: np.ndarray) -> torch.Tensor:
+        if self._device.type == "cpu" and self._engine == "torch":
+            return self._bounded(centroids)
         return nearest_centroids(self._embeddings, centroids, self._engine)
 
     def label(self, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
