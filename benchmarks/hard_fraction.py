@@ -5,7 +5,7 @@
 Without --pool, the 4,000 digits of jobs/quickstart.py, tested on their 1,000; with it, the first images of a Parquet
 file (image, label), tested on the 2,000 after them. The proxy is trained on pseudo-labels by the pipeline; then a
 network is trained from scratch with the true labels on the coreset of every hard fraction, as stage evaluate does. All
-accuracies are means over seeds. --folder keeps the run, so that a second call repeats only what is measured.
+accuracies are means over seeds. --folder keeps the run and every accuracy, so that a second call repeats none.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from elfs_ray.methods import pruning
 from elfs_ray.methods.evaluation import LabelledImages, train_and_test
 from elfs_ray.methods.hard_fraction import fraction_grid
 from elfs_ray.ray_runtime import connect, run_tasks
-from elfs_ray.stages.pool_training import load_proxy_images, training_settings
+from elfs_ray.stages.pool_training import kept_or_computed, load_proxy_images, training_settings
 from elfs_ray.stages.select_auto import estimate_hard_fractions
 from elfs_ray.stages.select_pool import ScoredPool
 from elfs_ray.stages.select_search import search_hard_fractions
@@ -126,12 +126,20 @@ class Trainer:
         )
         labels = run_dir.read_rows(schema.INDEX, self._ids, [schema.LABEL])[schema.LABEL].to_numpy()
         pool = LabelledImages(load_proxy_images(run_dir, self._ids, config.embed.proxy_image_size), labels, self._ids)
-        self._images = ray.put((pool, read_test(test_path, config.embed.proxy_image_size)))
+        # In a list, so that a task gets the reference, and what is known already loads no images.
+        self._images = [ray.put((pool, read_test(test_path, config.embed.proxy_image_size)))]
 
     def accuracies(self, wanted: Sequence[tuple[int, float | None]]) -> dict[tuple[int, float | None], float]:
         """The mean accuracy of each (samples to keep, hard fraction), None for random samples."""
+        folder = RunDir(self._config.run_dir).path("trainings")
         tasks = [
-            ([self._images], np.sort(self._chosen(count, beta, seed)), self._config, seed)
+            (
+                f"{folder}/{count}-{beta}-{seed}.json",
+                [self._images],
+                self._chosen(count, beta, seed),
+                self._config,
+                seed,
+            )
             for count, beta in wanted
             for seed in range(self._num_seeds)
         ]
@@ -149,15 +157,21 @@ class Trainer:
         return pruning.double_end(self._scores, self._ids, count, beta, "low")
 
 
-def train(images: list[ray.ObjectRef], chosen: np.ndarray, config: Config, seed: int) -> float:
+def train(path: str, images: list[ray.ObjectRef], chosen: np.ndarray, config: Config, seed: int) -> float:
+    """The test accuracy of a training on the samples at some positions of the pool, unless it is in the file."""
     torch.set_num_threads(1)
-    pool, test = ray.get(images[0])
     own = config.evaluate
     settings = training_settings(
         config.train, network=own.network, iterations=own.iterations, batch_size=own.batch_size, lr=own.lr, num_tests=1
     )
-    coreset = LabelledImages(pool.images[chosen], pool.labels[chosen], pool.sample_ids[chosen])
-    return train_and_test(coreset, test, int(test.labels.max()) + 1, settings, seed=seed)[-1]
+    chosen = np.sort(chosen)
+
+    def compute() -> dict[str, float]:
+        pool, test = ray.get(images[0])
+        coreset = LabelledImages(pool.images[chosen], pool.labels[chosen], pool.sample_ids[chosen])
+        return {"accuracy": train_and_test(coreset, test, int(test.labels.max()) + 1, settings, seed=seed)[-1]}
+
+    return kept_or_computed(path, compute)["accuracy"]
 
 
 def read_test(path: Path, size: int) -> LabelledImages:
