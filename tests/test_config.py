@@ -54,7 +54,7 @@ def test_missing_keys_are_all_named_at_once():
         ("select.search_step=0", "needed is a number > 0"),
         ("cluster.num_clusters=1", "needed is a number >= 2"),
         ("embed.encoder=", "embed.encoder"),
-        ("until=nothing", "needed is one of index, embed"),
+        ("until=nothing", "needed is one of index, copy, pretrain, embed"),
         ("train=3", "bad value"),
         ("pool=null", "bad value"),
         ("budget", "write key=value"),

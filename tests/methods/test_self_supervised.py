@@ -26,6 +26,15 @@ CPU = torch.device("cpu")
 STEPS = ((7, 0), (1, 1), (6, 2))  # (images of the global batch, its number), divided unevenly, one worker without any
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Networks this small gain nothing from a second one, and lose much beside other tests."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def written_out(projections: torch.Tensor, temperature: float) -> torch.Tensor:
     """Equation 1 of the paper, term by term: projections (2, n, p), both views of each image."""
     _, n, _ = projections.shape
@@ -156,13 +165,13 @@ def test_a_network_whose_weights_have_withered_is_noticed_and_a_healthy_one_is_n
     settings = SimclrSettings(
         network="small_cnn", epochs=1, batch_size=32, lr=0.8, warmup_epochs=0, weight_decay=weight_decay
     )
-    trainer, monitor = SimclrTrainer(settings, 60, seed=0, device=CPU), CollapseMonitor(256, CPU)
-    images = torch.rand(32, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    trainer, monitor = SimclrTrainer(settings, 40, seed=0, device=CPU), CollapseMonitor(256, CPU)
+    images = torch.rand(16, 3, 12, 12, generator=torch.Generator().manual_seed(0))
     noise = torch.Generator().manual_seed(1)
-    for step in range(60):
-        views = torch.cat([images, images]) + 0.1 * torch.randn(64, 3, 12, 12, generator=noise)
-        features, _, _ = trainer.step(views, [32], epoch=0, step=step)
-        if step >= 50:
+    for step in range(40):
+        views = torch.cat([images, images]) + 0.1 * torch.randn(32, 3, 12, 12, generator=noise)
+        features, _, _ = trainer.step(views, [16], epoch=0, step=step)
+        if step >= 35:
             monitor.add(features)
     measures = monitor.finish()
     if collapses:
