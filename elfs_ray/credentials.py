@@ -2,7 +2,10 @@
 
 import re
 
-_SECRET = re.compile(r"[?&#;](access_key|secret_key|(session_|access_)?token|sig|x-amz-[a-z-]+)=", re.IGNORECASE)
+_SECRET = re.compile(
+    r"[?&#;](access_key|secret_key|(session_|access_)?token|sig|signature|awsaccesskeyid|x-(amz|goog)-[a-z-]+)=",
+    re.IGNORECASE,
+)
 
 
 def holds_credentials(uri: str) -> bool:

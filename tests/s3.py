@@ -54,6 +54,10 @@ class S3Server:
         fault = {"kind": kind, "count": count, "key": key, **({"method": method} if method else {})}
         urllib.request.urlopen(self.endpoint + "/_faults", data=json.dumps(fault).encode(), timeout=10).close()
 
+    def fail_no_more(self) -> None:
+        """End the faults that are left."""
+        self.fail("none", 0)
+
     def num_requests(self) -> int:
         """Requests so far."""
         with urllib.request.urlopen(self.endpoint + "/_requests", timeout=10) as response:

@@ -9,6 +9,7 @@ moto answers; faults can be put before it, as object stores and networks have th
 import json
 import socket
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
 from werkzeug.serving import run_simple
 
+SLOW_S = 5.0  # longer than the client waits for a connection that says nothing
 XML = "<?xml version='1.0' encoding='UTF-8'?><Error><Code>{code}</Code><Message>a test</Message></Error>"
 ERRORS = {
     "403": ("403 Forbidden", "AccessDenied"),
@@ -28,7 +30,8 @@ ERRORS = {
 class FaultyStore:
     """A WSGI application: another one, behind the faults that were ordered.
 
-    Kinds: a status of ERRORS; "reset" closes the connection without an answer, "cut" in the middle of the body.
+    Kinds: a status of ERRORS; "reset" closes the connection without an answer, "cut" in the middle of the body, "slow"
+    answers after SLOW_S. An order for 0 requests ends all faults.
     """
 
     def __init__(self, store: Callable[..., Iterable[bytes]]):
@@ -38,13 +41,16 @@ class FaultyStore:
 
     def __call__(self, environ: dict[str, Any], start_response: Callable) -> Iterable[bytes]:
         if environ["PATH_INFO"] == "/_faults":
-            self._faults.append(json.loads(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))))
+            fault = json.loads(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])))
+            self._faults = [*self._faults, fault] if fault["count"] else []
             return _respond(start_response, "200 OK", b"")
         if environ["PATH_INFO"] == "/_requests":
             return _respond(start_response, "200 OK", json.dumps(self._requests).encode())
         self._requests[environ["REQUEST_METHOD"]] += 1
         kind = self._next_fault(environ)
-        if kind is None:
+        if kind == "slow":
+            time.sleep(SLOW_S)
+        if kind in (None, "slow"):
             return self._store(environ, start_response)
         if kind == "reset":
             environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)

@@ -8,6 +8,7 @@ import contextlib
 import io
 import warnings
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -17,6 +18,8 @@ INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
     "box": Image.Resampling.BOX,
 }
+# What Pillow is allowed to try. It knows more, of which some are old and little tested, and EPS is run as a program.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
 LOSSLESS_MAX_SIZE = 64
 MAX_PROXY_ASPECT = 4.0
 
@@ -36,7 +39,7 @@ def decode_image(data: bytes, *, max_pixels: int, min_size: int = 1) -> Image.Im
         raise BadImage("empty file (0 bytes)")
     try:
         with _pillow_limit_and_warnings_off():
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=_known_formats())
             width, height = image.size
             if width * height > max_pixels:
                 raise BadImage(f"{width}x{height} pixels, more than embed.max_image_pixels={max_pixels}")
@@ -48,6 +51,13 @@ def decode_image(data: bytes, *, max_pixels: int, min_size: int = 1) -> Image.Im
         raise BadImage(f"not an image that Pillow can read ({len(data)} bytes)") from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error and more on broken files
         raise BadImage(f"{type(error).__name__}: {error}") from error
+
+
+@lru_cache
+def _known_formats() -> tuple[str, ...]:
+    """Those of FORMATS that this build of Pillow has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def resize_center_crop(image: Image.Image, *, resize: int, crop: int, interpolation: str) -> np.ndarray:
@@ -89,7 +99,7 @@ def encode_proxy_image(image: Image.Image, *, short_side: int, jpeg_quality: int
 
 def decode_proxy_image(data: bytes, size: int | None = None) -> np.ndarray:
     """Decode what `encode_proxy_image` wrote: (h, w, 3) uint8, or its centre square (size, size, 3)."""
-    pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), dtype=np.uint8)
+    pixels = np.asarray(Image.open(io.BytesIO(data), formats=("PNG", "JPEG")).convert("RGB"), dtype=np.uint8)
     if size is None:
         return pixels
     top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2

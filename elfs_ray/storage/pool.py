@@ -26,7 +26,14 @@ from elfs_ray.storage.pool_files import (
     is_image,
     read_file,
 )
-from elfs_ray.storage.pool_parquet import ROW_URI, find_image_column, list_parquet, open_parquet, read_parquet_rows
+from elfs_ray.storage.pool_parquet import (
+    ROW_URI,
+    check_label_column,
+    find_image_column,
+    list_parquet,
+    open_parquet,
+    read_parquet_rows,
+)
 from elfs_ray.storage.pool_tar import MEMBER_URI, list_tar, read_tar_members
 
 __all__ = ["PoolColumns", "Unit", "count_unit", "find_units", "list_unit", "read_images"]
@@ -65,6 +72,7 @@ def count_unit(unit: Unit, columns: PoolColumns) -> int:
     if unit.format == "parquet":
         with open_parquet(unit.uri) as file:
             find_image_column(file.schema_arrow, unit.uri, columns.image)
+            check_label_column(file.schema_arrow, unit.uri, columns.label)
             return file.metadata.num_rows
     return list_unit(unit, columns).num_rows
 

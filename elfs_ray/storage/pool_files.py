@@ -1,6 +1,8 @@
 """What all kinds of pools share: their parts, which files count as images, and reading one."""
 
+import errno
 import posixpath
+import re
 from dataclasses import dataclass
 
 from elfs_ray.storage import filesystem
@@ -10,6 +12,18 @@ IMAGE_EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".gif", ".webp"),
     *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif"),
 )
+# What the system says of a file itself; Arrow gives no number for bytes that it cannot decode.
+_OF_A_FILE = (
+    None,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+)
+_OF_A_STORE = re.compile(r"AWS Error|google::cloud|HTTP status|curl", re.IGNORECASE)
 UNIT_EXTENSION = {"parquet": ".parquet", "webdataset": ".tar"}
 
 
@@ -53,8 +67,21 @@ def format_of_name(name: str) -> str | None:
 
 
 def read_file(uri: str) -> bytes | BadImage:
-    """The bytes of a file, or why it cannot be had."""
+    """The bytes of a file, or why it cannot be had. Raises OSError where that is not for the file to answer."""
     try:
         return filesystem.read_bytes(uri)
     except (OSError, ValueError) as error:
-        return BadImage(f"cannot be read: {error}")
+        return rejection(error, uri)
+
+
+def rejection(error: Exception, uri: str) -> BadImage:
+    """The reason for rejecting what `uri` holds.
+
+    Raises `error` again where it says nothing of the file: a store that refuses or does not answer, a disk that fails,
+    too many open files. Its images would be rejected for good, and are there when the run goes on.
+    """
+    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+        is_of_the_store = "://" in uri and (isinstance(error, PermissionError) or _OF_A_STORE.search(str(error)))
+        if is_of_the_store or error.errno not in _OF_A_FILE:
+            raise error
+    return BadImage(f"cannot be read: {error}")

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from elfs_ray.credentials import refuse_credentials
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.images import BadImage
-from elfs_ray.storage.pool_files import PoolColumns, Unit, read_file
+from elfs_ray.storage.pool_files import PoolColumns, Unit, read_file, rejection
 
 ROW_URI = re.compile(r"(?P<container>.*)#row=(?P<row>\d+)", re.DOTALL)
 
@@ -43,7 +43,7 @@ def read_parquet_rows(container: str, rows: list[int], columns: PoolColumns) -> 
         file = open_parquet(container)
         name = find_image_column(file.schema_arrow, container, columns.image)
     except ValueError as error:
-        yield from (BadImage(f"cannot be read: {error}") for _ in rows)
+        yield from (rejection(error, container) for _ in rows)
         return
     with file:
         ascending = sorted(set(rows))
@@ -56,11 +56,12 @@ def read_parquet_rows(container: str, rows: list[int], columns: PoolColumns) -> 
 
 
 def open_parquet(uri: str) -> pq.ParquetFile:
-    """Open a file by its uri. Raises ValueError where it is not Parquet."""
+    """Open a file by its uri. Raises ValueError where it is not Parquet, OSError where it cannot be reached."""
     store, path = filesystem.resolve(uri)
     try:
         return pq.ParquetFile(path, filesystem=store)
     except (pa.ArrowInvalid, OSError) as error:
+        rejection(error, uri)
         raise ValueError(f"{uri} cannot be read as Parquet: {error}. Mend it or move it out of the pool.") from error
 
 
@@ -88,9 +89,14 @@ def _is_string(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
+def check_label_column(columns: pa.Schema, uri: str, name: str | None) -> None:
+    """Raise ValueError where a column of labels is asked for and there is none of that name."""
+    if name is not None and name not in columns.names:
+        raise ValueError(f"{uri} has columns {columns.names}, none named {name!r}: set pool.label")
+
+
 def _labels(file: pq.ParquetFile, name: str, uri: str) -> pa.Array:
-    if name not in file.schema_arrow.names:
-        raise ValueError(f"{uri} has columns {file.schema_arrow.names}, none named {name!r}: set pool.label")
+    check_label_column(file.schema_arrow, uri, name)
     values = _read_column(file, name, uri)
     try:
         return values.combine_chunks().cast(pa.int32())
@@ -102,6 +108,7 @@ def _read_column(file: pq.ParquetFile, name: str, uri: str) -> pa.ChunkedArray:
     try:
         return file.read([name])[name]
     except (pa.ArrowInvalid, OSError) as error:
+        rejection(error, uri)
         raise ValueError(
             f"{uri}: column {name!r} cannot be read: {error}. Mend it or move it out of the pool."
         ) from error
@@ -133,6 +140,7 @@ def _read_ascending_rows(
                 yield _image_bytes(value, container)
                 num_read += 1
         except (pa.ArrowException, OSError) as error:
+            rejection(error, container)
             reason = f"{container} cannot be read in row group {group}: {error}"
             yield from (BadImage(reason) for _ in pending[num_read:])
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.images import BadImage
-from elfs_ray.storage.pool_files import Unit, is_hidden, is_image
+from elfs_ray.storage.pool_files import Unit, is_hidden, is_image, rejection
 
 READ_AHEAD_BYTES = 1 << 20
 MEMBER_URI = re.compile(
@@ -46,7 +46,7 @@ def read_tar_members(container: str, uris: list[str]) -> Iterator[bytes | BadIma
         store, path = filesystem.resolve(container)
         file = store.open_input_file(path)
     except (OSError, ValueError) as error:
-        yield from (BadImage(f"cannot be read: {error}") for _ in uris)
+        yield from (rejection(error, container) for _ in uris)
         return
     with file:
         for uri in uris:
@@ -116,4 +116,4 @@ def _read_tar_member(file: pa.NativeFile, offset: int, size: int, container: str
     try:
         return file.read_at(size, offset)
     except OSError as error:
-        return BadImage(f"cannot be read: {error}")
+        return rejection(error, container)

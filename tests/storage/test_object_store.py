@@ -22,6 +22,8 @@ WITH_CREDENTIALS = (
     f"s3://bucket/run?access_key=AKIAEXAMPLE&secret_key={SECRET}",
     f"gs://bucket/run?access_token={SECRET}",
     f"https://host/a.jpg?X-Amz-Credential={SECRET}",
+    f"https://host/a.jpg?x=1&X-Goog-Signature={SECRET}",
+    f"https://host/a.jpg?AWSAccessKeyId=AKIAEXAMPLE&Signature={SECRET}",
 )
 
 
