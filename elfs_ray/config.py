@@ -6,10 +6,11 @@ config_keys.py declares the keys, config_checks.py holds the checks.
 import dataclasses
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, UnsupportedValueType
 
 from elfs_ray.config_checks import (
@@ -67,8 +68,7 @@ def load_config(
 
     Raises ConfigError for an unknown key, a value of the wrong type or outside its bounds, or a missing key.
     """
-    merged = OmegaConf.structured(Config)
-    OmegaConf.set_struct(merged, True)
+    merged = _defaults()
     if base is not None:
         merged = _merge(merged, OmegaConf.create(dict(base)), "the run directory's config")
     if yaml_path is not None:
@@ -77,19 +77,36 @@ def load_config(
         merged = _merge(merged, _load_yaml(yaml_path), str(yaml_path))
     for override in overrides:
         merged = _merge(merged, _parse_override(override), override)
-    missing = sorted(OmegaConf.missing_keys(merged))
-    if missing:
-        raise ConfigError(f"no value for {', '.join(missing)}: give {' '.join(f'{key}=...' for key in missing)}")
-    config = OmegaConf.to_object(merged)
-    assert isinstance(config, Config)
+    config = _resolve(merged)
     check_fields(config)
     check_relations(config)
     return config
 
 
+def _resolve(merged: DictConfig) -> Config:
+    """The config as plain Python, with ${...} filled in. Raises ConfigError for keys that have no value."""
+    try:
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise ConfigError(f"no value for {', '.join(missing)}: give {' '.join(f'{key}=...' for key in missing)}")
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"bad value for {error.full_key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(config, Config)
+    return config
+
+
+@lru_cache
+def _defaults() -> DictConfig:
+    """Every key with its default; merging copies it."""
+    merged = OmegaConf.structured(Config)
+    OmegaConf.set_struct(merged, True)
+    return merged
+
+
 def describe_keys(yaml_path: str | Path | None = None) -> Iterator[tuple[str, str, str]]:
     """(key, default with its unit, meaning) of every key, with the defaults of a YAML file where one is given."""
-    merged = OmegaConf.structured(Config)
+    merged = _defaults()
     if yaml_path is not None:
         merged = _merge(merged, _load_yaml(yaml_path), str(yaml_path))
     for key, spec in fields_of(Config):
@@ -120,7 +137,10 @@ def deciding_keys(section: Any) -> dict[str, Any]:
 
 
 def _load_yaml(path: str | Path) -> DictConfig:
-    loaded = OmegaConf.load(path)
+    try:
+        loaded = OmegaConf.load(path)
+    except Exception as error:  # of the YAML parser, of the file system, of text that is none
+        raise ConfigError(f"config file {str(path)!r} cannot be read: {error}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path} holds a list: needed are keys with values")
     _refuse_credentials("", OmegaConf.to_container(loaded))
@@ -130,7 +150,7 @@ def _load_yaml(path: str | Path) -> DictConfig:
 def _parse_override(override: str) -> DictConfig:
     key, equals, value = override.partition("=")
     _refuse_credentials(key, value)
-    if not equals or not key:
+    if not equals or not key or value.strip() == MISSING:
         raise ConfigError(f"{override!r} is not an override: write key=value (see --help for the keys)")
     try:
         return OmegaConf.from_dotlist([override])

@@ -1,11 +1,14 @@
 """Checks of a config before anything starts: each key by itself, keys beside each other, and against the pool."""
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
 
 from elfs_ray.config_keys import SELF_SUPERVISED, Bounds, Config, ConfigError, TrainConfig, fields_of
 
+MAX_NUMBER = 2**31 - 1  # where a key has no limit of its own
+MAX_WORKERS = 100_000
 LR_BATCH_SIZE = 256  # what train.scale_lr takes train.lr for
 
 
@@ -21,9 +24,11 @@ def worker_range(num_workers: int | str | None, key: str) -> tuple[int, int] | N
     fewest, dash, most = str(num_workers).partition("-")
     if fewest.isdecimal() and (most.isdecimal() or not dash):
         limits = int(fewest), int(most or fewest)
-        if 1 <= limits[0] <= limits[1]:
+        if 1 <= limits[0] <= limits[1] <= MAX_WORKERS:
             return limits
-    raise ConfigError(f"{key}={num_workers!r}: needed is a number >= 1 or a range such as 1-4")
+    raise ConfigError(
+        f"{key}={num_workers!r}: needed is a number >= 1 and <= {MAX_WORKERS:,} or a range such as 1-4"
+    )
 
 
 def check_temi_workers(batch_size: int, num_workers: int) -> None:
@@ -43,6 +48,11 @@ def check_against_pool(config: Config, num_samples: int) -> None:
         raise ConfigError(
             f"cluster.num_clusters={config.cluster.num_clusters} is more than the pool's {num_samples} samples: "
             "give fewer clusters"
+        )
+    if (config.cluster.num_neighbors or 0) >= num_samples:
+        raise ConfigError(
+            f"cluster.num_neighbors={config.cluster.num_neighbors} of the pool's {num_samples} samples: needed are "
+            "fewer neighbours than samples"
         )
     check_budgets(config, num_samples)
 
@@ -86,6 +96,11 @@ def _check_value(key: str, value: Any, bounds: Bounds | None, choices: Sequence[
         raise ConfigError(f"bad value for {key}: {value!r}; needed is {' or '.join(needed)}")
     if (is_number and bounds and not bounds.allow(value)) or (choices and not is_number and value not in choices):
         raise ConfigError(f"{key}={value!r}: needed is {' or '.join(needed)}")
+    if is_number and not math.isfinite(value):
+        raise ConfigError(f"{key}={value!r}: needed is a finite number")
+    is_limited = bounds is not None and not (bounds.at_most is None and bounds.below is None)
+    if is_number and not is_limited and abs(value) > MAX_NUMBER:
+        raise ConfigError(f"{key}={value!r}: needed is a number <= {MAX_NUMBER}")
 
 
 def check_relations(config: Config) -> None:
@@ -119,6 +134,11 @@ def check_relations(config: Config) -> None:
     worker_range(config.embed.num_workers, "embed.num_workers")
     if train.warmup_epochs >= train.epochs and train.warmup_epochs > 0:
         raise ConfigError(f"train.warmup_epochs={train.warmup_epochs}: needed are fewer than {train.epochs} epochs")
+    size = train.image_size or config.embed.proxy_image_size
+    if train.augmentation in ("crop_flip", "crop") and train.crop_padding >= size:
+        raise ConfigError(
+            f"train.crop_padding={train.crop_padding}: images of {size} pixels can be padded by {size - 1} at most"
+        )
     if train.image_size is not None and train.image_size > config.embed.proxy_image_size:
         raise ConfigError(
             f"train.image_size={train.image_size} is above embed.proxy_image_size={config.embed.proxy_image_size}: "

@@ -75,6 +75,10 @@ def option(
 
 
 POSITIVE = Bounds(at_least=1)
+SIDE = Bounds(at_least=1, at_most=8192)
+PROXY_SIDE = Bounds(at_least=8, at_most=4096)
+BATCH = Bounds(at_least=2, at_most=1 << 20)
+WIDTH = Bounds(at_least=1, at_most=1 << 16)
 
 
 @dataclass
@@ -111,16 +115,16 @@ class EmbedConfig:
     )
     weights_sha256: str | None = option(None, "SHA-256 that the weights file must have")
     image_size: int | None = option(
-        None, "side of the square that the encoder sees; null takes its own", unit="pixels", bounds=POSITIVE
+        None, "side of the square that the encoder sees; null takes its own", unit="pixels", bounds=SIDE
     )
     resize: int | None = option(
         None,
         "short side before that square is cut from the centre; null takes image_size",
         unit="pixels",
-        bounds=POSITIVE,
+        bounds=SIDE,
     )
     proxy_image_size: int = option(
-        32, "short side of the copies that the proxy network trains on", unit="pixels", bounds=Bounds(at_least=8)
+        32, "short side of the copies that the proxy network trains on", unit="pixels", bounds=PROXY_SIDE
     )
     proxy_jpeg_quality: int = option(
         92, "JPEG quality of copies above 64 pixels (smaller ones are PNG)", bounds=Bounds(at_least=1, at_most=95)
@@ -238,13 +242,13 @@ class TemiConfig:
     """Deep clustering by TEMI; a key that is null takes the profile's value."""
 
     profile: str = option("paper", "paper: the published settings; cpu: minutes on 2 cores", choices=("paper", "cpu"))
-    num_heads: int | None = option(None, "heads trained side by side (paper 50, cpu 8)", unit="heads", bounds=POSITIVE)
+    num_heads: int | None = option(None, "heads trained side by side (paper 50, cpu 8)", unit="heads", bounds=WIDTH)
     num_epochs: int | None = option(None, "passes over the pool (paper 200, cpu 10)", unit="epochs", bounds=POSITIVE)
     num_warmup_epochs: int | None = option(
         None, "epochs of linear warm-up (paper 20, cpu 1)", unit="epochs", bounds=Bounds(at_least=0)
     )
     batch_size: int | None = option(
-        None, "global batch, a multiple of the workers (paper 1024, cpu 256)", unit="images", bounds=Bounds(at_least=2)
+        None, "global batch, a multiple of the workers (paper 1024, cpu 256)", unit="images", bounds=BATCH
     )
     learning_rate: float | None = option(
         None, "of AdamW for a batch of 256, scaled with the batch (paper 1e-4, cpu 1e-3)", bounds=Bounds(above=0)
@@ -258,8 +262,8 @@ class TemiConfig:
     marginal_momentum: float | None = option(
         None, "of the marginal's moving average (0.9)", bounds=Bounds(at_least=0, below=1)
     )
-    hidden_dim: int | None = option(None, "width of the hidden layer (512)", bounds=POSITIVE)
-    bottleneck_dim: int | None = option(None, "width of the bottleneck (256)", bounds=POSITIVE)
+    hidden_dim: int | None = option(None, "width of the hidden layer (512)", bounds=WIDTH)
+    bottleneck_dim: int | None = option(None, "width of the bottleneck (256)", bounds=WIDTH)
     pca_dim: int | None = option(
         None, "principal components before the heads (paper: none, cpu 128); 0 for none", bounds=Bounds(at_least=0)
     )
@@ -335,9 +339,7 @@ class TrainConfig:
 
     network: str = option("resnet18", "resnet18 (3x3 stem), resnet34, resnet50, small_cnn")
     epochs: int = option(200, "passes over the pool", unit="epochs", bounds=POSITIVE)
-    batch_size: int = option(
-        256, "global batch, whatever the number of workers", unit="images", bounds=Bounds(at_least=2)
-    )
+    batch_size: int = option(256, "global batch, whatever the number of workers", unit="images", bounds=BATCH)
     micro_batch_size: int | None = option(
         None,
         "images a worker takes at once, accumulated to its part of the batch; null takes all",
@@ -361,7 +363,7 @@ class TrainConfig:
         None,
         "side of the square that the network sees; null takes embed.proxy_image_size",
         unit="pixels",
-        bounds=Bounds(at_least=8),
+        bounds=PROXY_SIDE,
     )
     mean: list[float] = option([0.485, 0.456, 0.406], "mean of each channel, of pixels scaled to 0..1")
     std: list[float] = option([0.229, 0.224, 0.225], "standard deviation of each channel")
@@ -478,7 +480,7 @@ class EvaluateConfig:
     test_uri: str | None = option(None, "labelled images to test on, stored as the pool is; never seen by a selection")
     network: str = option("resnet18", "resnet18 (3x3 stem), resnet34, resnet50, small_cnn")
     iterations: int = option(40_000, "steps of every training, whatever the budget", unit="steps", bounds=POSITIVE)
-    batch_size: int = option(256, "images a step", unit="images", bounds=Bounds(at_least=2))
+    batch_size: int = option(256, "images a step", unit="images", bounds=BATCH)
     lr: float = option(0.1, "SGD learning rate at the start", bounds=Bounds(above=0))
     num_seeds: int = option(3, "trainings of each selection; each seed draws other random samples", bounds=POSITIVE)
 
