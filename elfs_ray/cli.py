@@ -1,41 +1,47 @@
 """The command line that every job shares: key=value overrides, --help, --dry-run, one message for an error."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import FrameType
 
 from elfs_ray.config import Config, ConfigError, describe_keys, load_config
 from elfs_ray.progress import count, say
 from elfs_ray.storage import schema
-from elfs_ray.storage.run_dir import RunDir
+from elfs_ray.storage.run_dir import BadMarkerError, RunDir
 
-EXIT_OK, EXIT_FAILED, EXIT_BAD_CONFIG, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_OK, EXIT_FAILED, EXIT_BAD_CONFIG, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 130, 143
 
 
 def run_job(description: str, yaml_path: str | Path, arguments: list[str] | None = None) -> int:
     """Run the pipeline with the config of `yaml_path` and the command line's overrides; returns the exit code.
 
-    0 done, 2 for a config that cannot be run (one message, no work begun), 1 for a failure in a stage, 130 for Ctrl-C.
+    0 done, 2 for a config that cannot be run (one message, no work begun), 1 for a failure in a stage, 130 for Ctrl-C,
+    143 for SIGTERM.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     return report_errors(lambda: _run(description, yaml_path, arguments))
 
 
 def report_errors(job: Callable[[], None]) -> int:
-    """Call `job`; turn what it raises into a message and an exit code."""
+    """Call `job`; turn what it raises, Ctrl-C and SIGTERM into a message and an exit code."""
+    on_sigterm = _OnSigterm()
+    signal.signal(signal.SIGTERM, on_sigterm)
     try:
         job()
         sys.stdout.flush()
     except BrokenPipeError:
         # Who read the output has seen enough, as `head` does. Python's own flush at exit would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except ConfigError as error:
+    except (ConfigError, BadMarkerError) as error:
         say(f"error: {error}")
         return EXIT_BAD_CONFIG
-    except KeyboardInterrupt:
-        say("\ninterrupted: what is complete is kept; type the same command to go on")
-        return EXIT_INTERRUPTED
+    except KeyboardInterrupt as stop:
+        what, code = ("terminated", EXIT_TERMINATED) if on_sigterm.came else ("interrupted", EXIT_INTERRUPTED)
+        _say_what_is_kept(stop, what)
+        return code
     except Exception as error:
         if os.environ.get("ELFS_RAY_TRACEBACK"):
             raise
@@ -45,6 +51,26 @@ def report_errors(job: Callable[[], None]) -> int:
         )
         return EXIT_FAILED
     return EXIT_OK
+
+
+class _OnSigterm:
+    """Ends the job as Ctrl-C does. Ray lets a KeyboardInterrupt through its calls, and nothing else as it was."""
+
+    came = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.came = True
+        raise KeyboardInterrupt
+
+
+def _say_what_is_kept(stop: KeyboardInterrupt, what: str) -> None:
+    """One line: what is kept and how to go on. Who is told to stop once more ends at once, without waiting for Ray."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # Ray's processes on this machine end with the one that started them, however it ends.
+        signal.signal(number, signal.SIG_DFL)
+    kept = "; ".join(getattr(stop, "__notes__", ())) or "what is complete is kept"
+    line = f"{what}: {kept}; the same command goes on from there"
+    say(f"\n{line}" if sys.stderr.isatty() else line)
 
 
 def _run(description: str, yaml_path: str | Path, arguments: list[str]) -> None:

@@ -4,12 +4,14 @@ import concurrent.futures
 import contextlib
 import logging
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elfs_ray.cluster_growth import Growth, find_growth
 from elfs_ray.config import ConfigError
@@ -18,6 +20,7 @@ from elfs_ray.progress import Progress, count
 # Before a worker imports numpy or torch: one thread for each CPU that it was given, not one for each of the machine's.
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 TASKS_PER_CPU = 2
+OUT_OF_MEMORY_RETRIES = 10  # of a task; Ray's own default is to try for ever
 
 
 def connect(address: str | None, *, show_worker_logs: bool = False, **init_options: Any) -> None:
@@ -29,8 +32,10 @@ def connect(address: str | None, *, show_worker_logs: bool = False, **init_optio
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_task_oom_retries", str(OUT_OF_MEMORY_RETRIES))
     for name in ("ray", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     ray.init(
         address=address,
         log_to_driver=show_worker_logs,
@@ -38,6 +43,9 @@ def connect(address: str | None, *, show_worker_logs: bool = False, **init_optio
         runtime_env={"env_vars": _ONE_THREAD},
         **init_options,
     )
+    if threading.current_thread() is threading.main_thread():
+        # Ray's core has put a handler of its own below Python's, which aborts; a job is stopped by this signal.
+        signal.signal(signal.SIGTERM, on_sigterm if callable(on_sigterm) else signal.getsignal(signal.SIGTERM))
 
 
 @dataclass(frozen=True)
@@ -163,7 +171,7 @@ def get_result(reference: ray.ObjectRef) -> Any:
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        raise error.as_instanceof_cause() from None
+        raise error.cause from error
 
 
 def call_interruptibly(function: Callable[[], Any]) -> Any:
@@ -199,7 +207,9 @@ class _Board:
 @contextlib.contextmanager
 def remote_progress(progress: Progress) -> Iterator[Any]:
     """Show what remote workers report: yields an actor with `write.remote(done, note)`, read twice a second."""
-    board: Any = ray.remote(num_cpus=0)(_Board).remote()
+    # On the driver's node: one on a node that is lost would take the stage with it.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(_Board).remote()
     stop = threading.Event()
 
     def watch() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from elfs_ray.config import Config, ConfigError, check_budgets, deciding_keys, load_config
+from elfs_ray.pipeline import locked
 from elfs_ray.progress import format_duration, say
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import Marker, RunDir
@@ -61,16 +62,17 @@ def run(config: Config, table: str) -> Mapping[str, Any]:
     if _is_done(config, run_dir, table):
         say(f"nothing to do: {run_dir.path(table)} is complete")
         return run_dir.figures(table)
-    connect(config.ray_address, show_worker_logs=config.ray_logs)
     tables = schema.coreset_tables(config.budget, table)
-    for own in tables:
-        filesystem.delete(run_dir.path(own))
     marker = _marker(config, run_dir, table)
-    run_dir.mark_started(marker)
-    start_s = time.time()
-    figures = select_coresets(config, run_dir, tables)
-    figures["seconds"] = round(time.time() - start_s, 3)
-    run_dir.mark_complete(Marker(table, marker.config, marker.inputs, figures))
+    connect(config.ray_address, show_worker_logs=config.ray_logs)
+    with locked(run_dir):
+        for own in tables:
+            filesystem.delete(run_dir.path(own))
+        run_dir.mark_started(marker)
+        start_s = time.time()
+        figures = select_coresets(config, run_dir, tables)
+        figures["seconds"] = round(time.time() - start_s, 3)
+        run_dir.mark_complete(Marker(table, marker.config, marker.inputs, figures))
     say(f"select    complete in {format_duration(figures['seconds'])}")
     return figures
 
@@ -102,6 +104,11 @@ def _marker(config: Config, run_dir: RunDir, table: str) -> Marker:
 
 def _is_done(config: Config, run_dir: RunDir, table: str) -> bool:
     """Whether this very coreset is complete. Raises ConfigError for another one of that name, and budgets of no fit."""
+    damage = [line for stage in ("index", "cluster", "select") for line in run_dir.damage(stage)]
+    if damage:
+        raise ConfigError(
+            f"{run_dir.uri} is damaged: {'; '.join(damage)}. Run the pipeline there with on_change=rerun."
+        )
     check_budgets(config, int(run_dir.figures("train")["rows"]))
     success = run_dir.success_marker(table)
     found = success or run_dir.started_marker(table)

@@ -31,7 +31,7 @@ from elfs_ray.methods.temi_training import TemiTrainer, check_collapse, pick_hea
 from elfs_ray.progress import Progress
 from elfs_ray.ray_runtime import num_cpus, num_gpus, remote_progress, resolve_device
 from elfs_ray.stages.cluster_shards import write_label_file
-from elfs_ray.stages.worker_group import WorkerGroup, run_workers
+from elfs_ray.stages.worker_group import WorkerGroup, load_checkpoint, run_workers
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
@@ -143,7 +143,7 @@ def _train_heads(job: _Job) -> None:
         process_group=distributed.group.WORLD if ray.train.get_context().get_world_size() > 1 else None,
     )
     rows = torch.from_numpy(embeddings.copy()).to(device) if device.type == "cuda" else embeddings
-    first_epoch, losses = _load_checkpoint(trainer)
+    first_epoch, losses = _load_checkpoint(job, trainer)
     for epoch in range(first_epoch, job.settings.num_epochs):
         losses.append(train_epoch(trainer, rows, neighbors, job.seed, epoch).tolist())
         if trainer.rank == 0:
@@ -154,13 +154,11 @@ def _train_heads(job: _Job) -> None:
         _write_result(job, trainer, sample_ids, embeddings, losses)
 
 
-def _load_checkpoint(trainer: TemiTrainer) -> tuple[int, list[list[float]]]:
+def _load_checkpoint(job: _Job, trainer: TemiTrainer) -> tuple[int, list[list[float]]]:
     """Restore the last reported state, if there is one; the epoch to go on with and the losses before it."""
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
+    state = load_checkpoint(job.run_dir.path("cluster", CHECKPOINTS_DIR), STATE_FILE)
+    if state is None:
         return 0, []
-    with checkpoint.as_directory() as folder:
-        state = torch.load(os.path.join(folder, STATE_FILE), map_location="cpu", weights_only=True)
     trainer.load_state_dict(state["trainer"])
     return len(state["losses"]), state["losses"]
 

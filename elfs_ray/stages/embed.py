@@ -102,13 +102,15 @@ def _weights(config: Config, run_dir: RunDir) -> Iterator[str | None]:
 
 
 def pending_blocks(run_dir: RunDir, blocks: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The blocks of which an image is neither embedded nor rejected, or whose proxy images are not there."""
-    embedded, rejected = (rows_by_file(run_dir, table) for table in (schema.EMBEDDINGS, schema.REJECTED))
-    copied = {path.rsplit("/", 1)[1] for path in run_dir.table_files(schema.PROXY_IMAGES)}
+    """The blocks of which an image is neither embedded nor rejected, or has no copy for the proxy network."""
+    tables = (schema.EMBEDDINGS, schema.REJECTED, schema.PROXY_IMAGES)
+    embedded, rejected, copied = (rows_by_file(run_dir, table) for table in tables)
 
     def is_done(first: int, last: int) -> bool:
         name = schema.range_file(first, last)
-        return name in copied and embedded.get(name, -1) + rejected.get(name, 0) == last - first + 1
+        num_embedded = embedded.get(name, -1)
+        # An image whose embedding is of no use has been copied before that is known.
+        return num_embedded + rejected.get(name, 0) == last - first + 1 and copied.get(name, -1) >= num_embedded
 
     return [block for block in blocks if not is_done(*block)]
 

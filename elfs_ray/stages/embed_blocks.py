@@ -35,11 +35,18 @@ def plan_blocks(block_images: int | None, side: int, num_samples: int) -> list[t
 
 
 def rows_by_file(run_dir: RunDir, *table: str) -> dict[str, int]:
-    """The rows of each file of a table, from their footers."""
+    """The rows of each file of a table, from their footers; -1 for a file that has none, and is made again."""
     paths = run_dir.table_files(*table)
     with ThreadPoolExecutor(FOOTER_THREADS) as threads:
-        counts = list(threads.map(filesystem.num_rows, paths))
+        counts = list(threads.map(_num_rows, paths))
     return {path.rsplit("/", 1)[1]: count for path, count in zip(paths, counts, strict=True)}
+
+
+def _num_rows(path: str) -> int:
+    try:
+        return filesystem.num_rows(path)
+    except pa.ArrowInvalid:
+        return -1
 
 
 def decode_images(

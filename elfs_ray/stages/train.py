@@ -11,6 +11,7 @@ equals an undisturbed one of as many workers.
 """
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from elfs_ray.config import Config, worker_range
@@ -18,19 +19,19 @@ from elfs_ray.progress import Progress
 from elfs_ray.ray_runtime import num_cpus, num_gpus, remote_progress, resolve_device
 from elfs_ray.stages.proxy_reader import choose_reading
 from elfs_ray.stages.proxy_reader_streamed import load_data
-from elfs_ray.stages.train_worker import RANKING, WorkerJob, history_file, train_worker
+from elfs_ray.stages.train_worker import CHECKPOINTS_DIR, RANKING, WorkerJob, history_file, train_worker
 from elfs_ray.stages.worker_group import WorkerGroup, run_workers
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
-CHECKPOINTS_DIR = "checkpoints"
+FOOTER_THREADS = 32
 
 
 def run_train(config: Config, run_dir: RunDir) -> dict[str, Any]:
     """Train the proxy network. Returns rows an epoch, epochs, workers, how images were read, and every epoch's metrics.
 
     Raises RuntimeError with the workers' message when training gives up, at once where a retry would end the same way:
-    a loss that is not finite, a proxy image that cannot be decoded.
+    a loss that is not finite, a proxy image that cannot be decoded. And where records of a finished epoch are gone.
     """
     device = resolve_device(config.train.device, "train.device")
     limits = worker_range(config.train.num_workers, "train.num_workers") or (
@@ -60,6 +61,7 @@ def run_train(config: Config, run_dir: RunDir) -> dict[str, Any]:
         )
         run_workers(group, train_worker, job)
     history = _finished_history(config, run_dir)
+    _check_records(run_dir, num_samples, len(history))
     return {
         "rows": num_samples,
         "epochs": len(history),
@@ -93,3 +95,17 @@ def _finished_history(config: Config, run_dir: RunDir) -> list[dict[str, float]]
     for epoch in range(len(history), config.train.epochs):
         filesystem.delete(run_dir.path(schema.DYNAMICS, schema.epoch_dir(epoch)))
     return history
+
+
+def _check_records(run_dir: RunDir, num_samples: int, num_epochs: int) -> None:
+    """Every epoch has as many records as there are samples: a checkpoint says so, files that were deleted do not."""
+    epochs = [run_dir.table_files(schema.DYNAMICS, schema.epoch_dir(epoch)) for epoch in range(num_epochs)]
+    with ThreadPoolExecutor(FOOTER_THREADS) as threads:
+        counts = [sum(threads.map(filesystem.num_rows, paths)) for paths in epochs]
+    for epoch, count in enumerate(counts):
+        if count != num_samples:
+            raise RuntimeError(
+                f"{run_dir.path(schema.DYNAMICS, schema.epoch_dir(epoch))} has {count} records of {num_samples} "
+                f"samples, and training is past that epoch: delete {run_dir.path('train')} and "
+                f"{run_dir.path(schema.DYNAMICS)}, then run again"
+            )

@@ -35,9 +35,11 @@ from elfs_ray.methods.sgd_training import (
 from elfs_ray.metrics import report_epoch
 from elfs_ray.stages.proxy_reader import Augmenter, Batch
 from elfs_ray.stages.proxy_reader_streamed import make_reader
+from elfs_ray.stages.worker_group import load_checkpoint
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
+CHECKPOINTS_DIR = "checkpoints"
 HISTORY_DIR = "history"
 STATE_FILE = "state.pt"
 REPORT_INTERVAL_S = 0.5
@@ -303,11 +305,9 @@ class Worker:
 
     def _load_checkpoint(self) -> int:
         """Restore the last reported state, if there is one; the epoch to go on with."""
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
+        state = load_checkpoint(self.job.run_dir.path("train", CHECKPOINTS_DIR), STATE_FILE)
+        if state is None:
             return 0
-        with checkpoint.as_directory() as folder:
-            state = torch.load(os.path.join(folder, STATE_FILE), map_location="cpu", weights_only=True)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

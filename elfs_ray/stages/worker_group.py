@@ -3,8 +3,15 @@
 A worker that dies or fails is replaced with its whole group, which goes on from the last checkpoint. Ray Train starts a
 group again after any exception and has none that it takes for final. So the first worker to meet an error that a retry
 would meet again leaves its message in a file, and the group that is started again returns without work.
+
+Ray Train keeps in a file which checkpoints there are, and rewrites it in place: a kill or a full disk may leave half of
+it. Such a file is dropped, and the workers take the newest checkpoint that is whole (load_checkpoint).
 """
 
+import io
+import json
+import os
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +25,7 @@ from elfs_ray.storage import filesystem
 
 FINAL_ERRORS = (FloatingPointError, ValueError)
 FAILURE_FILE = "failure.txt"
+SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"  # Ray Train's
 RESIZE_INTERVAL_S = 60.0  # between looks at whether an elastic group could have another size
 
 
@@ -47,6 +55,11 @@ class WorkerGroup:
     def failure_file(self) -> str:
         """Holds the message of a final error."""
         return filesystem.join(self.folder, FAILURE_FILE)
+
+    @property
+    def checkpoints(self) -> str:
+        """The folder of its checkpoints."""
+        return filesystem.join(self.folder, self.name)
 
 
 def run_workers(group: WorkerGroup, worker: Callable[[Any], None], job: Any) -> None:
@@ -78,6 +91,7 @@ def run_workers(group: WorkerGroup, worker: Callable[[Any], None], job: Any) -> 
         ),
     )
     filesystem.delete(group.failure_file)
+    _drop_broken_snapshot(group.checkpoints)
     try:
         call_interruptibly(trainer.fit)
     except ray.train.WorkerGroupError as error:
@@ -86,6 +100,39 @@ def run_workers(group: WorkerGroup, worker: Callable[[Any], None], job: Any) -> 
             raise RuntimeError(f"training gave up after {group.max_failures} retries: {cause}") from error
     if filesystem.exists(group.failure_file):
         raise RuntimeError(f"training stopped: {filesystem.read_bytes(group.failure_file).decode()}")
+
+
+def load_checkpoint(folder: str, file: str) -> dict[str, Any] | None:
+    """What `file` of the last checkpoint holds, plain data alone, on the CPU; None where there is no checkpoint.
+
+    To be called in a worker. `folder` has the checkpoints, for the case that Ray Train does not know of them any more.
+    """
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as local:
+            return torch.load(os.path.join(local, file), map_location="cpu", weights_only=True)
+    names = sorted((info.base_name for info in filesystem.list_dirs(folder)), reverse=True)
+    for name in names:
+        try:
+            data = io.BytesIO(filesystem.read_bytes(filesystem.join(folder, name, file)))
+            return torch.load(data, map_location="cpu", weights_only=True)
+        except (FileNotFoundError, RuntimeError, EOFError, pickle.UnpicklingError):
+            continue  # its upload was cut off
+    return None
+
+
+def _drop_broken_snapshot(folder: str) -> None:
+    """Delete Ray Train's list of checkpoints where it cannot be read, or names checkpoints that are not there."""
+    path = filesystem.join(folder, SNAPSHOT_FILE)
+    try:
+        listed = json.loads(filesystem.read_bytes(path))["checkpoint_results"]
+        names = [result["checkpoint_dir_name"] for result in listed]
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError):
+        names = [""]
+    if not all(name and filesystem.exists(filesystem.join(folder, name)) for name in names):
+        filesystem.delete(path)
 
 
 def _work(loop_config: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ store shows an object only when its upload is complete. A URI is a bucket and a 
 import contextlib
 import os
 import posixpath
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,6 +20,7 @@ from elfs_ray.credentials import refuse_credentials
 from elfs_ray.storage.object_store import explained, open_store, upload
 
 ROWS_PER_GROUP = 1 << 16
+_HALF_WRITTEN = re.compile(r".*\.[0-9a-f]{32}\.tmp")
 
 
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
@@ -61,6 +63,14 @@ def exists(uri: str) -> bool:
 def is_dir(uri: str) -> bool:
     filesystem, path = resolve(uri)
     return filesystem.get_file_info(path).type == fs.FileType.Directory
+
+
+@explained
+def file_size(uri: str) -> int | None:
+    """The bytes of a file; None where there is none of that name."""
+    filesystem, path = resolve(uri)
+    info = filesystem.get_file_info(path)
+    return info.size if info.type == fs.FileType.File else None
 
 
 def list_files(uri: str, *, recursive: bool = False) -> list[fs.FileInfo]:
@@ -177,6 +187,21 @@ def delete(uri: str) -> None:
         # Of a folder that is only a part of names nothing is left to delete once its objects are.
         with contextlib.suppress(FileNotFoundError):
             filesystem.delete_dir(path)
+
+
+def delete_half_written(uri: str) -> int:
+    """Delete what killed writers left of their files in a folder and below it; how many there were.
+
+    Only local folders have any, and only while nobody writes to one may this be called.
+    """
+    filesystem, path = resolve(uri)
+    if not isinstance(filesystem, fs.LocalFileSystem):
+        return 0
+    found = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+    half_written = [name for name in found if _HALF_WRITTEN.fullmatch(os.path.basename(name))]
+    for name in half_written:
+        os.unlink(name)
+    return len(half_written)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ tables readable to later stages.
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,12 @@ import numpy as np
 import pyarrow as pa
 
 from elfs_ray.storage import filesystem, schema
+
+TABLES = "tables"  # the figure of a complete stage that says how many files and bytes each of its tables has
+
+
+class BadMarkerError(ValueError):
+    """A marker that cannot be read; the message says which, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +49,16 @@ class Marker:
 
     @classmethod
     def from_json(cls, data: bytes) -> "Marker":
-        fields = json.loads(data)
-        return cls(fields["stage"], fields["config"], fields["inputs"], fields["figures"])
+        """Raises ValueError for anything that `to_json` did not write."""
+        try:
+            fields = json.loads(data)
+            marker = cls(fields["stage"], fields["config"], fields["inputs"], fields["figures"])
+            identity = fields["identity"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"it holds no marker: {type(error).__name__} {error}") from error
+        if identity != marker.identity:
+            raise ValueError(f"it was changed: its content is that of {marker.identity}, it says {identity}")
+        return marker
 
 
 class RunDir:
@@ -82,6 +96,30 @@ class RunDir:
                 f"stage '{stage}' is not complete in {self.uri}: run it first (the pipeline does so by itself)"
             )
         return marker.figures
+
+    def measure(self, names: Iterable[str]) -> dict[str, dict[str, int]]:
+        """How many files and bytes each table (a folder, of which Parquet files count) or file has, from listings."""
+        return {name: self._measure(name) for name in names}
+
+    def damage(self, stage: str) -> tuple[str, ...]:
+        """How the tables of a complete stage differ from what its marker says of them: a line for each that does."""
+        marker = self.success_marker(stage)
+        recorded = marker.figures.get(TABLES, {}) if marker else {}
+        found = self.measure(recorded)
+        return tuple(
+            f"{name} has {found[name]['files']} files of {found[name]['bytes']:,} bytes, "
+            f"{size['files']} of {size['bytes']:,} were written"
+            for name, size in recorded.items()
+            if found[name] != size
+        )
+
+    def _measure(self, name: str) -> dict[str, int]:
+        size = filesystem.file_size(self.path(name))
+        if size is not None:
+            return {"files": 1, "bytes": size}
+        files = filesystem.list_files(self.path(name), recursive=True)
+        sizes = [info.size for info in files if info.base_name.endswith(".parquet")]
+        return {"files": len(sizes), "bytes": sum(sizes)}
 
     def table_files(self, *parts: str) -> list[str]:
         """The paths of a table's Parquet files, in the order of their names; none if it has no rows."""
@@ -125,7 +163,16 @@ class RunDir:
         return rows.take(order[np.searchsorted(have[order], sample_ids)])
 
     def _read_marker(self, stage: str, name: str) -> Marker | None:
+        path = self.path(stage, name)
         try:
-            return Marker.from_json(filesystem.read_bytes(self.path(stage, name)))
+            return Marker.from_json(filesystem.read_bytes(path))
         except FileNotFoundError:
             return None
+        except ValueError as error:
+            what_to_do = (
+                "delete it, and the stage goes on from what is complete"
+                if name == schema.SUCCESS_FILE
+                else f"how stage {stage} was begun is not known any more: delete {self.path(stage)} and run again with "
+                "on_change=rerun"
+            )
+            raise BadMarkerError(f"{path} cannot be read: {error}. Restore it, or {what_to_do}.") from error

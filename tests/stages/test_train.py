@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,11 +22,11 @@ from scipy.stats import spearmanr
 
 from elfs_ray.methods.dynamics import epoch_order
 from elfs_ray.methods.proxy_models import build_proxy_model
-from elfs_ray.stages import proxy_reader, train
+from elfs_ray.stages import proxy_reader, train, worker_group
 from elfs_ray.stages.proxy_reader import Augmenter
 from elfs_ray.stages.train_worker import init_seed
 from elfs_ray.storage.run_dir import RunDir
-from tests.tables import GAPS, contents, digit_images, digits_config, write_clustered
+from tests.tables import GAPS, contents, digit_images, digits_config, write_clustered, write_trained
 from tests.workers import training_worker_pids
 
 NUM_SAMPLES = 1003
@@ -132,6 +133,53 @@ def test_a_killed_driver_goes_on_to_the_same_bytes(undisturbed, tmp_path):
     assert weights(tmp_path / "run") == weights(folder)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("undisturbed", [(2, "memory")], indirect=True, ids=str)
+@pytest.mark.parametrize("broken", ["half a list", "a checkpoint that is gone", "an upload cut off"])
+def test_a_list_of_checkpoints_that_a_kill_left_broken_costs_no_epoch(undisturbed, tmp_path, broken):
+    folder, overrides, _ = undisturbed
+    copy = shutil.copytree(folder, tmp_path / "run")
+    checkpoints = copy / "train" / "checkpoints"
+    listed = checkpoints / worker_group.SNAPSHOT_FILE
+    (last,) = checkpoints.glob("checkpoint_*")
+    if broken == "a checkpoint that is gone":
+        listed.write_bytes(listed.read_bytes().replace(last.name.encode(), b"checkpoint_2000-01-01_00-00-00.000000"))
+    else:
+        listed.write_bytes(listed.read_bytes()[:100])
+    if broken == "an upload cut off":
+        newer = checkpoints / "checkpoint_2999-01-01_00-00-00.000000"
+        newer.mkdir()
+        (newer / "state.pt").write_bytes((last / "state.pt").read_bytes()[:1000])
+    before = {path: path.stat().st_mtime_ns for path in copy.glob("dynamics/*/*")}
+    figures = train.run_train(digits_config(copy, *overrides), RunDir(str(copy)))
+    assert figures["epochs"] == 3
+    assert {path: path.stat().st_mtime_ns for path in copy.glob("dynamics/*/*")} == before
+
+
+def test_a_list_of_checkpoints_that_is_whole_is_left_alone(tmp_path):
+    (tmp_path / "checkpoint_1").mkdir()
+    for content, is_kept in (
+        (b'{"checkpoint_results": [{"checkpoint_dir_name": "checkpoint_1"}]}', True),
+        (b'{"checkpoint_results": []}', True),
+        (b'{"checkpoint_results": [{"checkpoint_dir_name": "checkpoint_2"}]}', False),
+        (b'{"checkpoint_results": [{}]}', False),
+        (b'{"checkpoint_res', False),
+        (b"", False),
+    ):
+        (tmp_path / worker_group.SNAPSHOT_FILE).write_bytes(content)
+        worker_group._drop_broken_snapshot(str(tmp_path))
+        assert (tmp_path / worker_group.SNAPSHOT_FILE).exists() == is_kept, content
+
+
+def test_records_that_were_deleted_after_training_are_missed(tmp_path):
+    run_dir = RunDir(str(tmp_path))
+    write_trained(run_dir, 200, num_epochs=3)
+    train._check_records(run_dir, 198, 3)
+    sorted(tmp_path.glob("dynamics/epoch=001/*"))[0].unlink()
+    with pytest.raises(RuntimeError, match=r"epoch=001 has \d+ records of 198 samples.*delete .*train and .*dynamics"):
+        train._check_records(run_dir, 198, 3)
+
+
 def test_records_equal_a_plain_loop_that_keeps_every_logit(ray_cluster, tmp_path):
     """One worker: every sample once an epoch, too."""
     overrides = ("train.num_workers=1", "train.cpus_per_worker=1", "train.batch_size=64")
@@ -149,7 +197,7 @@ def test_records_equal_a_plain_loop_that_keeps_every_logit(ray_cluster, tmp_path
 
 
 def test_a_diverged_loss_stops_at_once_with_epoch_step_and_learning_rate(ray_cluster, tmp_path):
-    overrides = ("train.lr=1e30", "train.num_workers=2", "train.cpus_per_worker=1", "train.max_failures=-1")
+    overrides = ("train.lr=1e9", "train.num_workers=2", "train.cpus_per_worker=1", "train.max_failures=-1")
     with pytest.raises(RuntimeError, match=r"loss is (nan|inf) at epoch 0, step \d+, learning rate \S+e\+\d"):
         run(tmp_path, *overrides)
 
