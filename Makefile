@@ -1,12 +1,13 @@
 # make demo   the whole pipeline on real images, then an evaluation beside random
 # make test   lint, types and tests
-# Both make .venv first, and again when pyproject.toml or constraints.txt is newer.
+# make chaos  the pipeline struck by faults, and its bytes compared; make audit  known holes of the dependencies
+# All make .venv first, and again when pyproject.toml or constraints.txt is newer.
 
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := elfs_ray jobs benchmarks tests
 
-.PHONY: demo test test-slow test-gpu format clean
+.PHONY: demo test test-slow test-gpu chaos audit format clean
 
 demo: .venv/ready
 	$(BIN)/python jobs/quickstart.py
@@ -22,6 +23,15 @@ test-slow: .venv/ready
 
 test-gpu: .venv/ready
 	$(BIN)/pytest -m gpu
+
+chaos: .venv/ready
+	$(BIN)/python benchmarks/chaos.py
+
+# Strict, because a package that the database of holes does not know would pass for one without any.
+audit: .venv/ready
+	$(BIN)/python -m venv .venv/audit
+	.venv/audit/bin/pip install --quiet pip-audit
+	.venv/audit/bin/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
 
 format: .venv/ready
 	$(BIN)/ruff check --fix $(SOURCES)

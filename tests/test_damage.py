@@ -244,7 +244,8 @@ def test_a_directory_that_cannot_be_written_is_refused_before_any_work(ray_clust
 def test_six_kinds_of_faults_in_one_run_change_no_byte(finished, pool, small_disk, monkeypatch):
     """As benchmarks/chaos.py does it at random: here at moments that are always met."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
-    from chaos import Fault, Place, Run
+    from chaos import Fault, Run
+    from chaos_places import Place
 
     remount(small_disk, "size=32m")
     address = ray.get_runtime_context().gcs_address
