@@ -2,8 +2,8 @@
 
 import math
 
-from elfs_ray import pipeline
 from elfs_ray.config import USES_HARD_FRACTION, Config
+from elfs_ray.planning import check, count_pool
 from elfs_ray.progress import count
 from elfs_ray.ray_runtime import Devices, find_devices
 from elfs_ray.resources import check_request, requests_of
@@ -14,8 +14,8 @@ from elfs_ray.storage.run_dir import RunDir
 def describe_plan(config: Config) -> str:
     """What `pipeline.run` would do, with counts and resources, after the same checks. Raises ConfigError."""
     run_dir = RunDir(config.run_dir)
-    plan = pipeline.check(config, run_dir)
-    num_samples, exact = pipeline.count_pool(config, run_dir)
+    plan = check(config, run_dir)
+    num_samples, exact = count_pool(config, run_dir)
     devices = find_devices(config.ray_address)
     about = "" if exact else "about "
     lines = [

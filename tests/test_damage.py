@@ -14,8 +14,8 @@ import ray
 
 from elfs_ray import cli
 from elfs_ray.config import ConfigError, load_config
-from elfs_ray.pipeline import check
 from elfs_ray.pipeline import run as run_pipeline
+from elfs_ray.planning import check
 from elfs_ray.storage.run_dir import RunDir
 from tests.tables import contents, digit_images, png
 

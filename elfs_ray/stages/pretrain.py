@@ -19,14 +19,13 @@ from elfs_ray.methods.augmentation_views import ViewSettings
 from elfs_ray.methods.self_supervised_training import CPU_PROFILE, SimclrSettings
 from elfs_ray.progress import Progress, say
 from elfs_ray.ray_runtime import num_cpus, num_gpus, remote_progress, resolve_device
-from elfs_ray.stages.pretrain_worker import PretrainJob, history_file, pretrain_worker
+from elfs_ray.stages.pretrain_worker import CHECKPOINTS_DIR, PretrainJob, history_file, pretrain_worker
 from elfs_ray.stages.proxy_reader import choose_reading, every_image
 from elfs_ray.stages.proxy_reader_streamed import load_data
 from elfs_ray.stages.worker_group import WorkerGroup, run_workers
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
-CHECKPOINTS_DIR = "checkpoints"
 LARGEST_SHARP_SIZE = 64  # pixels: blurring views of smaller images hides what there is
 
 

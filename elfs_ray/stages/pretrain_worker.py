@@ -32,10 +32,12 @@ from elfs_ray.methods.self_supervised_training import (
 from elfs_ray.methods.sgd_training import LossMonitor
 from elfs_ray.stages.proxy_reader import Batch
 from elfs_ray.stages.proxy_reader_streamed import make_reader
+from elfs_ray.stages.worker_group import load_checkpoint
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
 HISTORY_DIR = "history"
+CHECKPOINTS_DIR = "checkpoints"
 STATE_FILE = "state.pt"
 REPORT_INTERVAL_S = 0.5
 MEASURED_STEPS = 16  # the last of an epoch, whose embeddings tell of a collapse
@@ -185,11 +187,9 @@ class PretrainWorker:
 
     def _load_checkpoint(self) -> int:
         """Restore the last reported state, if there is one; the epoch to go on with."""
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
+        state = load_checkpoint(self.job.run_dir.path("pretrain", CHECKPOINTS_DIR), STATE_FILE)
+        if state is None:
             return 0
-        with checkpoint.as_directory() as folder:
-            state = torch.load(os.path.join(folder, STATE_FILE), map_location="cpu", weights_only=True)
         self.trainer.load_state_dict(state)
         return int(state["next_epoch"])
 

@@ -1,0 +1,157 @@
+"""What a run would do with each stage, and every check that can be made before it does."""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from elfs_ray.config import Config, ConfigError, check_against_pool
+from elfs_ray.stage_list import PRETRAINING_STAGES, STAGES, Stage, stages_of
+from elfs_ray.storage import filesystem, schema
+from elfs_ray.storage.pool import PoolColumns, count_unit, find_units
+from elfs_ray.storage.run_dir import BadMarkerError, Marker, RunDir
+
+MAX_UNITS_COUNTED = 64
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """What a run would do with a stage: 'done', 'continue', 'run', or, because of `differences`, 'rerun' or 'mend'.
+
+    'rerun' replaces what was made with another config, or nobody knows with which; 'mend' what is there in part.
+    """
+
+    stage: Stage
+    action: str
+    marker: Marker
+    differences: tuple[str, ...] = ()
+
+    @property
+    def needs_consent(self) -> bool:
+        return self.action in ("rerun", "mend")
+
+
+def check(config: Config, run_dir: RunDir) -> list[PlannedStage]:
+    """Check all that can be known before work starts; the plan. Raises ConfigError."""
+    try:
+        plan = make_plan(config, run_dir)
+        refuse_differences(plan, config, run_dir)
+        actions = {planned.stage.name: planned.action for planned in plan}
+        if config.pretrains and config.pretrain.network is not None:
+            check_network("pretrain.network", config.pretrain.network)
+        if not config.pretrains and actions.get("embed", "done") != "done":
+            _check_encoder(config)
+        check_network("train.network", config.train.network)
+        if config.cluster.method == "file" and not filesystem.exists(str(config.cluster.labels_uri)):
+            raise ConfigError(f"cluster.labels_uri={config.cluster.labels_uri!r} does not exist")
+        check_against_pool(config, count_pool(config, run_dir)[0])
+    except ConfigError:
+        raise
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
+    return plan
+
+
+def check_network(key: str, network: str) -> None:
+    from elfs_ray.methods.proxy_models import PROXY_MODELS
+
+    if network not in PROXY_MODELS:
+        raise ConfigError(f"{key}={network!r}: needed is one of {', '.join(PROXY_MODELS)}")
+
+
+def _check_encoder(config: Config) -> None:
+    from elfs_ray.methods.encoders import check_encoder
+
+    embed = config.embed
+    try:
+        check_encoder(embed.encoder, embed.weights, embed.weights_sha256)
+    except ValueError as error:
+        given = f"embed.encoder={embed.encoder}" + (f", embed.weights={embed.weights}" if embed.weights else "")
+        raise ConfigError(f"{given}: {error}") from error
+
+
+def make_plan(config: Config, run_dir: RunDir) -> list[PlannedStage]:
+    """What a run would do with each stage up to config.until."""
+    plan: list[PlannedStage] = []
+    identities: dict[str, str] = {}
+    for stage in stages_of(config)[: config.stage_names.index(config.until) + 1]:
+        planned = plan_stage(stage, config, run_dir, identities)
+        identities[stage.name] = planned.marker.identity
+        plan.append(planned)
+    return plan
+
+
+def plan_stage(stage: Stage, config: Config, run_dir: RunDir, identities: Mapping[str, str]) -> PlannedStage:
+    """What a run would do with one stage, given the identities of those before it."""
+    wanted = Marker(stage.name, stage.deciding_config(config), {name: identities[name] for name in stage.inputs}, {})
+    try:
+        success, started = run_dir.success_marker(stage.name), run_dir.started_marker(stage.name)
+    except BadMarkerError as error:
+        raise ConfigError(str(error)) from error
+    found = success or started
+    other = other_writer(stage, run_dir)
+    written = () if other is None else (f"{schema.PROXY_IMAGES}/ was written by stage {other.name}",)
+    if found is None:
+        left = tuple(f"{name}/ is there, no marker says how it was made" for name in _left_over(stage, run_dir))
+        return PlannedStage(stage, "rerun" if left or written else "run", wanted, written or left)
+    if found.identity != wanted.identity or written:
+        differences = () if found.identity == wanted.identity else _differences(found, wanted)
+        return PlannedStage(stage, "rerun", wanted, differences + written)
+    damage = run_dir.damage(stage.name)
+    return PlannedStage(stage, "mend" if damage else "done" if success else "continue", wanted, damage)
+
+
+def _left_over(stage: Stage, run_dir: RunDir) -> list[str]:
+    """The folders of a stage that hold files."""
+    folders = dict.fromkeys((*stage.tables, stage.name))
+    return [name for name in folders if filesystem.list_files(run_dir.path(name), recursive=True)]
+
+
+def other_writer(stage: Stage, run_dir: RunDir) -> Stage | None:
+    """The stage that wrote proxy_images/ in place of the one that is to: embed or copy, as the encoder was another."""
+    if schema.PROXY_IMAGES not in stage.tables:
+        return None
+    other = STAGES[1] if stage.name == "copy" else PRETRAINING_STAGES[0]
+    found = run_dir.success_marker(other.name) or run_dir.started_marker(other.name)
+    return None if found is None or "copy" in found.inputs else other
+
+
+def count_pool(config: Config, run_dir: RunDir) -> tuple[int, bool]:
+    """(samples in the pool, whether that is exact): from index/ where it is complete, else from the listing.
+
+    Of more than 64 tars or folders, 64 are counted and the others taken to hold as many.
+    """
+    index = run_dir.success_marker("index")
+    if index is not None:
+        return int(index.figures["rows"]), True
+    units = find_units(config.pool.uri, config.pool.format)
+    columns = PoolColumns(config.pool.image_column, config.pool.label)
+    step = 1 if units[0].format == "parquet" else max(1, len(units) // MAX_UNITS_COUNTED)
+    counted = units[::step]
+    with ThreadPoolExecutor(16) as threads:
+        total = sum(threads.map(lambda unit: count_unit(unit, columns), counted))
+    return round(total * len(units) / len(counted)), step == 1
+
+
+def _differences(found: Marker, wanted: Marker) -> tuple[str, ...]:
+    keys = sorted(set(found.config) | set(wanted.config))
+    lines = [
+        f"{key}: {found.config.get(key)!r} there, {wanted.config.get(key)!r} now"
+        for key in keys
+        if found.config.get(key) != wanted.config.get(key)
+    ]
+    changed = [name for name, identity in wanted.inputs.items() if found.inputs.get(name) != identity]
+    return tuple(lines) or (f"made from another {', '.join(changed)}",)
+
+
+def refuse_differences(plan: list[PlannedStage], config: Config, run_dir: RunDir) -> None:
+    differing = [planned for planned in plan if planned.needs_consent]
+    if not differing or config.on_change == "rerun":
+        return
+    lines = [f"  {planned.stage.name}: {line}" for planned in differing for line in planned.differences]
+    names = ", ".join(planned.stage.name for planned in differing)
+    if all(planned.action == "mend" for planned in differing):
+        what, remedy = "is damaged", "Restore what was lost, or give on_change=rerun to make it again in"
+    else:
+        what = "was made with another config"
+        remedy = "Give another run_dir, the config it was made with, or on_change=rerun to replace"
+    raise ConfigError(f"{run_dir.uri} {what}:\n" + "\n".join(lines) + f"\n{remedy} {names}.")
