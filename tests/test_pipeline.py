@@ -1,5 +1,6 @@
 """The pipeline as a whole, on real digits: skip, refuse, rerun, and a driver killed on the way."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -182,19 +183,42 @@ def test_a_pool_and_a_run_directory_in_a_bucket_give_the_same_tables(finished, p
     assert any(name.startswith("train/checkpoints/") for name in written)
 
 
-def test_a_driver_killed_in_training_goes_on_to_the_same_tables(finished, pool, tmp_path):
-    """The job runs as users run it, in a process and on a Ray of its own; its whole process group is killed."""
-    command = [sys.executable, str(JOB), *overrides(pool, tmp_path, "ray_address=local")]
+def test_ctrl_c_in_training_ends_in_one_line_and_no_process_and_goes_on_to_the_same_tables(finished, pool, tmp_path):
+    """The job runs as users run it, in a terminal's process group and on a Ray of its own."""
+    run_dir = tmp_path / "run"
+    command = [sys.executable, str(JOB), *overrides(pool, run_dir, "ray_address=local")]
     environment = {**os.environ, "RAY_ADDRESS": ""}
-    with subprocess.Popen(command, start_new_session=True, env=environment, stderr=subprocess.PIPE) as job:
-        deadline = time.monotonic() + 200
-        while not list(tmp_path.glob("dynamics/epoch=000/*.parquet")) and job.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        os.killpg(job.pid, signal.SIGKILL)
-    assert not (tmp_path / "train" / "_SUCCESS.json").exists()
+    with (tmp_path / "said").open("wb") as said:
+        job = subprocess.Popen(command, start_new_session=True, env=environment, stdout=said, stderr=said)
+    deadline = time.monotonic() + 200
+    while not list(run_dir.glob("dynamics/epoch=000/*.parquet")) and job.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(job.pid, signal.SIGINT)
+    assert job.wait(timeout=100) == 130
+    last = (tmp_path / "said").read_text().splitlines()[-1]
+    assert last == (
+        f"interrupted: stopped in stage train, what it has saved and every stage before it are in {run_dir}; the same "
+        "command goes on from there"
+    )
+    while processes_of_session(job.pid):
+        assert time.monotonic() < deadline, processes_of_session(job.pid)
+        time.sleep(0.1)
+    assert not (run_dir / "train" / "_SUCCESS.json").exists() and not (run_dir / "_LOCK.json").exists()
     resumed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
     assert resumed.returncode == 0, resumed.stderr
     assert "train     started before, goes on" in resumed.stderr
     assert "coreset  " in resumed.stdout
-    assert contents(tmp_path, *TABLES) == contents(finished, *TABLES)
+    assert contents(run_dir, *TABLES) == contents(finished, *TABLES)
+
+
+def processes_of_session(session: int) -> list[int]:
+    """The processes of a terminal's session that run."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if folder.name.isdigit():
+                state, _, _, own = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+                if int(own) == session and state not in "ZX":
+                    found.append(int(folder.name))
+    return found
