@@ -26,9 +26,7 @@ def worker_range(num_workers: int | str | None, key: str) -> tuple[int, int] | N
         limits = int(fewest), int(most or fewest)
         if 1 <= limits[0] <= limits[1] <= MAX_WORKERS:
             return limits
-    raise ConfigError(
-        f"{key}={num_workers!r}: needed is a number >= 1 and <= {MAX_WORKERS:,} or a range such as 1-4"
-    )
+    raise ConfigError(f"{key}={num_workers!r}: needed is a number >= 1 and <= {MAX_WORKERS:,} or a range such as 1-4")
 
 
 def check_temi_workers(batch_size: int, num_workers: int) -> None:
