@@ -198,7 +198,8 @@ class _Board:
         self._state: tuple[int, str] = (0, "")
 
     def write(self, done: int, note: str) -> None:
-        self._state = (done, note)
+        # What was noted stays until there is something new: a reader that looks now and then misses none for good.
+        self._state = (done, note or self._state[1])
 
     def read(self) -> tuple[int, str]:
         return self._state
@@ -209,7 +210,8 @@ def remote_progress(progress: Progress) -> Iterator[Any]:
     """Show what remote workers report: yields an actor with `write.remote(done, note)`, read twice a second."""
     # On the driver's node: one on a node that is lost would take the stage with it.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(_Board).remote()
+    options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": here}  # Ray's own types know no such strategy
+    board: Any = ray.remote(**options)(_Board).remote()
     stop = threading.Event()
 
     def watch() -> None:
