@@ -59,7 +59,7 @@ def run_pretrain(config: Config, run_dir: RunDir) -> dict[str, Any]:
     image_size = pretrain.image_size or proxy_size
     settings = pretrain_settings(pretrain, image_size)
     if settings.epochs == 0:
-        say("pretrain: no epochs, the encoder stays untrained")
+        say("pretrain  no epochs: the encoder stays untrained")
 
     with (
         Progress("pretrain", num_samples * settings.epochs, "images") as progress,
@@ -85,6 +85,8 @@ def run_pretrain(config: Config, run_dir: RunDir) -> dict[str, Any]:
             pretrain.max_failures,
         )
         run_workers(group, pretrain_worker, job)
+    encoder = run_dir.path("pretrain", schema.ENCODER_FILE)
+    say(f"pretrain  the encoder is {encoder}")
     history = [json.loads(filesystem.read_bytes(history_file(run_dir, epoch))) for epoch in range(settings.epochs)]
     return {
         "rows": num_samples,
@@ -92,6 +94,6 @@ def run_pretrain(config: Config, run_dir: RunDir) -> dict[str, Any]:
         "workers": num_workers,
         "reading": reading,
         "settings": dataclasses.asdict(settings),
-        "encoder": run_dir.path("pretrain", schema.ENCODER_FILE),
+        "encoder": encoder,
         "history": history,
     }

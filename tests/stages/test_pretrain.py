@@ -39,6 +39,7 @@ SETTINGS = (
     "pretrain.profile=cpu",
     "pretrain.epochs=3",
     "pretrain.batch_size=40",
+    "pretrain.lr=0.1",
     "pretrain.flip=false",
     "pretrain.cpus_per_worker=1",
     "pretrain.max_failures=0",
@@ -123,7 +124,8 @@ def test_two_workers_have_the_losses_of_a_plain_loop_over_whole_batches(undistur
         for index, (num_real, (batch,)) in enumerate(reader.steps(epoch)):
             assert batch.mask.all()
             losses.append(num_real * trainer.step(batch.images, [num_real], epoch=epoch, step=index)[1].item())
-        assert history[epoch]["loss"] == pytest.approx(sum(losses) / NUM_DIGITS, rel=2e-3)
+        # Rounding differs with the shapes of batches, and every step lets it grow.
+        assert history[epoch]["loss"] == pytest.approx(sum(losses) / NUM_DIGITS, rel=(1e-4, 1e-3, 1e-2)[epoch])
 
 
 def test_every_epoch_has_measures_that_need_no_labels(undisturbed):
