@@ -232,6 +232,13 @@ class PretrainConfig:
         bounds=POSITIVE,
         decides=False,
     )
+    memory_gib: float | None = option(
+        None,
+        "memory set aside for each worker; null sets none aside",
+        unit="GiB",
+        bounds=Bounds(above=0),
+        decides=False,
+    )
     max_failures: int = option(
         5, "failed workers after which pretraining gives up; -1 never does", bounds=Bounds(at_least=-1), decides=False
     )

@@ -45,6 +45,10 @@ def requests_of(stage: str, config: Config, devices: Devices) -> list[Request]:
     if stage == "embed":
         each = (embed.cpus_per_worker or 1, embed.memory_gib)
         return [_request(devices, "embed", "encoder", embed.device, embed.num_workers, cpus, *each)]
+    if stage == "pretrain":
+        own = config.pretrain
+        each = (own.cpus_per_worker or 1, own.memory_gib)
+        return [_request(devices, "pretrain", "worker", own.device, own.num_workers, 1, *each)]
     if stage == "train":
         each = (train.cpus_per_worker or 1, train.memory_gib)
         return [_request(devices, "train", "worker", train.device, train.num_workers, 1, *each)]

@@ -77,12 +77,8 @@ def run_pretrain(config: Config, run_dir: RunDir) -> dict[str, Any]:
             num_decoders=cpus,
         )
         group = WorkerGroup(
-            run_dir.path("pretrain"),
-            CHECKPOINTS_DIR,
-            (num_workers, num_workers),
-            cpus,
-            device == "cuda",
-            pretrain.max_failures,
+            *(run_dir.path("pretrain"), CHECKPOINTS_DIR, (num_workers, num_workers), cpus, device == "cuda"),
+            *(pretrain.max_failures, pretrain.memory_gib),
         )
         run_workers(group, pretrain_worker, job)
     encoder = run_dir.path("pretrain", schema.ENCODER_FILE)

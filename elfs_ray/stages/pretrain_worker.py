@@ -13,7 +13,6 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.util.metrics import Gauge
 from torch import distributed
 
 from elfs_ray.methods.augmentation_views import NUM_VIEWS, ViewSettings, change_colors, two_crops
@@ -41,7 +40,6 @@ CHECKPOINTS_DIR = "checkpoints"
 STATE_FILE = "state.pt"
 REPORT_INTERVAL_S = 0.5
 MEASURED_STEPS = 16  # the last of an epoch, whose embeddings tell of a collapse
-_GAUGES = ("epoch", "loss", "spread", "effective_rank", "images_per_s", "data_wait_share")
 
 
 @dataclass(frozen=True)
@@ -176,8 +174,6 @@ class PretrainWorker:
             ray.train.report(metrics)
             return
         filesystem.write_bytes(history_file(self.job.run_dir, epoch), json.dumps(metrics).encode())
-        for name in _GAUGES:
-            Gauge(f"elfs_pretrain_{name}", description=f"{name} of pretraining's last epoch").set(metrics[name])
         with tempfile.TemporaryDirectory() as folder:
             state = {"next_epoch": epoch + 1, **self.trainer.state_dict()}
             torch.save(state, os.path.join(folder, STATE_FILE))
