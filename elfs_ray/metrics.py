@@ -1,7 +1,7 @@
 """What a run reports to Ray's metrics, for Prometheus and the dashboard of cluster_configs/grafana-dashboard.json.
 
 Ray puts ray_ before each name and exports it on every node. The driver reports what every stage's progress says; the
-first worker of training adds what an epoch came to.
+first worker of train and pretrain adds what an epoch came to.
 """
 
 from functools import lru_cache
@@ -24,7 +24,15 @@ _TRAIN = {
     "elfs_train_data_wait_share": ("share of that epoch spent waiting for images", ()),
     "elfs_train_recorder_share": ("share of that epoch spent recording", ()),
 }
-GAUGES = {**_PROGRESS, **_TRAIN}
+_PRETRAIN = {
+    "elfs_pretrain_epoch": ("pretraining's last epoch, from 0", ()),
+    "elfs_pretrain_loss": ("mean loss of that epoch", ()),
+    "elfs_pretrain_spread": ("spread of the features of that epoch", ()),
+    "elfs_pretrain_effective_rank": ("effective rank of the features of that epoch", ()),
+    "elfs_pretrain_images_per_s": ("images a second of that epoch, over all workers", ()),
+    "elfs_pretrain_data_wait_share": ("share of that epoch spent waiting for images", ()),
+}
+GAUGES = {**_PROGRESS, **_TRAIN, **_PRETRAIN}
 
 
 @lru_cache
@@ -47,7 +55,7 @@ def report_rejected(count: int) -> None:
     _gauge("elfs_rejected").set(count)
 
 
-def report_epoch(figures: dict[str, float]) -> None:
-    """Set the gauges of an epoch of proxy training; figures that have none are passed over."""
-    for name in _TRAIN:
-        _gauge(name).set(figures[name.removeprefix("elfs_train_")])
+def report_epoch(stage: str, figures: dict[str, float]) -> None:
+    """Set the gauges of an epoch of stage train or pretrain; figures that have none are passed over."""
+    for name in _TRAIN if stage == "train" else _PRETRAIN:
+        _gauge(name).set(figures[name.removeprefix(f"elfs_{stage}_")])

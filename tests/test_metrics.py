@@ -42,13 +42,15 @@ def test_a_node_exports_under_the_dashboards_names_and_labels_what_was_reported(
 
     listen(metrics.report_progress)
     metrics.report_rejected(3)
-    metrics.report_epoch({name.removeprefix("elfs_train_"): 0.5 for name in metrics.GAUGES if "_train_" in name})
+    for stage in ("train", "pretrain"):
+        prefix = f"elfs_{stage}_"
+        metrics.report_epoch(stage, {name.removeprefix(prefix): 0.5 for name in metrics.GAUGES if prefix in name})
     with Progress("embed", 200, "images") as progress:
         progress.advance(150)
         exported = ""
         deadline = time.monotonic() + 90
         (node,) = ray.nodes()
-        while "ray_elfs_train_epoch" not in exported or "ray_elfs_done{" not in exported:
+        while "ray_elfs_pretrain_epoch" not in exported or "ray_elfs_done{" not in exported:
             assert time.monotonic() < deadline, exported[-2000:]
             time.sleep(1)
             address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"

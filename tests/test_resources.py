@@ -42,6 +42,7 @@ def test_a_stage_that_is_not_told_takes_the_gpus_that_are_there():
     assert described("embed", FIXED) == "8 encoders of 1 CPU, 1 GPU"
     assert described("cluster", FIXED, "cluster.device=cpu") == "96 shards of 1 CPU"
     assert described("train", FIXED) == "8 workers of 1 CPU, 1 GPU"
+    assert described("pretrain", FIXED, "pretrain.num_workers=4") == "4 workers of 1 CPU, 1 GPU"
     assert described("index", FIXED) == described("select", FIXED) == ""
 
 

@@ -11,6 +11,7 @@ proxy_images/ is written last, so that it means a block that is done.
 from typing import Any
 
 from elfs_ray.config import Config
+from elfs_ray.metrics import report_rejected
 from elfs_ray.progress import Progress
 from elfs_ray.ray_runtime import run_tasks
 from elfs_ray.stages.embed_blocks import (
@@ -43,6 +44,7 @@ def run_copy(config: Config, run_dir: RunDir) -> dict[str, Any]:
         for position, added in run_tasks(_copy_block, [(config, run_dir, *block) for block in pending]):
             first, last = pending[position]
             num_rejected += added
+            report_rejected(num_rejected)
             progress.advance(last - first + 1, f"{num_rejected:,} rejected" if num_rejected else "")
     return _closing_figures(run_dir, num_samples)
 

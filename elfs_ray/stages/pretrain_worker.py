@@ -29,6 +29,7 @@ from elfs_ray.methods.self_supervised_training import (
     shares_of,
 )
 from elfs_ray.methods.sgd_training import LossMonitor
+from elfs_ray.metrics import report_epoch
 from elfs_ray.stages.proxy_reader import Batch
 from elfs_ray.stages.proxy_reader_streamed import make_reader
 from elfs_ray.stages.worker_group import load_checkpoint
@@ -174,6 +175,7 @@ class PretrainWorker:
             ray.train.report(metrics)
             return
         filesystem.write_bytes(history_file(self.job.run_dir, epoch), json.dumps(metrics).encode())
+        report_epoch("pretrain", metrics)
         with tempfile.TemporaryDirectory() as folder:
             state = {"next_epoch": epoch + 1, **self.trainer.state_dict()}
             torch.save(state, os.path.join(folder, STATE_FILE))

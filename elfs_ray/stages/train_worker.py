@@ -289,7 +289,7 @@ class Worker:
             ray.train.report(metrics)
             return
         filesystem.write_bytes(history_file(self.job.run_dir, epoch), json.dumps(metrics).encode())
-        report_epoch(metrics)
+        report_epoch("train", metrics)
         state = {
             "next_epoch": self.config.epochs if settled else epoch + 1,
             "model": self.model.state_dict(),
