@@ -34,11 +34,18 @@ def find_growth(gcs_address: str) -> Growth | None:
             continue
         paths = [word.removeprefix(_OPTION) for word in words if word.startswith(_OPTION)]
         if paths and f"--gcs-address={gcs_address}".encode() in words:
-            return growth_of(yaml.safe_load(Path(os.path.expanduser(os.fsdecode(paths[0]))).read_text()))
+            return _read_growth(os.path.expanduser(os.fsdecode(paths[0])))
     # KubeRay tells its head to leave the autoscaling to the container beside it.
     if "--no-monitor" in os.environ.get("KUBERAY_GEN_RAY_START_CMD", ""):
         return Growth()
     return None
+
+
+def _read_growth(path: str) -> Growth:
+    try:
+        return growth_of(yaml.safe_load(Path(path).read_text()))
+    except OSError:  # another user's, or gone: there is an autoscaler all the same
+        return Growth()
 
 
 def growth_of(launcher: Mapping[str, Any]) -> Growth:
