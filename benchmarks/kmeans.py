@@ -1,17 +1,19 @@
 """A k-means iteration beside faiss.Kmeans and scikit-learn, the share of the matmul ceiling, two workers beside one.
 
-    python benchmarks/kmeans.py [--quick] [--only PART] [--points FILE.npy]
+    python benchmarks/kmeans.py [--quick] [--only PART] [--points FILE.npy [--classes FILE.npy]]
 
 Everyone starts from the same centroids, takes all points and runs the same number of iterations; an iteration is the
 time of all of them over their number. Ours keeps embeddings in float16 and its sums are exact; faiss and scikit-learn
 get float32. What the bounds save is measured beside a search for all points in every iteration, over 10 iterations and
-to convergence. Full size has 1M x 384 and k = 1,000 on Ray workers, with the peak memory of driver and workers. On a
-GPU the assignment is measured against a product of the same shape. `--points` takes points of your own, (n, d).
+to convergence; how good the clusters are, beside those of the others. Full size has 1M x 384 and k = 1,000 on Ray
+workers, with the peak memory of driver and workers. On a GPU the assignment is measured against a product of the same
+shape. `--points` takes points of your own, (n, d).
 """
 
 import argparse
 import tempfile
 import time
+from collections import defaultdict
 from functools import partial
 
 import faiss
@@ -20,10 +22,12 @@ import pyarrow as pa
 import torch
 from reporting import emit, peak_bytes, processes_titled, take_turns
 from sklearn.cluster import KMeans
+from sklearn.datasets import load_digits
+from sklearn.metrics import normalized_mutual_info_score
 from threadpoolctl import threadpool_limits
 
 from elfs_ray.config import load_config
-from elfs_ray.methods.assignment import nearest_centroids
+from elfs_ray.methods.assignment import nearest_centroids, squared_distances_to
 from elfs_ray.methods.kmeans import KMeansState, kmeans
 from elfs_ray.methods.kmeans_points import ArrayPoints
 from elfs_ray.ray_runtime import connect
@@ -32,25 +36,28 @@ from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import Marker, RunDir
 
 DIM, NUM_ITERATIONS, ROWS_PER_FILE = 384, 10, 16_384
-NUM_SEEDS = 5
+MAX_ITERATIONS = 50
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="20,000 points, 100 clusters; under 45 s on 2 cores")
-    parser.add_argument("--only", choices=("iteration", "bounds", "workers", "objective", "million"))
+    parser.add_argument("--only", choices=("iteration", "bounds", "workers", "quality", "million"))
     parser.add_argument("--points", help="a file of numpy.save with (n, d) numbers, for the parts in one process")
+    parser.add_argument("--classes", help="a file of numpy.save with their classes (n,), for the part quality")
+    parser.add_argument("--num-clusters", type=int, help="for the parts iteration, bounds and workers")
     arguments = parser.parse_args()
     if torch.cuda.is_available():
         measure_gpu(1_000_000, 1000)
         return
     num_points, num_clusters, rounds = (20_000, 100, 3) if arguments.quick else (200_000, 256, 5)
+    num_clusters = arguments.num_clusters or num_clusters
     points = unit(np.load(arguments.points)) if arguments.points else draw_points(num_points, seed=0)
     parts = {
         "iteration": lambda: [measure_iteration(points, num_clusters, threads, rounds) for threads in (1, 2)],
         "bounds": lambda: measure_bounds(points, num_clusters),
         "workers": lambda: measure_workers(num_points if arguments.quick else 2 * num_points, num_clusters, rounds),
-        "objective": lambda: measure_objective(points[:50_000], num_clusters),
+        "quality": lambda: measure_quality(quality_sets(points, arguments.classes), 2 if arguments.quick else 5),
         "million": measure_million,
     }
     for name, measure in parts.items():
@@ -197,20 +204,40 @@ def measure_million() -> None:
         emit(f"{name}: {who}'s peak", peak / 2**20, "MiB", "all points in float32", size_mib, less_is_better=True)
 
 
-def measure_objective(points: np.ndarray, num_clusters: int) -> None:
-    """The objective of ours beside faiss.Kmeans's, both from seeds of their own, over some seeds."""
-    ids, single = np.arange(len(points)), points.astype(np.float32)
-    ours, theirs = [], []
-    for seed in range(NUM_SEEDS):
-        fit = kmeans(ArrayPoints(points, ids), num_clusters, seed=seed, max_iterations=NUM_ITERATIONS, tolerance=0)
-        ours.append(fit.objective)
-        other = faiss.Kmeans(
-            points.shape[1], num_clusters, niter=NUM_ITERATIONS, max_points_per_centroid=len(points), seed=seed + 1
-        )
-        other.train(single)
-        theirs.append(float(other.index.search(single, 1)[0].astype(np.float64).sum()))
-    name = f"objective, {len(points):,} x {points.shape[1]}, k = {num_clusters}, mean of {NUM_SEEDS} seeds"
-    emit(name, float(np.mean(ours)), "sum of squares", "faiss.Kmeans", float(np.mean(theirs)), less_is_better=True)
+def measure_quality(sets: dict[str, tuple[np.ndarray, np.ndarray, int]], num_seeds: int) -> None:
+    """Objective, and NMI with the classes, beside faiss.Kmeans and scikit-learn: one try from seeds of their own."""
+    for name, (points, classes, num_clusters) in sets.items():
+        ids, single, found = np.arange(len(points)), points.astype(np.float32), defaultdict(list)
+        for seed in range(num_seeds):
+            fit = kmeans(ArrayPoints(points, ids), num_clusters, seed=seed, max_iterations=MAX_ITERATIONS)
+            by_faiss = faiss.Kmeans(
+                points.shape[1], num_clusters, niter=MAX_ITERATIONS, seed=seed + 1, max_points_per_centroid=len(points)
+            )
+            by_faiss.train(single)
+            other = KMeans(num_clusters, max_iter=MAX_ITERATIONS, random_state=seed).fit(single)
+            ends = {"ours": fit.centroids, "faiss.Kmeans": by_faiss.centroids, "scikit-learn": other.cluster_centers_}
+            for who, centroids in ends.items():
+                labels = nearest_centroids(torch.from_numpy(points), centroids)
+                squared = squared_distances_to(torch.from_numpy(points), centroids, labels)
+                found[who].append((float(squared.sum()), normalized_mutual_info_score(classes, labels)))
+        (objective, nmi), *others = (np.mean(found[who], axis=0) for who in ("ours", "faiss.Kmeans", "scikit-learn"))
+        shape = f"{name}, {len(points):,} x {points.shape[1]}, k = {num_clusters}, {num_seeds} seeds"
+        for who, (other_objective, other_nmi) in zip(("faiss.Kmeans", "scikit-learn"), others, strict=True):
+            emit(f"objective, {shape}", objective, "sum of squares", who, other_objective, less_is_better=True)
+            emit(f"NMI with the classes, {shape}", nmi, "", who, other_nmi)
+
+
+def quality_sets(points: np.ndarray, classes_file: str | None) -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
+    """Points with their classes and a number of clusters: digits, blobs, and points of one's own that have classes."""
+    images, digits = load_digits(return_X_y=True)
+    random = np.random.default_rng(0)
+    blobs = random.integers(0, 20, 20_000)
+    rows = random.standard_normal((20, 32))[blobs] + 0.3 * random.standard_normal((20_000, 32))
+    sets = {"digits": (unit(images - images.mean(1, keepdims=True)), digits, 10), "blobs": (unit(rows), blobs, 20)}
+    if classes_file:
+        classes = np.load(classes_file)
+        sets["points"] = (points, classes, len(np.unique(classes)))
+    return sets
 
 
 def measure_gpu(num_points: int, num_clusters: int) -> None:

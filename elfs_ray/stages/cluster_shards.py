@@ -5,6 +5,7 @@ workers gives the same bytes. A lost worker starts again, reads its files and re
 """
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -98,10 +99,29 @@ class _Shard:
 
     def __init__(self, files: list[str], device: str):
         torch.set_num_threads(1)
+        self._files, self._device = files, device
         self._names = [path.rsplit("/", 1)[1] for path in files]
-        self._ends = np.cumsum([filesystem.num_rows(path) for path in files])
-        self._embeddings, self._sample_ids = _read(files, self._ends.tolist())
-        self._points = ArrayPoints(self._embeddings, self._sample_ids, device=device)
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum([filesystem.num_rows(path) for path in self._files])
+
+    @cached_property
+    def _table(self) -> tuple[np.ndarray, np.ndarray]:
+        return _read(self._files, self._ends.tolist())
+
+    @property
+    def _embeddings(self) -> np.ndarray:
+        return self._table[0]
+
+    @property
+    def _sample_ids(self) -> np.ndarray:
+        return self._table[1]
+
+    @cached_property
+    def _points(self) -> ArrayPoints:
+        """Read by the first call, not as the actor starts: the driver gets a call's error as it was raised."""
+        return ArrayPoints(self._embeddings, self._sample_ids, device=self._device)
 
     def size(self) -> tuple[int, int]:
         return self._points.count, self._points.dim

@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-import time
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,7 @@ from elfs_ray.config import ConfigError
 from elfs_ray.methods.clustering_metrics import contingency_table, matched_accuracy
 from elfs_ray.stages import cluster, cluster_neighbors, cluster_shards, cluster_temi
 from elfs_ray.stages.cluster_temi import temi_settings
+from elfs_ray.storage import schema
 from elfs_ray.storage.run_dir import RunDir
 from tests.tables import contents, digit_images, digits_config, write_embedded
 
@@ -35,6 +36,24 @@ def test_one_two_three_and_seven_workers_give_the_same_bytes(ray_cluster, tmp_pa
         tables[num_workers], figures = run(tmp_path / str(num_workers), f"cluster.num_workers={num_workers}")
         assert figures["workers"] == num_workers
     assert tables[1] == tables[2] == tables[3] == tables[7]
+
+
+def test_sums_too_large_for_the_driver_are_added_up_by_a_tree_to_the_same_bytes(ray_cluster, tmp_path, monkeypatch):
+    options = ("cluster.num_workers=3", "cluster.num_tries=1", "cluster.max_iterations=3", "cluster.tolerance=0")
+    by_driver, _ = run(tmp_path / "driver", *options)
+    nodes = []
+    add_up = cluster_shards._add_up
+
+    def note_and_add_up(*sums):
+        nodes.append(len(sums))
+        return add_up.remote(*sums)
+
+    monkeypatch.setattr(cluster_shards, "MAX_BYTES_TO_DRIVER", 0)
+    monkeypatch.setattr(cluster_shards, "FAN_IN", 2)
+    monkeypatch.setattr(cluster_shards, "_add_up", SimpleNamespace(remote=note_and_add_up))
+    by_tree, _ = run(tmp_path / "tree", *options)
+    assert by_tree == by_driver
+    assert nodes == [2, 1, 2] * 4
 
 
 def test_every_embedded_sample_gets_the_label_of_its_nearest_centroid(ray_cluster, tmp_path):
@@ -76,23 +95,26 @@ def test_a_worker_killed_on_the_way_changes_no_byte(ray_cluster, tmp_path, monke
 
 
 def test_a_killed_driver_goes_on_from_its_last_iteration_to_the_same_bytes(ray_cluster, tmp_path, monkeypatch):
-    undisturbed, _ = run(tmp_path / "undisturbed")
     monkeypatch.setattr(cluster, "SAVE_INTERVAL_S", 0.0)
     calls = []
+    dies_at = 0
     assign = cluster_shards.ShardedPoints.assign
 
     def assign_until(points, centroids):
-        calls.append(time.monotonic())
-        if len(calls) == 6:
+        calls.append(centroids)
+        if len(calls) == dies_at:
             raise KeyboardInterrupt
         return assign(points, centroids)
 
     monkeypatch.setattr(cluster_shards.ShardedPoints, "assign", assign_until)
+    undisturbed, _ = run(tmp_path / "undisturbed")
+    num_calls, dies_at = len(calls), len(calls) + 6
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "resumed")
     assert (tmp_path / "resumed/cluster/kmeans_state.npz").exists()
     resumed, _ = run(tmp_path / "resumed")
     assert resumed == undisturbed
+    assert len(calls) == 2 * num_calls + 1, "what was lost is the assignment under way"
 
 
 def test_fewer_distinct_embeddings_than_clusters_is_an_error_that_says_how_many(ray_cluster, tmp_path):
@@ -103,6 +125,24 @@ def test_fewer_distinct_embeddings_than_clusters_is_an_error_that_says_how_many(
         pq.write_table(table.take([0] * table.num_rows).set_column(0, "sample_id", table["sample_id"]), path)
     with pytest.raises(ValueError, match="distinct"):
         run(tmp_path, "cluster.num_clusters=20")
+
+
+def test_embeddings_that_are_not_finite_are_refused_with_their_ids(ray_cluster, tmp_path):
+    run_dir = RunDir(tmp_path)
+    write_embedded(run_dir)
+    path = sorted((tmp_path / "embeddings").iterdir())[2]
+    table = pq.read_table(path)
+    embeddings = schema.matrix_of(table, "embedding").copy()
+    embeddings[5, 0], embeddings[6, 3] = np.nan, np.inf
+    pq.write_table(table.set_column(1, "embedding", schema.matrix_column(embeddings)), path)
+    ids = table["sample_id"].to_pylist()
+    with pytest.raises(ValueError, match=f"2 embeddings hold NaN or infinity: sample ids {ids[5]}, {ids[6]};"):
+        run(tmp_path)
+
+
+def test_a_gpu_that_the_cluster_has_not_is_an_error(ray_cluster, tmp_path):
+    with pytest.raises(ConfigError, match=r"cluster\.device=cuda, but there is no GPU"):
+        run(tmp_path, "cluster.device=cuda")
 
 
 def labels_of(tmp_path) -> np.ndarray:
