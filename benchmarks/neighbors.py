@@ -1,6 +1,6 @@
 """The 50 nearest neighbours of every point beside faiss and scikit-learn, through an inverted file, by two workers.
 
-    python benchmarks/neighbors.py [--quick]
+    python benchmarks/neighbors.py [--quick] [--only PART]
 
 Ours takes float16 and gives the order of a float64 search; faiss's flat index and scikit-learn's brute force get
 float32. The inverted file is measured with the share of the exact neighbours that it finds. The stage itself then runs
@@ -35,16 +35,21 @@ MIN_RECALL = 0.95
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="8,000 points; under 45 s on 2 cores")
-    quick = parser.parse_args().quick
+    parser.add_argument("--only", choices=("exact", "inverted-file", "stage"))
+    arguments = parser.parse_args()
     if torch.cuda.is_available():
         measure_gpu(200_000)
         return
-    num_points, rounds = (8_000, 1) if quick else (25_000, 3)
+    num_points, rounds = (8_000, 1) if arguments.quick else (25_000, 3)
     points = draw_points(num_points, seed=0)
-    for num_threads in (1, 2):
-        measure_exact(points, num_threads, rounds)
-    measure_inverted_file(points, rounds)
-    measure_stage(num_points, rounds)
+    parts = {
+        "exact": lambda: [measure_exact(points, num_threads, rounds) for num_threads in (1, 2)],
+        "inverted-file": lambda: measure_inverted_file(points, rounds),
+        "stage": lambda: measure_stage(num_points, rounds),
+    }
+    for name, measure in parts.items():
+        if arguments.only in (None, name):
+            measure()
 
 
 def measure_exact(points: np.ndarray, num_threads: int, rounds: int) -> None:
