@@ -23,7 +23,8 @@ from elfs_ray.methods.exact_arithmetic import (
 from elfs_ray.methods.workspace import Workspace
 
 _NO_ID = torch.iinfo(torch.int64).max
-_BLOCKS = {"cpu": (1024, 8192), "cuda": (4096, 65536)}
+# Queries and points of a product. On a CPU rows of a power of two of numbers compete for the same lines of the cache.
+_BLOCKS = {"cpu": (1024, 8064), "cuda": (4096, 65536)}
 _GROUP = 8
 _ADD_ROWS = 65536
 
