@@ -75,18 +75,17 @@ class Run:
             )
 
     def strike(self, fault: Fault, seconds: float) -> None:
-        """Wait for the fault's moment and strike; `fault.hit` stays None where the moment has passed."""
+        """Wait for the fault's moment and strike what there is of its kind; `fault.hit` stays None where there is none."""
         while not self._is_in(fault.stage):
             if self._is_complete(fault.stage):
                 return
             self._go_on(fault)
             time.sleep(POLL_S)
         time.sleep(fault.share * seconds)
-        if self._is_complete(fault.stage):
-            return
         place = self._place
         rig = Rig(self.driver, place.cluster, place.nodes, place.disk, place.store, self._rng)
-        fault.hit = STRIKES[fault.kind](rig)
+        while fault.hit is None and self.driver.poll() is None and not self._is_complete(fault.stage):
+            fault.hit = STRIKES[fault.kind](rig)
         wanted = EXIT_CODES.get(fault.kind)
         if fault.hit and wanted is not None:
             assert self.driver.returncode == wanted, f"{fault}: exit code {self.driver.returncode}, {self.said()}"

@@ -209,9 +209,8 @@ class _Board:
 def remote_progress(progress: Progress) -> Iterator[Any]:
     """Show what remote workers report: yields an actor with `write.remote(done, note)`, read twice a second."""
     # On the driver's node: one on a node that is lost would take the stage with it.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": here}  # Ray's own types know no such strategy
-    board: Any = ray.remote(**options)(_Board).remote()
+    here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(_Board).remote()
     stop = threading.Event()
 
     def watch() -> None:

@@ -1,6 +1,5 @@
 """What kills, deletions and accidents leave in a run directory is told, and mended when asked; it is never a result."""
 
-import json
 import os
 import random
 import shutil
@@ -251,19 +250,18 @@ def test_six_kinds_of_faults_in_one_run_change_no_byte(finished, pool, small_dis
     address = ray.get_runtime_context().gcs_address
     place = Place(str(small_disk), small_disk.parent, disk=small_disk)
     faults = [
-        Fault("sigkill", "index", 0.1),
-        Fault("actor", "embed", 0.3),
-        Fault("full disk", "embed", 0.5),
-        Fault("ctrl-c", "cluster", 0.1),
-        Fault("train worker", "train", 0.5),
-        Fault("sigterm", "select", 0.1),
+        Fault("sigkill", "index", 0),
+        Fault("actor", "embed", 0),
+        Fault("full disk", "cluster", 0),
+        Fault("ctrl-c", "train", 0),
+        Fault("train worker", "train", 0),
+        Fault("sigterm", "select", 0),
     ]
     own = [*overrides(pool, small_disk / "struck"), f"ray_address={address}"]
     struck = Run(place, "struck", own, random.Random(0), yaml=YAML)
     try:
         for fault in faults:
-            marker = json.loads((finished / fault.stage / "_SUCCESS.json").read_text())
-            struck.strike(fault, marker["figures"]["seconds"])
+            struck.strike(fault, seconds=0)
         struck.finish(faults)
     finally:
         struck.end()

@@ -10,10 +10,10 @@ it. Such a file is dropped, and the workers take the newest checkpoint that is w
 
 import io
 import json
-import os
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -103,22 +103,31 @@ def run_workers(group: WorkerGroup, worker: Callable[[Any], None], job: Any) -> 
 
 
 def load_checkpoint(folder: str, file: str) -> dict[str, Any] | None:
-    """What `file` of the last checkpoint holds, plain data alone, on the CPU; None where there is no checkpoint.
+    """What `file` of the last checkpoint that is whole holds, plain data alone, on the CPU; None where there is none.
 
-    To be called in a worker. `folder` has the checkpoints, for the case that Ray Train does not know of them any more.
+    To be called in a worker; all of a group find the same. `folder` has the checkpoints, for those that Ray Train does
+    not know of any more.
     """
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as local:
-            return torch.load(os.path.join(local, file), map_location="cpu", weights_only=True)
-    names = sorted((info.base_name for info in filesystem.list_dirs(folder)), reverse=True)
-    for name in names:
-        try:
-            data = io.BytesIO(filesystem.read_bytes(filesystem.join(folder, name, file)))
-            return torch.load(data, map_location="cpu", weights_only=True)
-        except (FileNotFoundError, RuntimeError, EOFError, pickle.UnpicklingError):
-            continue  # its upload was cut off
+            state = _load_plain(Path(local, file).read_bytes)
+            if state is not None:
+                return state
+    for name in sorted((info.base_name for info in filesystem.list_dirs(folder)), reverse=True):
+        path = filesystem.join(folder, name, file)
+        if filesystem.exists(path) and (state := _load_plain(partial(filesystem.read_bytes, path))) is not None:
+            return state
     return None
+
+
+def _load_plain(read: Callable[[], bytes]) -> dict[str, Any] | None:
+    """Plain data that torch.save wrote; None for half a file, on which torch fails in many ways."""
+    data = io.BytesIO(read())
+    try:
+        return torch.load(data, map_location="cpu", weights_only=True)
+    except Exception:
+        return None
 
 
 def _drop_broken_snapshot(folder: str) -> None:
