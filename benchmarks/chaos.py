@@ -75,7 +75,7 @@ class Run:
             )
 
     def strike(self, fault: Fault, seconds: float) -> None:
-        """Wait for the fault's moment and strike what there is of its kind; `fault.hit` stays None where there is none."""
+        """Wait for the fault's moment and strike; `fault.hit` stays None where there is nothing of its kind to hit."""
         while not self._is_in(fault.stage):
             if self._is_complete(fault.stage):
                 return
@@ -112,6 +112,7 @@ class Run:
             uri = self.run_dir.path(name)
             if filesystem.file_size(uri) is not None:
                 found[name] = filesystem.read_bytes(uri)
+                continue
             root = filesystem.resolve(uri)[1]
             for info in filesystem.list_files(uri, recursive=True):
                 relative = info.path.removeprefix(root).lstrip("/")
