@@ -48,8 +48,10 @@ class SyncedBatchNorm(nn.BatchNorm2d):
 
     @torch.no_grad()
     def statistics(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """Mean (c,) and biased variance (c,) over all workers, and the number of values a channel; updates the running
-        ones."""
+        """Mean (c,) and biased variance (c,) over all workers, which move the running ones; how many values each has.
+
+        rows (b, c) or (b, c, h, w) float32; b may be 0. One exchange of 2·c + 1 floats.
+        """
         num_own = rows.numel() // rows.shape[1]
         if num_own:
             variance, mean = torch.var_mean(rows, _reduced(rows), correction=0)
@@ -64,10 +66,10 @@ class SyncedBatchNorm(nn.BatchNorm2d):
         variance = (squares + counts * (means - mean).square()).sum(0) / num_values
 
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
-        momentum = 0.1 if self.momentum is None else self.momentum
+        assert self.momentum is not None
         self.num_batches_tracked += 1
-        self.running_mean.lerp_(mean, momentum)
-        self.running_var.lerp_(variance * (num_values / (num_values - 1).clamp(min=1)), momentum)
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance * (num_values / (num_values - 1).clamp(min=1)), self.momentum)
         return mean, variance, float(num_values)
 
 
