@@ -220,12 +220,12 @@ def test_rows_that_only_fill_a_batch_are_no_views():
 
 @pytest.mark.slow
 def test_a_worker_killed_on_the_way_changes_no_byte(undisturbed, pool, tmp_path):
-    overrides = ("pretrain.num_workers=2", "pretrain.max_failures=1", "pretrain.epochs=40")
+    overrides = ("pretrain.num_workers=2", "pretrain.max_failures=1", "pretrain.epochs=15")
     run(pool, tmp_path / "whole", *overrides)
     killed: list[int] = []
 
     def kill() -> None:
-        while len(list((tmp_path / "killed" / "pretrain").glob("history/*.json"))) < 5:
+        while len(list((tmp_path / "killed" / "pretrain").glob("history/*.json"))) < 3:
             time.sleep(0.02)
         killed.append(training_worker_pids()[-1])
         os.kill(killed[0], signal.SIGKILL)
