@@ -109,7 +109,7 @@ def test_a_submitted_job_runs_the_code_that_came_with_it(head):
         "--",
         "python",
         "-c",
-        "'import elfs_ray; print(elfs_ray.__file__)'",
+        "import elfs_ray; print(elfs_ray.__file__)",
         address=head,
     )
     assert result.returncode == 0, result.stdout + result.stderr
