@@ -4,6 +4,7 @@ import io
 import os
 import secrets
 import shutil
+import signal
 import tarfile
 import tempfile
 from collections.abc import Callable
@@ -35,6 +36,8 @@ os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(_token), "RA
 os.environ |= s3.environment() | gcs.environment()
 for _name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):
     os.environ.pop(_name, None)
+# A shell's background jobs ignore Ctrl-C, and so would every job that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):

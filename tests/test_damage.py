@@ -212,10 +212,11 @@ def remount(place: Path, options: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{options}", str(place)], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_again_and_again_costs_no_byte(ray_cluster, pool, finished, small_disk, capsys):
     """The same command fails clearly until there is room, stage after stage, and goes on each time."""
     stopped_in = set()
-    for kilobytes in (64, 110, 170, 260, 400, 600, 900, 1400, 2200, 4000):
+    for kilobytes in (64, 110, 170, 260, 400, 600, 900, 1400, 2200, 4000, 8000, 16_000):
         remount(small_disk, f"size={kilobytes}k")
         code = cli.run_job("a job", YAML, overrides(pool, small_disk / "run", "train.max_failures=0"))
         said = capsys.readouterr().err
@@ -240,6 +241,7 @@ def test_a_directory_that_cannot_be_written_is_refused_before_any_work(ray_clust
     assert cli.run_job("a job", YAML, ["--dry-run", *overrides(pool, small_disk / "run")]) == 0
 
 
+@pytest.mark.slow
 def test_six_kinds_of_faults_in_one_run_change_no_byte(finished, pool, small_disk, monkeypatch):
     """As benchmarks/chaos.py does it at random: here at moments that are always met."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))

@@ -41,11 +41,11 @@ def run_cluster(config: Config, run_dir: RunDir) -> dict[str, Any]:
     deep clustering collapsed. Driver memory: four copies of the centroids, and 12 bytes a sample for the measures.
     """
     cluster = config.cluster
+    if cluster.method == "file":  # before any worker starts: what is given may not fit
+        num_clusters = write_external_labels(cluster, run_dir)
     points = ShardedPoints(cluster, run_dir)
     figures: dict[str, Any] = {"rows": points.count, "workers": points.num_shards, "method": cluster.method}
-    if cluster.method == "file":
-        num_clusters = write_external_labels(cluster, run_dir)
-    else:
+    if cluster.method != "file":
         num_clusters, figures["num_clusters_evidence"] = _choose_num_clusters(config, points)
         result = _fit(config, run_dir, points, num_clusters)
         figures |= {"objective": result.objective / points.count, "iterations": result.num_iterations}

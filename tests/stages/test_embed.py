@@ -210,7 +210,7 @@ def test_every_bad_image_is_rejected_with_its_reason(embedded, pool):
         assert row["sample_id"] == ids[name] and row["stage"] == "embed"
 
 
-@pytest.mark.parametrize("num_workers", [2, 3])
+@pytest.mark.parametrize("num_workers", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_more_encoders_give_the_same_bytes(undisturbed, pool, tmp_path, num_workers):
     run(pool[0], tmp_path, *NETWORK, f"embed.num_workers={num_workers}")
     assert contents(tmp_path, *TABLES) == contents(undisturbed, *TABLES)

@@ -54,7 +54,10 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {name: tensor.contiguous().numpy().tobytes() for name, tensor in model.items()}
 
 
-@pytest.fixture(scope="module", params=[(2, "memory"), (3, "memory"), (2, "streamed")], ids=str)
+GROUPS = [(2, "memory"), pytest.param((3, "memory"), marks=pytest.mark.slow), (2, "streamed")]
+
+
+@pytest.fixture(scope="module", params=GROUPS, ids=str)
 def undisturbed(request, ray_cluster, tmp_path_factory) -> tuple[Path, tuple[str, ...], dict]:
     """A finished run, its overrides, and its figures."""
     num_workers, reading = request.param
@@ -212,6 +215,7 @@ def test_an_image_that_cannot_be_decoded_while_training_stops_it_with_its_id(ray
         train.run_train(digits_config(tmp_path, *overrides), RunDir(str(tmp_path)))
 
 
+@pytest.mark.slow
 def test_training_stops_when_the_ranking_has_settled_and_a_resumed_run_stops_there_too(ray_cluster, tmp_path):
     """The correlation is that of SciPy over the records on disk."""
     overrides = ("train.epochs=40", "train.num_workers=1", "train.cpus_per_worker=1", "train.early_stop_dynamics=0.98")
