@@ -14,7 +14,8 @@ import argparse
 import tempfile
 import time
 from collections import defaultdict
-from functools import partial
+from collections.abc import Iterator
+from itertools import cycle
 
 import faiss
 import numpy as np
@@ -163,21 +164,26 @@ def draw_start(points: np.ndarray, num_clusters: int) -> np.ndarray:
 
 
 def measure_workers(num_points: int, num_clusters: int, rounds: int) -> None:
-    """An assignment with its sums by Ray workers of one thread each, one and two of them."""
+    """An assignment of all points with its sums by Ray workers of one thread each, one and two of them."""
     connect("local", num_cpus=2)
     with tempfile.TemporaryDirectory() as folder:
         run_dir = RunDir(folder)
         write_embeddings(run_dir, num_points)
-        start = draw_points(num_clusters, seed=9).astype(np.float32)
+        starts = far_apart(num_clusters)
         medians = {}
         for num_workers in (1, 2, 1, 2):
             points = ShardedPoints(stage_config(run_dir, num_workers), run_dir)
-            times = take_turns({"assign": partial(points.assign, start)}, rounds)
+            times = take_turns({"assign": lambda points=points: points.assign(next(starts))}, rounds)
             medians.setdefault(num_workers, []).append(times["assign"])
             points.release()
         one_s, two_s = (float(np.mean(medians[number])) for number in (1, 2))
-        name = f"an iteration by two workers, {num_points:,} x {DIM}, k = {num_clusters}"
+        name = f"an assignment by two workers, {num_points:,} x {DIM}, k = {num_clusters}"
         emit(name, two_s, "s", "by one worker", one_s, less_is_better=True)
+
+
+def far_apart(num_clusters: int) -> Iterator[np.ndarray]:
+    """Centroids that have nothing to do with the ones before: every sample has to be searched for."""
+    return cycle([draw_points(num_clusters, seed=seed).astype(np.float32) for seed in (9, 10)])
 
 
 def measure_million() -> None:
@@ -187,8 +193,8 @@ def measure_million() -> None:
         run_dir = RunDir(folder)
         write_embeddings(run_dir, 1_000_000)
         points = ShardedPoints(stage_config(run_dir, 2), run_dir)
-        sampled = draw_points(1000, seed=9).astype(np.float32)
-        seconds = take_turns({"assign": partial(points.assign, sampled)}, 2)["assign"]
+        starts = far_apart(1000)
+        seconds = take_turns({"assign": lambda: points.assign(next(starts))}, 2)["assign"]
         result = kmeans(points, 1000, seed=0, max_iterations=2)
         assert len(result.centroids) == 1000
         workers = [peak_bytes(pid) for pid in processes_titled("ray::_Shard")]
