@@ -161,7 +161,7 @@ def run_short_of_memory(pool: Path, folder: Path, greedy: str) -> subprocess.Com
 def test_an_encoder_killed_by_ray_for_its_memory_is_tried_again_and_changes_no_byte(ray_cluster, digit_pools, tmp_path):
     (tmp_path / "run").mkdir()
     done = run_short_of_memory(digit_pools.uris["folder"], tmp_path / "run", "encoder once")
-    assert done.stdout.endswith("embedded after the encoder was killed\n"), done.stderr
+    assert "embedded after the encoder was killed" in done.stdout, done.stderr
     config = digits_config(
         tmp_path / "whole", f"pool.uri={digit_pools.uris['folder']}", "embed.image_size=8", "embed.block_images=10"
     )
