@@ -20,6 +20,7 @@ from itertools import cycle
 import faiss
 import numpy as np
 import pyarrow as pa
+import ray
 import torch
 from reporting import emit, peak_bytes, processes_titled, take_turns
 from sklearn.cluster import KMeans
@@ -191,7 +192,8 @@ def measure_million() -> None:
     connect("local", num_cpus=2)
     with tempfile.TemporaryDirectory() as folder:
         run_dir = RunDir(folder)
-        write_embeddings(run_dir, 1_000_000)
+        # In a process of its own, so that the driver's peak is that of clustering.
+        ray.get(ray.remote(write_embeddings).remote(run_dir, 1_000_000))
         points = ShardedPoints(stage_config(run_dir, 2), run_dir)
         starts = far_apart(1000)
         seconds = take_turns({"assign": lambda: points.assign(next(starts))}, 2)["assign"]
