@@ -12,7 +12,9 @@ easy end to the hard one as the share of right pseudo-labels does. Of a window o
     risk(β) = (mean q of the window - mean q of the pool)² + k/m · mean q (1 - q) of the window
 
 is the squared bias, plus the variance of a class's share of good examples when it is estimated from the m/k that it
-has. The β of least risk is taken. With many samples a class the first term decides: the window lies where the pool's
+has. The β of least risk is taken, of those that leave the easiest fifth of the pool alone, if the budget allows: near the
+very end samples are alike, which neither term sees, and no hard fraction that the paper found by search reaches there
+(its windows end at 0.5 to 0.8 of the pool). With many samples a class the first term decides: the window lies where the pool's
 mean difficulty is, and begins the lower, the wider it is. With a handful a class the second moves it to the easy end.
 
 Everything comes from one histogram over the scores, whose integer sums are the same in any order. Memory: 24 bytes a
@@ -29,6 +31,7 @@ from elfs_ray.methods.pruning import balanced_windows
 from elfs_ray.methods.quantiles import Direction
 
 AUTO_STEP = 0.01
+EASY_END = Fraction(1, 5)
 _MAX_BINS = 1 << 16
 _MIN_BINS = 1 << 6
 _UNIT = 1 << 20  # of which the probabilities are whole multiples, so that sums of them are exact
@@ -81,15 +84,19 @@ def count_difficulty(
 
 
 def estimate_risks(sums: np.ndarray, num_kept: int, num_classes: int) -> list[Risk]:
-    """The risk of every multiple of 0.01 up to what is pruned, from `count_difficulty` of the whole pool.
+    """The risk of every multiple of 0.01 that may be chosen, from `count_difficulty` of the whole pool.
 
     Each group gets its own window, as `pruning.balanced_windows` has it. A bin that a window cuts is taken in part.
     """
     samples, probs, spreads = (np.cumsum(_padded(part), axis=1) for part in sums)
     counts = samples[:, -1]
     pool_mean = probs[:, -1].sum() / counts.sum() / _UNIT
+    num_samples = int(counts.sum())
+    latest = max(Fraction(0), 1 - EASY_END - Fraction(num_kept, num_samples))
     risks = []
-    for hard_fraction in fraction_grid(AUTO_STEP, num_kept, int(counts.sum())):
+    for hard_fraction in fraction_grid(AUTO_STEP, num_kept, num_samples):
+        if Fraction(str(hard_fraction)) > latest:
+            break
         starts, shares = balanced_windows(counts, num_kept, hard_fraction)
         mean, spread = (
             sum(

@@ -79,7 +79,7 @@ def test_many_samples_a_class_are_taken_around_the_mean_and_a_handful_from_the_e
     kept = double_end(scores, np.arange(4000), 400, many, "low")
     assert probs[kept].mean() == pytest.approx(probs.mean(), abs=0.02)
     few = least_risk(risks_of(scores, probs, 400, num_classes=400))
-    assert few > 0.8
+    assert few == 0.7  # the window ends where the easiest fifth begins
 
 
 def test_equal_scores_equal_probabilities_and_a_single_sample_give_a_fraction_that_fits():
