@@ -12,9 +12,9 @@ easy end to the hard one as the share of right pseudo-labels does. Of a window o
     risk(β) = (mean q of the window - mean q of the pool)² + k/m · mean q (1 - q) of the window
 
 is the squared bias, plus the variance of a class's share of good examples when it is estimated from the m/k that it
-has. The β of least risk is taken, of those that leave the easiest fifth of the pool alone, if the budget allows: near the
-very end samples are alike, which neither term sees, and no hard fraction that the paper found by search reaches there
-(its windows end at 0.5 to 0.8 of the pool). With many samples a class the first term decides: the window lies where the pool's
+has. The β of least risk is taken, of those that leave the easiest fifth of the pool alone, if the budget allows: near
+the very end samples are alike, which neither term sees, and no window that the paper found by search reaches there
+(they end at 0.5 to 0.8 of the pool). With many samples a class the first term decides: the window lies where the pool's
 mean difficulty is, and begins the lower, the wider it is. With a handful a class the second moves it to the easy end.
 
 Everything comes from one histogram over the scores, whose integer sums are the same in any order. Memory: 24 bytes a
