@@ -15,7 +15,7 @@ import faiss
 import numpy as np
 import ray
 import torch
-from kmeans import DIM, draw_points, stage_config, write_embeddings
+from kmeans import DIM, SIDE, draw_points, stage_config, write_embeddings
 from reporting import emit, take_turns
 from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
@@ -54,7 +54,7 @@ def main() -> None:
 
 def measure_exact(points: np.ndarray, num_threads: int, rounds: int) -> None:
     ids, single = np.arange(len(points)), points.astype(np.float32)
-    square = torch.randn(2048, 2048)
+    square = torch.randn(SIDE, SIDE)
 
     def by_faiss() -> None:
         index = faiss.IndexFlatIP(DIM)
@@ -76,8 +76,8 @@ def measure_exact(points: np.ndarray, num_threads: int, rounds: int) -> None:
     for other in ("faiss.IndexFlatIP", "scikit-learn"):
         emit(name, len(points) / seconds["ours"], "points/s", other, len(points) / seconds[other])
     rate = 2.0 * len(points) ** 2 * DIM / seconds["ours"] / 1e9
-    ceiling = 10 * 2.0 * 2048**3 / seconds["matmul"] / 1e9
-    emit(f"arithmetic of the {name}", rate, "GFLOP/s", "matrix product of 2048²", ceiling)
+    ceiling = 10 * 2.0 * SIDE**3 / seconds["matmul"] / 1e9
+    emit(f"arithmetic of the {name}", rate, "GFLOP/s", "matrix product of 2000²", ceiling)
 
 
 def measure_inverted_file(points: np.ndarray, rounds: int) -> None:
