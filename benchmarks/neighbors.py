@@ -40,7 +40,7 @@ def main() -> None:
     if torch.cuda.is_available():
         measure_gpu(200_000)
         return
-    num_points, rounds = (8_000, 1) if arguments.quick else (25_000, 3)
+    num_points, rounds = (8_000, 1) if arguments.quick else (20_000, 2)
     points = draw_points(num_points, seed=0)
     parts = {
         "exact": lambda: [measure_exact(points, num_threads, rounds) for num_threads in (1, 2)],
