@@ -16,6 +16,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -175,6 +176,8 @@ def main() -> None:
     from tests import s3
 
     os.environ |= s3.environment()
+    # A shell has what it starts in the background ignore Ctrl-C, and drivers would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # In /tmp, because the paths of Ray's sockets may have no more than 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="chaos-", dir="/tmp"))
     try:
