@@ -1,8 +1,8 @@
 """TEMI: deep clustering of embeddings with many heads trained side by side (Adaloglou et al., BMVC 2023).
 
 Every head is a small student and teacher that learn to give a sample and its neighbour the same cluster. All heads
-are one batched module: a step is a few large matrix products, however many heads there are. temi_training.py trains
-them.
+are one batched module: a step is a few large matrix products, however many heads there are, or one such step for each
+of its parts, whose activations then stay in a CPU's cache. temi_training.py trains them.
 """
 
 import math
@@ -96,6 +96,16 @@ class TemiHeads(nn.Module):
         clusters = _UnitRows.apply(self.cluster_direction) * self.cluster_gain
         return torch.bmm(_UnitRows.apply(_at_least_float32(bottleneck)), clusters.transpose(1, 2))
 
+    def part(self, heads: slice) -> "TemiHeads":
+        """Some of the heads as a module of their own: its parameters and gradients are views of these."""
+        part = TemiHeads.__new__(TemiHeads)
+        nn.Module.__init__(part)
+        for name, parameter in self.named_parameters():
+            view = nn.Parameter(parameter.detach()[heads], requires_grad=parameter.requires_grad)
+            view.grad = None if parameter.grad is None else parameter.grad[heads]
+            setattr(part, name, view)
+        return part
+
     def decayed_parameters(self) -> list[nn.Parameter]:
         """The weight matrices, which AdamW decays."""
         return [self.hidden_weight, self.bottleneck_weight, self.cluster_direction]
@@ -110,16 +120,24 @@ def cluster_log_probs(logits: Tensor, temperature: float) -> Tensor:
     return F.log_softmax(_at_least_float32(logits) / temperature, dim=-1)
 
 
-def temi_loss(student_log_probs: Tensor, teacher_log_probs: Tensor, marginal: Tensor, beta: float) -> Tensor:
-    """Loss of every head, (H,), for a batch of pairs (TEMI, equation 8; ELFS, section 3).
+@torch.no_grad()
+def pair_weights(teacher_log_probs: Tensor) -> Tensor:
+    """How far all heads' teachers agree that a sample and its neighbour are of one cluster: (b,), from (H, 2, b, C)."""
+    teacher_probs = teacher_log_probs.exp()
+    return (teacher_probs[:, 0] * teacher_probs[:, 1]).sum(dim=-1).mean(dim=0)
+
+
+def temi_loss(
+    student_log_probs: Tensor, teacher_log_probs: Tensor, marginal: Tensor, pair_weight: Tensor, beta: float
+) -> Tensor:
+    """The loss of each head, (H,), for a batch of pairs (TEMI, equation 8; ELFS, section 3).
 
     `student_log_probs` and `teacher_log_probs` are (H, 2, b, C): axis 1 holds the samples, then their neighbours.
-    `marginal` is (H, C). No gradient flows into the teacher or the marginal.
+    `marginal` is (H, C), `pair_weight` what `pair_weights` says of all heads, (b,). No gradient flows into these two or
+    the teacher.
     The sum over clusters is taken on logarithms, as (q_s·q_t)^β underflows where a head is certain.
     """
     with torch.no_grad():
-        teacher_probs = teacher_log_probs.exp()
-        pair_weight = (teacher_probs[:, 0] * teacher_probs[:, 1]).sum(dim=-1).mean(dim=0)
         log_marginal = marginal.clamp_min(torch.finfo(marginal.dtype).tiny).log()
         target = beta * teacher_log_probs.flip(1) - log_marginal[:, None, None, :]
     agreement = torch.logsumexp(beta * student_log_probs + target, dim=-1)

@@ -18,12 +18,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from elfs_ray.methods.hashing import hash_uint64, hash_uniform
-from elfs_ray.methods.temi import TemiHeads, TemiSettings, cluster_log_probs, temi_loss
+from elfs_ray.methods.temi import TemiHeads, TemiSettings, cluster_log_probs, pair_weights, temi_loss
 
 _ORDER_STREAM, _NEIGHBOR_STREAM = 2, 3
 
 # Half-precision gradients of a loss averaged over heads and samples would underflow. A power of two is exact to undo.
 _LOSS_SCALE = 2.0**14
+
+# Hidden activations of the heads that a CPU trains together: memory is slower than its arithmetic, the cache is not.
+_PART_BYTES = 8 << 20
 
 
 @torch.no_grad()
@@ -93,6 +96,7 @@ class TemiTrainer:
             fused=True,
         )
         self._reduced, self._gradients, self._losses = self._flat_buffers()
+        self._parts = [(heads, self.student.part(heads), self.teacher.part(heads)) for heads in self._split_heads()]
 
     def train_step(self, x: Tensor, x_neighbor: Tensor) -> Tensor:
         """Train all heads on (b, d) embeddings and their neighbours, this worker's slice; any float dtype.
@@ -102,15 +106,17 @@ class TemiTrainer:
         settings = self.settings
         views = torch.cat([x, x_neighbor]).to(self.device, torch.float32)
         with torch.no_grad():
-            teacher_log_probs = self._log_probs(self.teacher, views)
+            teacher_log_probs = torch.cat([self._log_probs(teacher, views) for _, _, teacher in self._parts])
         update_marginal(self.marginal, teacher_log_probs, settings.marginal_momentum, self.process_group)
-        student_log_probs = self._log_probs(self.student, views)
-        losses = temi_loss(student_log_probs, teacher_log_probs, self.marginal, settings.beta)
+        weight = pair_weights(teacher_log_probs)
 
         self._gradients.zero_()
-        (losses.mean() * _LOSS_SCALE).backward()
+        for heads, student, _ in self._parts:
+            log_probs = self._log_probs(student, views)
+            losses = temi_loss(log_probs, teacher_log_probs[heads], self.marginal[heads], weight, settings.beta)
+            (losses.sum() * (_LOSS_SCALE / settings.num_heads)).backward()
+            self._losses[heads] = losses.detach()
         self._gradients.div_(_LOSS_SCALE)
-        self._losses.copy_(losses.detach())
         _all_reduce_mean(self._reduced, self.process_group)
 
         for group in self._optimizer.param_groups:
@@ -132,8 +138,7 @@ class TemiTrainer:
         x = x.to(self.device, torch.float32)
         if head is None:
             return self.teacher(x).argmax(dim=-1)
-        one_head = {name: parameter[head : head + 1] for name, parameter in self.teacher.named_parameters()}
-        return torch.func.functional_call(self.teacher, one_head, (x,)).argmax(dim=-1)[0]
+        return self.teacher.part(slice(head, head + 1))(x).argmax(dim=-1)[0]
 
     def state_dict(self) -> dict[str, Any]:
         """All that changes in training, 16 bytes a parameter: the live tensors, so save them before the next step."""
@@ -152,6 +157,15 @@ class TemiTrainer:
         self.teacher.load_state_dict(state["teacher"])
         self.marginal.copy_(state["marginal"])
         self._optimizer.load_state_dict(state["optimizer"])
+
+    def _split_heads(self) -> list[slice]:
+        """Which heads a step trains together: all on a GPU, as many as the cache of a CPU has room for."""
+        settings = self.settings
+        size = settings.num_heads
+        if self.device.type == "cpu":
+            head_bytes = 4 * 2 * (settings.batch_size // self.num_workers) * settings.hidden_dim
+            size = min(size, max(1, _PART_BYTES // head_bytes))
+        return [slice(first, first + size) for first in range(0, settings.num_heads, size)]
 
     def _log_probs(self, heads: TemiHeads, views: Tensor) -> Tensor:
         dtype = self._autocast_dtype

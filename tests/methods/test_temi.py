@@ -15,9 +15,10 @@ from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 
+from elfs_ray.methods import temi_training
 from elfs_ray.methods.clustering_metrics import contingency_table, matched_accuracy
 from elfs_ray.methods.pca import fit_pca, project
-from elfs_ray.methods.temi import CPU_PROFILE, TemiHeads, TemiSettings, cluster_log_probs, temi_loss
+from elfs_ray.methods.temi import CPU_PROFILE, TemiHeads, TemiSettings, cluster_log_probs, pair_weights, temi_loss
 from elfs_ray.methods.temi_training import (
     CollapseError,
     TemiTrainer,
@@ -101,10 +102,12 @@ def test_the_loss_of_all_heads_equals_the_plain_formulas_in_values_and_gradients
     expected.mean().backward()
 
     student_a, student_b, teacher_a, teacher_b = (z.clone().requires_grad_() for z in logits)
+    teacher_log_probs = cluster_log_probs(torch.stack([teacher_a, teacher_b], dim=1), 0.1)
     losses = temi_loss(
         cluster_log_probs(torch.stack([student_a, student_b], dim=1), 0.1),
-        cluster_log_probs(torch.stack([teacher_a, teacher_b], dim=1), 0.1),
+        teacher_log_probs,
         marginal,
+        pair_weights(teacher_log_probs),
         beta=0.6,
     )
     losses.mean().backward()
@@ -121,9 +124,9 @@ def test_the_loss_stays_finite_where_heads_are_certain_and_a_cluster_is_dead() -
     logits[:, 0, :, 0] = 40.0
     logits[:, 1, :, 1] = 40.0
     student = logits.clone().requires_grad_()
-    loss = temi_loss(
-        cluster_log_probs(student, 0.1), cluster_log_probs(logits, 0.1), torch.tensor([[0.5, 0.5, 0.0]]), beta=0.6
-    )
+    teacher = cluster_log_probs(logits, 0.1)
+    marginal = torch.tensor([[0.5, 0.5, 0.0]])
+    loss = temi_loss(cluster_log_probs(student, 0.1), teacher, marginal, pair_weights(teacher), beta=0.6)
     loss.sum().backward()
     assert torch.isfinite(loss).all()
     assert student.grad is not None and torch.isfinite(student.grad).all()
@@ -171,7 +174,11 @@ def test_heads_start_from_a_truncated_normal_and_differ_from_each_other() -> Non
     assert not torch.equal(heads.hidden_weight, TemiHeads(64, TemiSettings(10, num_heads=4), seed=1).hidden_weight)
 
 
-def test_training_steps_equal_a_plain_loop_over_separate_heads() -> None:
+@pytest.mark.parametrize("part_bytes", [1, 32 << 10, 1 << 20])  # a head at a time, two, and all three
+def test_training_steps_equal_a_plain_loop_over_separate_heads(
+    monkeypatch: pytest.MonkeyPatch, part_bytes: int
+) -> None:
+    monkeypatch.setattr(temi_training, "_PART_BYTES", part_bytes)
     embeddings, neighbors = toy_pool()
     trainer = TemiTrainer(SMALL, 12, num_steps_per_epoch=6, seed=5)
     students = nn.ModuleList(LoopHead(trainer.student, h) for h in range(3))
