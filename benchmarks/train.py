@@ -3,8 +3,9 @@
     python benchmarks/train.py [--quick]
 
 The stage's own worker, in its own Ray Train group, takes turns by epochs with the loop that one writes first: the same
-network, batch, augmentation, optimiser and threads, and nothing recorded. On a GPU the network is ResNet-18 in bf16 and
-a second loop reads through a torch DataLoader. Full size compiles the network, too. Medians over the turns.
+network, batch, augmentation, optimiser and threads, and nothing recorded; once in a process of its own, as one starts
+it, and once in the worker's, with the memory that workers are given. On a GPU the network is ResNet-18 in bf16 and a
+further loop reads through a torch DataLoader. Full size compiles the network, too. Medians over the turns.
 """
 
 import argparse
@@ -87,7 +88,7 @@ def _measure_worker(run_dir: RunDir, rounds: int, on_gpu: bool, compiles: bool) 
         jobs = {"in_memory": job, "streamed": dataclasses.replace(job, data=[ray.put(pool), ray.put(chunks)])}
         if compiles:
             jobs["compiled"] = dataclasses.replace(job, config=dataclasses.replace(config.train, compile=True))
-        resources = {"CPU": num_cpus(), **({"GPU": 1} if on_gpu else {})}
+        resources = {"CPU": num_cpus(), **({"GPU": 0.5} if on_gpu else {})}  # the bare loop's process has the rest
         TorchTrainer(
             _take_turns,
             train_loop_config={"jobs": jobs, "rounds": rounds, "results": run_dir.path("results.json")},
@@ -97,6 +98,7 @@ def _measure_worker(run_dir: RunDir, rounds: int, on_gpu: bool, compiles: bool) 
     results = json.loads(filesystem.read_bytes(run_dir.path("results.json")))
     ours, name = results["in_memory"], config.train.network
     emit(f"{name}, in memory", ours, "images/s", "bare loop", results["bare"])
+    emit(f"{name}, in memory", ours, "images/s", "bare loop in the worker's process", results["bare_here"])
     if "data_loader" in results:
         emit(f"{name}, in memory", ours, "images/s", "bare loop with a DataLoader", results["data_loader"])
     emit(f"{name}, streamed", results["streamed"], "images/s", "in memory", ours)
@@ -172,9 +174,13 @@ def _take_turns(loop_config: dict[str, Any]) -> None:
     contestants: dict[str, Callable[[int], None]] = {
         name: partial(_train_and_share, worker, shares[name]) for name, worker in workers.items()
     }
-    contestants["bare"] = _bare_loop(in_memory)
+    gpus = 0.5 if in_memory.device.type == "cuda" else 0
+    plain_memory = {"env_vars": {"GLIBC_TUNABLES": ""}}
+    apart = ray.remote(num_cpus=0, num_gpus=gpus, runtime_env=plain_memory)(_BareLoop).remote(in_memory.job)
+    contestants["bare"] = lambda epoch: ray.get(apart.train_epoch.remote(epoch))
+    contestants["bare_here"] = _BareLoop(in_memory.job).train_epoch
     if in_memory.device.type == "cuda":
-        contestants["data_loader"] = _data_loader_loop(in_memory)
+        contestants["data_loader"] = _data_loader_loop(in_memory.job)
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(loop_config["rounds"] + 1):
         for name, train_epoch in contestants.items():
@@ -204,27 +210,30 @@ def _train_epoch(worker: Worker, epoch: int) -> float:
     return clock.take()["recorder_share"]
 
 
-def _bare_loop(worker: Worker) -> Callable[[int], None]:
+class _BareLoop:
     """A loop over images in memory."""
-    pool, decoded = ray.get(worker.job.data)
-    images = torch.from_numpy(decoded.copy()).to(worker.device)
-    flat, targets = images.view(len(images), -1), torch.from_numpy(pool.targets.astype(np.int64)).to(worker.device)
-    step = _bare_step(worker)
 
-    def train_epoch(epoch: int) -> None:
-        order = torch.randperm(len(images))
+    def __init__(self, job: WorkerJob):
+        torch.set_num_threads(job.num_decoders)
+        pool, decoded = ray.get(job.data)
+        self._step = _BareStep(job)
+        self._images = torch.from_numpy(decoded.copy()).to(self._step.device)
+        self._targets = torch.from_numpy(pool.targets.astype(np.int64)).to(self._step.device)
+
+    def train_epoch(self, epoch: int) -> None:
+        flat = self._images.view(len(self._images), -1)
+        order = torch.randperm(len(flat))
         for rows in order.split(BATCH):
-            rows = rows.to(worker.device)
-            batch = flat.index_select(0, rows).view(len(rows), *images.shape[1:])
-            step(augmentation.random_crop_flip(batch, rows.cpu().numpy(), seed=0, epoch=epoch), targets[rows])
-        _wait(worker.device)
+            rows = rows.to(flat.device)
+            batch = flat.index_select(0, rows).view(len(rows), *self._images.shape[1:])
+            batch = augmentation.random_crop_flip(batch, rows.cpu().numpy(), seed=0, epoch=epoch)
+            self._step(batch, self._targets[rows])
+        _wait(flat.device)
 
-    return train_epoch
 
-
-def _data_loader_loop(worker: Worker) -> Callable[[int], None]:
+def _data_loader_loop(job: WorkerJob) -> Callable[[int], None]:
     """A loop over a DataLoader that augments in 8 processes."""
-    pool, decoded = ray.get(worker.job.data)
+    pool, decoded = ray.get(job.data)
     loader = DataLoader(
         _Images(decoded, pool.targets),
         BATCH,
@@ -234,12 +243,12 @@ def _data_loader_loop(worker: Worker) -> Callable[[int], None]:
         pin_memory=True,
         multiprocessing_context="forkserver",
     )
-    step = _bare_step(worker)
+    step = _BareStep(job)
 
     def train_epoch(epoch: int) -> None:
         for batch, targets in loader:
-            step(batch.to(worker.device, non_blocking=True), targets.to(worker.device, non_blocking=True))
-        _wait(worker.device)
+            step(batch.to(step.device, non_blocking=True), targets.to(step.device, non_blocking=True))
+        _wait(step.device)
 
     return train_epoch
 
@@ -260,21 +269,25 @@ class _Images(Dataset):
         return torch.from_numpy((crop[:, ::-1] if flip else crop).copy()), int(self._targets[row])
 
 
-def _bare_step(worker: Worker) -> Callable[[torch.Tensor, torch.Tensor], None]:
+class _BareStep:
     """Forward, backward, SGD on a (b, s, s, 3) uint8 batch."""
-    model = build_proxy_model(worker.config.network, NUM_CLASSES)
-    model = model.to(device=worker.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=5e-4, nesterov=True, fused=True)
 
-    def step(images: torch.Tensor, targets: torch.Tensor) -> None:
-        images = augmentation.normalize(images, worker.config.mean, worker.config.std)
-        with torch.autocast(worker.device.type, torch.bfloat16, enabled=worker.precision == "bf16"):
-            logits = model(images)
+    def __init__(self, job: WorkerJob):
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._config = job.config
+        model = build_proxy_model(job.config.network, NUM_CLASSES)
+        self._model = model.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._optimizer = torch.optim.SGD(
+            self._model.parameters(), 0.1, 0.9, weight_decay=5e-4, nesterov=True, fused=True
+        )
+
+    def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> None:
+        images = augmentation.normalize(images, self._config.mean, self._config.std)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            logits = self._model(images)
         nn.functional.cross_entropy(logits.float(), targets).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
 
 
 def _flop_an_image(worker: Worker) -> float:
