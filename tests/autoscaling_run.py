@@ -2,13 +2,14 @@
 
     python tests/autoscaling_run.py FOLDER key=value ...
 
-only in process and network namespaces of its own, as root: fixed ports are used. Nodes are processes of this machine
-(provider fake_multinode). Runs the pipeline into FOLDER/run, up to embed and then to its end, and prints a line for
-each number of worker nodes that the cluster has had.
+only in process, network and mount namespaces of its own, as root: fixed ports are used, a folder of Ray's is covered.
+Nodes are processes of this machine (provider fake_multinode). Runs the pipeline into FOLDER/run, up to embed and then
+to its end, and prints a line for each number of worker nodes that the cluster has had.
 """
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 
 import ray
+from ray.autoscaler._private import fake_multi_node
 
 from elfs_ray import pipeline
 from elfs_ray.config import ConfigError, load_config
@@ -60,6 +62,14 @@ LAUNCHER = {
 }
 
 
+def add_providers_defaults(folder: Path) -> None:
+    """Ray's wheel lacks the file of defaults that the provider reads: a copy of its folder with one, for this run."""
+    package = Path(fake_multi_node.__path__[0])
+    complete = shutil.copytree(package, folder / "fake_multi_node")
+    (complete / "example.yaml").write_text(json.dumps(LAUNCHER))
+    subprocess.run(["mount", "--bind", complete, package], check=True)
+
+
 def start_head(folder: Path) -> None:
     launcher = folder / "launcher.json"
     launcher.write_text(json.dumps(LAUNCHER))
@@ -101,6 +111,7 @@ def wait_until_there_are_none() -> None:
 
 def main() -> None:
     folder, overrides = Path(sys.argv[1]), sys.argv[2:]
+    add_providers_defaults(folder)
     start_head(folder)
     connect("127.0.0.1:6379")
     print(f"devices {devices_of_cluster().describe()}", flush=True)
