@@ -77,8 +77,18 @@ class Run:
                 self._command, start_new_session=True, stdout=sink, stderr=sink, env=environment
             )
 
-    def strike(self, fault: Fault, seconds: float) -> None:
-        """Wait for the fault's moment and strike; `fault.hit` stays None where there is nothing of its kind to hit."""
+    def strike(self, fault: Fault, seconds: dict[str, float]) -> None:
+        """Strike at the fault's moment, or in a later stage where its own has nothing of its kind to hit.
+
+        `seconds` is how long each stage takes. `fault.hit` stays None where no stage has.
+        """
+        later = STAGE_NAMES[STAGE_NAMES.index(fault.stage) :]
+        for fault.stage in (stage for stage in later if stage in STAGES.get(fault.kind, STAGE_NAMES)):
+            self._strike_in_its_stage(fault, seconds[fault.stage])
+            if fault.hit:
+                return
+
+    def _strike_in_its_stage(self, fault: Fault, seconds: float) -> None:
         while not self._is_in(fault.stage):
             if self._is_complete(fault.stage):
                 return
@@ -215,8 +225,9 @@ def play(seed: int, wanted: int, overrides: list[str], places: list[Place]) -> N
         run = Run(place, f"run-{number}", [*overrides, _address(place)], rng)
         try:
             for fault in faults:
-                run.strike(fault, seconds[fault.stage])
+                run.strike(fault, seconds)
             run.finish(faults)
+            seconds = {stage: min(own, run.seconds(stage)) for stage, own in seconds.items()}
         finally:
             run.end()
         same = run.tables() == expected
