@@ -39,6 +39,7 @@ YAML = ROOT / "jobs" / "quickstart.yaml"
 TABLES = ("index", "rejected", "embeddings", "proxy_images", "clusters", "dynamics", "scores", "coreset", "coreset.txt")
 STAGE_NAMES = ("index", "embed", "cluster", "train", "select", "report")
 FAULTS_A_RUN = 8
+LAST_MOMENT = 0.8  # as a share of a stage's time, which differs from run to run
 TIMEOUT_S = 1200.0
 # Two agents of a Ray whose head is gone look for it for a minute (gcs_rpc_server_reconnect_timeout_s).
 ALL_GONE_S = 120.0
@@ -77,23 +78,14 @@ class Run:
                 self._command, start_new_session=True, stdout=sink, stderr=sink, env=environment
             )
 
-    def strike(self, fault: Fault, seconds: dict[str, float]) -> None:
-        """Strike at the fault's moment, or in a later stage where its own has nothing of its kind to hit.
-
-        `seconds` is how long each stage takes. `fault.hit` stays None where no stage has.
-        """
-        later = STAGE_NAMES[STAGE_NAMES.index(fault.stage) :]
-        for fault.stage in (stage for stage in later if stage in STAGES.get(fault.kind, STAGE_NAMES)):
-            self._strike_in_its_stage(fault, seconds[fault.stage])
-            if fault.hit:
-                return
-
-    def _strike_in_its_stage(self, fault: Fault, seconds: float) -> None:
+    def strike(self, fault: Fault, seconds: float) -> None:
+        """Wait for the fault's moment and strike; `fault.hit` stays None where there is nothing of its kind to hit."""
+        self._go_on(fault)
         while not self._is_in(fault.stage):
             if self._is_complete(fault.stage):
                 return
-            self._go_on(fault)
             time.sleep(POLL_S)
+            self._go_on(fault)
         time.sleep(fault.share * seconds)
         place = self._place
         rig = Rig(self.driver, place.cluster, place.nodes, place.disk, place.store, self._rng)
@@ -133,6 +125,10 @@ class Run:
                     found[f"{name}/{relative}"] = filesystem.read_bytes(filesystem.join(uri, relative))
         return found
 
+    def stages_left(self) -> list[str]:
+        """The stages that are not complete, in order."""
+        return [stage for stage in STAGE_NAMES if not self._is_complete(stage)]
+
     def seconds(self, stage: str) -> float:
         return self.run_dir.figures(stage)["seconds"]
 
@@ -168,13 +164,17 @@ class Run:
             time.sleep(0.1)
 
 
-def draw_faults(rng: random.Random, kinds: list[str], count: int) -> list[Fault]:
-    """Faults in the order in which a run meets them, each kind before any comes twice."""
-    faults = []
-    for kind in (rng.sample(kinds, len(kinds)) * count)[:count]:
-        stage = rng.choice(STAGES.get(kind, STAGE_NAMES))
-        faults.append(Fault(kind, stage, round(rng.random(), 3)))
-    return sorted(faults, key=lambda fault: (STAGE_NAMES.index(fault.stage), fault.share))
+def draw_fault(
+    run: Run, seconds: dict[str, float], kinds: list[str], hits: Counter, rng: random.Random
+) -> Fault | None:
+    """A fault in one of the next two stages, of a kind drawn less often than others; None for a complete run."""
+    stages = run.stages_left()[:2]
+    if not stages:
+        return None
+    (stage,) = rng.choices(stages, [seconds[stage] for stage in stages])
+    possible = [kind for kind in kinds if stage in STAGES.get(kind, STAGE_NAMES)]
+    kind = min(possible, key=lambda kind: (hits[kind], rng.random()))
+    return Fault(kind, stage, round(rng.uniform(0, LAST_MOMENT), 3))
 
 
 def main() -> None:
@@ -221,11 +221,16 @@ def play(seed: int, wanted: int, overrides: list[str], places: list[Place]) -> N
     number = equal = 0
     while len(hits) < wanted:
         place, rng = places[number % len(places)], random.Random(f"{seed} {number}")
-        faults = draw_faults(rng, place.kinds(), min(FAULTS_A_RUN, wanted - len(hits)))
         run = Run(place, f"run-{number}", [*overrides, _address(place)], rng)
+        faults: list[Fault] = []
         try:
-            for fault in faults:
-                run.strike(fault, seconds)
+            while len([fault for fault in faults if fault.hit]) < min(FAULTS_A_RUN, wanted - len(hits)):
+                of_kind = Counter(fault.kind for fault in hits + faults)
+                fault = draw_fault(run, seconds, place.kinds(), of_kind, rng)
+                if fault is None:
+                    break
+                faults.append(fault)
+                run.strike(fault, seconds[fault.stage])
             run.finish(faults)
             seconds = {stage: min(own, run.seconds(stage)) for stage, own in seconds.items()}
         finally:
