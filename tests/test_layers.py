@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "methods": ("methods",),
     "credentials": (),
     "storage": ("credentials", "storage"),
+    "datasets": ("datasets", "progress", "storage"),
     "config_keys": (),
     "config_checks": ("config_keys", "methods"),
     "config": ("config_checks", "config_keys", "credentials"),

@@ -32,11 +32,28 @@ def pool(tmp_path) -> Path:
 def test_every_yaml_holds_the_settings_of_the_paper(name):
     config = load_config(JOBS / f"{name}.yaml", ["run_dir=/run", "pool.uri=/pool"])
     imagenet = name == "imagenet"
-    assert config.train.network == ("resnet34" if imagenet else "resnet18")
-    assert config.train.epochs == (60 if imagenet else 200)
-    assert (config.train.batch_size, config.train.lr, config.train.min_lr) == (256, 0.1, 1e-4)
-    assert config.train.weight_decay == (1e-4 if imagenet else 5e-4)
+    train, embed, evaluate = config.train, config.embed, config.evaluate
+    assert train.network == evaluate.network == ("resnet34" if imagenet else "resnet18")
+    assert train.epochs == (60 if imagenet else 200)
+    assert (train.batch_size, train.lr, train.min_lr, train.momentum) == (256, 0.1, 1e-4, 0.9)
+    assert (train.weight_decay, train.nesterov) == ((1e-4, False) if imagenet else (5e-4, True))
+    assert (train.augmentation, train.crop_padding) == ("resized_crop_flip" if imagenet else "crop_flip", 4)
+    assert (embed.encoder, embed.image_size) == ("timm/vit_base_patch16_224.dino", 224)
+    assert embed.resize == (256 if imagenet else None)
+    assert train.image_size == (224 if imagenet else None)
+    assert embed.proxy_image_size == {"imagenet": 256, "stl10": 96}.get(name, 32)
+    assert (config.cluster.method, config.cluster.temi.profile) == ("temi", "paper")
     assert config.cluster.num_clusters == {"imagenet": 1000, "cifar100": 100}.get(name, 10)
+    assert config.select.score == ("forgetting" if name == "cifar100" else "aum")
+    assert config.budget == 0.1
+    assert config.select.hard_fraction == {"imagenet": 0.3, "cifar100": 0.7}.get(name, 0.4)
+    assert (evaluate.iterations, evaluate.batch_size) == (300_000 if imagenet else 40_000, 256)
+
+
+def test_the_rates_in_the_comment_of_cifar100_are_those_of_the_paper():
+    rates = [line[1:].split() for line in (JOBS / "cifar100.yaml").read_text().splitlines() if "budget=[" in line]
+    config = load_config(JOBS / "cifar100.yaml", ["run_dir=/run", "pool.uri=/pool", *rates[0]])
+    assert (config.budgets, config.hard_fractions) == ([0.7, 0.5, 0.3, 0.2, 0.1], [0.1, 0.2, 0.4, 0.5, 0.7])
 
 
 @pytest.mark.parametrize("name", [*PIPELINE_JOBS, "quickstart"])

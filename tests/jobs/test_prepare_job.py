@@ -1,0 +1,73 @@
+"""prepare as a person types it: its keys, what it asks for, and the command that it ends with."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from elfs_ray.config import load_config
+from elfs_ray.datasets.prepare import prepare
+from elfs_ray.datasets.published import BENCHMARKS
+from tests.datasets.layouts import BUILD
+from tests.jobs.test_jobs import JOBS, type_job
+
+sys.path.insert(0, str(JOBS.parent))
+
+
+def command_of(tmp_path: Path) -> list[str]:
+    """What the job says to type next, once a small CIFAR10 is there."""
+    from jobs.prepare import describe
+
+    built = BUILD["cifar10"]("cifar10", tmp_path / "published")
+    facts = prepare(built.benchmark, str(built.archive), tmp_path / "pools" / "cifar10")
+    return describe(built.benchmark, facts, tmp_path / "pools" / "cifar10").splitlines()[-1].split()
+
+
+def test_the_command_at_the_end_names_a_job_and_keys_that_it_takes(tmp_path):
+    python, job, *overrides = command_of(tmp_path)
+    config = load_config(JOBS.parent / Path(job).with_suffix(".yaml"), overrides)
+    assert python == "python" and (JOBS.parent / job).is_file()
+    assert Path(config.pool.uri).is_dir() and Path(str(config.evaluate.test_uri)).is_dir()
+    result = type_job("cifar10", "--dry-run", *overrides, "embed.encoder=pixels", "ray_address=local")
+    assert result.returncode == 0 and "200 images" in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_without_a_source_it_asks_for_one_with_the_address_of_its_owners_page(name, tmp_path):
+    from jobs.prepare import main
+
+    with pytest.raises(ValueError, match="no source for") as error:
+        main([f"dataset={name}", f"out={tmp_path / name}"])
+    assert BENCHMARKS[name].page in str(error.value)
+    assert all(archive.name in str(error.value) for archive in BENCHMARKS[name].archives)
+    assert ("source=download" in str(error.value)) == (name != "imagenet")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needed"),
+    [
+        (["dataset=mnist"], "is none of cifar10, cifar100"),
+        ([], "is none of"),
+        (["dataset=cifar10", "folder=x"], "needed are dataset=..., source=..."),
+        (["cifar10"], "needed are dataset=..., source=..."),
+        (["dataset=cifar10", "source=x", "out=s3://bucket/x"], "copy it to the bucket"),
+        (["--fast", "dataset=cifar10"], "unknown option --fast"),
+    ],
+)
+def test_a_bad_command_is_refused(arguments, needed):
+    from jobs.prepare import main
+
+    with pytest.raises(ValueError, match=needed):
+        main(arguments)
+
+
+def test_a_wrong_archive_ends_with_one_message_and_exit_code_2(tmp_path):
+    (tmp_path / "cifar-10-binary.tar.gz").write_bytes(b"cut short")
+    command = [sys.executable, str(JOBS / "prepare.py"), "dataset=cifar10", "source=cifar-10-binary.tar.gz"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    assert result.returncode == 2 and "cut short, damaged or another file" in result.stderr
+    assert "Traceback" not in result.stderr and {path.name for path in tmp_path.rglob("*")} <= {
+        "cifar-10-binary.tar.gz",
+        "pools",
+    }
