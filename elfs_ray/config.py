@@ -1,6 +1,6 @@
 """The config of a run: defaults, YAML and `key=value` overrides, merged by OmegaConf and checked before work starts.
 
-config_keys.py declares the keys, config_checks.py holds the checks.
+config_keys/ declares the keys, config_checks.py holds the checks.
 """
 
 import dataclasses

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "credentials": (),
     "storage": ("credentials", "storage"),
     "datasets": ("datasets", "progress", "storage"),
-    "config_keys": (),
+    "config_keys": ("config_keys",),
     "config_checks": ("config_keys", "methods"),
     "config": ("config_checks", "config_keys", "credentials"),
     "cluster_growth": (),
