@@ -8,7 +8,6 @@ in bf16. Medians over the turns. Then two workers beside one of the same threads
 """
 
 import argparse
-import io
 import json
 import statistics
 import tempfile
@@ -20,12 +19,12 @@ import pyarrow as pa
 import ray
 import ray.train
 import torch
-from PIL import Image
 from ray.train.torch import TorchTrainer
 from reporting import emit
 from torch import nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
+from training import ceiling, smooth_png, wait
 
 from elfs_ray.config import Config, load_config
 from elfs_ray.methods.augmentation_views import change_colors, two_crops
@@ -63,7 +62,8 @@ def _measure_worker(run_dir: RunDir, rounds: int, on_gpu: bool) -> None:
     """One worker with every core, or a GPU, against a loop in the same process."""
     config = _config(run_dir, on_gpu)
     settings = pretrain_settings(config.pretrain, SIZE)
-    with Progress("turns", rounds + 1, "turns") as progress, remote_progress(progress) as board:
+    num_samples = int(run_dir.figures("copy")["rows"])
+    with Progress("turns", (rounds + 1) * num_samples, "images") as progress, remote_progress(progress) as board:
         job = PretrainJob(
             settings=settings,
             precision="auto",
@@ -111,11 +111,11 @@ def _take_turns(loop_config: dict[str, Any]) -> None:
         for name, train_epoch in contestants.items():
             start_s = time.perf_counter()
             train_epoch(turn)
-            _wait(worker.device)
+            wait(worker.device)
             if turn > 0:  # the first warms up
                 seconds[name].append(time.perf_counter() - start_s)
     results = {name: worker.plan.num_samples / statistics.median(times) for name, times in seconds.items()}
-    results |= {"flop": _flop_an_image(worker), "ceiling": _ceiling(worker)}
+    results |= {"flop": _flop_an_image(worker), "ceiling": ceiling(worker.device, worker.trainer.precision)}
     filesystem.write_bytes(loop_config["results"], json.dumps(results).encode())
 
 
@@ -167,25 +167,6 @@ def _flop_an_image(worker: PretrainWorker) -> float:
     return 2 * counter.get_total_flops() / 64
 
 
-def _ceiling(worker: PretrainWorker) -> float:
-    """Operations a second of a matrix product in the precision of the training."""
-    dtype = torch.bfloat16 if worker.trainer.precision == "bf16" else torch.float32
-    n = 4096 if worker.device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=worker.device).to(dtype) for _ in range(2))
-    times = []
-    for _ in range(10):
-        start_s = time.perf_counter()
-        a @ b
-        _wait(worker.device)
-        times.append(time.perf_counter() - start_s)
-    return 2 * n**3 / statistics.median(times)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _config(run_dir: RunDir, on_gpu: bool, *overrides: str) -> Config:
     return load_config(
         None,
@@ -210,18 +191,12 @@ def _write_pool(run_dir: RunDir, num_samples: int) -> None:
     rng = np.random.default_rng(0)
     for first in range(0, num_samples, ROWS_PER_FILE):
         ids = np.arange(first, min(first + ROWS_PER_FILE, num_samples))
-        images = [_png(coarse) for coarse in rng.integers(0, 256, (len(ids), 8, 8, 3), dtype=np.uint8)]
+        images = [smooth_png(coarse, SIZE) for coarse in rng.integers(0, 256, (len(ids), 8, 8, 3), dtype=np.uint8)]
         table = pa.table([ids, images], schema=schema.PROXY_IMAGES_SCHEMA)
         name = schema.range_file(int(ids[0]), int(ids[-1]))
         filesystem.write_table(run_dir.path(schema.PROXY_IMAGES, name), table, ROWS_PER_CHUNK)
     for stage in ("index", "copy"):
         run_dir.mark_complete(Marker(stage, {}, {}, {"rows": num_samples}))
-
-
-def _png(coarse: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(coarse).resize((SIZE, SIZE), Image.Resampling.BICUBIC).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ further loop reads through a torch DataLoader. Full size compiles the network, t
 
 import argparse
 import dataclasses
-import io
 import json
 import statistics
 import tempfile
@@ -24,12 +23,12 @@ import pyarrow as pa
 import ray
 import ray.train
 import torch
-from PIL import Image
 from ray.train.torch import TorchTrainer
 from reporting import emit, peak_bytes
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
+from training import ceiling, smooth_png, wait
 
 from elfs_ray.config import Config, load_config
 from elfs_ray.methods import augmentation
@@ -161,7 +160,7 @@ def _peak_of_an_epoch(loop_config: dict[str, Any]) -> None:
 def _write_small_pool(run_dir: RunDir, num_samples: int) -> None:
     """A thousand small images again and again, in files as embed leaves them."""
     rng = np.random.default_rng(0)
-    files = [_png(coarse, SMALL_SIZE) for coarse in rng.integers(0, 256, (1000, 4, 4, 3), dtype=np.uint8)]
+    files = [smooth_png(coarse, SMALL_SIZE) for coarse in rng.integers(0, 256, (1000, 4, 4, 3), dtype=np.uint8)]
     _write_tables(run_dir, num_samples, lambda ids: [files[i % 1000] for i in ids.tolist()], rows_per_chunk=4096)
 
 
@@ -191,7 +190,7 @@ def _take_turns(loop_config: dict[str, Any]) -> None:
     num_samples = len(in_memory.sample_ids)
     results = {name: num_samples / statistics.median(times) for name, times in seconds.items()}
     results["recorder"] = statistics.median(shares["in_memory"][1:])
-    results["flop"], results["ceiling"] = _flop_an_image(in_memory), _ceiling(in_memory)
+    results["flop"], results["ceiling"] = _flop_an_image(in_memory), ceiling(in_memory.device, in_memory.precision)
     filesystem.write_bytes(loop_config["results"], json.dumps(results).encode())
 
 
@@ -228,7 +227,7 @@ class _BareLoop:
             batch = flat.index_select(0, rows).view(len(rows), *self._images.shape[1:])
             batch = augmentation.random_crop_flip(batch, rows.cpu().numpy(), seed=0, epoch=epoch)
             self._step(batch, self._targets[rows])
-        _wait(flat.device)
+        wait(flat.device)
 
 
 def _data_loader_loop(job: WorkerJob) -> Callable[[int], None]:
@@ -248,7 +247,7 @@ def _data_loader_loop(job: WorkerJob) -> Callable[[int], None]:
     def train_epoch(epoch: int) -> None:
         for batch, targets in loader:
             step(batch.to(step.device, non_blocking=True), targets.to(step.device, non_blocking=True))
-        _wait(step.device)
+        wait(step.device)
 
     return train_epoch
 
@@ -298,25 +297,6 @@ def _flop_an_image(worker: Worker) -> float:
     return counter.get_total_flops() / BATCH
 
 
-def _ceiling(worker: Worker) -> float:
-    """Operations a second of a matrix product in the precision of the training."""
-    dtype = torch.bfloat16 if worker.precision == "bf16" else torch.float32
-    n = 4096 if worker.device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=worker.device).to(dtype) for _ in range(2))
-    times = []
-    for _ in range(10):
-        start_s = time.perf_counter()
-        a @ b
-        _wait(worker.device)
-        times.append(time.perf_counter() - start_s)
-    return 2 * n**3 / statistics.median(times)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _config(run_dir: RunDir, on_gpu: bool, *overrides: str) -> Config:
     return load_config(
         None,
@@ -343,7 +323,7 @@ def _write_pool(run_dir: RunDir, num_samples: int) -> None:
     rng = np.random.default_rng(0)
 
     def images_of(ids: np.ndarray) -> list[bytes]:
-        return [_png(coarse, SIZE) for coarse in rng.integers(0, 256, (len(ids), 8, 8, 3), dtype=np.uint8)]
+        return [smooth_png(coarse, SIZE) for coarse in rng.integers(0, 256, (len(ids), 8, 8, 3), dtype=np.uint8)]
 
     _write_tables(run_dir, num_samples, images_of, ROWS_PER_CHUNK)
 
@@ -361,12 +341,6 @@ def _write_tables(
         table = pa.table(labels, schema=schema.PSEUDO_LABELS_SCHEMA)
         filesystem.write_table(run_dir.path(schema.CLUSTERS, schema.PSEUDO_LABELS_DIR, name), table)
     run_dir.mark_complete(Marker("cluster", {}, {}, {"rows": num_samples, "num_clusters": NUM_CLASSES}))
-
-
-def _png(coarse: np.ndarray, size: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
 
 
 if __name__ == "__main__":
