@@ -15,7 +15,7 @@ from elfs_ray.metrics import report_rejected
 from elfs_ray.progress import Progress
 from elfs_ray.ray_runtime import run_tasks
 from elfs_ray.stages.embed_blocks import (
-    decode_images,
+    copy_images,
     plan_blocks,
     rejected_by_copy,
     rows_by_file,
@@ -23,7 +23,6 @@ from elfs_ray.stages.embed_blocks import (
     write_rejected,
 )
 from elfs_ray.storage import schema
-from elfs_ray.storage.images import BadImage, encode_proxy_image
 from elfs_ray.storage.run_dir import RunDir
 
 
@@ -51,16 +50,13 @@ def run_copy(config: Config, run_dir: RunDir) -> dict[str, Any]:
 
 def _copy_block(config: Config, run_dir: RunDir, first: int, last: int) -> int:
     """Read, decode and copy one block; the number of images that could not be."""
-    embed, name = config.embed, schema.range_file(first, last)
-    sample_ids, copies, rejected = [], [], []
-    for sample_id, uri, image in decode_images(config, run_dir, first, last, min_size=embed.proxy_image_size):
-        if isinstance(image, BadImage):
-            rejected.append({"sample_id": sample_id, "uri": uri, "stage": "copy", "reason": str(image)})
-            continue
+    name = schema.range_file(first, last)
+    sample_ids: list[int] = []
+    copies: list[bytes] = []
+    rejected: list[dict[str, Any]] = []
+    for sample_id, _, copy in copy_images(config, run_dir, first, last, stage="copy", rejected=rejected):
         sample_ids.append(sample_id)
-        copies.append(
-            encode_proxy_image(image, short_side=embed.proxy_image_size, jpeg_quality=embed.proxy_jpeg_quality)
-        )
+        copies.append(copy)
     write_rejected(rejected_by_copy(run_dir, name), rejected)
     write_proxy_images(run_dir, name, sample_ids, copies)
     return len(rejected)

@@ -34,7 +34,7 @@ from elfs_ray.metrics import report_rejected
 from elfs_ray.progress import Progress, say
 from elfs_ray.ray_runtime import num_cpus, num_gpus, resolve_device
 from elfs_ray.stages.embed_blocks import (
-    decode_images,
+    copy_images,
     plan_blocks,
     rejected_by_copy,
     rows_by_file,
@@ -42,7 +42,7 @@ from elfs_ray.stages.embed_blocks import (
     write_rejected,
 )
 from elfs_ray.storage import filesystem, schema
-from elfs_ray.storage.images import BadImage, encode_proxy_image, resize_center_crop
+from elfs_ray.storage.images import resize_center_crop
 from elfs_ray.storage.run_dir import RunDir
 
 MAX_INPUT_BLOCKS = 4096
@@ -165,21 +165,15 @@ def _decode_block(batch: dict[str, Any], job: EmbedJob) -> dict[str, Any]:
     """Read and decode one block; write its proxy images; hand on its pixels and the reasons of what is rejected."""
     torch.set_num_threads(1)
     first, last = int(batch["first"][0]), int(batch["last"][0])
-    embed, shape = job.config.embed, job.shape
-    sample_ids, pixels, proxies, rejected = [], [], [], []
-    min_size = max(shape.resize, embed.proxy_image_size)
-    for sample_id, uri, image in decode_images(job.config, job.run_dir, first, last, min_size=min_size):
-        if isinstance(image, BadImage):
-            rejected.append({"sample_id": sample_id, "uri": uri, "stage": "embed", "reason": str(image)})
-            continue
+    shape = job.shape
+    sample_ids, pixels, copies = [], [], []
+    rejected: list[dict[str, Any]] = []
+    images = copy_images(job.config, job.run_dir, first, last, stage="embed", rejected=rejected, min_size=shape.resize)
+    for sample_id, image, copy in images:
         sample_ids.append(sample_id)
-        pixels.append(
-            resize_center_crop(image, resize=shape.resize, crop=shape.crop, interpolation=shape.interpolation)
-        )
-        proxies.append(
-            encode_proxy_image(image, short_side=embed.proxy_image_size, jpeg_quality=embed.proxy_jpeg_quality)
-        )
-    write_proxy_images(job.run_dir, schema.range_file(first, last), sample_ids, proxies)
+        pixels.append(_pixels(image, shape))
+        copies.append(copy)
+    write_proxy_images(job.run_dir, schema.range_file(first, last), sample_ids, copies)
     return _pack(first, last, shape.crop, sample_ids, pixels, rejected)
 
 
@@ -189,15 +183,16 @@ def _read_copies(batch: dict[str, Any], job: EmbedJob) -> dict[str, Any]:
     first, last = int(batch["first"][0]), int(batch["last"][0])
     name, shape = schema.range_file(first, last), job.shape
     copies = filesystem.read_table(job.run_dir.path(schema.PROXY_IMAGES, name))
-    pixels = []
-    for encoded in copies[schema.IMAGE]:
-        image = Image.open(io.BytesIO(encoded.as_py())).convert("RGB")
-        pixels.append(
-            resize_center_crop(image, resize=shape.resize, crop=shape.crop, interpolation=shape.interpolation)
-        )
+    encoded = (copy.as_py() for copy in copies[schema.IMAGE])
+    pixels = [_pixels(Image.open(io.BytesIO(data)).convert("RGB"), shape) for data in encoded]
     path = rejected_by_copy(job.run_dir, name)
     rejected = filesystem.read_table(path).to_pylist() if filesystem.exists(path) else []
     return _pack(first, last, shape.crop, copies[schema.SAMPLE_ID].to_pylist(), pixels, rejected)
+
+
+def _pixels(image: Image.Image, shape: EncoderInput) -> np.ndarray:
+    """What the encoder sees of an image: (side, side, 3) uint8."""
+    return resize_center_crop(image, resize=shape.resize, crop=shape.crop, interpolation=shape.interpolation)
 
 
 def _read_block(batch: dict[str, Any], job: EmbedJob) -> dict[str, Any]:

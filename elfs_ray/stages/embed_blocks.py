@@ -13,7 +13,7 @@ from PIL import Image
 
 from elfs_ray.config import Config
 from elfs_ray.storage import filesystem, schema
-from elfs_ray.storage.images import BadImage, decode_image
+from elfs_ray.storage.images import BadImage, decode_image, encode_proxy_image
 from elfs_ray.storage.pool import PoolColumns, read_images
 from elfs_ray.storage.run_dir import RunDir
 
@@ -49,8 +49,33 @@ def _num_rows(path: str) -> int:
         return -1
 
 
-def decode_images(
-    config: Config, run_dir: RunDir, first: int, last: int, *, min_size: int
+def copy_images(
+    config: Config,
+    run_dir: RunDir,
+    first: int,
+    last: int,
+    *,
+    stage: str,
+    rejected: list[dict[str, Any]],
+    min_size: int = 0,
+) -> Iterator[tuple[int, Image.Image, bytes]]:
+    """(sample_id, image, its copy for the proxy network) of a block in turn.
+
+    An image that cannot be used becomes a row of `rejected` in the name of `stage`. min_size: the short side, in
+    pixels, below which a JPEG may not be decoded; at least that of the copy.
+    """
+    embed = config.embed
+    min_size = max(min_size, embed.proxy_image_size)
+    for sample_id, uri, image in _decode_images(config, run_dir, first, last, min_size):
+        if isinstance(image, BadImage):
+            rejected.append({"sample_id": sample_id, "uri": uri, "stage": stage, "reason": str(image)})
+            continue
+        copy = encode_proxy_image(image, short_side=embed.proxy_image_size, jpeg_quality=embed.proxy_jpeg_quality)
+        yield sample_id, image, copy
+
+
+def _decode_images(
+    config: Config, run_dir: RunDir, first: int, last: int, min_size: int
 ) -> Iterator[tuple[int, str, Image.Image | BadImage]]:
     """(sample_id, uri, image) of a block in turn; in place of an image that cannot be used, the reason."""
     index = run_dir.read_rows(schema.INDEX, np.arange(first, last + 1), [schema.URI])
