@@ -23,6 +23,7 @@ from elfs_ray.version import __version__
 
 NUM_BINS = 60
 MAX_EPOCHS_SHOWN = 20
+PACE = {"images/s": ("images_per_s", ",.0f"), "waiting for data": ("data_wait_share", ".1%")}  # of an epoch
 CORESET_FIGURES = ("rows", "hard_fraction", "num_hard", "num_easy", "num_not_drawn", "hard_fraction_evidence")
 GROUPS = {
     "hardest": "Hardest, pruned",
@@ -141,29 +142,27 @@ def _pretraining(history: Sequence[Mapping[str, float]]) -> list[str]:
     """The encoder's training, where the run has trained its own: some epochs as a table, loss and rank over all."""
     if not history:
         return []
-    head = ("epoch", "loss", "spread", "effective rank", "images/s", "waiting for data")
-    rows = [
-        (
-            f"{epoch['epoch'] + 1:.0f}",
-            f"{epoch['loss']:.4f}",
-            f"{epoch['spread']:.3f}",
-            f"{epoch['effective_rank']:.1f}",
-            f"{epoch['images_per_s']:,.0f}",
-            f"{epoch['data_wait_share']:.1%}",
-        )
-        for epoch in _some_of(history)
-    ]
+    columns = {
+        "loss": ("loss", ".4f"),
+        "spread": ("spread", ".3f"),
+        "effective rank": ("effective_rank", ".1f"),
+        **PACE,
+    }
     charts = [
         f"<h2>Encoder: {what}, by epoch</h2>" + line_chart([epoch[key] for epoch in history], f"{what} by epoch")
         for key, what in (("loss", "contrastive loss"), ("effective_rank", "effective rank of the embeddings"))
     ]
-    return [html_table("Training the encoder", head, rows), *charts]
+    return [_epochs("Training the encoder", columns, history), *charts]
 
 
-def _some_of(history: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
-    """At most 20 epochs, evenly spread, the first and the last among them."""
-    shown = np.unique(np.linspace(0, len(history) - 1, MAX_EPOCHS_SHOWN).round().astype(int))
-    return [history[i] for i in shown.tolist()]
+def _epochs(title: str, columns: Mapping[str, tuple[str, str]], history: Sequence[Mapping[str, float]]) -> str:
+    """A table of at most 20 epochs, evenly spread, the first and the last among them; columns: key and format."""
+    shown = np.unique(np.linspace(0, len(history) - 1, MAX_EPOCHS_SHOWN).round().astype(int)).tolist()
+    rows = [
+        (f"{history[i]['epoch'] + 1:.0f}", *(format(history[i][key], spec) for key, spec in columns.values()))
+        for i in shown
+    ]
+    return html_table(title, ("epoch", *columns), rows)
 
 
 def _coresets(metrics: dict[str, Any]) -> list[str]:
@@ -247,21 +246,15 @@ def _training(history: Sequence[Mapping[str, float]]) -> list[str]:
     """The proxy's training: some epochs as a table, accuracy against pseudo-labels over all of them."""
     if not history:
         return []
-    head = ("epoch", "loss", "agrees with pseudo-labels", "images/s", "waiting for data", "recording")
-    rows = [
-        (
-            f"{epoch['epoch'] + 1:.0f}",
-            f"{epoch['loss']:.4f}",
-            f"{epoch['accuracy']:.1%}",
-            f"{epoch['images_per_s']:,.0f}",
-            f"{epoch['data_wait_share']:.1%}",
-            f"{epoch['recorder_share']:.2%}",
-        )
-        for epoch in _some_of(history)
-    ]
+    columns = {
+        "loss": ("loss", ".4f"),
+        "agrees with pseudo-labels": ("accuracy", ".1%"),
+        **PACE,
+        "recording": ("recorder_share", ".2%"),
+    }
     accuracies = [epoch["accuracy"] for epoch in history]
     return [
-        html_table("Training the proxy", head, rows),
+        _epochs("Training the proxy", columns, history),
         "<h2>Share of samples whose pseudo-label the proxy learned, by epoch</h2>"
         + line_chart(accuracies, "Accuracy against pseudo-labels by epoch"),
     ]
