@@ -131,8 +131,10 @@ def deciding_keys(section: Any) -> dict[str, Any]:
         value = getattr(section, spec.name)
         if dataclasses.is_dataclass(value):
             keys |= {f"{spec.name}.{key}": nested for key, nested in deciding_keys(value).items()}
-        elif spec.metadata["decides"]:
-            keys[spec.name] = value
+        else:
+            decides = spec.metadata["decides"]
+            if decides(section) if callable(decides) else decides:
+                keys[spec.name] = value
     return keys
 
 

@@ -87,6 +87,7 @@ def _config_of(run_dir: RunDir) -> dict[str, Any]:
         for key, value in marker.config.items():
             section, _, name = key.rpartition(".")
             (base[section] if section else base)[name] = value
+    base["select"] |= run_dir.figures("select").get("search", {})
     index = run_dir.success_marker("index")
     assert index is not None, run_dir.uri
     graph = run_dir.table_files(schema.NEIGHBORS)

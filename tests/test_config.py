@@ -5,6 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elfs_ray.config import ConfigError, check_against_pool, deciding_keys, describe_keys, load_config
+from elfs_ray.planning import plan_stage
+from elfs_ray.stage_list import STAGES
+from elfs_ray.storage.run_dir import Marker, RunDir
 
 REQUIRED = ["run_dir=/run", "pool.uri=/pool", "budget=0.1", "cluster.num_clusters=10", "select.hard_fraction=0.3"]
 
@@ -108,6 +111,33 @@ def test_numbers_of_workers_do_not_decide_a_result_and_science_does():
     keys = deciding_keys(load_config(None, REQUIRED).train)
     assert "num_workers" not in keys and "device" not in keys
     assert {"epochs", "lr", "network", "augmentation"} <= set(keys)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "searches"),
+    [
+        ([], False),
+        (["select.hard_fraction=auto"], False),
+        (["select.hard_fraction=search"], True),
+        (["select.hard_fraction=search", "select.method=random"], False),
+        (["budget=[0.1,0.2]", "select.hard_fraction=[0.2,search]"], True),
+    ],
+)
+def test_the_keys_of_search_decide_only_where_something_is_searched(overrides, searches):
+    keys = deciding_keys(load_config(None, [*REQUIRED, *overrides]).select)
+    assert {"search_step" in keys, "search_iterations" in keys, "search_holdout" in keys} == {searches}
+    assert {"hard_fraction", "method", "score", "balance"} <= set(keys)
+
+
+@pytest.mark.parametrize(("hard_fraction", "action"), [("0.3", "done"), ("search", "rerun")])
+def test_a_changed_key_of_search_is_refused_only_where_something_is_searched(tmp_path, hard_fraction, action):
+    run_dir, (stage,) = RunDir(tmp_path), (stage for stage in STAGES if stage.name == "select")
+    identities = dict.fromkeys(stage.inputs, "an identity")
+    asked = [*REQUIRED, f"select.hard_fraction={hard_fraction}"]
+    before, after = (load_config(None, [*asked, f"select.search_iterations={steps}"]) for steps in (5, 6))
+    run_dir.mark_complete(Marker("select", stage.deciding_config(before), identities, {}))
+    assert plan_stage(stage, before, run_dir, identities).action == "done"
+    assert plan_stage(stage, after, run_dir, identities).action == action
 
 
 def test_every_key_is_described_with_its_default_and_meaning():

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,9 +41,9 @@ def option(
     unit: str = "",
     choices: Sequence[str] = (),
     bounds: Bounds | None = None,
-    decides: bool = True,
+    decides: bool | Callable[[Any], bool] = True,
 ) -> Any:
-    """Declare a config key. `decides` says whether its value changes the stage's tables."""
+    """Declare a config key. `decides` says whether its value changes the stage's tables, or asks its section."""
     metadata = {"help": help_text, "unit": unit, "choices": tuple(choices), "bounds": bounds, "decides": decides}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)

@@ -22,6 +22,12 @@ USES_HARD_FRACTION = ("double_end", "stratified")
 FIND_HARD_FRACTION = ("auto", "search")
 
 
+def _searches(select: "SelectConfig") -> bool:
+    """Whether any hard fraction is found by search, so that the keys of search mean anything."""
+    given = select.hard_fraction if isinstance(select.hard_fraction, list) else [select.hard_fraction]
+    return select.method in USES_HARD_FRACTION and "search" in given
+
+
 @dataclass
 class SelectConfig:
     """Scores and the coreset."""
@@ -46,14 +52,21 @@ class SelectConfig:
         bounds=Bounds(at_least=0, below=1),
     )
     search_step: float = option(
-        0.1, "search: hard fractions tried are its multiples", unit="fraction", bounds=Bounds(above=0, at_most=0.5)
+        0.1,
+        "search: hard fractions tried are its multiples",
+        unit="fraction",
+        bounds=Bounds(above=0, at_most=0.5),
+        decides=_searches,
     )
-    search_iterations: int = option(2_000, "search: steps of every training", unit="steps", bounds=POSITIVE)
+    search_iterations: int = option(
+        2_000, "search: steps of every training", unit="steps", bounds=POSITIVE, decides=_searches
+    )
     search_holdout: float = option(
         0.1,
         "search: share of the pool to test on, by its pseudo-labels; 10,000 images at most",
         unit="fraction",
         bounds=Bounds(above=0, at_most=0.5),
+        decides=_searches,
     )
     balance: bool = option(False, "the same budget for each pseudo-class, as far as it has images; better below 5%")
     num_strata: int = option(

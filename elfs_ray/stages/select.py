@@ -38,7 +38,10 @@ def run_select(config: Config, run_dir: RunDir) -> dict[str, Any]:
 
     Raises ValueError when a budget or hard fraction does not fit the samples that have a pseudo-label.
     """
-    return select_coresets(config, run_dir, schema.coreset_tables(config.budget))
+    figures = select_coresets(config, run_dir, schema.coreset_tables(config.budget))
+    # They decide nothing where nothing is searched, and are the run's own for a selection after it.
+    search = {key: value for key, value in vars(config.select).items() if key.startswith("search_")}
+    return {**figures, "search": search}
 
 
 def select_coresets(config: Config, run_dir: RunDir, tables: Sequence[str]) -> dict[str, Any]:

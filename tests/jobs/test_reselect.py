@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from elfs_ray import reselect
 from elfs_ray.config import deciding_keys
 from elfs_ray.stages import select
 from elfs_ray.storage.run_dir import Marker, RunDir
@@ -22,7 +23,7 @@ def type_job(*arguments: str) -> subprocess.CompletedProcess:
 def finished(ray_cluster, tmp_path_factory) -> Path:
     """A run directory of which stage select is complete."""
     folder = tmp_path_factory.mktemp("finished")
-    run_dir, config = RunDir(folder), digits_config(folder)
+    run_dir, config = RunDir(folder), digits_config(folder, "select.search_iterations=7")
     write_trained(run_dir)
     run_dir.mark_complete(Marker("index", {"pool.uri": "/no/pool"}, {}, {"rows": 1003}))
     keys = {f"select.{key}": value for key, value in deciding_keys(config.select).items()}
@@ -65,6 +66,11 @@ def test_the_hard_fraction_may_be_found_by_either_way_with_the_network_of_the_ru
     assert first["hard_fraction_evidence"]["found_by"] == "auto" and 0 <= first["hard_fraction"] <= 0.9
     assert [trial["hard_fraction"] for trial in second["hard_fraction_evidence"]["trials"]] == [0.0, 0.4]
     assert (first["rows"], second["rows"]) == (100, 300)
+
+
+def test_what_a_run_without_search_was_told_of_search_is_not_lost(finished):
+    config, _ = reselect.load([f"run_dir={finished}", "name=later", "select.hard_fraction=search"])
+    assert (config.select.search_iterations, config.select.search_step) == (7, 0.1)
 
 
 def test_dry_run_says_what_would_be_written_and_writes_nothing(finished):
