@@ -12,8 +12,6 @@ from elfs_ray.datasets.published import BENCHMARKS
 from tests.datasets.layouts import BUILD
 from tests.jobs.test_jobs import JOBS, type_job
 
-sys.path.insert(0, str(JOBS.parent))
-
 
 def command_of(tmp_path: Path) -> list[str]:
     """What the job says to type next, once a small CIFAR10 is there."""
