@@ -23,10 +23,9 @@ from elfs_ray.datasets.pool_writer import PoolWriter, check_counts
 from elfs_ray.datasets.published import Benchmark, SourceError
 from elfs_ray.datasets.stl10 import open_stl10
 from elfs_ray.progress import say
-from elfs_ray.storage import filesystem
+from elfs_ray.storage import filesystem, schema
 
 DOWNLOAD = "download"
-FACTS_FILE = "dataset.json"
 LOCK_FILE = ".lock"
 OPEN: dict[str, Callable[[Benchmark, Path], Contents]] = {
     "cifar10": open_cifar,
@@ -50,13 +49,13 @@ class Facts:
     def read(cls, folder: Path) -> "Facts | None":
         """None where there are none, or no whole ones."""
         try:
-            return cls(**json.loads((folder / FACTS_FILE).read_bytes()))
+            return cls(**json.loads((folder / schema.DATASET_FILE).read_bytes()))
         except (OSError, ValueError, TypeError):
             return None
 
     def write(self, folder: Path) -> None:
         text = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
-        filesystem.write_bytes(str(folder / FACTS_FILE), text.encode())
+        filesystem.write_bytes(str(folder / schema.DATASET_FILE), text.encode())
 
 
 def prepare(benchmark: Benchmark, source: str, out: Path) -> Facts:

@@ -42,11 +42,14 @@ __all__ = ["PoolColumns", "Unit", "count_unit", "find_units", "list_unit", "read
 def find_units(pool_uri: str, pool_format: str = "auto") -> list[Unit]:
     """The units of a pool, sorted by uri.
 
-    Raises ValueError when there is no such place, it holds nothing of the format, or the format cannot be told.
+    Raises ValueError when there is no such place, it holds nothing of the format, the format cannot be told, or test
+    images lie there, too.
     """
     root = filesystem.absolute(pool_uri)
     if not filesystem.exists(root):
         raise ValueError(f"pool.uri={pool_uri!r} does not exist: give a folder of images, Parquet files or tars")
+    if filesystem.exists(filesystem.join(root, schema.DATASET_FILE)):
+        raise ValueError(f"pool.uri={pool_uri!r} holds a benchmark's training and test images: give its folder train")
     if pool_format == "auto":
         pool_format = _detect_format(root)
     units = _folder_units(root) if pool_format == "folder" else _file_units(root, pool_format)

@@ -70,6 +70,7 @@ REPORT_FILE = "report.html"
 RESULTS_FILE = "results.parquet"
 METRICS_FILE = "metrics.json"
 ENCODER_FILE = "encoder.pt"
+DATASET_FILE = "dataset.json"  # beside the train and test pools of a published benchmark
 
 
 def embeddings_schema(dim: int) -> pa.Schema:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import tarfile
 import uuid
 from pathlib import Path
@@ -95,6 +96,15 @@ def test_one_file_is_a_pool(digit_pools):
     for kind, name in (("bytes", "train-002.parquet"), ("webdataset", "train-002.tar")):
         uris, _ = listed(digit_pools.uris[kind] / name)
         assert len(uris) == 69
+
+
+def test_a_benchmark_with_its_test_images_is_no_pool(digit_pools, tmp_path):
+    shutil.copytree(digit_pools.uris["bytes"], tmp_path / "digits" / "train")
+    shutil.copytree(digit_pools.uris["bytes"], tmp_path / "digits" / "test")
+    (tmp_path / "digits" / "dataset.json").write_text("{}")
+    with pytest.raises(ValueError, match="training and test images: give its folder train"):
+        find_units(str(tmp_path / "digits"))
+    assert find_units(str(tmp_path / "digits" / "train"))
 
 
 def test_folders_are_walked_to_any_depth_without_what_is_hidden(tmp_path):
