@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, UnsupportedValueType
@@ -38,6 +38,8 @@ from elfs_ray.config_keys import (
 )
 from elfs_ray.credentials import refuse_credentials
 
+Keys = TypeVar("Keys")  # a dataclass of options
+
 __all__ = [
     "FIND_HARD_FRACTION",
     "STAGE_NAMES",
@@ -56,6 +58,7 @@ __all__ = [
     "deciding_keys",
     "describe_keys",
     "load_config",
+    "load_keys",
     "scaled_lr",
     "worker_range",
 ]
@@ -68,7 +71,19 @@ def load_config(
 
     Raises ConfigError for an unknown key, a value of the wrong type or outside its bounds, or a missing key.
     """
-    merged = _defaults()
+    config = load_keys(Config, yaml_path, overrides, base)
+    check_relations(config)
+    return config
+
+
+def load_keys(
+    kind: type[Keys],
+    yaml_path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    base: Mapping[str, Any] | None = None,
+) -> Keys:
+    """`load_config` for any dataclass of options, each key checked by itself. Raises ConfigError."""
+    merged = _defaults(kind)  # type: ignore[arg-type]  # mypy doubts that a type has a hash
     if base is not None:
         merged = _merge(merged, OmegaConf.create(dict(base)), "the run directory's config")
     if yaml_path is not None:
@@ -78,38 +93,36 @@ def load_config(
     for override in overrides:
         merged = _merge(merged, _parse_override(override), override)
     config = _resolve(merged)
+    assert isinstance(config, kind)
     check_fields(config)
-    check_relations(config)
     return config
 
 
-def _resolve(merged: DictConfig) -> Config:
+def _resolve(merged: DictConfig) -> Any:
     """The config as plain Python, with ${...} filled in. Raises ConfigError for keys that have no value."""
     try:
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise ConfigError(f"no value for {', '.join(missing)}: give {' '.join(f'{key}=...' for key in missing)}")
-        config = OmegaConf.to_object(merged)
+        return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(f"bad value for {error.full_key}: {str(error).splitlines()[0]}") from error
-    assert isinstance(config, Config)
-    return config
 
 
 @lru_cache
-def _defaults() -> DictConfig:
+def _defaults(kind: type) -> DictConfig:
     """Every key with its default; merging copies it."""
-    merged = OmegaConf.structured(Config)
+    merged = OmegaConf.structured(kind)
     OmegaConf.set_struct(merged, True)
     return merged
 
 
-def describe_keys(yaml_path: str | Path | None = None) -> Iterator[tuple[str, str, str]]:
+def describe_keys(yaml_path: str | Path | None = None, kind: type = Config) -> Iterator[tuple[str, str, str]]:
     """(key, default with its unit, meaning) of every key, with the defaults of a YAML file where one is given."""
-    merged = _defaults()
+    merged = _defaults(kind)
     if yaml_path is not None:
         merged = _merge(merged, _load_yaml(yaml_path), str(yaml_path))
-    for key, spec in fields_of(Config):
+    for key, spec in fields_of(kind):
         value = None if OmegaConf.is_missing(*_parent(merged, key)) else OmegaConf.select(merged, key)
         required = OmegaConf.is_missing(*_parent(merged, key))
         default = "required" if required else "null" if value is None else str(value)
@@ -173,7 +186,9 @@ def _refuse_credentials(key: str, value: Any) -> None:
 
 
 def _merge(merged: DictConfig, added: DictConfig, source: str) -> DictConfig:
-    known = [key for key, _ in fields_of(Config)]
+    kind = OmegaConf.get_type(merged)
+    assert kind is not None
+    known = [key for key, _ in fields_of(kind)]
     try:
         result = OmegaConf.merge(merged, added)
     except (ConfigKeyError, ConfigAttributeError) as error:

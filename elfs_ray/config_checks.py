@@ -72,9 +72,9 @@ def _number(value: int | float | str) -> float:
     return 0 if isinstance(value, str) else value
 
 
-def check_fields(config: Config) -> None:
-    """Raise ConfigError for a value that its key does not allow."""
-    for key, spec in fields_of(Config):
+def check_fields(config: Any) -> None:
+    """Raise ConfigError for a value that its key does not allow, in any dataclass of options."""
+    for key, spec in fields_of(type(config)):
         value = operator.attrgetter(key)(config)
         if value is None and spec.type is not Any:
             continue

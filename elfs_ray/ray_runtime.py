@@ -147,13 +147,13 @@ def resolve_device(device: str, key: str) -> str:
 
 
 def run_tasks(
-    function: Callable[..., Any], arguments: Iterable[tuple], *, num_gpus_each: float = 0
+    function: Callable[..., Any], arguments: Iterable[tuple], *, num_gpus_each: float = 0, num_cpus_each: int = 1
 ) -> Iterator[tuple[int, Any]]:
     """Run `function(*arguments)` as Ray tasks, a few for each CPU in flight; yield (position, result) as they end.
 
     Raises what the first failed task raised.
     """
-    remote = ray.remote(num_cpus=1, num_gpus=num_gpus_each, max_retries=3)(function)
+    remote = ray.remote(num_cpus=num_cpus_each, num_gpus=num_gpus_each, max_retries=3)(function)
     limit = TASKS_PER_CPU * num_cpus()
     in_flight: dict[ray.ObjectRef, int] = {}
     for position, argument in enumerate(arguments):

@@ -33,7 +33,7 @@ def load(overrides: Sequence[str]) -> tuple[Config, str]:
         raise ConfigError(f"{', '.join(fixed)} cannot be given here: needed are name, select.* and {', '.join(KEYS)}")
     run_dir = RunDir(given["run_dir"])
     own = [override for override in overrides if not override.startswith("name=")]
-    return load_config(None, own, base=_config_of(run_dir)), f"{schema.CORESET}-{name}"
+    return load_config(None, own, base=config_of(run_dir)), f"{schema.CORESET}-{name}"
 
 
 def describe(config: Config, table: str) -> str:
@@ -56,28 +56,35 @@ def run(config: Config, table: str) -> Mapping[str, Any]:
     Raises ConfigError for a budget that does not fit, and for a table of that name made otherwise.
     """
     from elfs_ray.ray_runtime import connect
-    from elfs_ray.stages.select import select_coresets
 
     run_dir = RunDir(config.run_dir)
     if _is_done(config, run_dir, table):
         say(f"nothing to do: {run_dir.path(table)} is complete")
         return run_dir.figures(table)
-    tables = schema.coreset_tables(config.budget, table)
-    marker = _marker(config, run_dir, table)
     connect(config.ray_address, show_worker_logs=config.ray_logs)
     with locked(run_dir):
-        for own in tables:
-            filesystem.delete(run_dir.path(own))
-        run_dir.mark_started(marker)
-        start_s = time.time()
-        figures = select_coresets(config, run_dir, tables)
-        figures["seconds"] = round(time.time() - start_s, 3)
-        run_dir.mark_complete(Marker(table, marker.config, marker.inputs, figures))
+        figures = write(config, run_dir, table)
     say(f"select    complete in {format_duration(figures['seconds'])}")
     return figures
 
 
-def _config_of(run_dir: RunDir) -> dict[str, Any]:
+def write(config: Config, run_dir: RunDir, table: str) -> Mapping[str, Any]:
+    """Write the coreset `table` of a run directory that nobody else writes to, over Ray; its figures."""
+    from elfs_ray.stages.select import select_coresets
+
+    tables = schema.coreset_tables(config.budget, table)
+    marker = marker_of(config, run_dir, table)
+    for own in tables:
+        filesystem.delete(run_dir.path(own))
+    run_dir.mark_started(marker)
+    start_s = time.time()
+    figures = select_coresets(config, run_dir, tables)
+    figures["seconds"] = round(time.time() - start_s, 3)
+    run_dir.mark_complete(Marker(table, marker.config, marker.inputs, figures))
+    return figures
+
+
+def config_of(run_dir: RunDir) -> dict[str, Any]:
     """What a run directory says of its own selection, images and training, nested; with what every config needs."""
     base: dict[str, Any] = {"embed": {}, "train": {}, "select": {}}
     for stage in ("select", "train", "embed"):
@@ -97,7 +104,8 @@ def _config_of(run_dir: RunDir) -> dict[str, Any]:
     return base | {"pool": {"uri": index.config["pool.uri"]}, "cluster": cluster}
 
 
-def _marker(config: Config, run_dir: RunDir, table: str) -> Marker:
+def marker_of(config: Config, run_dir: RunDir, table: str) -> Marker:
+    """What decides a coreset of a finished run."""
     keys = {f"select.{key}": value for key, value in deciding_keys(config.select).items()}
     inputs = {stage: run_dir.identity(stage) for stage in INPUTS}
     return Marker(table, {"seed": config.seed, "budget": config.budget, **keys}, inputs, {})
@@ -115,7 +123,7 @@ def _is_done(config: Config, run_dir: RunDir, table: str) -> bool:
     found = success or run_dir.started_marker(table)
     if found is None and filesystem.exists(run_dir.path(table)):
         raise ConfigError(f"{run_dir.path(table)} was written by the run itself: give another name")
-    same = found is not None and found.identity == _marker(config, run_dir, table).identity
+    same = found is not None and found.identity == marker_of(config, run_dir, table).identity
     if found is not None and not same and config.on_change != "rerun":
         raise ConfigError(
             f"{run_dir.path(table)} was made otherwise: give another name, or on_change=rerun to replace it"

@@ -29,18 +29,22 @@ MAY_IMPORT = {
     "pipeline": ("config", "metrics", "planning", "progress", "ray_runtime", "resources", "stage_list", "storage"),
     "plan": ("config", "methods", "planning", "progress", "ray_runtime", "resources", "storage"),
     "reselect": ("config", "methods", "pipeline", "plan", "progress", "ray_runtime", "stages", "storage"),
+    "comparison": (
+        *("comparison", "config", "config_keys", "methods", "pipeline", "planning"),
+        *("progress", "ray_runtime", "reselect", "stages", "storage"),
+    ),
     "cli": ("config", "pipeline", "plan", "progress", "reselect", "storage"),
     "__init__": ("config", "pipeline", "version"),
 }
 # Packages that are imported in some places alone.
 IMPORTED_BY = {
     "ray": ("metrics", "ray_runtime", "stages"),
-    "omegaconf": ("config", "config_keys"),
+    "omegaconf": ("comparison", "config", "config_keys"),
     "jobs": (),
     "tests": (),
     "benchmarks": (),
 }
-READS_LABELS = ("index", "evaluate")
+READS_LABELS = ("index", "evaluate", "evaluate_data")
 
 
 def sources() -> dict[str, str]:

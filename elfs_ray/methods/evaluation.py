@@ -3,8 +3,9 @@
 Every coreset is trained for the same number of iterations, whatever its size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ import torch
 from elfs_ray.methods.augmentation import normalize, random_crop_flip
 from elfs_ray.methods.dynamics import epoch_order
 from elfs_ray.methods.hashing import hash_uint64
-from elfs_ray.methods.proxy_models import build_proxy_model
+from elfs_ray.methods.proxy_models import build_proxy_model, classifier_of
 from elfs_ray.methods.sgd_training import (
     LossMonitor,
     Precision,
@@ -57,6 +58,116 @@ class LabelledImages:
     sample_ids: np.ndarray
 
 
+class Training:
+    """A network being trained from scratch: its weights, what SGD remembers, and how many steps are done.
+
+    `state` is plain data from which `restore` goes on exactly, on the same device with as many threads.
+    """
+
+    def __init__(self, num_classes: int, settings: EvaluationSettings, *, seed: int, device: str = "cpu") -> None:
+        self.settings, self.seed, self.device = settings, seed, torch.device(device)
+        torch.manual_seed(int(hash_uint64(seed, _INIT_STREAM)) >> 1)
+        self.model = build_proxy_model(settings.network, num_classes).to(self.device)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = make_optimizer(
+            self.model,
+            lr=settings.lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            nesterov=settings.nesterov,
+        )
+        self.scaler = make_grad_scaler(settings.precision, self.device)
+        self.num_steps = 0
+
+    def state(self) -> dict[str, Any]:
+        """What a later process needs to go on."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "num_steps": self.num_steps,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.num_steps = state["num_steps"]
+
+    def steps(self, train: LabelledImages) -> Iterator[int]:
+        """Train on `train`, every step that is left; the number of steps done after each.
+
+        Raises FloatingPointError when the loss is not finite.
+        """
+        settings, monitor = self.settings, LossMonitor()
+        images = torch.from_numpy(np.ascontiguousarray(train.images)).to(self.device)
+        labels = torch.from_numpy(train.labels.astype(np.int64)).to(self.device)
+        batches = _batches(len(labels), settings.batch_size, range(self.num_steps, settings.iterations), self.seed)
+        for step, epoch, rows in batches:
+            self.model.train()
+            lr = cosine_lr(step, settings.iterations, settings.lr, settings.min_lr)
+            set_learning_rate(self.optimizer, lr)
+            chosen = torch.from_numpy(rows).to(self.device)
+            batch = random_crop_flip(
+                images[chosen],
+                train.sample_ids[rows],
+                seed=self.seed,
+                epoch=epoch,
+                padding=settings.crop_padding,
+                flip=settings.flip,
+            )
+            _, loss = forward_backward(
+                self.model,
+                normalize(batch, settings.mean, settings.std),
+                labels[chosen],
+                torch.ones(len(rows), dtype=torch.bool, device=self.device),
+                num_real=len(rows),
+                is_last=True,
+                scaler=self.scaler,
+                precision=settings.precision,
+            )
+            update(self.optimizer, self.scaler)
+            monitor.add(loss, num_real=len(rows), epoch=epoch, step=step, lr=lr)
+            self.num_steps = step + 1
+            if self.num_steps == settings.iterations:
+                monitor.finish()
+            yield self.num_steps
+
+    def is_test_due(self) -> bool:
+        """Whether another of `num_tests` equal parts of the iterations is done."""
+        total, parts = self.settings.iterations, self.settings.num_tests
+        return self.num_steps in {round(total * (part + 1) / parts) for part in range(parts)}
+
+    @torch.inference_mode()
+    def accuracy(self, test: LabelledImages) -> float:
+        """The share of the test images that the network, as it is now, gives the right label."""
+        self.model.eval()
+        num_right = 0
+        for start in range(0, len(test.labels), _TEST_BATCH):
+            images = torch.from_numpy(test.images[start : start + _TEST_BATCH]).to(self.device)
+            logits = self.model(normalize(images, self.settings.mean, self.settings.std))
+            labels = torch.from_numpy(test.labels[start : start + _TEST_BATCH].astype(np.int64)).to(self.device)
+            num_right += int((logits.argmax(1) == labels).sum())
+        return num_right / len(test.labels)
+
+    @torch.inference_mode()
+    def features_and_probs(self, images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the network makes of images (n, s, s, 3) uint8, on its device, in float32.
+
+        Returns the input of its last layer (n, d) and probabilities (n, classes). Memory: 4 · n · (d + classes) bytes.
+        """
+        self.model.eval()
+        features, probs = [], []
+        hook = classifier_of(self.model).register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].float()))
+        for start in range(0, len(images), _TEST_BATCH):
+            batch = torch.from_numpy(images[start : start + _TEST_BATCH]).to(self.device)
+            logits = self.model(normalize(batch, self.settings.mean, self.settings.std))
+            probs.append(torch.softmax(logits.float(), dim=1))
+        hook.remove()
+        return torch.cat(features), torch.cat(probs)
+
+
 def train_and_test(
     train: LabelledImages,
     test: LabelledImages,
@@ -71,72 +182,17 @@ def train_and_test(
     The last one is the accuracy at the end; the paper reports the best. A function of the seed on one device and
     thread count. Raises FloatingPointError when the loss is not finite.
     """
-    place = torch.device(device)
-    torch.manual_seed(int(hash_uint64(seed, _INIT_STREAM)) >> 1)
-    model = build_proxy_model(settings.network, num_classes).to(place)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = make_optimizer(
-        model,
-        lr=settings.lr,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        nesterov=settings.nesterov,
-    )
-    scaler = make_grad_scaler(settings.precision, place)
-    monitor = LossMonitor()
-    images = torch.from_numpy(np.ascontiguousarray(train.images)).to(place)
-    labels = torch.from_numpy(train.labels.astype(np.int64)).to(place)
-    tests_after = {round(settings.iterations * (i + 1) / settings.num_tests) for i in range(settings.num_tests)}
-    accuracies = []
-    for step, (epoch, rows) in enumerate(_batches(len(labels), settings.batch_size, settings.iterations, seed)):
-        model.train()
-        lr = cosine_lr(step, settings.iterations, settings.lr, settings.min_lr)
-        set_learning_rate(optimizer, lr)
-        chosen = torch.from_numpy(rows).to(place)
-        batch = random_crop_flip(
-            images[chosen],
-            train.sample_ids[rows],
-            seed=seed,
-            epoch=epoch,
-            padding=settings.crop_padding,
-            flip=settings.flip,
-        )
-        _, loss = forward_backward(
-            model,
-            normalize(batch, settings.mean, settings.std),
-            labels[chosen],
-            torch.ones(len(rows), dtype=torch.bool, device=place),
-            num_real=len(rows),
-            is_last=True,
-            scaler=scaler,
-            precision=settings.precision,
-        )
-        update(optimizer, scaler)
-        monitor.add(loss, num_real=len(rows), epoch=epoch, step=step, lr=lr)
-        if step + 1 in tests_after:
-            accuracies.append(_test(model, test, settings, place))
-    monitor.finish()
-    return accuracies
+    training = Training(num_classes, settings, seed=seed, device=device)
+    return [training.accuracy(test) for _ in training.steps(train) if training.is_test_due()]
 
 
-def _batches(num_samples: int, batch_size: int, iterations: int, seed: int):
-    """(epoch, rows) of each iteration: whole shuffled epochs one after another, tails dropped, small sets whole."""
+def _batches(num_samples: int, batch_size: int, steps: range, seed: int) -> Iterator[tuple[int, int, np.ndarray]]:
+    """(step, epoch, rows) of some steps: whole shuffled epochs one after another, tails dropped, small sets whole."""
     size = min(batch_size, num_samples)
     per_epoch = num_samples // size
-    for step in range(iterations):
+    order_of, order = -1, np.empty(0, np.int64)
+    for step in steps:
         epoch, position = divmod(step, per_epoch)
-        if position == 0:
-            order = epoch_order(num_samples, seed, epoch)
-        yield epoch, order[position * size : (position + 1) * size]
-
-
-@torch.inference_mode()
-def _test(model: torch.nn.Module, test: LabelledImages, settings: EvaluationSettings, place: torch.device) -> float:
-    model.eval()
-    num_right = 0
-    for start in range(0, len(test.labels), _TEST_BATCH):
-        images = torch.from_numpy(test.images[start : start + _TEST_BATCH]).to(place)
-        logits = model(normalize(images, settings.mean, settings.std))
-        labels = torch.from_numpy(test.labels[start : start + _TEST_BATCH].astype(np.int64)).to(place)
-        num_right += int((logits.argmax(1) == labels).sum())
-    return num_right / len(test.labels)
+        if epoch != order_of:
+            order_of, order = epoch, epoch_order(num_samples, seed, epoch)
+        yield step, epoch, order[position * size : (position + 1) * size]

@@ -24,10 +24,18 @@ def build_proxy_model(name: str, num_classes: int) -> nn.Module:
 def build_backbone(name: str) -> tuple[nn.Module, int]:
     """A proxy model without its classifier, from images to (n, d) features, and d."""
     model = build_proxy_model(name, 1)
-    classifier = "classifier" if isinstance(model, SmallCNN) else "fc"
-    dim = getattr(model, classifier).in_features
-    setattr(model, classifier, nn.Identity())
+    dim = classifier_of(model).in_features
+    setattr(model, _classifier_name(model), nn.Identity())
     return model, dim
+
+
+def classifier_of(model: nn.Module) -> nn.Linear:
+    """The last layer of a proxy model, from features to logits."""
+    return getattr(model, _classifier_name(model))
+
+
+def _classifier_name(model: nn.Module) -> str:
+    return "classifier" if isinstance(model, SmallCNN) else "fc"
 
 
 class SmallCNN(nn.Module):

@@ -176,3 +176,18 @@ class RunDir:
                 "on_change=rerun"
             )
             raise BadMarkerError(f"{path} cannot be read: {error}. Restore it, or {what_to_do}.") from error
+
+
+class Overlay(RunDir):
+    """A run directory of its own for some tables and stages, which reads all others from another run directory.
+
+    own: the beginnings of the names of what lies here, as "coreset" of coreset/ and coreset-0.3/. Nothing is ever
+    written to the other one as long as only what is its own is written.
+    """
+
+    def __init__(self, uri: str | os.PathLike[str], base: RunDir, own: tuple[str, ...]):
+        super().__init__(uri)
+        self.base, self.own = base, own
+
+    def path(self, *parts: str) -> str:
+        return super().path(*parts) if parts and parts[0].startswith(self.own) else self.base.path(*parts)

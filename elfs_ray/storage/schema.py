@@ -51,6 +51,20 @@ RESULTS_SCHEMA = pa.schema(
         ("best_accuracy", pa.float64()),
     ]
 )
+COMPARISON_SCHEMA = pa.schema(
+    [
+        ("selection", pa.string()),
+        ("run", pa.string()),
+        ("budget", pa.string()),
+        ("num_samples", pa.int64()),
+        ("hard_fraction", pa.float64()),
+        ("seed", pa.int64()),
+        ("iterations", pa.int64()),
+        ("last_accuracy", pa.float64()),
+        ("best_accuracy", pa.float64()),
+        ("accuracies", pa.list_(pa.float64())),
+    ]
+)
 CORESET_SCHEMA = pa.schema(
     [
         (SAMPLE_ID, pa.int64()),

@@ -1,0 +1,1 @@
+"""Coresets of finished runs beside their rivals: selections, trainings from scratch, tables (jobs/evaluate.py)."""

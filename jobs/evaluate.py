@@ -1,0 +1,51 @@
+"""Are the coresets of finished runs good? Train on them, and on what their rivals select, with the true labels.
+
+For every method, budget and seed a network is trained from scratch for the same number of steps, and tested on images
+that no selection has seen. Trainings share the cluster's devices. What is complete is kept: the same command goes on
+where it was stopped, and more methods, budgets or seeds only add to it. Example:
+
+    python jobs/evaluate.py runs=[runs/a,runs/b] out=runs/judged test_uri=cifar10/test.parquet pool.label=label \\
+      methods=[random,prototypicality,d2,elfs,elfs+score=el2n] budgets=[0.1,0.3]
+"""
+
+import sys
+
+from elfs_ray.cli import asks_for_help, report_errors, split_arguments
+from elfs_ray.comparison.keys import ComparisonConfig
+from elfs_ray.comparison.plan import describe, load
+from elfs_ray.config import describe_keys
+from elfs_ray.storage import schema
+from elfs_ray.storage.run_dir import RunDir
+
+
+def help_text() -> str:
+    """Every key with its default."""
+    keys = list(describe_keys(kind=ComparisonConfig))
+    width = max(len(key) for key, _, _ in keys)
+    lines = [str(__doc__), "usage: python jobs/evaluate.py [--dry-run] [--help] key=value ...", ""]
+    lines += ["--dry-run  check everything, print what would be selected and trained, do nothing", ""]
+    for key, default, meaning in keys:
+        lines += [f"{key:<{width}}  {meaning}", f"{'':<{width}}  default: {default}"]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> None:
+    if asks_for_help(arguments):
+        print(help_text())
+        return
+    options, overrides = split_arguments(arguments)
+    config = load(overrides)
+    if options:
+        print(describe(config))
+        return
+    from elfs_ray.comparison import run
+    from elfs_ray.comparison.report import closing_lines
+
+    lines = run.run(config)
+    print(closing_lines(lines))
+    for what, name in (("table", run.RESULTS_MD), ("chart", run.RESULTS_SVG), ("results", schema.RESULTS_FILE)):
+        print(f"{what:<9}{RunDir(config.out).path(name)}")
+
+
+if __name__ == "__main__":
+    sys.exit(report_errors(lambda: main(sys.argv[1:])))
