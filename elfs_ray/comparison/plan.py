@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from elfs_ray.comparison.keys import METHODS, ComparisonConfig
 from elfs_ray.config import Config, ConfigError, check_budgets, deciding_keys, load_config, load_keys
@@ -121,7 +122,7 @@ def _sources(uris: list[str]) -> tuple[Source, ...]:
     run_dirs = [RunDir(uri) for uri in uris]
     bases = [config_of(run_dir) for run_dir in run_dirs]
     for run_dir in run_dirs:
-        damage = [line for stage in ("index", "embed", "cluster", "train") for line in run_dir.damage(stage)]
+        damage = [line for stage in ("index", "embed", "cluster", "train", "select") for line in run_dir.damage(stage)]
         if damage:
             raise ConfigError(
                 f"{run_dir.uri} is damaged: {'; '.join(damage)}. Run the pipeline there with on_change=rerun."
@@ -222,6 +223,7 @@ def _check_test_images(config: ComparisonConfig, plan: Plan) -> None:
         raise ConfigError(f"test_uri={config.test_uri!r} holds no images")
     if any(rows[schema.LABEL].null_count for rows in listed):
         raise ConfigError(f"test_uri={config.test_uri!r} has images without label: check pool.label")
+    _check_classes(config, plan, listed)
     tested = np.concatenate([rows[schema.URI].to_numpy() for rows in listed])
     for path in plan.sources[0].run_dir.table_files(schema.INDEX):
         shared = np.intersect1d(tested, filesystem.read_table(path, [schema.URI])[schema.URI].to_numpy())
@@ -230,6 +232,15 @@ def _check_test_images(config: ComparisonConfig, plan: Plan) -> None:
                 f"test_uri={config.test_uri!r} shares {len(shared)} images with the pool, {shared[0]} among them: "
                 "images that could be selected cannot test a selection"
             )
+
+
+def _check_classes(config: ComparisonConfig, plan: Plan, listed: list[pa.Table]) -> None:
+    """Classes that are names are the pool's, as far as its run knows them."""
+    known = set(plan.sources[0].run_dir.figures("index").get("label_names", ()))
+    named = [rows[schema.LABEL].to_pylist() for rows in listed if pa.types.is_string(rows[schema.LABEL].type)]
+    unknown = sorted({name for names in named for name in names} - known)
+    if known and unknown:
+        raise ConfigError(f"test_uri={config.test_uri!r} has classes that the pool has not: {', '.join(unknown[:5])}")
 
 
 def describe(config: ComparisonConfig) -> str:

@@ -4,7 +4,7 @@ A run of several budgets has elfs and random for the first, elfs-<budget> and ra
 pseudo-labels are compared with the true ones, too, and the embeddings by how often a sample's nearest neighbours have
 its class.
 
-Reads   every coreset of the run, embeddings/, index/ (the labels: the only stage that reads them),
+Reads   every coreset of the run, embeddings/, index/ (the labels: no other stage reads them),
         clusters/pseudo_labels, proxy_images/, the test pool
 Writes  evaluate/trials/ (one file a training, so that a resumed run repeats none), evaluate/results.parquet
 """
@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from elfs_ray.config import Config
+from elfs_ray.methods.precision import resolve_precision
 from elfs_ray.methods.pruning import random_selection
 from elfs_ray.ray_runtime import resolve_device
 from elfs_ray.stages.evaluate_data import load_test_images, read_labels
@@ -26,6 +28,7 @@ from elfs_ray.storage.pool import PoolColumns
 from elfs_ray.storage.run_dir import RunDir
 
 CORESET, RANDOM = "elfs", "random"
+GPUS_EACH = 0.25  # four trainings at once on each GPU
 
 
 def run_evaluate(config: Config, run_dir: RunDir) -> dict[str, Any]:
@@ -43,11 +46,18 @@ def run_evaluate(config: Config, run_dir: RunDir) -> dict[str, Any]:
     test = load_test_images(config.evaluate.test_uri, config.pool.format, columns, config.embed, labels.names)
     data = TrialData(run_dir, config.embed.proxy_image_size, labels, test)
     own = config.evaluate
+    device = resolve_device(config.train.device, "train.device")
     settings = training_settings(
-        config.train, network=own.network, iterations=own.iterations, batch_size=own.batch_size, lr=own.lr
+        config.train,
+        network=own.network,
+        iterations=own.iterations,
+        batch_size=own.batch_size,
+        lr=own.lr,
+        precision=resolve_precision(config.train.precision, torch.device(device)),
     )
     trials = [trial for _, trial in selected]
-    figures = run_trials(trials, data, settings, run_dir.path("evaluate", "trials"), TrialPlace())
+    place = TrialPlace(device, num_gpus_each=GPUS_EACH if device == "cuda" else 0.0)
+    figures = run_trials(trials, data, settings, run_dir.path("evaluate", "trials"), place)
     rows = [{"selection": name, **found} for (name, _), found in zip(selected, figures, strict=True)]
     columns_of = {name: [row[name] for row in rows] for name in schema.RESULTS_SCHEMA.names}
     table = pa.table(columns_of, schema=schema.RESULTS_SCHEMA)

@@ -2,6 +2,9 @@
 
 import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +28,7 @@ from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import Marker, RunDir
 from tests.tables import contents, digit_images, digits_config, png, write_trained
 
+JOB = Path(__file__).parent.parent.parent / "jobs" / "evaluate.py"
 NUM_POOL, NUM_TEST = 1003, 200
 METHODS = "random,prototypicality,d2,aum_hardest,elfs,elfs_auto,elfs+score=el2n+balance=true,dual,badge,full"
 
@@ -263,6 +267,22 @@ def test_runs_without_labels_or_of_another_pool_are_refused(finished, tmp_path):
         make_plan(load(keys(finished, tmp_path / "out", f"runs=[{tmp_path / 'run'}]")))
     with pytest.raises(ConfigError, match="a run of another pool"):
         make_plan(load(keys(finished, tmp_path / "out", f"runs=[{finished / 'run'},{tmp_path / 'run'}]")))
+
+
+@pytest.mark.slow
+def test_a_job_that_is_killed_half_way_ends_with_the_bytes_of_an_undisturbed_one(finished, judged, tmp_path):
+    command = [sys.executable, str(JOB), *keys(finished, tmp_path)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        while len(list(tmp_path.glob("trials/*.json"))) < 5:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.kill()
+    assert not (tmp_path / "results.parquet").exists()
+    again = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert again.returncode == 0, again.stderr
+    assert f"results  {tmp_path}/results.parquet" in again.stdout
+    results = ("results.parquet", "results.md", "results.svg")
+    assert [(tmp_path / name).read_bytes() for name in results] == [(judged[0] / name).read_bytes() for name in results]
 
 
 @pytest.mark.slow

