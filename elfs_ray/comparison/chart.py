@@ -13,6 +13,7 @@ from elfs_ray.comparison.report import ALL, Line
 WIDTH, HEIGHT = 860, 460
 LEFT, RIGHT, TOP, BOTTOM = 56, 190, 24, 44
 NAME_HEIGHT = 14
+PUBLISHED_SUFFIX = ", published"
 # Told apart by people who see red and green alike, too (Okabe and Ito); dashes tell them apart from the ninth on.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#000000", "#8c6d1f")
 STYLE = (
@@ -39,7 +40,7 @@ def draw_chart(config: ComparisonConfig, plan: Plan, lines: Sequence[Line]) -> s
     for name, numbers in (PUBLISHED[config.published] if config.published else {}).items():
         points = tuple(sorted((share, value, 0.0) for share, value in numbers.items() if low <= share <= high))
         if points:
-            curves.append(Curve(f"{name}, published", points, is_published=True))
+            curves.append(Curve(name + PUBLISHED_SUFFIX, points, is_published=True))
     return _svg(curves)
 
 
@@ -48,34 +49,34 @@ def _measured(line: Line, shares: dict[str, float]) -> Curve:
     return Curve(line.name, tuple(sorted(points)))
 
 
-def _svg(curves: Sequence[Curve]) -> str:
-    shares = sorted({share for curve in curves for share, _, _ in curve.points})
-    low, high = shares[0], shares[-1]
-    bottom, top = _limits(
-        [value + sign * dev for curve in curves for _, value, dev in curve.points for sign in (-1, 1)]
-    )
+@dataclass(frozen=True)
+class Frame:
+    """Where shares of the pool (logarithmic) and accuracies in % lie on the page."""
 
-    def x(share: float) -> float:
-        part = math.log(share / low) / math.log(high / low) if high > low else 0.5
+    low: float
+    high: float
+    bottom: float
+    top: float
+
+    def x(self, share: float) -> float:
+        part = math.log(share / self.low) / math.log(self.high / self.low) if self.high > self.low else 0.5
         return LEFT + part * (WIDTH - LEFT - RIGHT)
 
-    def y(value: float) -> float:
-        return HEIGHT - BOTTOM - (value - bottom) / (top - bottom) * (HEIGHT - TOP - BOTTOM)
+    def y(self, value: float) -> float:
+        return HEIGHT - BOTTOM - (value - self.bottom) / (self.top - self.bottom) * (HEIGHT - TOP - BOTTOM)
 
-    parts = []
-    for tick in _ticks(bottom, top):
-        parts.append(f"<line class='grid' x1='{LEFT}' x2='{WIDTH - RIGHT}' y1='{y(tick):.1f}' y2='{y(tick):.1f}'/>")
-        parts.append(f"<text x='{LEFT - 8}' y='{y(tick) + 4:.1f}' text-anchor='end'>{tick:g}</text>")
-    for share in shares:
-        parts.append(
-            f"<line class='axis' x1='{x(share):.1f}' x2='{x(share):.1f}' y1='{y(bottom)}' y2='{y(bottom) + 5}'/>"
-        )
-        parts.append(f"<text x='{x(share):.1f}' y='{y(bottom) + 19}' text-anchor='middle'>{100 * share:.3g}%</text>")
-    parts.append(f"<text x='{LEFT}' y='{TOP - 10}'>test accuracy, %</text>")
-    parts.append(f"<text x='{(LEFT + WIDTH - RIGHT) / 2}' y='{HEIGHT - 6}' text-anchor='middle'>images labelled</text>")
-    ends = _spread_names([y(curve.points[-1][1]) for curve in curves])
-    for number, (curve, name_y) in enumerate(zip(curves, ends, strict=True)):
-        parts.append(_curve(curve, COLOURS[number % len(COLOURS)], number >= len(COLOURS), x, y, name_y))
+
+def _svg(curves: Sequence[Curve]) -> str:
+    shares = sorted({share for curve in curves for share, _, _ in curve.points})
+    edges = [(value - dev, value + dev) for curve in curves for _, value, dev in curve.points]
+    frame = Frame(shares[0], shares[-1], *_limits([value for edge in edges for value in edge]))
+    parts = _axes(frame, shares)
+    # Published and measured curves of one method have one colour.
+    methods = list(dict.fromkeys(curve.name.removesuffix(PUBLISHED_SUFFIX) for curve in curves))
+    heights = _spread_names([frame.y(curve.points[-1][1]) for curve in curves])
+    for curve, height in zip(curves, heights, strict=True):
+        number = methods.index(curve.name.removesuffix(PUBLISHED_SUFFIX))
+        parts.append(_curve(curve, frame, COLOURS[number % len(COLOURS)], number >= len(COLOURS), height))
     label = "Test accuracy against the share of images that are labelled"
     return (
         f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {WIDTH} {HEIGHT}' role='img' aria-label='{label}'>"
@@ -83,8 +84,25 @@ def _svg(curves: Sequence[Curve]) -> str:
     )
 
 
-def _curve(curve: Curve, colour: str, is_dashed: bool, x, y, name_y: float) -> str:
+def _axes(frame: Frame, shares: Sequence[float]) -> list[str]:
+    """Lines at round accuracies, a mark at each budget, and what they are."""
+    parts, axis = [], HEIGHT - BOTTOM
+    for tick in _ticks(frame.bottom, frame.top):
+        y = frame.y(tick)
+        parts.append(f"<line class='grid' x1='{LEFT}' x2='{WIDTH - RIGHT}' y1='{y:.1f}' y2='{y:.1f}'/>")
+        parts.append(f"<text x='{LEFT - 8}' y='{y + 4:.1f}' text-anchor='end'>{tick:g}</text>")
+    for share in shares:
+        x = frame.x(share)
+        parts.append(f"<line class='axis' x1='{x:.1f}' x2='{x:.1f}' y1='{axis}' y2='{axis + 5}'/>")
+        parts.append(f"<text x='{x:.1f}' y='{axis + 19}' text-anchor='middle'>{100 * share:.3g}%</text>")
+    parts.append(f"<text x='{LEFT}' y='{TOP - 10}'>test accuracy, %</text>")
+    parts.append(f"<text x='{(LEFT + WIDTH - RIGHT) / 2}' y='{HEIGHT - 6}' text-anchor='middle'>images labelled</text>")
+    return parts
+
+
+def _curve(curve: Curve, frame: Frame, colour: str, is_dashed: bool, name_y: float) -> str:
     """A band, a curve with a dot a budget, and its name at the right with a thin line to it."""
+    x, y = frame.x, frame.y
     centre = [(x(share), y(value)) for share, value, _ in curve.points]
     upper = [(x(share), y(value + dev)) for share, value, dev in curve.points]
     lower = [(x(share), y(value - dev)) for share, value, dev in curve.points]

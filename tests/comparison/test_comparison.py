@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pyarrow as pa
@@ -211,7 +212,7 @@ def test_published_numbers_are_marked_and_stand_beside_the_measured_ones(finishe
     assert "published" not in to_markdown(plain, plan, lines, {}).lower()
     chart = draw_chart(config, plan, lines)
     assert "elfs, published" in chart and "published" not in draw_chart(plain, plan, lines).replace(".published", "")
-    assert chart.count("class='band'") == len(lines)
+    assert chart.count("class='band'") == len(lines) and ElementTree.fromstring(chart) is not None
 
 
 def test_the_plan_says_what_would_be_done_and_does_nothing(finished, tmp_path):

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from elfs_ray.storage import filesystem, schema
-from elfs_ray.storage.run_dir import Marker, RunDir
+from elfs_ray.storage.run_dir import Marker, Overlay, RunDir
 
 MARKER = Marker("embed", {"embed.encoder": "pixels", "embed.image_size": None}, {"index": "0123"}, {"rows": 7})
 BLOCKS = ((0, 4), (5, 9), (10, 12))
@@ -116,3 +116,15 @@ def test_a_run_directory_travels_to_a_worker_in_another_folder(tmp_path, monkeyp
     run_dir = RunDir("run")
     monkeypatch.chdir("/")
     assert pickle.loads(pickle.dumps(run_dir)).path("index", "x") == str(tmp_path / "run/index/x")
+
+
+def test_an_overlay_has_its_own_tables_reads_all_others_and_leaves_them_as_they_were(run_dir, tmp_path):
+    run_dir.mark_complete(MARKER)
+    overlay = pickle.loads(pickle.dumps(Overlay(tmp_path / "own", run_dir, ("select", "coreset"))))
+    assert overlay.identity("embed") == run_dir.identity("embed")
+    assert overlay.read_rows("embeddings", np.array([3, 11]), ["name"])["name"].to_pylist() == ["n3", "n11"]
+    overlay.mark_complete(Marker("coreset-tenth", {}, {}, {"rows": 1}))
+    filesystem.write_bytes(overlay.path("select", "search", "trial.json"), b"{}")
+    assert overlay.figures("coreset-tenth") == {"rows": 1} and run_dir.success_marker("coreset-tenth") is None
+    assert sorted(path.name for path in (tmp_path / "own").iterdir()) == ["coreset-tenth", "select"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["embed", "embeddings"]
