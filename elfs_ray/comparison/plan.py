@@ -127,7 +127,7 @@ def _sources(uris: list[str]) -> tuple[Source, ...]:
             raise ConfigError(
                 f"{run_dir.uri} is damaged: {'; '.join(damage)}. Run the pipeline there with on_change=rerun."
             )
-        if run_dir.identity("index") != run_dirs[0].identity("index"):
+        if _pool_of(run_dir) != _pool_of(run_dirs[0]):
             raise ConfigError(
                 f"{run_dir.uri} is a run of another pool than {run_dirs[0].uri}: only coresets of one pool can stand "
                 "beside each other"
@@ -138,6 +138,13 @@ def _sources(uris: list[str]) -> tuple[Source, ...]:
     if names is None:
         raise ConfigError(f"runs={uris}: two folders have the same name, which is to tell them apart: rename one")
     return tuple(map(Source, run_dirs, bases, names))
+
+
+def _pool_of(run_dir: RunDir) -> tuple[Mapping[str, Any], int]:
+    """What tells a run's pool from another: its keys, but for the labels, and its number of images."""
+    index = run_dir.success_marker("index")
+    assert index is not None
+    return {key: value for key, value in index.config.items() if key != "pool.label"}, int(index.figures["rows"])
 
 
 def _entries(asked: str, sources: tuple[Source, ...], config: ComparisonConfig) -> list[Entry]:

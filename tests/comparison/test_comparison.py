@@ -270,6 +270,24 @@ def test_runs_without_labels_or_of_another_pool_are_refused(finished, tmp_path):
         make_plan(load(keys(finished, tmp_path / "out", f"runs=[{finished / 'run'},{tmp_path / 'run'}]")))
 
 
+def test_two_runs_of_one_pool_have_a_line_each_and_share_what_needs_no_pseudo_label(finished, tmp_path):
+    shutil.copytree(finished / "run", tmp_path / "other")
+    other = RunDir(tmp_path / "other")
+    index = other.success_marker("index")
+    other.mark_complete(Marker("index", {**index.config, "pool.label": None}, {}, index.figures))
+    other.mark_complete(Marker("cluster", {}, {}, {**other.figures("cluster"), "method": "temi"}))
+    runs = f"runs=[{finished / 'run'},{tmp_path / 'other'}]"
+    plan = make_plan(load(keys(finished, tmp_path / "out", runs, "methods=[random,d2,elfs,dual]")))
+    assert [entry.name for entry in plan.entries] == [
+        "random",
+        "d2",
+        "elfs-file",
+        "elfs-temi",
+        "dual-file",
+        "dual-temi",
+    ]
+
+
 @pytest.mark.slow
 def test_a_job_that_is_killed_half_way_ends_with_the_bytes_of_an_undisturbed_one(finished, judged, tmp_path):
     command = [sys.executable, str(JOB), *keys(finished, tmp_path)]
