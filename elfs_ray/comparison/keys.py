@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from elfs_ray.config_keys import BATCH, POSITIVE, Bounds, option
+from elfs_ray.config_keys.declaration import BATCH, POSITIVE, Bounds, option
 
 METHODS = {
     "random": "drawn uniformly, anew for each seed",
