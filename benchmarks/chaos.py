@@ -171,7 +171,7 @@ def draw_fault(
     stages = run.stages_left()[:2]
     if not stages:
         return None
-    (stage,) = rng.choices(stages, [seconds[stage] for stage in stages])
+    (stage,) = rng.choices(stages, [seconds[stage] ** 0.5 for stage in stages])  # short ones are to be hit, too
     possible = [kind for kind in kinds if stage in STAGES.get(kind, STAGE_NAMES)]
     kind = min(possible, key=lambda kind: (hits[kind], rng.random()))
     return Fault(kind, stage, round(rng.uniform(0, LAST_MOMENT), 3))

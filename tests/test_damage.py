@@ -135,6 +135,7 @@ def _plan(pool: Path, run_dir: Path):
     return check(config_of(pool, run_dir, "on_change=rerun"), RunDir(run_dir))
 
 
+@pytest.mark.slow
 def test_damage_is_mended_to_the_same_bytes_when_told_to(ray_cluster, pool, finished, copy, capsys):
     """In every stage at once, with files that killed writers left."""
     for lost in ("index/part-*", "embeddings/part-000000000064-*", "dynamics/epoch=001/*", "coreset.txt"):

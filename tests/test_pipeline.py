@@ -162,6 +162,7 @@ def test_an_empty_pool_is_refused(tmp_path):
         run(tmp_path / "empty", tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_pool_and_a_run_directory_in_a_bucket_give_the_same_tables(finished, pool, s3_bucket):
     for path in pool.rglob("*.*"):
         filesystem.write_bytes(f"{s3_bucket}{path}", path.read_bytes())
