@@ -9,8 +9,8 @@ as a stage has begun, a node is taken away without notice and another one is add
 import os
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import ray
@@ -117,10 +117,10 @@ def alive() -> set[str]:
     return {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
 
 
-def lose_a_node(nodes: Processes | Namespaces, run_dir: Path, stage: str) -> None:
+def lose_a_node(nodes: Processes | Namespaces, run_dir: Path, stage: str, work: Future) -> None:
     """Wait until a stage is at work, take a node away, add one."""
     pattern = BEGUN.get(stage, f"{stage}/_STARTED.json")
-    while not list(run_dir.glob(pattern)):
+    while not list(run_dir.glob(pattern)) and not work.done():
         time.sleep(0.01)
     finished = (run_dir / stage / "_SUCCESS.json").exists()
     nodes.lose()
@@ -151,13 +151,13 @@ def main() -> None:
         nodes.add()
         pipeline.run(config_of(folder / "one", overrides))
         nodes.add()
-        for stage in STAGES:
-            loser = threading.Thread(target=lose_a_node, args=(nodes, folder / "three", stage), daemon=True)
-            if stage != "report":  # the driver's own work
-                loser.start()
-            pipeline.run(config_of(folder / "three", overrides, until=stage))
-            if stage != "report":
-                loser.join(120)
+        # Ray starts nodes in the main thread alone, so the stages are in another.
+        with ThreadPoolExecutor(1) as stages:
+            for stage in STAGES:
+                work = stages.submit(pipeline.run, config_of(folder / "three", overrides, until=stage))
+                if stage != "report":  # the driver's own work
+                    lose_a_node(nodes, folder / "three", stage, work)
+                work.result()
     finally:
         nodes.end()
 
