@@ -23,7 +23,7 @@ _ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THR
 # and a seventh less time. A C library other than glibc ignores it.
 _HUGE_PAGES = {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")}
 TASKS_PER_CPU = 2
-OUT_OF_MEMORY_RETRIES = 10  # of a task; Ray's own default is to try for ever
+OUT_OF_MEMORY_RETRIES = 7  # of a task, each after twice the time: two minutes; Ray by itself would try for ever
 
 
 def connect(address: str | None, *, show_worker_logs: bool = False, **init_options: Any) -> None:

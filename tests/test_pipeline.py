@@ -185,6 +185,7 @@ def test_a_pool_and_a_run_directory_in_a_bucket_give_the_same_tables(finished, p
     assert any(name.startswith("train/checkpoints/") for name in written)
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_training_ends_in_one_line_and_no_process_and_goes_on_to_the_same_tables(finished, pool, tmp_path):
     """The job runs as users run it, in a terminal's process group and on a Ray of its own."""
     run_dir = tmp_path / "run"
