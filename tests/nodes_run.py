@@ -57,6 +57,7 @@ class Processes:
         self._cluster.remove_node(self._nodes.pop(0), allow_graceful=False)
 
     def end(self) -> None:
+        ray.shutdown()  # a node that a driver is connected to is not removed
         self._cluster.shutdown()
 
 
