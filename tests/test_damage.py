@@ -242,7 +242,6 @@ def test_a_directory_that_cannot_be_written_is_refused_before_any_work(ray_clust
     assert cli.run_job("a job", YAML, ["--dry-run", *overrides(pool, small_disk / "run")]) == 0
 
 
-@pytest.mark.slow
 def test_six_kinds_of_faults_in_one_run_change_no_byte(finished, pool, small_disk, monkeypatch):
     """As benchmarks/chaos.py does it at random: here at moments that are always met."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))

@@ -92,9 +92,8 @@ def test_training_learns_the_pseudo_labels_and_its_metrics_say_so(undisturbed):
     assert figures["history"][-1]["accuracy"] > 0.8
 
 
-@pytest.mark.parametrize(
-    "undisturbed", [pytest.param((2, "memory"), marks=pytest.mark.slow), (2, "streamed")], indirect=True, ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("undisturbed", [(2, "memory"), (2, "streamed")], indirect=True, ids=str)
 def test_a_worker_killed_in_mid_epoch_changes_no_byte(undisturbed, tmp_path):
     folder, overrides, _ = undisturbed
     with _Killer(tmp_path, after_epoch=0) as killer:
