@@ -132,9 +132,15 @@ def help_text(description: str, yaml_path: str | Path) -> str:
         f"The defaults below are those of {Path(yaml_path).name}.",
         "",
     ]
-    keys = list(describe_keys(yaml_path))
+    return "\n".join([*lines, *key_lines(describe_keys(yaml_path))])
+
+
+def key_lines(keys: Iterable[tuple[str, str, str]]) -> list[str]:
+    """Two lines for each (key, default, meaning): what it means, and its default."""
+    keys = list(keys)
     width = max(len(key) for key, _, _ in keys)
-    for key, default, meaning in keys:
-        lines.append(f"{key:<{width}}  {meaning}")
-        lines.append(f"{'':<{width}}  default: {default}")
-    return "\n".join(lines)
+    return [
+        line
+        for key, default, meaning in keys
+        for line in (f"{key:<{width}}  {meaning}", f"{'':<{width}}  default: {default}")
+    ]

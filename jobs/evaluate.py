@@ -10,7 +10,7 @@ where it was stopped, and more methods, budgets or seeds only add to it. Example
 
 import sys
 
-from elfs_ray.cli import asks_for_help, report_errors, split_arguments
+from elfs_ray.cli import asks_for_help, key_lines, report_errors, split_arguments
 from elfs_ray.comparison.keys import ComparisonConfig
 from elfs_ray.comparison.plan import describe, load
 from elfs_ray.config import describe_keys
@@ -20,13 +20,9 @@ from elfs_ray.storage.run_dir import RunDir
 
 def help_text() -> str:
     """Every key with its default."""
-    keys = list(describe_keys(kind=ComparisonConfig))
-    width = max(len(key) for key, _, _ in keys)
     lines = [str(__doc__), "usage: python jobs/evaluate.py [--dry-run] [--help] key=value ...", ""]
     lines += ["--dry-run  check everything, print what would be selected and trained, do nothing", ""]
-    for key, default, meaning in keys:
-        lines += [f"{key:<{width}}  {meaning}", f"{'':<{width}}  default: {default}"]
-    return "\n".join(lines)
+    return "\n".join([*lines, *key_lines(describe_keys(kind=ComparisonConfig))])
 
 
 def main(arguments: list[str]) -> None:

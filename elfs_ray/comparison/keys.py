@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from elfs_ray.config_keys.declaration import BATCH, POSITIVE, Bounds, option
+from elfs_ray.config_keys.declaration import BATCH, POSITIVE, Bounds, option, precision_option
 
 METHODS = {
     "random": "drawn uniformly, anew for each seed",
@@ -93,7 +93,7 @@ class ComparisonConfig:
     batch_size: int = option(256, "images a step", unit="images", bounds=BATCH)
     lr: float = option(0.1, "SGD learning rate at the start of the cosine", bounds=Bounds(above=0))
     num_tests: int = option(10, "tests of each training, the last at its end", bounds=POSITIVE)
-    precision: str = option("auto", "auto is bf16 on GPUs and fp32 on CPUs", choices=("auto", "fp32", "bf16", "fp16"))
+    precision: str = precision_option()
     published: str | None = option(
         None, "put the paper's numbers of this pool beside the measured ones", choices=PUBLISHED_POOLS
     )

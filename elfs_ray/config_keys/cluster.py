@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from elfs_ray.config_keys.declaration import POSITIVE, Bounds, option
+from elfs_ray.config_keys.declaration import POSITIVE, Bounds, memory_option, option
 from elfs_ray.config_keys.temi import TemiConfig
 
 
@@ -57,7 +57,5 @@ class ClusterConfig:
     num_workers: int | None = option(
         None, "shards in memory at once; null takes one a GPU, or one a CPU", bounds=POSITIVE, decides=False
     )
-    memory_gib: float | None = option(
-        None, "memory set aside for each shard; null sets none aside", unit="GiB", bounds=Bounds(above=0), decides=False
-    )
+    memory_gib: float | None = memory_option("shard")
     temi: TemiConfig = field(default_factory=TemiConfig)

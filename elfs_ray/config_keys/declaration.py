@@ -57,6 +57,17 @@ BATCH = Bounds(at_least=2, at_most=1 << 20)
 WIDTH = Bounds(at_least=1, at_most=1 << 16)
 
 
+def precision_option() -> Any:
+    """The precision of matrix products in a training."""
+    return option("auto", "auto is bf16 on GPUs and fp32 on CPUs", choices=("auto", "fp32", "bf16", "fp16"))
+
+
+def memory_option(worker: str) -> Any:
+    """Memory that Ray sets aside for each worker of a stage."""
+    meaning = f"memory set aside for each {worker}; null sets none aside"
+    return option(None, meaning, unit="GiB", bounds=Bounds(above=0), decides=False)
+
+
 def fields_of(section: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
     """Every key below a section, dotted, in the order of declaration."""
     for spec in dataclasses.fields(section):

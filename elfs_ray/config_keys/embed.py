@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from elfs_ray.config_keys.declaration import POSITIVE, PROXY_SIDE, SIDE, Bounds, option
+from elfs_ray.config_keys.declaration import POSITIVE, PROXY_SIDE, SIDE, Bounds, memory_option, option
 
 SELF_SUPERVISED = "self_supervised"
 
@@ -57,10 +57,4 @@ class EmbedConfig:
     cpus_per_worker: int | None = option(
         None, "CPUs set aside for each encoder; null takes 1", unit="CPUs", bounds=POSITIVE, decides=False
     )
-    memory_gib: float | None = option(
-        None,
-        "memory set aside for each encoder; null sets none aside",
-        unit="GiB",
-        bounds=Bounds(above=0),
-        decides=False,
-    )
+    memory_gib: float | None = memory_option("encoder")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from elfs_ray.config_keys.declaration import POSITIVE, Bounds, option
+from elfs_ray.config_keys.declaration import POSITIVE, Bounds, memory_option, option, precision_option
 
 
 @dataclass
@@ -56,7 +56,7 @@ class PretrainConfig:
         unit="pixels",
         bounds=Bounds(at_least=8),
     )
-    precision: str = option("auto", "auto is bf16 on GPUs and fp32 on CPUs", choices=("auto", "fp32", "bf16", "fp16"))
+    precision: str = precision_option()
     reading: str = option(
         "auto",
         "memory: decoded once, centre squares; streamed: decoded in every epoch, crops of the whole photograph; auto: "
@@ -79,13 +79,7 @@ class PretrainConfig:
         bounds=POSITIVE,
         decides=False,
     )
-    memory_gib: float | None = option(
-        None,
-        "memory set aside for each worker; null sets none aside",
-        unit="GiB",
-        bounds=Bounds(above=0),
-        decides=False,
-    )
+    memory_gib: float | None = memory_option("worker")
     max_failures: int = option(
         5, "failed workers after which pretraining gives up; -1 never does", bounds=Bounds(at_least=-1), decides=False
     )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from elfs_ray.config_keys.declaration import BATCH, POSITIVE, WIDTH, Bounds, option
+from elfs_ray.config_keys.declaration import BATCH, POSITIVE, WIDTH, Bounds, option, precision_option
 
 
 @dataclass
@@ -35,9 +35,7 @@ class TemiConfig:
     pca_dim: int | None = option(
         None, "principal components before the heads (paper: none, cpu 128); 0 for none", bounds=Bounds(at_least=0)
     )
-    precision: str = option(
-        "auto", "auto is bf16 on GPUs and fp32 on CPUs", choices=("auto", "fp32", "bf16", "fp16"), decides=True
-    )
+    precision: str = precision_option()
     num_workers: int | None = option(
         None, "data-parallel workers; null takes one a GPU, or one CPU worker", bounds=POSITIVE, decides=False
     )

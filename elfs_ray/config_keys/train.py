@@ -2,7 +2,15 @@
 
 from dataclasses import dataclass
 
-from elfs_ray.config_keys.declaration import BATCH, POSITIVE, PROXY_SIDE, Bounds, option
+from elfs_ray.config_keys.declaration import (
+    BATCH,
+    POSITIVE,
+    PROXY_SIDE,
+    Bounds,
+    memory_option,
+    option,
+    precision_option,
+)
 
 
 @dataclass
@@ -39,7 +47,7 @@ class TrainConfig:
     )
     mean: list[float] = option([0.485, 0.456, 0.406], "mean of each channel, of pixels scaled to 0..1")
     std: list[float] = option([0.229, 0.224, 0.225], "standard deviation of each channel")
-    precision: str = option("auto", "auto is bf16 on GPUs and fp32 on CPUs", choices=("auto", "fp32", "bf16", "fp16"))
+    precision: str = precision_option()
     compile: bool = option(False, "compile the network with torch.compile; a minute at the start of every worker")
     reading: str = option(
         "auto",
@@ -73,13 +81,7 @@ class TrainConfig:
         bounds=POSITIVE,
         decides=False,
     )
-    memory_gib: float | None = option(
-        None,
-        "memory set aside for each worker; null sets none aside",
-        unit="GiB",
-        bounds=Bounds(above=0),
-        decides=False,
-    )
+    memory_gib: float | None = memory_option("worker")
     max_failures: int = option(
         5,
         "failed workers after which training gives up; -1 never does, and nodes taken back are not counted",
