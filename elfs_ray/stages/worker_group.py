@@ -10,6 +10,7 @@ it. Such a file is dropped, and the workers take the newest checkpoint that is w
 
 import io
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,9 @@ FINAL_ERRORS = (FloatingPointError, ValueError)
 FAILURE_FILE = "failure.txt"
 SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"  # Ray Train's
 RESIZE_INTERVAL_S = 60.0  # between looks at whether an elastic group could have another size
+# A worker may not report its next epoch before the controller has looked for the last one, by itself every 2 s: no
+# epoch would be shorter. Set by the environment, it is left alone.
+POLL_VARIABLE, POLL_INTERVAL_S = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", 0.2
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ def run_workers(group: WorkerGroup, worker: Callable[[Any], None], job: Any) -> 
 
     Raises RuntimeError with the worker's message for a final error, and once there were more failures than allowed.
     """
+    os.environ.setdefault(POLL_VARIABLE, str(POLL_INTERVAL_S))
     fewest, most = group.num_workers
     scaling: dict[str, Any] = {  # a type checker sees the older ScalingConfig, which knows no ranges
         "num_workers": fewest if fewest == most else (fewest, most),
