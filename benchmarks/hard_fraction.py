@@ -75,12 +75,12 @@ def write_pool(folder: Path, source: str | None, num_images: int) -> tuple[Path,
 
 def configure(folder: Path, images: Path, *, of_digits: bool, quick: bool) -> Config:
     """The quickstart's settings; its 30 clusters and its balance are for the digits alone."""
-    overrides = [f"pool.uri={images}", f"run_dir={folder / 'run'}", f"budget={[0.05, 0.2] if quick else BUDGETS}"]
+    overrides = [f"pool.uri={images}", f"run_dir={folder / 'run'}", f"budget={0.05 if quick else BUDGETS}"]
     overrides += ["select.search_iterations=200", "until=select"]
     if not of_digits:
         overrides += ["cluster.num_clusters=10", "select.balance=false"]
     if quick:
-        overrides += ["train.epochs=4", "select.search_step=0.4", "select.search_iterations=40"]
+        overrides += ["train.epochs=4", "train.num_workers=1", "select.search_step=0.4", "select.search_iterations=40"]
     return load_config(JOBS / "quickstart.yaml", overrides)
 
 
@@ -135,7 +135,7 @@ class Trainer:
         tasks = [
             (
                 f"{folder}/{count}-{beta}-{seed}.json",
-                [self._images],
+                self._images,
                 self._chosen(count, beta, seed),
                 self._config,
                 seed,

@@ -36,6 +36,8 @@ def main(folder: Path) -> None:
     _wait_for_workers(folder, 2, training)
     cluster.remove_node(node, allow_graceful=False)
     print(json.dumps(training.result()))
+    ray.shutdown()
+    cluster.shutdown()
 
 
 def _wait_for_workers(folder: Path, num_workers: int, training: Future) -> None:
