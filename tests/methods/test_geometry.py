@@ -1,4 +1,7 @@
+import os
+
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from sklearn.datasets import load_digits
 
@@ -7,6 +10,11 @@ from elfs_ray.methods.hashing import hash_uniform
 from elfs_ray.methods.kmeans import kmeans
 from elfs_ray.methods.kmeans_points import ArrayPoints
 from elfs_ray.methods.pruning import hardest
+from elfs_ray.storage import schema
+from elfs_ray.storage.run_dir import RunDir
+
+RUN = os.environ.get("ELFS_RAY_RUN")  # a run directory whose embeddings are to be ordered, too
+NUM_OF_RUN = 3000
 
 
 def clustered_embeddings(n, dim=16, num_clusters=5, seed=0):
@@ -217,19 +225,35 @@ def test_zcore_refuses_pools_and_settings_that_are_too_small():
         zcore_draws(0)
 
 
-def test_every_baseline_orders_real_images_as_a_plain_implementation_does():
+def run_embeddings():
+    """The first of a run's, by ascending sample_id."""
+    first = RunDir(RUN).table_files(schema.EMBEDDINGS)[0]
+    rows = pq.read_table(first, columns=[schema.EMBEDDING])[schema.EMBEDDING][:NUM_OF_RUN].combine_chunks()
+    return rows.flatten().to_numpy().reshape(len(rows), -1)
+
+
+@pytest.mark.parametrize(
+    "embed",
+    [
+        digit_embeddings,
+        pytest.param(run_embeddings, marks=pytest.mark.skipif(RUN is None, reason="ELFS_RAY_RUN names no run")),
+    ],
+)
+def test_every_baseline_orders_real_images_as_a_plain_implementation_does(embed):
     """Ties and sums of another order aside: what is kept later is never harder by more than rounding."""
-    embeddings, ids = digit_embeddings(), np.arange(1797)
+    embeddings = embed()
+    n = len(embeddings)
+    ids = np.arange(n)
     centroids = kmeans(ArrayPoints(embeddings, ids), 10, seed=0, max_iterations=20).centroids
     unit = centroids / np.linalg.norm(centroids.astype(float), axis=1, keepdims=True)
     plain = (1 - embeddings.astype(float) @ unit.T).min(axis=1)
-    kept = hardest(prototypicality(embeddings, centroids), ids, 1797, "high")
+    kept = hardest(prototypicality(embeddings, centroids), ids, n, "high")
     assert (np.diff(plain[kept]) <= 1e-6).all()
 
     neighbors, similarity = neighbors_of(embeddings, 10)
-    expected = plain_d2(neighbors, similarity, 300, np.ones(1797), 1.0, 1.0)
+    expected = plain_d2(neighbors, similarity, 300, np.ones(n), 1.0, 1.0)
     np.testing.assert_array_equal(d2_selection(neighbors, similarity, 300), expected)
 
     scores = zcore_scores(embeddings, ids, seed=0, num_draws=300, num_neighbors=100)
     plain = hash_uniform(0, 3, ids) + plain_zcore_votes(embeddings, 300, 0, 100, 4.0)
-    assert (np.diff(plain[hardest(scores, ids, 1797, "high")]) <= 1e-4).all()
+    assert (np.diff(plain[hardest(scores, ids, n, "high")]) <= 1e-4).all()
