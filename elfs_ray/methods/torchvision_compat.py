@@ -9,8 +9,8 @@ at import, as every process that unpickles a function of ours has to be ready be
 import importlib.machinery
 import importlib.util
 import logging
-import os
 import sys
+from pathlib import Path
 
 import torch
 
@@ -21,16 +21,25 @@ def _extension_is_broken() -> bool:
     spec = importlib.util.find_spec("torchvision")
     if "torchvision" in sys.modules or spec is None or spec.origin is None:
         return False
-    loader = (importlib.machinery.ExtensionFileLoader, importlib.machinery.EXTENSION_SUFFIXES)
-    extension = importlib.machinery.FileFinder(os.path.dirname(spec.origin), loader).find_spec("_C")
-    if extension is None or extension.origin is None:
-        return True
+    return not any(_loads(extension) for extension in find_extensions(Path(spec.origin).parent))
+
+
+def find_extensions(package: Path) -> list[Path]:
+    """The files of torchvision's operators: one that is called `_C` up to version 0.28 and `_C_stable` from 0.29 on.
+
+    To declare operators that one of them declares, too, would end the process: none may be missed.
+    """
+    suffixes = tuple(importlib.machinery.EXTENSION_SUFFIXES)
+    return sorted(path for path in package.glob("_C*") if path.name.endswith(suffixes))
+
+
+def _loads(extension: Path) -> bool:
     try:
-        torch.ops.load_library(extension.origin)
+        torch.ops.load_library(extension)
     except OSError as error:
         _logger.info("torchvision's compiled operators do not load beside torch %s: %s", torch.__version__, error)
-        return True
-    return False
+        return False
+    return True
 
 
 def _declare_operators() -> torch.library.Library:
