@@ -62,6 +62,11 @@ def precision_option() -> Any:
     return option("auto", "auto is bf16 on GPUs and fp32 on CPUs", choices=("auto", "fp32", "bf16", "fp16"))
 
 
+def compile_option() -> Any:
+    """Whether torch.compile makes the kernels of a training."""
+    return option(False, "compile the network with torch.compile; up to a minute at the start of every worker")
+
+
 def memory_option(worker: str) -> Any:
     """Memory that Ray sets aside for each worker of a stage."""
     meaning = f"memory set aside for each {worker}; null sets none aside"

@@ -2,7 +2,14 @@
 
 from dataclasses import dataclass
 
-from elfs_ray.config_keys.declaration import POSITIVE, Bounds, memory_option, option, precision_option
+from elfs_ray.config_keys.declaration import (
+    POSITIVE,
+    Bounds,
+    compile_option,
+    memory_option,
+    option,
+    precision_option,
+)
 
 
 @dataclass
@@ -57,6 +64,7 @@ class PretrainConfig:
         bounds=Bounds(at_least=8),
     )
     precision: str = precision_option()
+    compile: bool = compile_option()
     reading: str = option(
         "auto",
         "memory: decoded once, centre squares; streamed: decoded in every epoch, crops of the whole photograph; auto: "

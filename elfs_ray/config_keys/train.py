@@ -7,6 +7,7 @@ from elfs_ray.config_keys.declaration import (
     POSITIVE,
     PROXY_SIDE,
     Bounds,
+    compile_option,
     memory_option,
     option,
     precision_option,
@@ -48,7 +49,7 @@ class TrainConfig:
     mean: list[float] = option([0.485, 0.456, 0.406], "mean of each channel, of pixels scaled to 0..1")
     std: list[float] = option([0.229, 0.224, 0.225], "standard deviation of each channel")
     precision: str = precision_option()
-    compile: bool = option(False, "compile the network with torch.compile; a minute at the start of every worker")
+    compile: bool = compile_option()
     reading: str = option(
         "auto",
         "memory: decoded once, centre squares; streamed: decoded in every epoch, random resized crops of the whole "

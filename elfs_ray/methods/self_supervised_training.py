@@ -64,7 +64,8 @@ def even_batch(num_samples: int, batch_size: int) -> int:
 class SimclrTrainer:
     """One worker's network and optimiser. The weights at the start are a function of the seed.
 
-    num_steps: steps an epoch. group: the workers that share every batch, None for one alone.
+    num_steps: steps an epoch. group: the workers that share every batch, None for one alone. compiles: with
+    torch.compile.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class SimclrTrainer:
         device: torch.device,
         precision: Precision = "fp32",
         group: distributed.ProcessGroup | None = None,
+        compiles: bool = False,
     ) -> None:
         self.settings, self.device, self.precision, self.group = settings, device, precision, group
         self._num_steps = num_steps
@@ -86,6 +88,9 @@ class SimclrTrainer:
         self.network: nn.Module = self.model
         if group is not None:
             synchronize_batch_norms(self.model, group, device)
+        if compiles:
+            self.model.compile(dynamic=False)  # the last batch of an epoch is the one other shape
+        if group is not None:
             self.network = DistributedDataParallel(self.model, process_group=group)
         self._base_lr = settings.lr * settings.batch_size / LR_BATCH_SIZE
         self._optimizer = make_optimizer(

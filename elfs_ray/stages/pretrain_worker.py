@@ -32,7 +32,7 @@ from elfs_ray.methods.sgd_training import LossMonitor
 from elfs_ray.metrics import report_epoch
 from elfs_ray.stages.proxy_reader import Batch
 from elfs_ray.stages.proxy_reader_streamed import make_reader
-from elfs_ray.stages.worker_group import load_checkpoint
+from elfs_ray.stages.worker_group import ReportPacer, load_checkpoint
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
@@ -49,6 +49,7 @@ class PretrainJob:
 
     settings: SimclrSettings
     precision: str
+    compile: bool
     seed: int
     image_size: int
     proxy_size: int
@@ -118,8 +119,10 @@ class PretrainWorker:
             device=self.device,
             precision=resolve_precision(job.precision, self.device),
             group=self.group,
+            compiles=job.compile,
         )
         self.losses, self.collapse = LossMonitor(), CollapseMonitor(self.trainer.dim, self.device)
+        self.pacer = ReportPacer(self.world_size, self.device)
         self.first_epoch = self._load_checkpoint()
 
     def train(self) -> None:
@@ -170,18 +173,25 @@ class PretrainWorker:
         return (tensor / self.world_size).tolist()
 
     def _report(self, epoch: int, metrics: dict[str, float]) -> None:
-        """End an epoch: its metrics for people, and a checkpoint to go on from."""
+        """End an epoch: its metrics for people and, where it is due, a checkpoint to go on from."""
+        if self.rank == 0:
+            filesystem.write_bytes(history_file(self.job.run_dir, epoch), json.dumps(metrics).encode())
+            report_epoch("pretrain", metrics)
+        if self.pacer.is_due() or epoch == self.settings.epochs - 1:
+            with self.pacer.reporting():
+                self._checkpoint(epoch, metrics)
+        if self.rank == 0:
+            done = (epoch + 1) * self.plan.num_samples
+            ray.get(self.job.board.write.remote(done, _note(metrics, self.settings.epochs)))
+
+    def _checkpoint(self, epoch: int, metrics: dict[str, float]) -> None:
         if self.rank != 0:
             ray.train.report(metrics)
             return
-        filesystem.write_bytes(history_file(self.job.run_dir, epoch), json.dumps(metrics).encode())
-        report_epoch("pretrain", metrics)
         with tempfile.TemporaryDirectory() as folder:
             state = {"next_epoch": epoch + 1, **self.trainer.state_dict()}
             torch.save(state, os.path.join(folder, STATE_FILE))
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
-        done = (epoch + 1) * self.plan.num_samples
-        ray.get(self.job.board.write.remote(done, _note(metrics, self.settings.epochs)))
 
     def _load_checkpoint(self) -> int:
         """Restore the last reported state, if there is one; the epoch to go on with."""

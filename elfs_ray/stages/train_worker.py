@@ -40,7 +40,7 @@ from elfs_ray.methods.sgd_training import (
 from elfs_ray.metrics import report_epoch
 from elfs_ray.stages.proxy_reader import Augmenter, Batch
 from elfs_ray.stages.proxy_reader_streamed import make_reader
-from elfs_ray.stages.worker_group import load_checkpoint
+from elfs_ray.stages.worker_group import ReportPacer, load_checkpoint
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
@@ -173,6 +173,7 @@ class Worker:
         )
         self.scaler = make_grad_scaler(self.precision, self.device)
         self.ranking = RankingMonitor(num_samples) if self.config.early_stop_dynamics is not None else None
+        self.pacer = ReportPacer(self.world_size, self.device)
         self.first_epoch = self._load_checkpoint()
         self.network = DistributedDataParallel(self.model) if self.world_size > 1 else self.model
 
@@ -289,14 +290,26 @@ class Worker:
                     filesystem.delete(path)
 
     def _report(self, epoch: int, metrics: dict[str, float], settled: bool) -> None:
-        """End an epoch: its metrics for people, and a checkpoint, whose presence means that its records are on disk."""
+        """End an epoch: its metrics for people and, where it is due, a checkpoint to go on from."""
+        is_last = settled or epoch == self.config.epochs - 1
+        if self.rank == 0:
+            filesystem.write_bytes(history_file(self.job.run_dir, epoch), json.dumps(metrics).encode())
+            report_epoch("train", metrics)
+        if self.pacer.is_due() or is_last:
+            with self.pacer.reporting():
+                self._checkpoint(self.config.epochs if is_last else epoch + 1, metrics)
+        if self.rank == 0:
+            done = self.config.epochs if is_last else epoch + 1
+            note = _note(metrics, self.config.epochs, settled)
+            ray.get(self.job.board.write.remote(done * self.plan.num_samples, note))
+
+    def _checkpoint(self, next_epoch: int, metrics: dict[str, float]) -> None:
+        """Report a checkpoint, whose presence means that the records of all epochs before `next_epoch` are on disk."""
         if self.rank != 0:
             ray.train.report(metrics)
             return
-        filesystem.write_bytes(history_file(self.job.run_dir, epoch), json.dumps(metrics).encode())
-        report_epoch("train", metrics)
         state = {
-            "next_epoch": self.config.epochs if settled else epoch + 1,
+            "next_epoch": next_epoch,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -305,8 +318,6 @@ class Worker:
         with tempfile.TemporaryDirectory() as folder:
             torch.save(state, os.path.join(folder, STATE_FILE))
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
-        done = self.config.epochs if settled else epoch + 1
-        ray.get(self.job.board.write.remote(done * self.plan.num_samples, _note(metrics, self.config.epochs, settled)))
 
     def _load_checkpoint(self) -> int:
         """Restore the last reported state, if there is one; the epoch to go on with."""

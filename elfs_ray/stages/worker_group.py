@@ -11,7 +11,9 @@ it. Such a file is dropped, and the workers take the newest checkpoint that is w
 import io
 import json
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import Any
 import ray.train
 import torch
 from ray.train.torch import TorchConfig, TorchTrainer
+from torch import distributed
 
 from elfs_ray.ray_runtime import call_interruptibly
 from elfs_ray.storage import filesystem
@@ -31,6 +34,7 @@ RESIZE_INTERVAL_S = 60.0  # between looks at whether an elastic group could have
 # A worker may not report its next epoch before the controller has looked for the last one, by itself every 2 s: no
 # epoch would be shorter. Set by the environment, it is left alone.
 POLL_VARIABLE, POLL_INTERVAL_S = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", 0.2
+MAX_REPORT_SHARE = 0.1  # of the time
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,37 @@ def run_workers(group: WorkerGroup, worker: Callable[[Any], None], job: Any) -> 
             raise RuntimeError(f"training gave up after {group.max_failures} retries: {cause}") from error
     if filesystem.exists(group.failure_file):
         raise RuntimeError(f"training stopped: {filesystem.read_bytes(group.failure_file).decode()}")
+
+
+class ReportPacer:
+    """Which epochs a worker group reports, each with a checkpoint: so many that a tenth of the time goes there at most.
+
+    A report writes the checkpoint and waits until Ray Train has looked. Most epochs take far longer and are all
+    reported; one of a small pool, or on a GPU, may be shorter. What was not reported is done again after a loss.
+    `device` is that of the group's exchanges.
+    """
+
+    def __init__(self, world_size: int, device: torch.device) -> None:
+        self._world_size, self._device = world_size, device
+        self._cost_s, self._ended_s = 0.0, time.monotonic()
+
+    def is_due(self) -> bool:
+        """Whether to report now; rank 0's clock decides for all workers, who have to ask together."""
+        trained_s = time.monotonic() - self._ended_s
+        due = self._cost_s <= MAX_REPORT_SHARE * (trained_s + self._cost_s)
+        if self._world_size == 1:
+            return due
+        of_rank_0 = torch.tensor([due], dtype=torch.uint8, device=self._device)
+        distributed.broadcast(of_rank_0, src=0)
+        return bool(of_rank_0.item())
+
+    @contextmanager
+    def reporting(self) -> Iterator[None]:
+        """Around a report, to take its time."""
+        start_s = time.monotonic()
+        yield
+        self._ended_s = time.monotonic()
+        self._cost_s = self._ended_s - start_s
 
 
 def load_checkpoint(folder: str, file: str) -> dict[str, Any] | None:

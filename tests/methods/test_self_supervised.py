@@ -93,6 +93,13 @@ def _train_in_a_group(rank: int, world_size: int, folder: str, backend: str = "g
     dist.destroy_process_group()
 
 
+def test_a_compiled_network_trains_as_a_plain_one_does():
+    plain, compiled = (SimclrTrainer(SMALL, len(STEPS), seed=1, device=CPU, compiles=value) for value in (False, True))
+    np.testing.assert_allclose(train(compiled, 0, 1), train(plain, 0, 1), rtol=1e-3, atol=1e-5)
+    for name, expected in plain.state_dict()["model"].items():
+        torch.testing.assert_close(compiled.state_dict()["model"][name], expected, rtol=1e-2, atol=1e-3, msg=name)
+
+
 def test_two_workers_have_the_loss_the_weights_and_the_statistics_of_one(tmp_path: Path):
     """Shares of unequal size, and a worker that has no image of a batch: negatives and statistics are everyone's."""
     assert [shares_of(n, 2) for n, _ in STEPS] == [[3, 4], [0, 1], [3, 3]]
