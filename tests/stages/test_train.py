@@ -257,7 +257,7 @@ def test_every_precision_and_a_compiled_network_learn(ray_cluster, tmp_path, ove
 def test_the_metrics_of_the_last_epoch_reach_the_exporter_of_ray(ray_cluster, tmp_path):
     """The exporter hears of a worker every 10 s, so the training has to take longer."""
     write_clustered(RunDir(str(tmp_path)), NUM_SAMPLES)
-    config = digits_config(tmp_path, "train.epochs=300", "train.cpus_per_worker=1")
+    config = digits_config(tmp_path, "train.epochs=600", "train.cpus_per_worker=1")
     training = threading.Thread(target=train.run_train, args=(config, RunDir(str(tmp_path))))
     training.start()
     address = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
