@@ -4,8 +4,7 @@
 
 The stage's own worker, in its own Ray Train group, takes turns by epochs with the loop that one writes first: the same
 network, batch, augmentation, optimiser and threads, nothing measured, nothing kept. On a GPU the network is ResNet-18
-in bf16, and once in fp16. Medians over the turns. Full size also has the network compiled, and two workers beside one of
-the same threads.
+in bf16, and once in fp16. Medians over the turns. Full size also has the network compiled, and two workers beside one.
 """
 
 import argparse

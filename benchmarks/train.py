@@ -16,9 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -42,16 +40,13 @@ from elfs_ray.ray_runtime import connect, num_cpus, num_gpus, remote_progress
 from elfs_ray.stages.proxy_reader import load_images, read_pool
 from elfs_ray.stages.proxy_reader_streamed import scan_chunks
 from elfs_ray.stages.train import run_train
-from elfs_ray.stages.train_worker import StepClock, Worker, WorkerJob, history_file
-from elfs_ray.stages.worker_group import POLL_INTERVAL_S, POLL_VARIABLE
+from elfs_ray.stages.train_worker import StepClock, Worker, WorkerJob
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import Marker, RunDir
 
 SIZE, NUM_CLASSES, BATCH = 32, 10, 256
 ROWS_PER_FILE, ROWS_PER_CHUNK = 4096, 256
 MEMORY_SAMPLES, SMALL_SIZE = (100_000, 1_000_000), 8
-SHORT_SAMPLES, SHORT_EPOCHS = 256, 12
-RAY_INTERVAL_S = 2.0  # Ray Train's own
 
 
 def main() -> None:
@@ -67,7 +62,6 @@ def main() -> None:
         _measure_worker(run_dir, rounds=3 if quick else 7, on_gpu=on_gpu, compiles=not quick)
         if not quick:
             _measure_stage(run_dir, num_samples, epochs=7, on_gpu=on_gpu)
-            _measure_short_epochs()
     if not quick:
         _measure_memory()
 
@@ -131,20 +125,6 @@ def _measure_stage(run_dir: RunDir, num_samples: int, epochs: int, on_gpu: bool)
     for num_classes in (10, 1000):
         reference = f"logits of {num_classes} classes"
         emit("dynamics", num_bytes, "bytes a sample and epoch", reference, 4.0 * num_classes, less_is_better=True)
-
-
-def _measure_short_epochs() -> None:
-    """From one report to the next where an epoch is next to nothing, beside the interval at which Ray Train looks."""
-    medians = []
-    for interval_s in (POLL_INTERVAL_S, RAY_INTERVAL_S):
-        with tempfile.TemporaryDirectory() as folder, mock.patch.dict("os.environ", {POLL_VARIABLE: str(interval_s)}):
-            run_dir = RunDir(folder)
-            _write_pool(run_dir, SHORT_SAMPLES)
-            run_train(_config(run_dir, False, f"train.epochs={SHORT_EPOCHS}", "train.device=cpu"), run_dir)
-            reported_s = [Path(history_file(run_dir, epoch)).stat().st_mtime for epoch in range(SHORT_EPOCHS)]
-            medians.append(float(np.median(np.diff(reported_s))))
-    name = f"an epoch of {SHORT_SAMPLES} images"
-    emit(name, medians[0], "s", f"looked for every {RAY_INTERVAL_S:g} s", medians[1], less_is_better=True)
 
 
 def _measure_memory() -> None:

@@ -152,6 +152,11 @@ def _check_pretraining(config: Config) -> None:
         )
     if not config.pretrains:
         return
+    if config.pretrain.compile and config.pretrain.num_workers != 1:
+        raise ConfigError(
+            f"pretrain.compile=true with pretrain.num_workers={config.pretrain.num_workers}: batch norms that several "
+            "workers share are not compiled; give pretrain.num_workers=1"
+        )
     embed = config.embed
     sizes = {
         "pretrain.image_size": config.pretrain.image_size,

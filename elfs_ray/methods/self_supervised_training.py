@@ -65,7 +65,7 @@ class SimclrTrainer:
     """One worker's network and optimiser. The weights at the start are a function of the seed.
 
     num_steps: steps an epoch. group: the workers that share every batch, None for one alone. compiles: with
-    torch.compile.
+    torch.compile, for one worker alone.
     """
 
     def __init__(
@@ -89,6 +89,7 @@ class SimclrTrainer:
         if group is not None:
             synchronize_batch_norms(self.model, group, device)
         if compiles:
+            assert group is None, "workers of their own kernels would round the statistics they share each in its way"
             self.model.compile(dynamic=False)  # the last batch of an epoch is the one other shape
         if group is not None:
             self.network = DistributedDataParallel(self.model, process_group=group)

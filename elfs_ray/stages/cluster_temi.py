@@ -4,7 +4,8 @@ Reads   embeddings/, neighbors/
 Writes  cluster/labels/ (the best head's), cluster/temi/ (checkpoints and the losses of every epoch)
 
 The embeddings and the neighbours are joined once into the object store; all workers of a node see that one copy. The
-head is picked by its training loss in the last epoch, never by labels. A lost worker costs one epoch.
+head is picked by its training loss in the last epoch, never by labels. A lost worker costs an
+epoch, or what began in the last minute.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ from elfs_ray.methods.temi_training import TemiTrainer, check_collapse, pick_hea
 from elfs_ray.progress import Progress
 from elfs_ray.ray_runtime import num_cpus, num_gpus, remote_progress, resolve_device
 from elfs_ray.stages.cluster_shards import write_label_file
-from elfs_ray.stages.worker_group import WorkerGroup, load_checkpoint, run_workers
+from elfs_ray.stages.worker_group import ReportPacer, WorkerGroup, load_checkpoint, run_workers
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
@@ -133,6 +134,7 @@ def _train_heads(job: _Job) -> None:
     device = ray.train.torch.get_device()
     sample_ids, embeddings, neighbors = ray.get(job.data[0])
     num_steps = steps_per_epoch(len(embeddings), job.settings)
+    world_size = ray.train.get_context().get_world_size()
     trainer = TemiTrainer(
         job.settings,
         embeddings.shape[1],
@@ -140,16 +142,19 @@ def _train_heads(job: _Job) -> None:
         job.seed,
         device=device,
         autocast_dtype=AUTOCAST_DTYPES[resolve_precision(job.precision, device)],
-        process_group=distributed.group.WORLD if ray.train.get_context().get_world_size() > 1 else None,
+        process_group=distributed.group.WORLD if world_size > 1 else None,
     )
     rows = torch.from_numpy(embeddings.copy()).to(device) if device.type == "cuda" else embeddings
     first_epoch, losses = _load_checkpoint(job, trainer)
+    pacer = ReportPacer(world_size, device)
     for epoch in range(first_epoch, job.settings.num_epochs):
         losses.append(train_epoch(trainer, rows, neighbors, job.seed, epoch).tolist())
         if trainer.rank == 0:
             note = f"epoch {epoch + 1}/{job.settings.num_epochs}, lowest head loss {min(losses[-1]):.4f}"
             job.board.write.remote((epoch + 1) * num_steps, note)
-        _report(trainer, epoch, losses)
+        if pacer.is_due() or epoch == job.settings.num_epochs - 1:
+            with pacer.reporting():
+                _report(trainer, epoch, losses)
     if trainer.rank == 0:
         _write_result(job, trainer, sample_ids, embeddings, losses)
 

@@ -1,4 +1,4 @@
-"""What a pretraining worker does: the epochs and their metrics, a checkpoint after each, the encoder at the end."""
+"""What a pretraining worker does: the epochs and their metrics, checkpoints on the way, the encoder at the end."""
 
 import dataclasses
 import json
@@ -100,9 +100,8 @@ class PretrainWorker:
         self.group = distributed.group.WORLD if self.world_size > 1 else None
         pool, images = ray.get(job.data)
         num_samples = len(pool.sample_ids)
-        self.plan = BatchPlan(
-            num_samples, even_batch(num_samples, self.settings.batch_size), self.rank, self.world_size
-        )
+        batch_size = even_batch(num_samples, self.settings.batch_size)
+        self.plan = BatchPlan(num_samples, batch_size, self.rank, self.world_size)
         self.reader = make_reader(
             pool,
             images,
@@ -113,7 +112,7 @@ class PretrainWorker:
             num_decoders=job.num_decoders,
         )
         self.trainer = SimclrTrainer(
-            self.settings,
+            dataclasses.replace(self.settings, batch_size=batch_size),
             self.plan.num_steps,
             job.seed,
             device=self.device,
@@ -150,9 +149,10 @@ class PretrainWorker:
                 reported_s = time.monotonic()
                 done = epoch * self.plan.num_samples + min((index + 1) * self.plan.global_batch, self.plan.num_samples)
                 self.job.board.write.remote(done, "")
+        mean_loss = self.losses.finish()  # before measures of embeddings that a NaN could have reached
         measures = self.collapse.finish(self.group)
         check_collapse(measures, epoch)
-        loss_mean, waiting = self._mean_over_workers(self.losses.finish(), waiting_s)
+        loss_mean, waiting = self._mean_over_workers(mean_loss, waiting_s)
         seconds = time.perf_counter() - start_s
         return {
             "epoch": epoch,
@@ -209,7 +209,12 @@ class PretrainWorker:
             image_size=self.job.image_size,
             mean=MEAN,
             std=STD,
-            config={"seed": self.job.seed, "precision": self.job.precision, **dataclasses.asdict(self.settings)},
+            config={
+                "seed": self.job.seed,
+                "precision": self.job.precision,
+                "compile": self.job.compile,
+                **dataclasses.asdict(self.settings),
+            },
             pool=self.job.run_dir.identity("index"),
             state_dict={name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()},
         )

@@ -86,7 +86,7 @@ def _choose_reading(config: Config, run_dir: RunDir, num_samples: int) -> str:
 def _finished_history(config: Config, run_dir: RunDir) -> list[dict[str, float]]:
     """The metrics of each epoch, up to the one that settled the ranking where training stopped at that.
 
-    What a group that was ended had of an epoch after it is removed.
+    What a group that was ended had of epochs after it is removed.
     """
     threshold = config.train.early_stop_dynamics or 1.0
     history: list[dict[str, float]] = []

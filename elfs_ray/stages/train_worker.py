@@ -1,4 +1,4 @@
-"""What a training worker does: the epochs, their records and metrics, and the checkpoint at the end of each.
+"""What a training worker does: the epochs, their records and metrics, and checkpoints on the way.
 
 Memory beside the network's: O(batch), and at its peak some 110 bytes for each sample of its share, for the order of an
 epoch and its records (106 measured where images are streamed, benchmarks/train.py). Images in memory are once in a

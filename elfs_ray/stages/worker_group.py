@@ -31,10 +31,11 @@ FINAL_ERRORS = (FloatingPointError, ValueError)
 FAILURE_FILE = "failure.txt"
 SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"  # Ray Train's
 RESIZE_INTERVAL_S = 60.0  # between looks at whether an elastic group could have another size
-# A worker may not report its next epoch before the controller has looked for the last one, by itself every 2 s: no
-# epoch would be shorter. Set by the environment, it is left alone.
+# A worker may not report again before the controller has looked for its last report, by itself every 2 s. Set by the
+# environment, it is left alone.
 POLL_VARIABLE, POLL_INTERVAL_S = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", 0.2
 MAX_REPORT_SHARE = 0.1  # of the time
+MAX_UNREPORTED_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,9 @@ def run_workers(group: WorkerGroup, worker: Callable[[Any], None], job: Any) -> 
 class ReportPacer:
     """Which epochs a worker group reports, each with a checkpoint: so many that a tenth of the time goes there at most.
 
-    A report writes the checkpoint and waits until Ray Train has looked. Most epochs take far longer and are all
-    reported; one of a small pool, or on a GPU, may be shorter. What was not reported is done again after a loss.
-    `device` is that of the group's exchanges.
+    A report writes the checkpoint, and soon after another waits until Ray Train has looked. Most epochs take far longer
+    and are all reported; those of a small pool, or on a GPU, may not. What was not reported is done again after a loss:
+    an epoch, or what began in the last minute. `device` is that of the group's exchanges.
     """
 
     def __init__(self, world_size: int, device: torch.device) -> None:
@@ -126,7 +127,7 @@ class ReportPacer:
     def is_due(self) -> bool:
         """Whether to report now; rank 0's clock decides for all workers, who have to ask together."""
         trained_s = time.monotonic() - self._ended_s
-        due = self._cost_s <= MAX_REPORT_SHARE * (trained_s + self._cost_s)
+        due = self._cost_s <= MAX_REPORT_SHARE * (trained_s + self._cost_s) or trained_s >= MAX_UNREPORTED_S
         if self._world_size == 1:
             return due
         of_rank_0 = torch.tensor([due], dtype=torch.uint8, device=self._device)

@@ -1,5 +1,6 @@
 """pretrain: copies first, an encoder from them, the same bytes after a crash, and weights that other runs can name."""
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -116,6 +117,7 @@ def test_two_workers_have_the_losses_of_a_plain_loop_over_whole_batches(undistur
     everything = TrainingPool(sample_ids, np.zeros(NUM_DIGITS, np.int32), np.arange(NUM_DIGITS, dtype=np.int32))
     plan = BatchPlan(NUM_DIGITS, 38)  # 4 batches of at most 40, as even as can be: 38, 38, 38, 36
     reader = InMemoryReader(everything, digits(), TwoViews(settings.views, config.seed, SIZE), plan, CPU)
+    settings = dataclasses.replace(settings, batch_size=38)  # which the learning rate is scaled by
     trainer = SimclrTrainer(settings, plan.num_steps, config.seed, device=CPU)
     history = RunDir(undisturbed).figures("pretrain")["history"]
     torch.set_num_threads(1)
@@ -176,6 +178,7 @@ def test_the_plan_has_two_more_stages_and_only_where_an_encoder_is_trained(undis
         (("embed.image_size=32",), "embed.image_size=32 is above embed.proxy_image_size=16"),
         (("embed.resize=32",), "embed.resize=32 is above .* embed.resize=null takes what fits"),
         (("embed.encoder=pixels", "until=pretrain"), "until=pretrain: this run has no such stage"),
+        (("pretrain.compile=true", "pretrain.num_workers=2"), "give pretrain.num_workers=1"),
         ((f"embed.weights_sha256={'0' * 64}",), "the weights are trained in this run"),
         (("pretrain.temperature=0",), "pretrain.temperature=0"),
     ],
