@@ -25,7 +25,7 @@ def main(folder: Path) -> None:
         folder,
         "train.num_workers=1-2",
         "train.cpus_per_worker=1",
-        "train.epochs=80",
+        "train.epochs=200",
         "train.batch_size=16",
         "train.max_failures=3",
     )
@@ -33,16 +33,26 @@ def main(folder: Path) -> None:
     training = ThreadPoolExecutor().submit(train.run_train, config, RunDir(str(folder)))
     _wait_for_workers(folder, 1, training)
     node = cluster.add_node(**NODE)
-    _wait_for_workers(folder, 2, training)
+    _wait_for_report(folder, _wait_for_workers(folder, 2, training))
     cluster.remove_node(node, allow_graceful=False)
     print(json.dumps(training.result()))
     ray.shutdown()
     cluster.shutdown()
 
 
-def _wait_for_workers(folder: Path, num_workers: int, training: Future) -> None:
-    while not any(f'"workers": {num_workers}' in path.read_text() for path in folder.glob("train/history/*.json")):
+def _wait_for_workers(folder: Path, num_workers: int, training: Future) -> float:
+    """Until there is an epoch of so many workers; when it ended."""
+    while True:
+        for path in sorted(folder.glob("train/history/*.json")):
+            if f'"workers": {num_workers}' in path.read_text():
+                return path.stat().st_mtime
         assert not training.done(), f"training ended before {num_workers} workers had an epoch: {training.result()}"
+        time.sleep(0.1)
+
+
+def _wait_for_report(folder: Path, since_s: float) -> None:
+    """Until Ray Train lists a checkpoint that is newer: an epoch without one would be done again."""
+    while (folder / "train" / "checkpoints" / worker_group.SNAPSHOT_FILE).stat().st_mtime <= since_s:
         time.sleep(0.1)
 
 
