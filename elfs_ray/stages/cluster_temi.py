@@ -10,8 +10,6 @@ epoch, or what began in the last minute.
 
 import dataclasses
 import json
-import os
-import tempfile
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,13 +29,13 @@ from elfs_ray.methods.temi import CPU_PROFILE, TemiSettings
 from elfs_ray.methods.temi_training import TemiTrainer, check_collapse, pick_head, steps_per_epoch, train_epoch
 from elfs_ray.progress import Progress
 from elfs_ray.ray_runtime import num_cpus, num_gpus, remote_progress, resolve_device
+from elfs_ray.stages.checkpoints import CheckpointReporter, load_checkpoint
 from elfs_ray.stages.cluster_shards import write_label_file
-from elfs_ray.stages.worker_group import ReportPacer, WorkerGroup, load_checkpoint, run_workers
+from elfs_ray.stages.worker_group import WorkerGroup, run_workers
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
 CHECKPOINTS_DIR = "temi"
-STATE_FILE = "state.pt"
 RESULT_FILE = "result.json"
 PCA_SAMPLES = 20_000
 AGREEMENT_SAMPLES = 20_000
@@ -146,35 +144,28 @@ def _train_heads(job: _Job) -> None:
     )
     rows = torch.from_numpy(embeddings.copy()).to(device) if device.type == "cuda" else embeddings
     first_epoch, losses = _load_checkpoint(job, trainer)
-    pacer = ReportPacer(world_size, device)
+    checkpoints = CheckpointReporter(trainer.rank, world_size, device)
     for epoch in range(first_epoch, job.settings.num_epochs):
         losses.append(train_epoch(trainer, rows, neighbors, job.seed, epoch).tolist())
         if trainer.rank == 0:
             note = f"epoch {epoch + 1}/{job.settings.num_epochs}, lowest head loss {min(losses[-1]):.4f}"
             job.board.write.remote((epoch + 1) * num_steps, note)
-        if pacer.is_due() or epoch == job.settings.num_epochs - 1:
-            with pacer.reporting():
-                _report(trainer, epoch, losses)
+        checkpoints.end_epoch(
+            {"epoch": epoch},
+            lambda: {"trainer": trainer.state_dict(), "losses": losses},
+            is_last=epoch == job.settings.num_epochs - 1,
+        )
     if trainer.rank == 0:
         _write_result(job, trainer, sample_ids, embeddings, losses)
 
 
 def _load_checkpoint(job: _Job, trainer: TemiTrainer) -> tuple[int, list[list[float]]]:
     """Restore the last reported state, if there is one; the epoch to go on with and the losses before it."""
-    state = load_checkpoint(job.run_dir.path("cluster", CHECKPOINTS_DIR), STATE_FILE)
+    state = load_checkpoint(job.run_dir.path("cluster", CHECKPOINTS_DIR))
     if state is None:
         return 0, []
     trainer.load_state_dict(state["trainer"])
     return len(state["losses"]), state["losses"]
-
-
-def _report(trainer: TemiTrainer, epoch: int, losses: list[list[float]]) -> None:
-    if trainer.rank != 0:
-        ray.train.report({"epoch": epoch})
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        torch.save({"trainer": trainer.state_dict(), "losses": losses}, os.path.join(folder, STATE_FILE))
-        ray.train.report({"epoch": epoch}, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
 def _write_result(

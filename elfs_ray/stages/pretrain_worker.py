@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import tempfile
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -30,15 +28,14 @@ from elfs_ray.methods.self_supervised_training import (
 )
 from elfs_ray.methods.sgd_training import LossMonitor
 from elfs_ray.metrics import report_epoch
+from elfs_ray.stages.checkpoints import CheckpointReporter, load_checkpoint
 from elfs_ray.stages.proxy_reader import Batch
 from elfs_ray.stages.proxy_reader_streamed import make_reader
-from elfs_ray.stages.worker_group import ReportPacer, load_checkpoint
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
 HISTORY_DIR = "history"
 CHECKPOINTS_DIR = "checkpoints"
-STATE_FILE = "state.pt"
 REPORT_INTERVAL_S = 0.5
 MEASURED_STEPS = 16  # the last of an epoch, whose embeddings tell of a collapse
 
@@ -121,7 +118,7 @@ class PretrainWorker:
             compiles=job.compile,
         )
         self.losses, self.collapse = LossMonitor(), CollapseMonitor(self.trainer.dim, self.device)
-        self.pacer = ReportPacer(self.world_size, self.device)
+        self.checkpoints = CheckpointReporter(self.rank, self.world_size, self.device)
         self.first_epoch = self._load_checkpoint()
 
     def train(self) -> None:
@@ -177,25 +174,18 @@ class PretrainWorker:
         if self.rank == 0:
             filesystem.write_bytes(history_file(self.job.run_dir, epoch), json.dumps(metrics).encode())
             report_epoch("pretrain", metrics)
-        if self.pacer.is_due() or epoch == self.settings.epochs - 1:
-            with self.pacer.reporting():
-                self._checkpoint(epoch, metrics)
+        self.checkpoints.end_epoch(
+            metrics,
+            lambda: {"next_epoch": epoch + 1, **self.trainer.state_dict()},
+            is_last=epoch == self.settings.epochs - 1,
+        )
         if self.rank == 0:
             done = (epoch + 1) * self.plan.num_samples
             ray.get(self.job.board.write.remote(done, _note(metrics, self.settings.epochs)))
 
-    def _checkpoint(self, epoch: int, metrics: dict[str, float]) -> None:
-        if self.rank != 0:
-            ray.train.report(metrics)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            state = {"next_epoch": epoch + 1, **self.trainer.state_dict()}
-            torch.save(state, os.path.join(folder, STATE_FILE))
-            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
-
     def _load_checkpoint(self) -> int:
         """Restore the last reported state, if there is one; the epoch to go on with."""
-        state = load_checkpoint(self.job.run_dir.path("pretrain", CHECKPOINTS_DIR), STATE_FILE)
+        state = load_checkpoint(self.job.run_dir.path("pretrain", CHECKPOINTS_DIR))
         if state is None:
             return 0
         self.trainer.load_state_dict(state)

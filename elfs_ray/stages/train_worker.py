@@ -6,8 +6,6 @@ node's object store (proxy_reader.py).
 """
 
 import json
-import os
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,15 +36,14 @@ from elfs_ray.methods.sgd_training import (
     update,
 )
 from elfs_ray.metrics import report_epoch
+from elfs_ray.stages.checkpoints import CheckpointReporter, load_checkpoint
 from elfs_ray.stages.proxy_reader import Augmenter, Batch
 from elfs_ray.stages.proxy_reader_streamed import make_reader
-from elfs_ray.stages.worker_group import ReportPacer, load_checkpoint
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
 CHECKPOINTS_DIR = "checkpoints"
 HISTORY_DIR = "history"
-STATE_FILE = "state.pt"
 REPORT_INTERVAL_S = 0.5
 RANKING = "rank_correlation"
 _EVENTS_EVERY = 16
@@ -173,7 +170,7 @@ class Worker:
         )
         self.scaler = make_grad_scaler(self.precision, self.device)
         self.ranking = RankingMonitor(num_samples) if self.config.early_stop_dynamics is not None else None
-        self.pacer = ReportPacer(self.world_size, self.device)
+        self.checkpoints = CheckpointReporter(self.rank, self.world_size, self.device)
         self.first_epoch = self._load_checkpoint()
         self.network = DistributedDataParallel(self.model) if self.world_size > 1 else self.model
 
@@ -295,33 +292,25 @@ class Worker:
         if self.rank == 0:
             filesystem.write_bytes(history_file(self.job.run_dir, epoch), json.dumps(metrics).encode())
             report_epoch("train", metrics)
-        if self.pacer.is_due() or is_last:
-            with self.pacer.reporting():
-                self._checkpoint(self.config.epochs if is_last else epoch + 1, metrics)
+        next_epoch = self.config.epochs if is_last else epoch + 1
+        self.checkpoints.end_epoch(metrics, lambda: self._state(next_epoch), is_last=is_last)
         if self.rank == 0:
-            done = self.config.epochs if is_last else epoch + 1
             note = _note(metrics, self.config.epochs, settled)
-            ray.get(self.job.board.write.remote(done * self.plan.num_samples, note))
+            ray.get(self.job.board.write.remote(next_epoch * self.plan.num_samples, note))
 
-    def _checkpoint(self, next_epoch: int, metrics: dict[str, float]) -> None:
-        """Report a checkpoint, whose presence means that the records of all epochs before `next_epoch` are on disk."""
-        if self.rank != 0:
-            ray.train.report(metrics)
-            return
-        state = {
+    def _state(self, next_epoch: int) -> dict[str, Any]:
+        """A checkpoint, whose presence means that the records of all epochs before `next_epoch` are on disk."""
+        return {
             "next_epoch": next_epoch,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "aum": torch.from_numpy(self.ranking.aum) if self.ranking is not None else None,
         }
-        with tempfile.TemporaryDirectory() as folder:
-            torch.save(state, os.path.join(folder, STATE_FILE))
-            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
     def _load_checkpoint(self) -> int:
         """Restore the last reported state, if there is one; the epoch to go on with."""
-        state = load_checkpoint(self.job.run_dir.path("train", CHECKPOINTS_DIR), STATE_FILE)
+        state = load_checkpoint(self.job.run_dir.path("train", CHECKPOINTS_DIR))
         if state is None:
             return 0
         self.model.load_state_dict(state["model"])

@@ -5,24 +5,18 @@ group again after any exception and has none that it takes for final. So the fir
 would meet again leaves its message in a file, and the group that is started again returns without work.
 
 Ray Train keeps in a file which checkpoints there are, and rewrites it in place: a kill or a full disk may leave half of
-it. Such a file is dropped, and the workers take the newest checkpoint that is whole (load_checkpoint).
+it. Such a file is dropped, and the workers take the newest checkpoint that is whole (checkpoints.py).
 """
 
-import io
 import json
 import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ray.train
 import torch
 from ray.train.torch import TorchConfig, TorchTrainer
-from torch import distributed
 
 from elfs_ray.ray_runtime import call_interruptibly
 from elfs_ray.storage import filesystem
@@ -34,8 +28,6 @@ RESIZE_INTERVAL_S = 60.0  # between looks at whether an elastic group could have
 # A worker may not report again before the controller has looked for its last report, by itself every 2 s. Set by the
 # environment, it is left alone.
 POLL_VARIABLE, POLL_INTERVAL_S = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", 0.2
-MAX_REPORT_SHARE = 0.1  # of the time
-MAX_UNREPORTED_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -110,65 +102,6 @@ def run_workers(group: WorkerGroup, worker: Callable[[Any], None], job: Any) -> 
             raise RuntimeError(f"training gave up after {group.max_failures} retries: {cause}") from error
     if filesystem.exists(group.failure_file):
         raise RuntimeError(f"training stopped: {filesystem.read_bytes(group.failure_file).decode()}")
-
-
-class ReportPacer:
-    """Which epochs a worker group reports, each with a checkpoint: so many that a tenth of the time goes there at most.
-
-    A report writes the checkpoint, and soon after another waits until Ray Train has looked. Most epochs take far longer
-    and are all reported; those of a small pool, or on a GPU, may not. What was not reported is done again after a loss:
-    an epoch, or what began in the last minute. `device` is that of the group's exchanges.
-    """
-
-    def __init__(self, world_size: int, device: torch.device) -> None:
-        self._world_size, self._device = world_size, device
-        self._cost_s, self._ended_s = 0.0, time.monotonic()
-
-    def is_due(self) -> bool:
-        """Whether to report now; rank 0's clock decides for all workers, who have to ask together."""
-        trained_s = time.monotonic() - self._ended_s
-        due = self._cost_s <= MAX_REPORT_SHARE * (trained_s + self._cost_s) or trained_s >= MAX_UNREPORTED_S
-        if self._world_size == 1:
-            return due
-        of_rank_0 = torch.tensor([due], dtype=torch.uint8, device=self._device)
-        distributed.broadcast(of_rank_0, src=0)
-        return bool(of_rank_0.item())
-
-    @contextmanager
-    def reporting(self) -> Iterator[None]:
-        """Around a report, to take its time."""
-        start_s = time.monotonic()
-        yield
-        self._ended_s = time.monotonic()
-        self._cost_s = self._ended_s - start_s
-
-
-def load_checkpoint(folder: str, file: str) -> dict[str, Any] | None:
-    """What `file` of the last checkpoint that is whole holds, plain data alone, on the CPU; None where there is none.
-
-    To be called in a worker; all of a group find the same. `folder` has the checkpoints, for those that Ray Train does
-    not know of any more.
-    """
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as local:
-            state = _load_plain(Path(local, file).read_bytes)
-            if state is not None:
-                return state
-    for name in sorted((info.base_name for info in filesystem.list_dirs(folder)), reverse=True):
-        path = filesystem.join(folder, name, file)
-        if filesystem.exists(path) and (state := _load_plain(partial(filesystem.read_bytes, path))) is not None:
-            return state
-    return None
-
-
-def _load_plain(read: Callable[[], bytes]) -> dict[str, Any] | None:
-    """Plain data that torch.save wrote; None for half a file, on which torch fails in many ways."""
-    data = io.BytesIO(read())
-    try:
-        return torch.load(data, map_location="cpu", weights_only=True)
-    except Exception:
-        return None
 
 
 def _drop_broken_snapshot(folder: str) -> None:
