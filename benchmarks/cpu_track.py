@@ -26,7 +26,7 @@ SHARED = (
 )
 SMALL_NETWORK = ("network=small_cnn", "lr=0.05", "num_tests=5", "ray_address=local")
 PIXELS = ("embed.encoder=pixels", "embed.image_size=28", "train.augmentation=crop")
-LITE0 = ("embed.encoder=efficientnet_lite0", "embed.image_size=96")
+LITE0 = "embed.encoder=efficientnet_lite0"
 
 
 def _grey(mean: float, std: float) -> tuple[str, ...]:
@@ -48,14 +48,14 @@ TRACKS = (
         "fashion_mnist",
         (0.01, 0.05, 0.1),
         METHODS,
-        (*SHARED, *_grey(0.2860, 0.3530), *LITE0, "train.epochs=12"),
+        (*SHARED, *_grey(0.2860, 0.3530), LITE0, "embed.image_size=96", "train.epochs=12"),
         (*SMALL_NETWORK, "iterations=2000", "batch_size=64"),
     ),
     Track(
         "cifar10",
         (0.1, 0.3, 0.5),
         METHODS,
-        (*SHARED, *LITE0, "train.epochs=20"),
+        (*SHARED, LITE0, "embed.image_size=160", "train.epochs=20"),
         (*SMALL_NETWORK, "iterations=4000", "batch_size=128"),
     ),
 )
