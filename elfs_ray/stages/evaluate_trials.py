@@ -6,6 +6,7 @@ training that is killed goes on from its last minute, exactly.
 """
 
 import io
+import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -78,19 +79,30 @@ def run_trials(
         f"{digest(shared, trial.sample_ids, data.labels.of(trial.sample_ids))}-seed{trial.seed}.json"
         for trial in trials
     ]
-    references = [ray.put(data.labels), ray.put(data.test)]
     distinct = dict(zip(names, trials, strict=True))
+    found = _read_results(folder, distinct)
+    left = [name for name in distinct if name not in found]
+    references = [ray.put(data.labels), ray.put(data.test)]
     common = (data.run_dir, data.image_size, data.num_classes, references, settings, place)
-    tasks = [(*common, trial, filesystem.join(folder, name)) for name, trial in distinct.items()]
-    found: dict[str, dict[str, Any]] = {}
-    own_names = list(distinct)
-    with Progress("evaluate", len(tasks), "trainings") as progress:
+    tasks = [(*common, distinct[name], filesystem.join(folder, name)) for name in left]
+    with Progress("evaluate", len(distinct), "trainings", done=len(found)) as progress:
         for position, figures in run_tasks(
             _run_trial, tasks, num_gpus_each=place.num_gpus_each, num_cpus_each=place.num_cpus_each
         ):
-            found[own_names[position]] = figures
+            found[left[position]] = figures
             progress.advance(1)
     return [found[name] for name in names]
+
+
+def _read_results(folder: str, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """What an earlier run has left of these trainings; the states that a kill has left beside results are dropped."""
+    there = {info.base_name for info in filesystem.list_files(folder)}
+    found = {}
+    for name in there.intersection(names):
+        found[name] = json.loads(filesystem.read_bytes(filesystem.join(folder, name)))
+        if (unfinished := name.removesuffix(".json") + UNFINISHED) in there:
+            filesystem.delete(filesystem.join(folder, unfinished))
+    return found
 
 
 def _run_trial(
@@ -103,7 +115,7 @@ def _run_trial(
     trial: Trial,
     path: str,
 ) -> dict[str, Any]:
-    """One training, unless an earlier run has its result."""
+    """One training, unless an earlier try of this task has its result."""
     torch.set_num_threads(place.num_cpus_each)
 
     def train() -> dict[str, Any]:

@@ -10,7 +10,8 @@ import pytest
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
-from elfs_ray.stages import evaluate_quality
+from elfs_ray import progress
+from elfs_ray.stages import evaluate_quality, evaluate_trials
 from elfs_ray.stages.evaluate import format_results, run_evaluate
 from elfs_ray.stages.evaluate_data import read_labels
 from elfs_ray.stages.evaluate_quality import neighbor_accuracy
@@ -145,6 +146,23 @@ def test_a_second_evaluation_repeats_no_training_and_says_the_same(judged):
     assert again["selections"][changed]["mean"] < figures["selections"][changed]["mean"]
     filesystem.delete(f"{folder}/{kept.base_name}")
     assert run_evaluate(config, run_dir) == figures
+
+
+def test_trainings_that_are_there_count_as_done_from_the_start_and_a_state_beside_a_result_is_dropped(
+    judged, monkeypatch
+):
+    run_dir, config, figures = judged
+    folder = f"{run_dir.uri}/evaluate/trials"
+    gone, kept, *_ = filesystem.list_files(folder)
+    filesystem.delete(gone.path)
+    unfinished = kept.path.removesuffix(".json") + evaluate_trials.UNFINISHED
+    filesystem.write_bytes(unfinished, b"of a run that was killed after the result")
+    told: list[tuple[str, int, int]] = []
+    listener = lambda name, unit, done, total, rate, running: told.append((unit, done, total))  # noqa: E731
+    monkeypatch.setattr(progress, "_listeners", [listener])
+    assert run_evaluate(config, run_dir) == figures
+    assert next(line for line in told if line[0] == "trainings") == ("trainings", 7, 8)
+    assert not filesystem.exists(unfinished)
 
 
 def test_the_table_for_people_has_a_line_each_and_the_pseudo_labels(judged):
