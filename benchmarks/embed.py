@@ -16,6 +16,7 @@ cores: its figure is that of a slow store. On a GPU the encoder is an untrained 
 """
 
 import argparse
+import contextlib
 import io
 import statistics
 import tarfile
@@ -51,23 +52,26 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="192 images from disk, under 45 s on 2 cores")
     parser.add_argument("--pool", type=Path, help="folder of WebDataset tars")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name, s3_server(free_port(), "pool") as bucket:
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         pool = _write_pool(folder, arguments.pool, 192 if arguments.quick else None)
-        copy(pool, f"{bucket}/pool")
+        places = {"disk": str(pool)}
+        if not arguments.quick:
+            places["S3"] = f"{stack.enter_context(s3_server(free_port(), 'pool'))}/pool"
+            copy(pool, places["S3"])
         connect("local")
-        _measure(folder, pool, f"{bucket}/pool", rounds=1 if arguments.quick else 3)
+        _measure(folder, pool, places, rounds=1 if arguments.quick else 3)
 
 
-def _measure(folder: Path, pool: Path, in_bucket: str, rounds: int) -> None:
+def _measure(folder: Path, pool: Path, places: dict[str, str], rounds: int) -> None:
+    """`places` are the URIs at which the tars of `pool` lie."""
     members = _members(pool)
     device = "cuda" if num_gpus() else "cpu"
     settings = SETTINGS if rounds > 1 else SETTINGS[-1:]
-    in_s3 = [(filesystem.join(in_bucket, Path(path).name), offset, size) for path, offset, size in members]
-    places = {"disk": (str(pool), members), **({"S3": (in_bucket, in_s3)} if rounds > 1 else {})}
     jpegs = _unpack(members, folder / "jpegs")
     contestants: dict[str, Callable[[], float]] = {"read_images": lambda: _rate_of_read_images(jpegs, device)}
-    for place, (uri, images) in places.items():
+    for place, uri in places.items():
+        images = [(filesystem.join(uri, Path(path).name), offset, size) for path, offset, size in members]
         contestants[place] = partial(_rate_of_stage, folder, uri)
         for setting in settings:
             contestants[f"DataLoader from {place} {setting}"] = partial(_rate_of_loader, images, device, *setting)
@@ -81,8 +85,8 @@ def _measure(folder: Path, pool: Path, in_bucket: str, rounds: int) -> None:
         fastest = max(loops, key=lambda name: rate[name])
         emit(f"embed, from {place}", rate[place], "images/s", fastest, rate[fastest])
     emit("embed, from disk", rate["disk"], "images/s", "Ray Data read_images", rate["read_images"])
-    measure = ray.remote(num_cpus=1, num_gpus=1 if num_gpus() else 0)(_rate_of_encoder)
-    encoding = ray.get(measure.remote(device, num_batches=3 * rounds)) * (num_gpus() or num_cpus())
+    encode = ray.remote(num_cpus=1, num_gpus=1 if num_gpus() else 0)(_rate_of_encoder)
+    encoding = ray.get(encode.remote(device, num_batches=3 * rounds)) * (num_gpus() or num_cpus())
     emit("share of the time in which encoders encode", rate["disk"] / encoding, "share", "all of it", 1.0)
 
 
@@ -138,8 +142,11 @@ class _Members(Dataset):
         return len(self._members)
 
     def __getitem__(self, position: int) -> np.ndarray:
-        uri, offset, size = self._members[position]
-        return _square(Image.open(io.BytesIO(_opened(uri).read_at(size, offset))).convert("RGB"))
+        return _square(Image.open(io.BytesIO(_read(*self._members[position]))).convert("RGB"))
+
+
+def _read(uri: str, offset: int, size: int) -> bytes:
+    return _opened(uri).read_at(size, offset)
 
 
 @lru_cache
@@ -214,10 +221,8 @@ def _members(pool: Path) -> list[tuple[str, int, int]]:
 def _unpack(members: list[tuple[str, int, int]], folder: Path) -> Path:
     """The images as files, as read_images needs them."""
     folder.mkdir()
-    for position, (path, offset, size) in enumerate(members):
-        with open(path, "rb") as file:
-            file.seek(offset)
-            (folder / f"{position:06d}.jpg").write_bytes(file.read(size))
+    for position, member in enumerate(members):
+        (folder / f"{position:06d}.jpg").write_bytes(_read(*member))
     return folder
 
 
@@ -225,7 +230,7 @@ def _write_pool(folder: Path, given: Path | None, num_images: int | None) -> Pat
     """Tars of `num_images` images, of those given or of crops."""
     pool = folder / "pool"
     pool.mkdir()
-    images = _given_images(given) if given else _crops(num_images or 2000)
+    images = [_read(*member) for member in _members(given)] if given else _crops(num_images or 2000)
     images = images[:num_images]
     for start in range(0, len(images), 500):
         with tarfile.open(pool / f"images-{start:06d}.tar", "w") as archive:
@@ -234,15 +239,6 @@ def _write_pool(folder: Path, given: Path | None, num_images: int | None) -> Pat
                 info.size = len(data)
                 archive.addfile(info, io.BytesIO(data))
     return pool
-
-
-def _given_images(folder: Path) -> list[bytes]:
-    found = []
-    for path, offset, size in _members(folder):
-        with open(path, "rb") as file:
-            file.seek(offset)
-            found.append(file.read(size))
-    return found
 
 
 def _crops(num_images: int) -> list[bytes]:

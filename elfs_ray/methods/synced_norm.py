@@ -92,13 +92,13 @@ class _Normalize(torch.autograd.Function):
         eps: float,
         group: distributed.ProcessGroup,
     ) -> torch.Tensor:
-        ctx.save_for_backward(rows, weight, bias, mean, variance)
+        ctx.save_for_backward(rows, weight, mean, variance)
         ctx.num_values, ctx.eps, ctx.group = num_values, eps, group
         return functional.batch_norm(rows, mean, variance, weight, bias, False, 0.0, eps)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rows, weight, bias, mean, variance = ctx.saved_tensors
+        rows, weight, mean, variance = ctx.saved_tensors
         (gradient,) = gradients
         # With statistics that are given: the gradient times weight·scale, and this worker's sums for weight and bias.
         if rows.numel():
@@ -106,7 +106,7 @@ class _Normalize(torch.autograd.Function):
                 gradient, rows, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
             )
         else:
-            of_rows, of_weight, of_bias = torch.zeros_like(rows), torch.zeros_like(weight), torch.zeros_like(bias)
+            of_rows, of_weight, of_bias = (torch.zeros_like(like) for like in (rows, weight, weight))
         everyones = torch.stack([of_weight, of_bias])
         distributed.all_reduce(everyones, group=ctx.group)
         # Less what the statistics had of these rows: an affine map of the normalised rows, so a batch norm itself.

@@ -4,8 +4,8 @@ Reads   embeddings/, neighbors/
 Writes  cluster/labels/ (the best head's), cluster/temi/ (checkpoints and the losses of every epoch)
 
 The embeddings and the neighbours are joined once into the object store; all workers of a node see that one copy. The
-head is picked by its training loss in the last epoch, never by labels. A lost worker costs an
-epoch, or what began in the last minute.
+head is picked by its training loss in the last epoch, never by labels. A lost worker costs an epoch, or what began in
+the last minute.
 """
 
 import dataclasses

@@ -7,8 +7,8 @@ Writes  pretrain/encoder.pt (what embed.weights can name in any later run), pret
 Runs with embed.encoder=self_supervised, before embed. The method is SimCLR (methods/self_supervised.py says why). Ray
 Train runs the workers (worker_group.py, pretrain_worker.py), DDP (gloo or NCCL) joins them, and the batches come from
 the readers of proxy training (proxy_reader.py). Every random choice is a function of the seed, the epoch, the sample
-and the view, so a resumed run equals an undisturbed one of as many workers. A lost worker costs an
-epoch, or what began in the last minute.
+and the view, so a resumed run equals an undisturbed one of as many workers. A lost worker costs an epoch, or what began
+in the last minute.
 """
 
 import dataclasses
