@@ -24,6 +24,7 @@ from elfs_ray.config_checks import (
 )
 from elfs_ray.config_keys import (
     FIND_HARD_FRACTION,
+    LINEAR,
     STAGE_NAMES,
     USES_HARD_FRACTION,
     ClusterConfig,
@@ -42,6 +43,7 @@ Keys = TypeVar("Keys")  # a dataclass of options
 
 __all__ = [
     "FIND_HARD_FRACTION",
+    "LINEAR",
     "STAGE_NAMES",
     "USES_HARD_FRACTION",
     "ClusterConfig",

@@ -5,7 +5,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-from elfs_ray.config_keys import SELF_SUPERVISED, Bounds, Config, ConfigError, TrainConfig, fields_of
+from elfs_ray.config_keys import LINEAR, SELF_SUPERVISED, Bounds, Config, ConfigError, TrainConfig, fields_of
 
 MAX_NUMBER = 2**31 - 1  # where a key has no limit of its own
 MAX_WORKERS = 100_000
@@ -128,6 +128,7 @@ def check_relations(config: Config) -> None:
         raise ConfigError(f"train.std={train.std}: needed are numbers > 0")
     if train.min_lr > scaled_lr(train):
         raise ConfigError(f"train.min_lr={train.min_lr} is above the learning rate, {scaled_lr(train)}: lower it")
+    _check_linear(config)
     worker_range(train.num_workers, "train.num_workers")
     worker_range(config.embed.num_workers, "embed.num_workers")
     if train.warmup_epochs >= train.epochs and train.warmup_epochs > 0:
@@ -141,6 +142,20 @@ def check_relations(config: Config) -> None:
         raise ConfigError(
             f"train.image_size={train.image_size} is above embed.proxy_image_size={config.embed.proxy_image_size}: "
             "the network cannot see more pixels than were kept"
+        )
+
+
+def _check_linear(config: Config) -> None:
+    if config.train.network != LINEAR:
+        return
+    if config.train.reading == "streamed":
+        raise ConfigError(
+            f"train.reading=streamed with train.network={LINEAR}, which reads no images: leave train.reading out"
+        )
+    if "search" in config.hard_fractions:
+        raise ConfigError(
+            f"select.hard_fraction=search trains train.network on images, and {LINEAR} sees embeddings: give auto or a "
+            "number"
         )
 
 

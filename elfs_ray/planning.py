@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from elfs_ray.config import Config, ConfigError, check_against_pool
+from elfs_ray.config import LINEAR, Config, ConfigError, check_against_pool
 from elfs_ray.stage_list import PRETRAINING_STAGES, STAGES, Stage, stages_of
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.pool import PoolColumns, count_unit, find_units
@@ -40,7 +40,7 @@ def check(config: Config, run_dir: RunDir) -> list[PlannedStage]:
             check_network("pretrain.network", config.pretrain.network)
         if not config.pretrains and actions.get("embed", "done") != "done":
             _check_encoder(config)
-        check_network("train.network", config.train.network)
+        check_network("train.network", config.train.network, LINEAR)
         if config.cluster.method == "file" and not filesystem.exists(str(config.cluster.labels_uri)):
             raise ConfigError(f"cluster.labels_uri={config.cluster.labels_uri!r} does not exist")
         check_against_pool(config, count_pool(config, run_dir)[0])
@@ -51,11 +51,13 @@ def check(config: Config, run_dir: RunDir) -> list[PlannedStage]:
     return plan
 
 
-def check_network(key: str, network: str) -> None:
+def check_network(key: str, network: str, *others: str) -> None:
+    """Raise ConfigError for a network that is neither one on images nor among `others`."""
     from elfs_ray.methods.proxy_models import PROXY_MODELS
 
-    if network not in PROXY_MODELS:
-        raise ConfigError(f"{key}={network!r}: needed is one of {', '.join(PROXY_MODELS)}")
+    known = (*PROXY_MODELS, *others)
+    if network not in known:
+        raise ConfigError(f"{key}={network!r}: needed is one of {', '.join(known)}")
 
 
 def _check_encoder(config: Config) -> None:

@@ -58,6 +58,8 @@ def test_missing_keys_are_all_named_at_once():
         ("cluster.num_clusters=1", "needed is a number >= 2"),
         ("embed.encoder=", "embed.encoder"),
         ("until=nothing", "needed is one of index, copy, pretrain, embed"),
+        ("train.network=linear train.reading=streamed", "reads no images"),
+        ("train.network=linear select.hard_fraction=search", "linear sees embeddings: give auto or a number"),
         ("train=3", "bad value"),
         ("pool=null", "bad value"),
         ("budget", "write key=value"),

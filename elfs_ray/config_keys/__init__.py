@@ -14,10 +14,11 @@ from elfs_ray.config_keys.report import ReportConfig
 from elfs_ray.config_keys.run import STAGE_NAMES, Config
 from elfs_ray.config_keys.select import FIND_HARD_FRACTION, USES_HARD_FRACTION, SelectConfig
 from elfs_ray.config_keys.temi import TemiConfig
-from elfs_ray.config_keys.train import TrainConfig
+from elfs_ray.config_keys.train import LINEAR, TrainConfig
 
 __all__ = [
     "FIND_HARD_FRACTION",
+    "LINEAR",
     "SELF_SUPERVISED",
     "STAGE_NAMES",
     "USES_HARD_FRACTION",

@@ -12,7 +12,6 @@ in the last minute.
 """
 
 import dataclasses
-import json
 from typing import Any
 
 from elfs_ray.config import Config, PretrainConfig
@@ -20,11 +19,12 @@ from elfs_ray.methods.augmentation_views import ViewSettings
 from elfs_ray.methods.self_supervised_training import CPU_PROFILE, SimclrSettings
 from elfs_ray.progress import Progress, say
 from elfs_ray.ray_runtime import num_cpus, num_gpus, remote_progress, resolve_device
-from elfs_ray.stages.pretrain_worker import CHECKPOINTS_DIR, PretrainJob, history_file, pretrain_worker
+from elfs_ray.stages.epoch_log import CHECKPOINTS_DIR, read_metrics
+from elfs_ray.stages.pretrain_worker import PretrainJob, pretrain_worker
 from elfs_ray.stages.proxy_reader import choose_reading, every_image
 from elfs_ray.stages.proxy_reader_streamed import load_data
 from elfs_ray.stages.worker_group import WorkerGroup, run_workers
-from elfs_ray.storage import filesystem, schema
+from elfs_ray.storage import schema
 from elfs_ray.storage.run_dir import RunDir
 
 LARGEST_SHARP_SIZE = 64  # pixels: blurring views of smaller images hides what there is
@@ -85,7 +85,7 @@ def run_pretrain(config: Config, run_dir: RunDir) -> dict[str, Any]:
         run_workers(group, pretrain_worker, job)
     encoder = run_dir.path("pretrain", schema.ENCODER_FILE)
     say(f"pretrain  the encoder is {encoder}")
-    history = [json.loads(filesystem.read_bytes(history_file(run_dir, epoch))) for epoch in range(settings.epochs)]
+    history = [read_metrics(run_dir, "pretrain", epoch) for epoch in range(settings.epochs)]
     return {
         "rows": num_samples,
         "epochs": settings.epochs,

@@ -1,9 +1,9 @@
 """What a pretraining worker does: the epochs and their metrics, checkpoints on the way, the encoder at the end."""
 
 import dataclasses
-import json
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,16 +27,13 @@ from elfs_ray.methods.self_supervised_training import (
     shares_of,
 )
 from elfs_ray.methods.sgd_training import LossMonitor
-from elfs_ray.metrics import report_epoch
-from elfs_ray.stages.checkpoints import CheckpointReporter, load_checkpoint
+from elfs_ray.stages.checkpoints import load_checkpoint
+from elfs_ray.stages.epoch_log import CHECKPOINTS_DIR, EpochLog
 from elfs_ray.stages.proxy_reader import Batch
 from elfs_ray.stages.proxy_reader_streamed import make_reader
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
-HISTORY_DIR = "history"
-CHECKPOINTS_DIR = "checkpoints"
-REPORT_INTERVAL_S = 0.5
 MEASURED_STEPS = 16  # the last of an epoch, whose embeddings tell of a collapse
 
 
@@ -118,19 +115,24 @@ class PretrainWorker:
             compiles=job.compile,
         )
         self.losses, self.collapse = LossMonitor(), CollapseMonitor(self.trainer.dim, self.device)
-        self.checkpoints = CheckpointReporter(self.rank, self.world_size, self.device)
+        self.log = EpochLog("pretrain", job.run_dir, job.board, num_samples, self.rank, self.world_size, self.device)
         self.first_epoch = self._load_checkpoint()
 
     def train(self) -> None:
         """Every epoch that is left; then rank 0 writes the encoder."""
         for epoch in range(self.first_epoch, self.settings.epochs):
-            self._report(epoch, self.train_epoch(epoch))
+            metrics = self.train_epoch(epoch)
+            self.log.end_epoch(
+                *(epoch, metrics, _note(metrics, self.settings.epochs), partial(self._state, epoch + 1)),
+                num_epochs=self.settings.epochs,
+                is_last=epoch == self.settings.epochs - 1,
+            )
         if self.rank == 0:
             filesystem.write_bytes(self.job.run_dir.path("pretrain", schema.ENCODER_FILE), self._encoder().to_bytes())
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """One pass over the pool; its metrics. Raises CollapseError, on every worker."""
-        start_s, waiting_s, reported_s = time.perf_counter(), 0.0, 0.0
+        start_s, waiting_s = time.perf_counter(), 0.0
         steps = self.reader.steps(epoch)
         for index in range(self.plan.num_steps):
             asked_s = time.perf_counter()
@@ -142,10 +144,7 @@ class PretrainWorker:
             self.losses.add(loss, num_real=num_real, epoch=epoch, step=index, lr=lr)
             if index >= self.plan.num_steps - MEASURED_STEPS:
                 self.collapse.add(features)
-            if self.rank == 0 and time.monotonic() - reported_s > REPORT_INTERVAL_S:
-                reported_s = time.monotonic()
-                done = epoch * self.plan.num_samples + min((index + 1) * self.plan.global_batch, self.plan.num_samples)
-                self.job.board.write.remote(done, "")
+            self.log.end_step(epoch, (index + 1) * self.plan.global_batch)
         mean_loss = self.losses.finish()  # before measures of embeddings that a NaN could have reached
         measures = self.collapse.finish(self.group)
         check_collapse(measures, epoch)
@@ -169,19 +168,9 @@ class PretrainWorker:
             distributed.all_reduce(tensor)
         return (tensor / self.world_size).tolist()
 
-    def _report(self, epoch: int, metrics: dict[str, float]) -> None:
-        """End an epoch: its metrics for people and, where it is due, a checkpoint to go on from."""
-        if self.rank == 0:
-            filesystem.write_bytes(history_file(self.job.run_dir, epoch), json.dumps(metrics).encode())
-            report_epoch("pretrain", metrics)
-        self.checkpoints.end_epoch(
-            metrics,
-            lambda: {"next_epoch": epoch + 1, **self.trainer.state_dict()},
-            is_last=epoch == self.settings.epochs - 1,
-        )
-        if self.rank == 0:
-            done = (epoch + 1) * self.plan.num_samples
-            ray.get(self.job.board.write.remote(done, _note(metrics, self.settings.epochs)))
+    def _state(self, next_epoch: int) -> dict[str, Any]:
+        """A checkpoint to go on from."""
+        return {"next_epoch": next_epoch, **self.trainer.state_dict()}
 
     def _load_checkpoint(self) -> int:
         """Restore the last reported state, if there is one; the epoch to go on with."""
@@ -224,8 +213,3 @@ def _note(metrics: dict[str, float], num_epochs: int) -> str:
         f"effective rank {metrics['effective_rank']:.1f}, {metrics['images_per_s']:,.0f} images/s, "
         f"{metrics['data_wait_share']:.0%} waiting for data"
     )
-
-
-def history_file(run_dir: RunDir, epoch: int) -> str:
-    """Where the metrics of an epoch are kept."""
-    return run_dir.path("pretrain", HISTORY_DIR, f"{schema.epoch_dir(epoch)}.json")

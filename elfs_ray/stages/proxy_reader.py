@@ -1,13 +1,14 @@
 """How proxy training and pretraining read proxy_images/: the batches of an epoch, on the device, augmented.
 
-Two readers, one interface. InMemoryReader, here, has a pool decoded once to centre squares: one copy a node in the
-object store, or on each GPU. StreamedReader (proxy_reader_streamed.py) decodes in every epoch what it reads in chunks.
+Two readers, one interface. InMemoryReader, here, has a pool decoded once to centre squares, or for a linear proxy its
+embeddings: one copy a node in the object store, or on each GPU. StreamedReader (proxy_reader_streamed.py) decodes in
+every epoch what it reads in chunks.
 Both visit samples in an order that is a function of the seed and the epoch, not of the number of workers; augmentation
 is a function of (seed, epoch, sample_id); tails are padded with masked duplicates (methods/dynamics.py).
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -119,8 +120,26 @@ class Augmenter:
         return augmentation.normalize(crops, self.config.mean, self.config.std)
 
 
+@dataclass(frozen=True)
+class Unaugmented:
+    """What embeddings go through in place of an augmentation: none, to float32."""
+
+    seed: int
+    takes_whole_images: bool = False
+
+    def crop(self, images: torch.Tensor, sample_ids: np.ndarray, epoch: int) -> torch.Tensor:
+        """(n, d) float16, as they are."""
+        return images
+
+    def finish(self, crops: torch.Tensor, sample_ids: np.ndarray, epoch: int) -> torch.Tensor:
+        """(n, d) float16 to float32."""
+        return crops.float()
+
+
 class InMemoryReader:
-    """Batches from decoded images (m, s, s, 3) uint8, m >= n: on the GPU where they take no more than 30% of it.
+    """Batches from decoded images (m, s, s, 3) uint8 or embeddings (m, d) float16, m >= n.
+
+    They lie on the GPU where they take no more than 30% of it.
 
     Memory: the pool's, the images', and 8 bytes a sample for an epoch's order (24 while it is made).
     """
@@ -162,10 +181,12 @@ def view_as_tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array)
 
 
-def read_pool(run_dir: RunDir, image_ids: np.ndarray) -> tuple[TrainingPool, np.ndarray]:
+def read_pool(
+    run_dir: RunDir, image_ids: np.ndarray, table: str = schema.PROXY_IMAGES
+) -> tuple[TrainingPool, np.ndarray]:
     """The pseudo-labelled samples, with `rows` their positions in `image_ids` (m,) int64, ascending; those positions.
 
-    Raises ValueError for samples without an image.
+    Raises ValueError for samples without a row in `table`, whose ids are given.
     """
     tables = run_dir.read_table(schema.CLUSTERS, schema.PSEUDO_LABELS_DIR)
     parts = [(rows[schema.SAMPLE_ID].to_numpy(), rows[schema.PSEUDO_LABEL].to_numpy()) for rows in tables]
@@ -175,7 +196,7 @@ def read_pool(run_dir: RunDir, image_ids: np.ndarray) -> tuple[TrainingPool, np.
     if not found.all():
         missing = sample_ids[~found]
         raise ValueError(
-            f"{len(missing)} samples have no row in {schema.PROXY_IMAGES}/, sample_id {missing[:5].tolist()} among "
+            f"{len(missing)} samples have no row in {table}/, sample_id {missing[:5].tolist()} among "
             "them: run stage embed again"
         )
     return TrainingPool(sample_ids, targets, rows.astype(np.int32)), rows
@@ -209,12 +230,31 @@ def load_images(run_dir: RunDir, size: int) -> tuple[np.ndarray, ray.ObjectRef]:
     Driver memory: 8 bytes a sample. Object store: 3 · size² bytes a sample, twice while the parts are joined.
     Raises ValueError naming the first image that cannot be decoded.
     """
-    decode = ray.remote(num_cpus=1, num_returns=2)(_decode_file)
-    parts: list[Any] = [decode.remote(path, size) for path in run_dir.table_files(schema.PROXY_IMAGES)]
+    return _load(_decode_file, [(path, size) for path in run_dir.table_files(schema.PROXY_IMAGES)])
+
+
+def load_embeddings(run_dir: RunDir) -> list[ray.ObjectRef]:
+    """References to what InMemoryReader takes for a linear proxy: the pool, then the embeddings (n, d) float16.
+
+    Driver memory: 8 bytes a sample. Object store: 2 · d bytes a sample, twice while the parts are joined.
+    """
+    sample_ids, embeddings = _load(_read_embeddings, [(path,) for path in run_dir.table_files(schema.EMBEDDINGS)])
+    return [ray.put(read_pool(run_dir, sample_ids, schema.EMBEDDINGS)[0]), embeddings]
+
+
+def _load(read: Callable[..., tuple[np.ndarray, np.ndarray]], tasks: list[tuple]) -> tuple[np.ndarray, ray.ObjectRef]:
+    """(sample_ids, reference of the rows) of all files, from `read`, which gives both of one."""
+    remote = ray.remote(num_cpus=1, num_returns=2)(read)
+    parts: list[Any] = [remote.remote(*task) for task in tasks]
     sample_ids = np.concatenate([get_result(ids) for ids, _ in parts])
-    joined = ray.remote(num_cpus=1)(_join).remote(*[images for _, images in parts])
+    joined = ray.remote(num_cpus=1)(_join).remote(*[rows for _, rows in parts])
     ray.wait([joined], fetch_local=False)
     return sample_ids, joined
+
+
+def _read_embeddings(path: str) -> tuple[np.ndarray, np.ndarray]:
+    rows = filesystem.read_table(path)
+    return rows[schema.SAMPLE_ID].to_numpy(), schema.matrix_of(rows, schema.EMBEDDING)
 
 
 def _decode_file(path: str, size: int) -> tuple[np.ndarray, np.ndarray]:

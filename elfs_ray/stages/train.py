@@ -1,6 +1,6 @@
 """train: a proxy network learns the pseudo-labels; what it makes of every sample in every epoch is recorded.
 
-Reads   clusters/pseudo_labels, proxy_images/
+Reads   clusters/pseudo_labels, proxy_images/ (embeddings/ for train.network=linear)
 Writes  dynamics/epoch=NNN/ (one file a worker), train/history/ (one file an epoch), train/checkpoints/,
         train/reading.txt (how images are read, chosen once)
 
@@ -10,20 +10,21 @@ again overwrites its files. Every random choice is a function of the seed, the e
 equals an undisturbed one of as many workers.
 """
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from elfs_ray.config import Config, worker_range
+from elfs_ray.config import LINEAR, Config, worker_range
 from elfs_ray.progress import Progress
 from elfs_ray.ray_runtime import num_cpus, num_gpus, remote_progress, resolve_device
-from elfs_ray.stages.proxy_reader import choose_reading
+from elfs_ray.stages.epoch_log import CHECKPOINTS_DIR, read_metrics
+from elfs_ray.stages.proxy_reader import choose_reading, load_embeddings
 from elfs_ray.stages.proxy_reader_streamed import load_data
-from elfs_ray.stages.train_worker import CHECKPOINTS_DIR, RANKING, WorkerJob, history_file, train_worker
+from elfs_ray.stages.train_worker import RANKING, WorkerJob, train_worker
 from elfs_ray.stages.worker_group import WorkerGroup, run_workers
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
+EMBEDDINGS = "embeddings"  # in place of how images are read
 FOOTER_THREADS = 32
 
 
@@ -38,10 +39,13 @@ def run_train(config: Config, run_dir: RunDir) -> dict[str, Any]:
         (num_gpus(),) * 2 if device == "cuda" else (1, 1)
     )
     num_samples = int(run_dir.figures("cluster")["rows"])
-    reading = _choose_reading(config, run_dir, num_samples)
-    one_cpu = device == "cuda" and reading == "memory"
+    reading = EMBEDDINGS if config.train.network == LINEAR else _choose_reading(config, run_dir, num_samples)
+    one_cpu = device == "cuda" and reading != "streamed"
     cpus = config.train.cpus_per_worker or (1 if one_cpu else max(1, num_cpus() // limits[1]))
-    data = load_data(run_dir, reading, config.embed.proxy_image_size)
+    if reading == EMBEDDINGS:
+        data = load_embeddings(run_dir)
+    else:
+        data = load_data(run_dir, reading, config.embed.proxy_image_size)
 
     total = num_samples * config.train.epochs
     with Progress("train", total, "images") as progress, remote_progress(progress) as board:
@@ -91,7 +95,7 @@ def _finished_history(config: Config, run_dir: RunDir) -> list[dict[str, float]]
     threshold = config.train.early_stop_dynamics or 1.0
     history: list[dict[str, float]] = []
     while len(history) < config.train.epochs and (not history or history[-1].get(RANKING, 0.0) <= threshold):
-        history.append(json.loads(filesystem.read_bytes(history_file(run_dir, len(history)))))
+        history.append(read_metrics(run_dir, "train", len(history)))
     for epoch in range(len(history), config.train.epochs):
         filesystem.delete(run_dir.path(schema.DYNAMICS, schema.epoch_dir(epoch)))
     return history

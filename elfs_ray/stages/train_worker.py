@@ -5,11 +5,11 @@ epoch and its records (106 measured where images are streamed, benchmarks/train.
 node's object store (proxy_reader.py).
 """
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,11 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from elfs_ray.config import TrainConfig, scaled_lr
+from elfs_ray.config import LINEAR, TrainConfig, scaled_lr
 from elfs_ray.methods.dynamics import BatchPlan, DynamicsRecorder, RankingMonitor
 from elfs_ray.methods.hashing import hash_uint64
 from elfs_ray.methods.precision import resolve_precision
-from elfs_ray.methods.proxy_models import build_proxy_model
+from elfs_ray.methods.proxy_models import build_linear_model, build_proxy_model
 from elfs_ray.methods.sgd_training import (
     LossMonitor,
     cosine_lr,
@@ -35,16 +35,13 @@ from elfs_ray.methods.sgd_training import (
     set_learning_rate,
     update,
 )
-from elfs_ray.metrics import report_epoch
-from elfs_ray.stages.checkpoints import CheckpointReporter, load_checkpoint
-from elfs_ray.stages.proxy_reader import Augmenter, Batch
+from elfs_ray.stages.checkpoints import load_checkpoint
+from elfs_ray.stages.epoch_log import CHECKPOINTS_DIR, EpochLog
+from elfs_ray.stages.proxy_reader import Augmenter, Batch, Unaugmented
 from elfs_ray.stages.proxy_reader_streamed import make_reader
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
-CHECKPOINTS_DIR = "checkpoints"
-HISTORY_DIR = "history"
-REPORT_INTERVAL_S = 0.5
 RANKING = "rank_correlation"
 _EVENTS_EVERY = 16
 _INIT_STREAM = 0x696E6974
@@ -54,8 +51,8 @@ _INIT_STREAM = 0x696E6974
 class WorkerJob:
     """What every training worker is given.
 
-    `data` is a list of references to the object store: a TrainingPool, then decoded images (m, s, s, 3) uint8 or the
-    ChunkTable of images that are streamed.
+    `data` is a list of references to the object store: a TrainingPool, then decoded images (m, s, s, 3) uint8, the
+    ChunkTable of images that are streamed, or for a linear proxy embeddings (m, d) float16.
     """
 
     config: TrainConfig
@@ -145,22 +142,23 @@ class Worker:
         self.device = ray.train.torch.get_device()
         self.precision = resolve_precision(self.config.precision, self.device)
 
-        pool, images = ray.get(job.data)
+        pool, inputs = ray.get(job.data)
         self.sample_ids = pool.sample_ids
         num_samples = len(self.sample_ids)
+        is_linear = self.config.network == LINEAR
         self.plan = BatchPlan(
             num_samples, self.config.batch_size, self.rank, self.world_size, self.config.micro_batch_size
         )
         self.reader = make_reader(
             pool,
-            images,
-            Augmenter(self.config, job.seed, job.size),
+            inputs,
+            Unaugmented(job.seed) if is_linear else Augmenter(self.config, job.seed, job.size),
             self.plan,
             self.device,
             proxy_size=job.proxy_size,
             num_decoders=job.num_decoders,
         )
-        self.model = self._make_model()
+        self.model = self._make_model(inputs.shape[1] if is_linear else None)
         self.optimizer = make_optimizer(
             self.model,
             lr=scaled_lr(self.config),
@@ -170,13 +168,17 @@ class Worker:
         )
         self.scaler = make_grad_scaler(self.precision, self.device)
         self.ranking = RankingMonitor(num_samples) if self.config.early_stop_dynamics is not None else None
-        self.checkpoints = CheckpointReporter(self.rank, self.world_size, self.device)
+        self.log = EpochLog("train", job.run_dir, job.board, num_samples, self.rank, self.world_size, self.device)
         self.first_epoch = self._load_checkpoint()
         self.network = DistributedDataParallel(self.model) if self.world_size > 1 else self.model
 
-    def _make_model(self) -> nn.Module:
+    def _make_model(self, dim: int | None) -> nn.Module:
+        """The network on images or, where their `dim` is given, the linear classifier of embeddings."""
         torch.manual_seed(init_seed(self.job.seed))
-        model = build_proxy_model(self.config.network, self.job.num_classes)
+        if dim is None:
+            model = build_proxy_model(self.config.network, self.job.num_classes)
+        else:
+            model = build_linear_model(dim, self.job.num_classes)
         model = model.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.config.compile:
             model.compile()
@@ -196,7 +198,13 @@ class Worker:
             metrics = self._metrics(epoch, records, monitor.finish(), lr, clock)
             self._write_records(epoch, records)
             settled = metrics.get(RANKING, 0.0) > (self.config.early_stop_dynamics or 1.0)
-            self._report(epoch, metrics, settled)
+            is_last = settled or epoch == self.config.epochs - 1
+            next_epoch = self.config.epochs if is_last else epoch + 1
+            self.log.end_epoch(
+                *(epoch, metrics, _note(metrics, self.config.epochs, settled), partial(self._state, next_epoch)),
+                num_epochs=self.config.epochs,
+                is_last=is_last,
+            )
             if settled:
                 break
 
@@ -204,7 +212,6 @@ class Worker:
         """One pass over the pool. Returns the last learning rate."""
         config, plan = self.config, self.plan
         steps = self.reader.steps(epoch)
-        reported_s = 0.0
         for index in range(plan.num_steps):
             num_real, batches = clock.next_step(steps)
             lr = cosine_lr(
@@ -233,10 +240,7 @@ class Worker:
                     recorder.add(batch.sample_ids, batch.mask, logits, batch.targets)
             update(self.optimizer, self.scaler)
             monitor.add(loss, num_real=num_real, epoch=epoch, step=index, lr=lr)
-            if self.rank == 0 and time.monotonic() - reported_s > REPORT_INTERVAL_S:
-                reported_s = time.monotonic()
-                done = epoch * plan.num_samples + min((index + 1) * config.batch_size, plan.num_samples)
-                self.job.board.write.remote(done, "")
+            self.log.end_step(epoch, (index + 1) * config.batch_size)
         return lr
 
     def _metrics(
@@ -286,18 +290,6 @@ class Worker:
                 if path.rsplit("/", 1)[1] not in current:
                     filesystem.delete(path)
 
-    def _report(self, epoch: int, metrics: dict[str, float], settled: bool) -> None:
-        """End an epoch: its metrics for people and, where it is due, a checkpoint to go on from."""
-        is_last = settled or epoch == self.config.epochs - 1
-        if self.rank == 0:
-            filesystem.write_bytes(history_file(self.job.run_dir, epoch), json.dumps(metrics).encode())
-            report_epoch("train", metrics)
-        next_epoch = self.config.epochs if is_last else epoch + 1
-        self.checkpoints.end_epoch(metrics, lambda: self._state(next_epoch), is_last=is_last)
-        if self.rank == 0:
-            note = _note(metrics, self.config.epochs, settled)
-            ray.get(self.job.board.write.remote(next_epoch * self.plan.num_samples, note))
-
     def _state(self, next_epoch: int) -> dict[str, Any]:
         """A checkpoint, whose presence means that the records of all epochs before `next_epoch` are on disk."""
         return {
@@ -327,8 +319,3 @@ def _note(metrics: dict[str, float], num_epochs: int, settled: bool) -> str:
         f"{metrics['images_per_s']:,.0f} images/s, {metrics['data_wait_share']:.0%} waiting for data"
         + (", ranking settled" if settled else "")
     )
-
-
-def history_file(run_dir: RunDir, epoch: int) -> str:
-    """Where the metrics of an epoch are kept."""
-    return run_dir.path("train", HISTORY_DIR, f"{schema.epoch_dir(epoch)}.json")

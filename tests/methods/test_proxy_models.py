@@ -4,7 +4,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from elfs_ray.methods.proxy_models import PROXY_MODELS, build_proxy_model
+from elfs_ray.methods.proxy_models import PROXY_MODELS, build_linear_model, build_proxy_model
 
 
 @pytest.mark.parametrize("name", PROXY_MODELS)
@@ -66,6 +66,19 @@ def test_the_small_network_learns_which_half_of_an_image_is_bright():
         functional.cross_entropy(model(images), targets).backward()
         optimizer.step()
     assert (model(images).argmax(1) == targets).float().mean() > 0.95
+
+
+def test_the_linear_model_learns_which_of_two_directions_an_embedding_is_nearer_to():
+    torch.manual_seed(0)
+    targets = torch.arange(64) % 2
+    embeddings = functional.normalize(torch.randn(64, 20) + 3 * functional.one_hot(targets, 20))
+    model = build_linear_model(20, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(15):
+        optimizer.zero_grad()
+        functional.cross_entropy(model(embeddings), targets).backward()
+        optimizer.step()
+    assert (model(embeddings).argmax(1) == targets).float().mean() > 0.95
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():

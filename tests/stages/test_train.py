@@ -19,13 +19,16 @@ import pytest
 import ray
 import torch
 from scipy.stats import spearmanr
+from torch import nn
 
+from elfs_ray.config import Config
 from elfs_ray.methods.dynamics import epoch_order
 from elfs_ray.methods.proxy_models import build_proxy_model
 from elfs_ray.stages import proxy_reader, train, worker_group
 from elfs_ray.stages.proxy_reader import Augmenter
 from elfs_ray.stages.train_worker import init_seed
 from elfs_ray.storage.run_dir import RunDir
+from elfs_ray.storage.schema import matrix_of
 from tests.tables import GAPS, contents, digit_images, digits_config, write_clustered, write_trained
 from tests.workers import training_worker_pids
 
@@ -187,7 +190,12 @@ def test_records_equal_a_plain_loop_that_keeps_every_logit(ray_cluster, tmp_path
     overrides = ("train.num_workers=1", "train.cpus_per_worker=1", "train.batch_size=64")
     run(tmp_path, *overrides)
     config = digits_config(tmp_path, *overrides)
-    logits, targets = _plain_logits(config)
+    images = np.repeat(digit_images(NUM_SAMPLES)[0][EMBEDDED][..., None], 3, axis=3)
+    augment = Augmenter(config.train, config.seed, images.shape[1])
+    torch.manual_seed(init_seed(config.seed))
+    model = build_proxy_model("small_cnn", 10).to(memory_format=torch.channels_last)
+    see = lambda rows, epoch: augment(torch.from_numpy(images[rows]), EMBEDDED[rows], epoch)  # noqa: E731
+    logits, targets = _plain_logits(config, model, see)
     for epoch in range(2):
         probs = torch.softmax(torch.from_numpy(logits[epoch]).double(), 1).numpy()
         onehot = np.eye(10)[targets]
@@ -196,6 +204,25 @@ def test_records_equal_a_plain_loop_that_keeps_every_logit(ray_cluster, tmp_path
         np.testing.assert_allclose(rows["target_prob"], (probs * onehot).sum(1), atol=1e-6)
         np.testing.assert_allclose(rows["max_other_prob"], (probs * (1 - onehot)).max(1), atol=1e-6)
         np.testing.assert_allclose(rows["el2n"], np.linalg.norm(onehot - probs, axis=1), atol=1e-6)
+
+
+def test_two_linear_workers_record_what_a_plain_loop_over_the_embeddings_keeps(ray_cluster, tmp_path):
+    overrides = ("train.network=linear", "train.num_workers=2", "train.cpus_per_worker=1", "train.batch_size=64")
+    figures = run(tmp_path, *overrides)
+    assert (figures["rows"], figures["reading"]) == (len(EMBEDDED), "embeddings")
+    config = digits_config(tmp_path, *overrides)
+    files = RunDir(str(tmp_path)).table_files("embeddings")
+    embeddings = torch.from_numpy(np.concatenate([matrix_of(pq.read_table(path), "embedding") for path in files]))
+    torch.manual_seed(init_seed(config.seed))
+    model = nn.Linear(64, 10)
+    logits, targets = _plain_logits(config, model, lambda rows, epoch: 16 * embeddings[rows].float())
+    for epoch in range(2):
+        rows = records(tmp_path, epoch)
+        order = np.argsort(rows["sample_id"])
+        np.testing.assert_array_equal(rows["sample_id"][order], EMBEDDED)
+        probs = torch.softmax(torch.from_numpy(logits[epoch]), 1).numpy()[np.arange(len(targets)), targets]
+        np.testing.assert_allclose(rows["target_prob"][order], probs, atol=1e-5)
+    assert figures["history"][-1]["accuracy"] > 0.85
 
 
 def test_a_diverged_loss_stops_at_once_with_epoch_step_and_learning_rate(ray_cluster, tmp_path):
@@ -291,14 +318,14 @@ def test_a_group_that_grows_and_shrinks_with_the_cluster_records_every_sample(tm
         np.testing.assert_array_equal(np.sort(records(tmp_path, epoch)["sample_id"]), EMBEDDED)
 
 
-def _plain_logits(config) -> tuple[list[np.ndarray], np.ndarray]:
-    """Training written out: the logits of every sample in each epoch, by ascending sample_id, and the targets."""
-    images, labels = digit_images(NUM_SAMPLES)
-    images = np.repeat(images[EMBEDDED][..., None], 3, axis=3)
-    targets = labels[EMBEDDED]
-    augment = Augmenter(config.train, config.seed, images.shape[1])
-    torch.manual_seed(init_seed(config.seed))
-    model = build_proxy_model("small_cnn", 10).to(memory_format=torch.channels_last)
+def _plain_logits(
+    config: Config, model: nn.Module, see: Callable[[np.ndarray, int], torch.Tensor]
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Training written out: the logits of every sample in each epoch, by ascending sample_id, and the targets.
+
+    `see` gives what the model sees of some rows in an epoch.
+    """
+    targets = digit_images(NUM_SAMPLES)[1][EMBEDDED]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True)
     num_steps = -(-len(targets) // 64)
     torch.set_num_threads(1)
@@ -310,7 +337,7 @@ def _plain_logits(config) -> tuple[list[np.ndarray], np.ndarray]:
             rows = order[step * 64 : (step + 1) * 64]
             progress = (epoch * num_steps + step) / (2 * num_steps)
             optimizer.param_groups[0]["lr"] = 1e-4 + (0.1 - 1e-4) * 0.5 * (1 + np.cos(np.pi * progress))
-            output = model(augment(torch.from_numpy(images[rows]), EMBEDDED[rows], epoch))
+            output = model(see(rows, epoch))
             logits[rows] = output.detach().numpy()
             optimizer.zero_grad()
             torch.nn.functional.cross_entropy(output, torch.from_numpy(targets[rows])).backward()
