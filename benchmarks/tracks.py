@@ -1,6 +1,7 @@
-"""What cpu_track.py and gpu_track.py share: a pipeline, then every training of its evaluation, then the figures."""
+"""What the tracks and ablations.py share: a pipeline, then every training of its evaluation, then the figures."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,8 +33,7 @@ class Track:
 def run_track(track: Track, pool: Path, test: Path, folder: Path, seeds: int) -> None:
     """Do what is left of a track; its table on stderr, and as JSON ELFS beside each rival at each budget."""
     run_dir, out = folder / track.name, folder / f"{track.name}-judged"
-    places = [f"pool.uri={pool}", "pool.label=label", f"run_dir={run_dir}", f"budget={list(track.budgets)}"]
-    pipeline.run(load_config(track.yaml and ROOT / "jobs" / track.yaml, [*track.pipeline, *places]))
+    run_pipeline(track, pool, run_dir)
     keys = [f"runs=[{run_dir}]", f"out={out}", f"test_uri={test}", f"budgets={list(track.budgets)}"]
     keys += [f"methods=[{','.join(track.methods)}]", f"seeds={seeds}"]
     lines = {line.name: line for line in run.run(load([*keys, *track.evaluation]))}
@@ -43,6 +43,12 @@ def run_track(track: Track, pool: Path, test: Path, folder: Path, seeds: int) ->
             other = rival.cells.get(budget) or rival.cells["all"]
             name = f"{track.name}: test accuracy with {own['num_samples']:,} images, {seeds} seeds"
             emit(name, 100 * own["mean"], "%", rival.name, 100 * other["mean"])
+
+
+def run_pipeline(track: Track, pool: Path, run_dir: Path, keys: Sequence[str] = ()) -> None:
+    """What is left of a track's pipeline, with further keys over its own."""
+    places = [f"pool.uri={pool}", "pool.label=label", f"run_dir={run_dir}", f"budget={list(track.budgets)}"]
+    pipeline.run(load_config(track.yaml and ROOT / "jobs" / track.yaml, [*track.pipeline, *keys, *places]))
 
 
 def parts_of(folder: Path) -> tuple[Path, Path]:

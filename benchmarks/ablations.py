@@ -1,0 +1,148 @@
+"""What the quality of a coreset depends on: one thing changed at a time, in one table beside ELFS and random.
+
+    python benchmarks/ablations.py --data FOLDER [--only fashion_mnist] [--folder runs/cpu_track]
+    python benchmarks/ablations.py --quick
+
+FOLDER and --folder are those of cpu_track.py, whose run of a set is the base and is made where it is not there. Changed
+are the encoder and its resolution, the clustering, the proxy and its epochs, the score and the hard fraction, each with
+everything else as in the base: a variant's folder takes over the base's stages before the change, by hard links. Then
+every line's coreset, three seeds, at the smallest budget of the set's track. Every part is kept: the same command goes
+on where it was stopped. --quick is 1,000 digits, one seed.
+A line of JSON compares each line with the base; the table is results.md in <set>-ablated.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpu_track import LITE0, PIXELS, QUICK, SEEDS, TRACKS
+from reporting import emit
+from tracks import Track, parts_of, run_pipeline, write_digits
+
+from elfs_ray.comparison import run
+from elfs_ray.comparison.plan import load
+from elfs_ray.comparison.report import closing_lines
+from elfs_ray.stage_list import STAGES
+
+TRACK_OF = {track.name: track for track in TRACKS}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A run that differs from the base from a stage on."""
+
+    name: str
+    first_stage: str
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """The base's track, its variants, and the lines that differ in selection alone (methods of jobs/evaluate.py)."""
+
+    track: Track
+    variants: tuple[Variant, ...]
+    methods: tuple[str, ...]
+
+
+LINEAR = Variant("linear", "train", ("train.network=linear", "train.epochs=20"))
+KMEANS = Variant("kmeans", "cluster", ("cluster.method=kmeans",))
+KMEANS_LINEAR = Variant("kmeans_linear", "cluster", (*KMEANS.keys, *LINEAR.keys))
+FRACTIONS = tuple(f"elfs+hard_fraction={beta}" for beta in (0, 0.2, 0.4, 0.6))
+SCORES = tuple(f"elfs+score={score}" for score in ("el2n", "forgetting"))
+ABLATIONS = (
+    Ablation(
+        TRACK_OF["fashion_mnist"],
+        (
+            Variant("pixels", "embed", PIXELS[:2]),
+            Variant("lite0_64", "embed", ("embed.image_size=64",)),
+            KMEANS,
+            Variant("3_epochs", "train", ("train.epochs=3",)),
+            LINEAR,
+            KMEANS_LINEAR,
+        ),
+        (*FRACTIONS, *SCORES, "elfs+balance=true", "dual", "zcore"),
+    ),
+    Ablation(
+        TRACK_OF["cifar10"],
+        (
+            Variant("lite0_224", "embed", (LITE0, "embed.image_size=224")),
+            KMEANS,
+            Variant("5_epochs", "train", ("train.epochs=5",)),
+            LINEAR,
+        ),
+        (*FRACTIONS, *SCORES, "elfs+balance=true", "dual", "zcore"),
+    ),
+)
+QUICK_ABLATION = Ablation(QUICK, (LINEAR,), ("elfs+hard_fraction=0.4",))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder of the sets, as for cpu_track.py")
+    parser.add_argument("--folder", type=Path, default=Path("runs/cpu_track"), help="where everything is kept")
+    parser.add_argument("--only", choices=[own.track.name for own in ABLATIONS], help="one set of them")
+    parser.add_argument("--quick", action="store_true", help="1,000 digits, one seed")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        with tempfile.TemporaryDirectory() as folder:
+            ablate(QUICK_ABLATION, *write_digits(Path(folder)), Path(folder), seeds=1)
+        return
+    if arguments.data is None:
+        parser.error("--data is needed: a folder with fashion_mnist/ and cifar10/ (or --quick)")
+    for ablation in ABLATIONS:
+        if arguments.only in (None, ablation.track.name):
+            ablate(ablation, *parts_of(arguments.data / ablation.track.name), arguments.folder, SEEDS)
+
+
+def ablate(ablation: Ablation, pool: Path, test: Path, folder: Path, seeds: int) -> None:
+    """Do what is left of an ablation: the base, the variants, every training, the table."""
+    track = ablation.track
+    base = folder / track.name
+    run_pipeline(track, pool, base)
+    runs = [base]
+    for variant in ablation.variants:
+        runs.append(folder / f"{track.name}-{variant.name}")
+        take_over(base, runs[-1], _names_before(variant.first_stage))
+        run_pipeline(track, pool, runs[-1], variant.keys)
+    out = folder / f"{track.name}-ablated"
+    take_over(folder / f"{track.name}-judged", out, ["trials"])  # those of random and of the base
+    budget = track.budgets[0]
+    keys = [f"out={out}", f"test_uri={test}", f"budgets=[{budget}]", f"seeds={seeds}", *track.evaluation]
+    # Lines of selection alone are of the base; a line of each run is elfs.
+    alone = run.run(load([f"runs=[{base}]", f"methods=[random,{','.join(ablation.methods)}]", *keys]))
+    of_runs = run.run(load([f"runs=[{','.join(map(str, runs))}]", "methods=[elfs]", *keys]))
+    lines = [*alone, *of_runs]
+    print(closing_lines(lines), file=sys.stderr)
+    own = next(line for line in of_runs if line.name == f"elfs-{base.name}").cells[str(budget)]
+    for line in lines:
+        figures = line.cells[str(budget)]
+        if figures is not own:
+            name = f"{track.name}: test accuracy of {line.name} with {figures['num_samples']:,} images, {seeds} seeds"
+            emit(name, 100 * figures["mean"], "%", "elfs", 100 * own["mean"])
+
+
+def take_over(source: Path, target: Path, names: Sequence[str]) -> None:
+    """Give `target` the folders of `source` that it has not, by hard links: files are replaced, never written to."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if (source / name).is_dir() and not (target / name).exists():
+            unfinished = target / f".{name}"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.copytree(source / name, unfinished, copy_function=os.link)
+            unfinished.rename(target / name)
+
+
+def _names_before(first_stage: str) -> list[str]:
+    """The folders of the stages before one."""
+    position = [stage.name for stage in STAGES].index(first_stage)
+    return [name for stage in STAGES[:position] for name in (stage.name, *stage.tables)]
+
+
+if __name__ == "__main__":
+    main()
