@@ -11,7 +11,7 @@ from reporting import emit
 from elfs_ray import load_config, pipeline
 from elfs_ray.comparison import run
 from elfs_ray.comparison.plan import load
-from elfs_ray.comparison.report import closing_lines
+from elfs_ray.comparison.report import Line, closing_lines
 from elfs_ray.storage import filesystem
 
 PARTS = ("train", "test")
@@ -38,11 +38,16 @@ def run_track(track: Track, pool: Path, test: Path, folder: Path, seeds: int) ->
     keys += [f"methods=[{','.join(track.methods)}]", f"seeds={seeds}"]
     lines = {line.name: line for line in run.run(load([*keys, *track.evaluation]))}
     print(closing_lines(list(lines.values())), file=sys.stderr)
-    for rival in [line for name, line in lines.items() if name != "elfs"]:
-        for budget, own in lines["elfs"].cells.items():
+    emit_beside(track.name, lines.pop("elfs"), list(lines.values()), seeds)
+
+
+def emit_beside(name: str, own: Line, rivals: Sequence[Line], seeds: int) -> None:
+    """A line of JSON for every rival at every budget."""
+    for rival in rivals:
+        for budget, figures in own.cells.items():
             other = rival.cells.get(budget) or rival.cells["all"]
-            name = f"{track.name}: test accuracy with {own['num_samples']:,} images, {seeds} seeds"
-            emit(name, 100 * own["mean"], "%", rival.name, 100 * other["mean"])
+            of = f"{name}: test accuracy with {figures['num_samples']:,} images, {seeds} seeds"
+            emit(of, 100 * figures["mean"], "%", rival.name, 100 * other["mean"])
 
 
 def run_pipeline(track: Track, pool: Path, run_dir: Path, keys: Sequence[str] = ()) -> None:
