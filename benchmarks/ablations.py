@@ -4,10 +4,11 @@
     python benchmarks/ablations.py --quick
 
 FOLDER and --folder are those of cpu_track.py, whose run of a set is the base and is made where it is not there. Changed
-are the encoder and its resolution, the clustering, the proxy and its epochs, the score and the hard fraction, each with
-everything else as in the base: a variant's folder takes over the base's stages before the change, by hard links. Then
-every line's coreset, three seeds, at the smallest budget of the set's track; rivals that the track has not are lines of
-Fashion-MNIST's table, <set>-ablated/ablations.txt. Every part is kept: the same command goes on where it was stopped.
+are the encoder, the clustering, the proxy and its epochs, the score and the hard fraction, each with everything else as
+in the base (kmeans_linear: both). A variant's folder takes over the base's stages before the change, by hard links.
+Then every line's coreset, three seeds, at the smallest budget of the set's track; rivals that the track has not are
+lines of Fashion-MNIST's table. The table is <set>-ablated/ablations.txt. Every part is kept: the same command goes on
+where it was stopped.
 --quick is 1,000 digits, one seed. A line of JSON compares the base with each line.
 """
 
@@ -28,6 +29,7 @@ from elfs_ray.comparison.plan import load
 from elfs_ray.comparison.report import closing_lines
 from elfs_ray.stage_list import STAGES
 
+TABLE = "ablations.txt"
 TRACK_OF = {track.name: track for track in TRACKS}
 
 
@@ -49,7 +51,7 @@ class Ablation:
     methods: tuple[str, ...]
 
 
-LINEAR = Variant("linear", "train", ("train.network=linear", "train.epochs=20"))
+LINEAR = Variant("linear", "train", ("train.network=linear",))
 KMEANS = Variant("kmeans", "cluster", ("cluster.method=kmeans",))
 MORE_CLUSTERS = Variant("30_clusters", "cluster", ("cluster.num_clusters=30",))
 KMEANS_LINEAR = Variant("kmeans_linear", "cluster", (*KMEANS.keys, *LINEAR.keys))
@@ -110,19 +112,18 @@ def ablate(ablation: Ablation, pool: Path, test: Path, folder: Path, seeds: int)
         runs.append(folder / f"{track.name}-{variant.name}")
         take_over(base, runs[-1], _names_before(variant.first_stage))
         run_pipeline(track, pool, runs[-1], variant.keys)
-    out = folder / f"{track.name}-ablated"
-    take_over(folder / f"{track.name}-judged", out, ["trials"])  # those of random and of the base
-    budget = track.budgets[0]
-    keys = [f"out={out}", f"test_uri={test}", f"budgets=[{budget}]", f"seeds={seeds}", *track.evaluation]
-    # Lines of selection alone are of the base; a line of each run is elfs.
-    alone = run.run(load([f"runs=[{base}]", f"methods=[random,{','.join(ablation.methods)}]", *keys]))
-    of_runs = run.run(load([f"runs=[{','.join(map(str, runs))}]", "methods=[elfs]", *keys]))
-    own = next(line for line in of_runs if line.name == f"elfs-{base.name}")
-    others = [line for line in (*alone, *of_runs) if line is not own]
-    table = closing_lines([own, *others])
-    (out / "ablations.txt").write_text(f"{table}\n")
+    keys = [f"test_uri={test}", f"budgets=[{track.budgets[0]}]", f"seeds={seeds}", *track.evaluation]
+    of_selections = ["random", *ablation.methods]  # on the base alone
+    lines = []
+    for name, own_runs, methods in (("ablated", runs, ["elfs"]), ("ablated-base", [base], of_selections)):
+        out = folder / f"{track.name}-{name}"
+        take_over(folder / f"{track.name}-judged", out, ["trials"])  # those of random and of the base
+        places = [f"runs=[{','.join(map(str, own_runs))}]", f"out={out}", f"methods=[{','.join(methods)}]"]
+        lines += run.run(load([*places, *keys]))
+    table = closing_lines(lines)
+    (folder / f"{track.name}-ablated" / TABLE).write_text(f"{table}\n")
     print(table, file=sys.stderr)
-    emit_beside(track.name, own, others, seeds)
+    emit_beside(track.name, lines[0], lines[1:], seeds)
 
 
 def take_over(source: Path, target: Path, names: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ from elfs_ray.config_checks import (
     check_fields,
     check_relations,
     check_temi_workers,
+    proxy_workers,
     scaled_lr,
     worker_range,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "describe_keys",
     "load_config",
     "load_keys",
+    "proxy_workers",
     "scaled_lr",
     "worker_range",
 ]

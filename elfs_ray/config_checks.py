@@ -29,6 +29,11 @@ def worker_range(num_workers: int | str | None, key: str) -> tuple[int, int] | N
     raise ConfigError(f"{key}={num_workers!r}: needed is a number >= 1 and <= {MAX_WORKERS:,} or a range such as 1-4")
 
 
+def proxy_workers(train: TrainConfig) -> int | str | None:
+    """train.num_workers; one for a linear proxy, unless given, whose steps are too short to share."""
+    return 1 if train.num_workers is None and train.network == LINEAR else train.num_workers
+
+
 def check_temi_workers(batch_size: int, num_workers: int) -> None:
     """Raise ConfigError for a global batch of TEMI that its workers cannot share evenly."""
     if batch_size % num_workers:
@@ -138,7 +143,7 @@ def check_relations(config: Config) -> None:
         raise ConfigError(
             f"train.crop_padding={train.crop_padding}: images of {size} pixels can be padded by {size - 1} at most"
         )
-    if train.image_size is not None and train.image_size > config.embed.proxy_image_size:
+    if train.network != LINEAR and (train.image_size or 0) > config.embed.proxy_image_size:
         raise ConfigError(
             f"train.image_size={train.image_size} is above embed.proxy_image_size={config.embed.proxy_image_size}: "
             "the network cannot see more pixels than were kept"
@@ -150,7 +155,7 @@ def _check_linear(config: Config) -> None:
         return
     if config.train.reading == "streamed":
         raise ConfigError(
-            f"train.reading=streamed with train.network={LINEAR}, which reads no images: leave train.reading out"
+            f"train.reading=streamed with train.network={LINEAR}, which reads no images: give train.reading=auto"
         )
     if "search" in config.hard_fractions:
         raise ConfigError(

@@ -2,7 +2,7 @@
 
 import math
 
-from elfs_ray.config import USES_HARD_FRACTION, Config
+from elfs_ray.config import LINEAR, USES_HARD_FRACTION, Config
 from elfs_ray.planning import check, count_pool
 from elfs_ray.progress import count
 from elfs_ray.ray_runtime import Devices, find_devices
@@ -75,6 +75,7 @@ def _describe_work(config: Config, num_samples: int) -> dict[str, str]:
         clustering += f", then TEMI, {cluster.temi.profile} profile"
     if cluster.method == "file":
         clustering = f"pseudo-labels from {cluster.labels_uri}"
+    proxy = f"{LINEAR}, on the embeddings" if train.network == LINEAR else train.network
     copies = f"copies of {embed.proxy_image_size} pixels"
     return {
         "index": "list the pool",
@@ -82,7 +83,7 @@ def _describe_work(config: Config, num_samples: int) -> dict[str, str]:
         "pretrain": _describe_pretraining(config, num_samples),
         "embed": f"{embed.encoder}, {'of the copies' if config.pretrains else f'proxy {copies}'}",
         "cluster": clustering,
-        "train": f"{train.network}, {count(train.epochs, 'epoch')} of "
+        "train": f"{proxy}, {count(train.epochs, 'epoch')} of "
         f"{count(math.ceil(num_samples / train.batch_size), 'step')}",
         "select": f"{config.select.method} by {config.select.score}"
         f"{', balanced over pseudo-labels' if config.select.balance else ''}",

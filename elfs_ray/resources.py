@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from elfs_ray.config import Config, ConfigError, worker_range
+from elfs_ray.config import Config, ConfigError, proxy_workers, worker_range
 from elfs_ray.progress import count
 from elfs_ray.ray_runtime import Devices
 
@@ -51,7 +51,7 @@ def requests_of(stage: str, config: Config, devices: Devices) -> list[Request]:
         return [_request(devices, "pretrain", "worker", own.device, own.num_workers, 1, *each)]
     if stage == "train":
         each = (train.cpus_per_worker or 1, train.memory_gib)
-        return [_request(devices, "train", "worker", train.device, train.num_workers, 1, *each)]
+        return [_request(devices, "train", "worker", train.device, proxy_workers(train), 1, *each)]
     if stage != "cluster" or cluster.method == "file":
         return []
     shards = _request(devices, "cluster", "shard", cluster.device, cluster.num_workers, cpus, 1, cluster.memory_gib)

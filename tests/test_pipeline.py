@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,6 +130,17 @@ def test_a_changed_key_reruns_only_what_depends_on_it_when_told_to(labelled, poo
     assert "select    made with another config: its tables scores, coreset are replaced" in said
     assert contents(labelled, "index", "embeddings", "clusters", "dynamics") == kept
     assert contents(labelled, "coreset") != first_coreset
+
+
+def test_a_proxy_on_the_embeddings_leaves_its_records_and_a_coreset(finished, pool, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    kept = contents(tmp_path / "run", "index", "embeddings", "proxy_images", "clusters")
+    run(pool, tmp_path / "run", "train.network=linear", "train.num_workers=null", "on_change=rerun")
+    own = RunDir(tmp_path / "run")
+    assert (own.figures("train")["reading"], own.figures("train")["workers"]) == ("embeddings", 1)
+    assert contents(tmp_path / "run", "index", "embeddings", "proxy_images", "clusters") == kept
+    assert contents(tmp_path / "run", "dynamics") != contents(finished, "dynamics")
+    assert own.figures("select")["rows"] == RunDir(finished).figures("select")["rows"]
 
 
 def test_an_unfinished_stage_is_not_continued_with_another_config(ray_cluster, pool, tmp_path):

@@ -49,7 +49,7 @@ class BadgeConfig:
 
 @dataclass
 class ProxyConfig:
-    """The supervised proxy of aum_ccs, el2n and forgetting; its settings are those of the first run's proxy."""
+    """The supervised proxy of aum_ccs, el2n and forgetting: the first run's network and settings, linear ones, too."""
 
     num_workers: int | None = option(
         None, "data-parallel workers; null takes one a GPU, or one CPU worker", bounds=POSITIVE

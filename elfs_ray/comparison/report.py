@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from elfs_ray.comparison.keys import ComparisonConfig
-from elfs_ray.comparison.plan import Plan
+from elfs_ray.comparison.plan import SUPERVISED, Plan
 from elfs_ray.comparison.published import PUBLISHED
 
 ALL = "all"
@@ -39,6 +39,9 @@ def to_markdown(
         "deviation over seeds, and in brackets the mean of the best over training.",
         _table(head, rows),
     ]
+    if any(line.name.split("+")[0] in SUPERVISED for line in lines):
+        proxy = plan.sources[0].base["train"]["network"]
+        parts.append(f"{', '.join(SUPERVISED)}: scores of a {proxy} proxy that learned the true labels.")
     if published:
         parts.append("Published: the ELFS paper (2406.04273), best over training, read off its figures (±0.2).")
     fractions = [

@@ -22,8 +22,8 @@ class TrainConfig:
 
     network: str = option(
         "resnet18",
-        "resnet18 (3x3 stem), resnet34, resnet50, small_cnn; linear: a linear classifier of the embeddings, trained in "
-        "seconds where the others take hours, no image is read",
+        "resnet18 (3x3 stem), resnet34, resnet50, small_cnn; linear: a linear classifier of the embeddings, for which "
+        "the keys of images below mean nothing",
     )
     epochs: int = option(200, "passes over the pool", unit="epochs", bounds=POSITIVE)
     batch_size: int = option(256, "global batch, whatever the number of workers", unit="images", bounds=BATCH)

@@ -7,7 +7,7 @@ from torch import nn
 
 from elfs_ray.methods import torchvision_compat  # noqa: F401  before torchvision
 
-EMBEDDING_LENGTH = 16.0  # 8, 32 and a standardisation of every dimension ranked CIFAR-10 and Fashion-MNIST alike
+EMBEDDING_LENGTH = 16.0
 
 
 def build_proxy_model(name: str, num_classes: int) -> nn.Module:
@@ -26,8 +26,8 @@ def build_proxy_model(name: str, num_classes: int) -> nn.Module:
 def build_linear_model(dim: int, num_classes: int) -> nn.Module:
     """A linear classifier, from unit-length embeddings (n, dim) float32 to (n, num_classes) logits.
 
-    It scales them to a length at which the learning rates of networks on images do. The weights come from torch's
-    global generator.
+    It scales them to a length of 16, so that it learns at the learning rates of networks on images. The weights come
+    from torch's global generator.
     """
     return nn.Sequential(_Scale(), nn.Linear(dim, num_classes))
 

@@ -18,6 +18,7 @@ from torch import distributed
 
 from elfs_ray.storage import filesystem
 
+CHECKPOINTS_DIR = "checkpoints"
 STATE_FILE = "state.pt"
 MAX_REPORT_SHARE = 0.1  # of the time
 MAX_UNREPORTED_S = 60.0

@@ -13,7 +13,6 @@ from elfs_ray.stages.checkpoints import CheckpointReporter
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
-CHECKPOINTS_DIR = "checkpoints"
 HISTORY_DIR = "history"
 REPORT_INTERVAL_S = 0.5
 
@@ -50,19 +49,22 @@ class EpochLog:
         epoch: int,
         metrics: dict[str, Any],
         note: str,
-        make_state: Callable[[], dict[str, Any]],
+        make_state: Callable[[int], dict[str, Any]],
         *,
         num_epochs: int,
         is_last: bool,
     ) -> None:
-        """Keep the metrics, then a checkpoint where it is due (checkpoints.py), then show the note."""
+        """Keep the metrics, then a checkpoint where it is due (checkpoints.py), then show the note.
+
+        `make_state` makes what is in it, given the epoch to go on with: `num_epochs` after the last.
+        """
+        next_epoch = num_epochs if is_last else epoch + 1
         if self._rank == 0:
             filesystem.write_bytes(_history_file(self._run_dir, self._stage, epoch), json.dumps(metrics).encode())
             report_epoch(self._stage, metrics)
-        self._checkpoints.end_epoch(metrics, make_state, is_last=is_last)
+        self._checkpoints.end_epoch(metrics, lambda: make_state(next_epoch), is_last=is_last)
         if self._rank == 0:
-            done = num_epochs if is_last else epoch + 1
-            ray.get(self._board.write.remote(done * self._num_samples, note))
+            ray.get(self._board.write.remote(next_epoch * self._num_samples, note))
 
 
 def read_metrics(run_dir: RunDir, stage: str, epoch: int) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from elfs_ray.methods.augmentation_views import ViewSettings
 from elfs_ray.methods.self_supervised_training import CPU_PROFILE, SimclrSettings
 from elfs_ray.progress import Progress, say
 from elfs_ray.ray_runtime import num_cpus, num_gpus, remote_progress, resolve_device
-from elfs_ray.stages.epoch_log import CHECKPOINTS_DIR, read_metrics
+from elfs_ray.stages.checkpoints import CHECKPOINTS_DIR
+from elfs_ray.stages.epoch_log import read_metrics
 from elfs_ray.stages.pretrain_worker import PretrainJob, pretrain_worker
 from elfs_ray.stages.proxy_reader import choose_reading, every_image
 from elfs_ray.stages.proxy_reader_streamed import load_data

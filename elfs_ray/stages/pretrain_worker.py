@@ -3,7 +3,6 @@
 import dataclasses
 import time
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,8 +26,8 @@ from elfs_ray.methods.self_supervised_training import (
     shares_of,
 )
 from elfs_ray.methods.sgd_training import LossMonitor
-from elfs_ray.stages.checkpoints import load_checkpoint
-from elfs_ray.stages.epoch_log import CHECKPOINTS_DIR, EpochLog
+from elfs_ray.stages.checkpoints import CHECKPOINTS_DIR, load_checkpoint
+from elfs_ray.stages.epoch_log import EpochLog
 from elfs_ray.stages.proxy_reader import Batch
 from elfs_ray.stages.proxy_reader_streamed import make_reader
 from elfs_ray.storage import filesystem, schema
@@ -123,7 +122,7 @@ class PretrainWorker:
         for epoch in range(self.first_epoch, self.settings.epochs):
             metrics = self.train_epoch(epoch)
             self.log.end_epoch(
-                *(epoch, metrics, _note(metrics, self.settings.epochs), partial(self._state, epoch + 1)),
+                *(epoch, metrics, _note(metrics, self.settings.epochs), self._state),
                 num_epochs=self.settings.epochs,
                 is_last=epoch == self.settings.epochs - 1,
             )
@@ -202,9 +201,9 @@ class PretrainWorker:
 def real_views(batch: Batch) -> torch.Tensor:
     """The views of a batch without those rows that only fill it: they are no image's negatives, nor in statistics."""
     if batch.mask.all():
-        return batch.images
-    real = torch.from_numpy(np.flatnonzero(np.tile(batch.mask, NUM_VIEWS))).to(batch.images.device)
-    return batch.images.index_select(0, real).contiguous(memory_format=torch.channels_last)
+        return batch.inputs
+    real = torch.from_numpy(np.flatnonzero(np.tile(batch.mask, NUM_VIEWS))).to(batch.inputs.device)
+    return batch.inputs.index_select(0, real).contiguous(memory_format=torch.channels_last)
 
 
 def _note(metrics: dict[str, float], num_epochs: int) -> str:

@@ -1,4 +1,4 @@
-"""How proxy training and pretraining read proxy_images/: the batches of an epoch, on the device, augmented.
+"""How proxy training and pretraining read proxy_images/ or embeddings/: the batches of an epoch, on the device.
 
 Two readers, one interface. InMemoryReader, here, has a pool decoded once to centre squares, or for a linear proxy its
 embeddings: one copy a node in the object store, or on each GPU. StreamedReader (proxy_reader_streamed.py) decodes in
@@ -32,13 +32,14 @@ MAX_STORE_SHARE = 0.25  # of a node's object store; while they are joined, decod
 class Batch(NamedTuple):
     """What one worker puts through the network at once.
 
-    sample_ids (m,) int64 and mask (m,) bool on the host; images (m, 3, s, s) float32 and targets (m,) int64 on the
-    device. Rows outside the mask only fill the batch. Of images with several views, all first ones come first.
+    sample_ids (m,) int64 and mask (m,) bool on the host; inputs, images (m, 3, s, s) or embeddings (m, d) float32, and
+    targets (m,) int64 on the device. Rows outside the mask only fill the batch. Of images with several views, all first
+    ones come first.
     """
 
     sample_ids: np.ndarray
     mask: np.ndarray
-    images: torch.Tensor
+    inputs: torch.Tensor
     targets: torch.Tensor
 
 
@@ -54,7 +55,7 @@ class TrainingPool:
     """The samples to train on, by ascending id. Memory: 16 bytes a sample, once a node.
 
     sample_ids (n,) int64; targets (n,) int32, the pseudo-labels, or zeros where there are none; rows (n,) int32, where
-    a sample's image is among the decoded images or in its chunk.
+    a sample is among the decoded images or embeddings, or its image in its chunk.
     """
 
     sample_ids: np.ndarray
@@ -121,18 +122,18 @@ class Augmenter:
 
 
 @dataclass(frozen=True)
-class Unaugmented:
-    """What embeddings go through in place of an augmentation: none, to float32."""
+class EmbeddingsAsTheyAre:
+    """The augmentation of embeddings: none; `crop` and `finish` take and give (n, d)."""
 
     seed: int
     takes_whole_images: bool = False
 
     def crop(self, images: torch.Tensor, sample_ids: np.ndarray, epoch: int) -> torch.Tensor:
-        """(n, d) float16, as they are."""
+        """What it is given."""
         return images
 
     def finish(self, crops: torch.Tensor, sample_ids: np.ndarray, epoch: int) -> torch.Tensor:
-        """(n, d) float16 to float32."""
+        """float16 to float32."""
         return crops.float()
 
 
@@ -236,7 +237,7 @@ def load_images(run_dir: RunDir, size: int) -> tuple[np.ndarray, ray.ObjectRef]:
 def load_embeddings(run_dir: RunDir) -> list[ray.ObjectRef]:
     """References to what InMemoryReader takes for a linear proxy: the pool, then the embeddings (n, d) float16.
 
-    Driver memory: 8 bytes a sample. Object store: 2 · d bytes a sample, twice while the parts are joined.
+    Driver memory: 50 bytes a sample. Object store: 2 · d bytes a sample, twice while the parts are joined.
     """
     sample_ids, embeddings = _load(_read_embeddings, [(path,) for path in run_dir.table_files(schema.EMBEDDINGS)])
     return [ray.put(read_pool(run_dir, sample_ids, schema.EMBEDDINGS)[0]), embeddings]

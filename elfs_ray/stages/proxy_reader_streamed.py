@@ -93,7 +93,7 @@ def make_reader(
     proxy_size: int,
     num_decoders: int,
 ) -> Reader:
-    """The reader of what `load_data` left in the object store."""
+    """The reader of what `load_data` or `load_embeddings` left in the object store: `images` may be embeddings."""
     if isinstance(images, ChunkTable):
         return StreamedReader(pool, images, augmenter, plan, device, proxy_size=proxy_size, num_decoders=num_decoders)
     return InMemoryReader(pool, images, augmenter, plan, device)

@@ -2,7 +2,7 @@
 
 Reads   clusters/pseudo_labels, proxy_images/ (embeddings/ for train.network=linear)
 Writes  dynamics/epoch=NNN/ (one file a worker), train/history/ (one file an epoch), train/checkpoints/,
-        train/reading.txt (how images are read, chosen once)
+        train/reading.txt (how images are read, chosen once, where any are)
 
 Ray Train runs the workers (worker_group.py, train_worker.py), DDP (gloo or NCCL) joins them. An epoch's records are
 written before its checkpoint is reported, so a checkpoint means that its epoch's are on disk; an epoch that is trained
@@ -13,10 +13,11 @@ equals an undisturbed one of as many workers.
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from elfs_ray.config import LINEAR, Config, worker_range
+from elfs_ray.config import LINEAR, Config, proxy_workers, worker_range
 from elfs_ray.progress import Progress
 from elfs_ray.ray_runtime import num_cpus, num_gpus, remote_progress, resolve_device
-from elfs_ray.stages.epoch_log import CHECKPOINTS_DIR, read_metrics
+from elfs_ray.stages.checkpoints import CHECKPOINTS_DIR
+from elfs_ray.stages.epoch_log import read_metrics
 from elfs_ray.stages.proxy_reader import choose_reading, load_embeddings
 from elfs_ray.stages.proxy_reader_streamed import load_data
 from elfs_ray.stages.train_worker import RANKING, WorkerJob, train_worker
@@ -24,7 +25,7 @@ from elfs_ray.stages.worker_group import WorkerGroup, run_workers
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
-EMBEDDINGS = "embeddings"  # in place of how images are read
+FROM_EMBEDDINGS = "embeddings"  # in place of how images are read
 FOOTER_THREADS = 32
 
 
@@ -35,14 +36,14 @@ def run_train(config: Config, run_dir: RunDir) -> dict[str, Any]:
     a loss that is not finite, a proxy image that cannot be decoded. And where records of a finished epoch are gone.
     """
     device = resolve_device(config.train.device, "train.device")
-    limits = worker_range(config.train.num_workers, "train.num_workers") or (
+    limits = worker_range(proxy_workers(config.train), "train.num_workers") or (
         (num_gpus(),) * 2 if device == "cuda" else (1, 1)
     )
     num_samples = int(run_dir.figures("cluster")["rows"])
-    reading = EMBEDDINGS if config.train.network == LINEAR else _choose_reading(config, run_dir, num_samples)
+    reading = FROM_EMBEDDINGS if config.train.network == LINEAR else _choose_reading(config, run_dir, num_samples)
     one_cpu = device == "cuda" and reading != "streamed"
     cpus = config.train.cpus_per_worker or (1 if one_cpu else max(1, num_cpus() // limits[1]))
-    if reading == EMBEDDINGS:
+    if reading == FROM_EMBEDDINGS:
         data = load_embeddings(run_dir)
     else:
         data = load_data(run_dir, reading, config.embed.proxy_image_size)

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,9 +34,9 @@ from elfs_ray.methods.sgd_training import (
     set_learning_rate,
     update,
 )
-from elfs_ray.stages.checkpoints import load_checkpoint
-from elfs_ray.stages.epoch_log import CHECKPOINTS_DIR, EpochLog
-from elfs_ray.stages.proxy_reader import Augmenter, Batch, Unaugmented
+from elfs_ray.stages.checkpoints import CHECKPOINTS_DIR, load_checkpoint
+from elfs_ray.stages.epoch_log import EpochLog
+from elfs_ray.stages.proxy_reader import Augmenter, Batch, EmbeddingsAsTheyAre
 from elfs_ray.stages.proxy_reader_streamed import make_reader
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
@@ -152,7 +151,7 @@ class Worker:
         self.reader = make_reader(
             pool,
             inputs,
-            Unaugmented(job.seed) if is_linear else Augmenter(self.config, job.seed, job.size),
+            EmbeddingsAsTheyAre(job.seed) if is_linear else Augmenter(self.config, job.seed, job.size),
             self.plan,
             self.device,
             proxy_size=job.proxy_size,
@@ -199,9 +198,8 @@ class Worker:
             self._write_records(epoch, records)
             settled = metrics.get(RANKING, 0.0) > (self.config.early_stop_dynamics or 1.0)
             is_last = settled or epoch == self.config.epochs - 1
-            next_epoch = self.config.epochs if is_last else epoch + 1
             self.log.end_epoch(
-                *(epoch, metrics, _note(metrics, self.config.epochs, settled), partial(self._state, next_epoch)),
+                *(epoch, metrics, _note(metrics, self.config.epochs, settled), self._state),
                 num_epochs=self.config.epochs,
                 is_last=is_last,
             )
@@ -226,7 +224,7 @@ class Worker:
             for position, batch in enumerate(batches):
                 logits, part = forward_backward(
                     self.network,
-                    batch.images,
+                    batch.inputs,
                     batch.targets,
                     torch.from_numpy(batch.mask).to(self.device, non_blocking=True),
                     num_real=num_real,

@@ -238,6 +238,7 @@ def test_the_plan_says_what_would_be_done_and_does_nothing(finished, tmp_path):
         (["test_uri=/no/such"], "test_uri='/no/such' does not exist"),
         (["pool.label=digit"], "digit"),
         (["network=resnet"], "needed is one of"),
+        (["network=linear"], "needed is one of"),
         (["iteration=3"], "did you mean iterations"),
         (["seeds=0"], "needed is a number >= 1"),
     ],

@@ -125,7 +125,7 @@ def test_two_workers_have_the_losses_of_a_plain_loop_over_whole_batches(undistur
         losses = []
         for index, (num_real, (batch,)) in enumerate(reader.steps(epoch)):
             assert batch.mask.all()
-            losses.append(num_real * trainer.step(batch.images, [num_real], epoch=epoch, step=index)[1].item())
+            losses.append(num_real * trainer.step(batch.inputs, [num_real], epoch=epoch, step=index)[1].item())
         # Rounding differs with the shapes of batches, and every step lets it grow.
         assert history[epoch]["loss"] == pytest.approx(sum(losses) / NUM_DIGITS, rel=(1e-4, 1e-3, 1e-2)[epoch])
 
@@ -217,8 +217,8 @@ def test_rows_that_only_fill_a_batch_are_no_views():
     views = TwoViews(pretrain_settings(config_of(Path("/no"), Path("/no")).pretrain, SIZE).views, 0, SIZE)
     reader = InMemoryReader(pool, digits()[:5], views, BatchPlan(5, 5, rank=0, world_size=2), CPU)
     ((num_real, (batch,)),) = list(reader.steps(0))
-    assert (num_real, batch.mask.tolist(), len(batch.images)) == (5, [True, True, False], 6)
-    assert torch.equal(real_views(batch), batch.images[[0, 1, 3, 4]])
+    assert (num_real, batch.mask.tolist(), len(batch.inputs)) == (5, [True, True, False], 6)
+    assert torch.equal(real_views(batch), batch.inputs[[0, 1, 3, 4]])
 
 
 @pytest.mark.slow

@@ -75,7 +75,7 @@ def epoch_of(reader, epoch: int) -> tuple[list[list[int]], dict[int, bytes], dic
                 sample_id = int(batch.sample_ids[row])
                 assert sample_id not in images
                 ids.append(sample_id)
-                images[sample_id] = batch.images[row].contiguous().numpy().tobytes()
+                images[sample_id] = batch.inputs[row].contiguous().numpy().tobytes()
                 targets[sample_id] = int(batch.targets[row])
         steps.append(ids)
     return steps, images, targets
