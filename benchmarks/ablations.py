@@ -73,12 +73,8 @@ ABLATIONS = (
     ),
     Ablation(
         TRACK_OF["cifar10"],
-        (
-            KMEANS,
-            MORE_CLUSTERS,
-            LINEAR,
-        ),
-        (*FRACTIONS, "elfs+balance=true"),
+        (MORE_CLUSTERS, LINEAR),
+        ("aum_hardest", "elfs+hard_fraction=0.2", "elfs+hard_fraction=0.6", "elfs+balance=true"),
     ),
 )
 QUICK_ABLATION = Ablation(QUICK, (LINEAR,), ("elfs+hard_fraction=0.4",))
