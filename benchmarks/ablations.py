@@ -5,11 +5,11 @@
 
 FOLDER and --folder are those of cpu_track.py, whose run of a set is the base and is made where it is not there. Changed
 are the encoder, the clustering, the proxy and its epochs, the score and the hard fraction, each with everything else as
-in the base (kmeans_linear: both). A variant's folder takes over the base's stages before the change, by hard links.
-Then every line's coreset, three seeds, at the smallest budget of the set's track; rivals that the track has not are
-lines of Fashion-MNIST's table. The table is <set>-ablated/ablations.txt. Every part is kept: the same command goes on
-where it was stopped.
---quick is 1,000 digits, one seed. A line of JSON compares the base with each line.
+in the base; kmeans_linear and kmeans_30_linear change several. A variant's folder takes over the base's stages before
+the change, by hard links. Then every line's coreset, three seeds, at the smallest budget of the set's track; rivals
+that the track has not are lines of Fashion-MNIST's table. The table is <set>-ablated/ablations.txt. Every part is kept:
+the same command goes on where it was stopped. --quick is 1,000 digits, one seed. A line of JSON compares the base with
+each line.
 """
 
 import argparse
@@ -55,6 +55,7 @@ LINEAR = Variant("linear", "train", ("train.network=linear",))
 KMEANS = Variant("kmeans", "cluster", ("cluster.method=kmeans",))
 MORE_CLUSTERS = Variant("30_clusters", "cluster", ("cluster.num_clusters=30",))
 KMEANS_LINEAR = Variant("kmeans_linear", "cluster", (*KMEANS.keys, *LINEAR.keys))
+KMEANS_30_LINEAR = Variant("kmeans_30_linear", "cluster", (*KMEANS_LINEAR.keys, *MORE_CLUSTERS.keys))
 FRACTIONS = tuple(f"elfs+hard_fraction={beta}" for beta in (0, 0.2, 0.4, 0.6))  # 0: the hardest
 SCORES = tuple(f"elfs+score={score}" for score in ("el2n", "forgetting"))
 OTHER_RIVALS = ("elfs_search", "dual", "zcore", "badge", "aum_ccs", "el2n", "forgetting", "full")
@@ -68,12 +69,13 @@ ABLATIONS = (
             Variant("3_epochs", "train", ("train.epochs=3",)),
             LINEAR,
             KMEANS_LINEAR,
+            KMEANS_30_LINEAR,
         ),
         (*FRACTIONS, *SCORES, "elfs+balance=true", *OTHER_RIVALS),
     ),
     Ablation(
         TRACK_OF["cifar10"],
-        (MORE_CLUSTERS, LINEAR),
+        (LINEAR, KMEANS_LINEAR, KMEANS_30_LINEAR),
         ("aum_hardest", "elfs+hard_fraction=0.2", "elfs+hard_fraction=0.6", "elfs+balance=true"),
     ),
 )
