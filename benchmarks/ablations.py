@@ -58,7 +58,7 @@ KMEANS_LINEAR = Variant("kmeans_linear", "cluster", (*KMEANS.keys, *LINEAR.keys)
 KMEANS_30_LINEAR = Variant("kmeans_30_linear", "cluster", (*KMEANS_LINEAR.keys, *MORE_CLUSTERS.keys))
 FRACTIONS = tuple(f"elfs+hard_fraction={beta}" for beta in (0, 0.2, 0.4, 0.6))  # 0: the hardest
 SCORES = tuple(f"elfs+score={score}" for score in ("el2n", "forgetting"))
-OTHER_RIVALS = ("elfs_search", "dual", "zcore", "badge", "aum_ccs", "el2n", "forgetting", "full")
+OTHER_RIVALS = ("dual", "zcore+zcore_draws=100000", "badge", "aum_ccs", "el2n", "forgetting", "full")
 ABLATIONS = (
     Ablation(
         TRACK_OF["fashion_mnist"],
