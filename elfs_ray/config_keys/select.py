@@ -68,7 +68,7 @@ class SelectConfig:
         bounds=Bounds(above=0, at_most=0.5),
         decides=_searches,
     )
-    balance: bool = option(False, "the same budget for each pseudo-class, as far as it has images; better on some pools")
+    balance: bool = option(False, "the same budget for each pseudo-class, as far as it has images; helps some pools")
     num_strata: int = option(
         50, "stratified: strata of equal score range", unit="strata", bounds=Bounds(at_least=1, at_most=63)
     )
