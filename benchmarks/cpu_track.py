@@ -61,10 +61,10 @@ TRACKS = (
 )
 QUICK = Track(
     "digits",
-    (0.05, 0.2),
+    (0.2,),
     METHODS,
-    (*MNIST, "train.epochs=2", "cluster.method=kmeans", "cluster.num_neighbors=10"),
-    (*SMALL_NETWORK, "iterations=60", "batch_size=32"),
+    (*MNIST, "train.epochs=1", "train.num_workers=1", "cluster.method=kmeans", "cluster.num_neighbors=10"),
+    (*SMALL_NETWORK, "iterations=30", "batch_size=32"),
 )
 
 
