@@ -12,17 +12,15 @@ the same command goes on where it was stopped. --quick is 1,000 digits, one seed
 each line.
 """
 
-import argparse
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cpu_track import PIXELS, QUICK, SEEDS, TRACKS
-from tracks import Track, emit_beside, parts_of, run_pipeline, write_digits
+from cpu_track import PIXELS, QUICK, TRACKS
+from tracks import Track, emit_beside, run_pipeline, run_sets
 
 from elfs_ray.comparison import run
 from elfs_ray.comparison.plan import load
@@ -82,24 +80,6 @@ ABLATIONS = (
 QUICK_ABLATION = Ablation(QUICK, (LINEAR,), ("elfs+hard_fraction=0.4",))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder of the sets, as for cpu_track.py")
-    parser.add_argument("--folder", type=Path, default=Path("runs/cpu_track"), help="where everything is kept")
-    parser.add_argument("--only", choices=[own.track.name for own in ABLATIONS], help="one set of them")
-    parser.add_argument("--quick", action="store_true", help="1,000 digits, one seed")
-    arguments = parser.parse_args()
-    if arguments.quick:
-        with tempfile.TemporaryDirectory() as folder:
-            ablate(QUICK_ABLATION, *write_digits(Path(folder)), Path(folder), seeds=1)
-        return
-    if arguments.data is None:
-        parser.error("--data is needed: a folder with fashion_mnist/ and cifar10/ (or --quick)")
-    for ablation in ABLATIONS:
-        if arguments.only in (None, ablation.track.name):
-            ablate(ablation, *parts_of(arguments.data / ablation.track.name), arguments.folder, SEEDS)
-
-
 def ablate(ablation: Ablation, pool: Path, test: Path, folder: Path, seeds: int) -> None:
     """Do what is left of an ablation: the base, the variants, every training, the table."""
     track = ablation.track
@@ -142,4 +122,4 @@ def _names_before(first_stage: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    run_sets(__doc__, {own.track.name: own for own in ABLATIONS}, QUICK_ABLATION, ablate)

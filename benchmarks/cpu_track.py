@@ -11,13 +11,8 @@ the same command goes on where it was stopped. --quick is 1,000 of the digits th
 Each set's table is results.md in its folder; a line of JSON compares ELFS with each rival at each budget.
 """
 
-import argparse
-import tempfile
-from pathlib import Path
+from tracks import Track, run_sets, run_track
 
-from tracks import Track, parts_of, run_track, write_digits
-
-SEEDS = 3
 METHODS = ("random", "prototypicality", "d2", "aum_hardest", "elfs")
 SHARED = (
     *("ray_address=local", "cluster.method=temi", "cluster.temi.profile=cpu", "cluster.num_clusters=10"),
@@ -68,23 +63,5 @@ QUICK = Track(
 )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder of the three sets")
-    parser.add_argument("--folder", type=Path, default=Path("runs/cpu_track"), help="where everything is kept")
-    parser.add_argument("--only", choices=[track.name for track in TRACKS], action="append", help="one set of them")
-    parser.add_argument("--quick", action="store_true", help="1,000 digits, one seed")
-    arguments = parser.parse_args()
-    if arguments.quick:
-        with tempfile.TemporaryDirectory() as folder:
-            run_track(QUICK, *write_digits(Path(folder)), Path(folder), seeds=1)
-        return
-    if arguments.data is None:
-        parser.error("--data is needed: a folder with mnist/, fashion_mnist/ and cifar10/ (or --quick)")
-    for track in TRACKS:
-        if not arguments.only or track.name in arguments.only:
-            run_track(track, *parts_of(arguments.data / track.name), arguments.folder, SEEDS)
-
-
 if __name__ == "__main__":
-    main()
+    run_sets(__doc__, {track.name: track for track in TRACKS}, QUICK, run_track)

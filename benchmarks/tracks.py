@@ -1,9 +1,12 @@
 """What the tracks and ablations.py share: a pipeline, then every training of its evaluation, then the figures."""
 
+import argparse
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import pyarrow.parquet as pq
 from reporting import emit
@@ -15,7 +18,12 @@ from elfs_ray.comparison.report import Line, closing_lines
 from elfs_ray.storage import filesystem
 
 PARTS = ("train", "test")
+SEEDS = 3
 ROOT = Path(__file__).parent.parent
+
+
+Work = TypeVar("Work")  # what a file measures of a set
+Measure = Callable[[Work, Path, Path, Path, int], None]  # pool, test images, folder, seeds
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,25 @@ class Track:
     pipeline: tuple[str, ...]
     evaluation: tuple[str, ...]
     yaml: str | None = None
+
+
+def run_sets(doc: str, sets: Mapping[str, Work], quick: Work, measure: Measure[Work]) -> None:
+    """The command line of cpu_track.py and ablations.py: measure the sets asked for, or `quick` on digits."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder of the sets")
+    parser.add_argument("--folder", type=Path, default=Path("runs/cpu_track"), help="where everything is kept")
+    parser.add_argument("--only", choices=list(sets), action="append", help="one set of them")
+    parser.add_argument("--quick", action="store_true", help="1,000 digits, one seed")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        with tempfile.TemporaryDirectory() as folder:
+            measure(quick, *write_digits(Path(folder)), Path(folder), 1)
+        return
+    if arguments.data is None:
+        parser.error(f"--data is needed: a folder with {', '.join(f'{name}/' for name in sets)} (or --quick)")
+    for name, own in sets.items():
+        if not arguments.only or name in arguments.only:
+            measure(own, *parts_of(arguments.data / name), arguments.folder, SEEDS)
 
 
 def run_track(track: Track, pool: Path, test: Path, folder: Path, seeds: int) -> None:
