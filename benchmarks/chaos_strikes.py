@@ -17,7 +17,7 @@ from typing import Any
 TRAIN_WORKER = re.compile(r"ray::.*TrainWorker")
 ACTOR = re.compile(r"ray::(_Shard|_ListShard|MapWorker)")
 TASK = re.compile(r"ray::(?!IDLE|.*(TrainWorker|TrainController|_Board|_Shard|_ListShard|MapWorker|StatsActor|Agent))")
-NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
+NODE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 100 << 20}
 DISK_FULL_S = 12.0  # at most; a driver ends sooner
 STORE_SILENT_S = 15.0  # at most
 EXIT_CODES = {"sigkill": -signal.SIGKILL, "ctrl-c": 130, "sigterm": 143}

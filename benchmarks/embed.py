@@ -86,7 +86,7 @@ def _measure(folder: Path, pool: Path, places: dict[str, str], rounds: int) -> N
         emit(f"embed, from {place}", rate[place], "images/s", fastest, rate[fastest])
     emit("embed, from disk", rate["disk"], "images/s", "Ray Data read_images", rate["read_images"])
     encode = ray.remote(num_cpus=1, num_gpus=1 if num_gpus() else 0)(_rate_of_encoder)
-    encoding = ray.get(encode.remote(device, num_batches=3 * rounds)) * (num_gpus() or num_cpus())
+    encoding = ray.get(encode.remote(device, 3 * rounds)) * (num_gpus() or num_cpus())
     emit("share of the time in which encoders encode", rate["disk"] / encoding, "share", "all of it", 1.0)
 
 

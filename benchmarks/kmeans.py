@@ -14,7 +14,7 @@ import argparse
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import cycle
 
@@ -61,9 +61,9 @@ def main() -> None:
     def points() -> np.ndarray:
         return unit(np.load(arguments.points)) if arguments.points else draw_points(num_points, seed=0)
 
-    parts = {
+    parts: dict[str, Callable[[], None]] = {
         "million": measure_million,  # the first, so that the driver's peak is its own
-        "iteration": lambda: [measure_iteration(points(), num_clusters, threads, rounds) for threads in (1, 2)],
+        "iteration": lambda: measure_iteration(points(), num_clusters, rounds),
         "bounds": lambda: measure_bounds(points(), num_clusters),
         "workers": lambda: measure_workers(num_points if arguments.quick else 2 * num_points, num_clusters, rounds),
         "quality": lambda: measure_quality(quality_sets(points(), arguments.classes), 2 if arguments.quick else 5),
@@ -87,7 +87,13 @@ def unit(points: np.ndarray) -> np.ndarray:
     return (single / np.linalg.norm(single, axis=1, keepdims=True)).astype(np.float16)
 
 
-def measure_iteration(points: np.ndarray, num_clusters: int, num_threads: int, rounds: int) -> None:
+def measure_iteration(points: np.ndarray, num_clusters: int, rounds: int) -> None:
+    """An iteration by one thread and by two."""
+    for num_threads in (1, 2):
+        _measure_iteration(points, num_clusters, num_threads, rounds)
+
+
+def _measure_iteration(points: np.ndarray, num_clusters: int, num_threads: int, rounds: int) -> None:
     ids, single, dim = np.arange(len(points)), points.astype(np.float32), points.shape[1]
     start = draw_start(points, num_clusters)
     flop = 2.0 * len(points) * num_clusters * dim
@@ -177,15 +183,18 @@ def measure_workers(num_points: int, num_clusters: int, rounds: int) -> None:
         run_dir = RunDir(folder)
         write_embeddings(run_dir, num_points)
         starts = far_apart(num_clusters)
-        medians = {}
+        medians: dict[int, list[float]] = {}
         for num_workers in (1, 2, 1, 2):
             points = ShardedPoints(stage_config(run_dir, num_workers), run_dir)
-            times = take_turns({"assign": lambda points=points: points.assign(next(starts))}, rounds)
-            medians.setdefault(num_workers, []).append(times["assign"])
+            medians.setdefault(num_workers, []).append(seconds_of_assignment(points, starts, rounds))
             points.release()
         one_s, two_s = (float(np.mean(medians[number])) for number in (1, 2))
         name = f"an assignment by two workers, {num_points:,} x {DIM}, k = {num_clusters}"
         emit(name, two_s, "s", "by one worker", one_s, less_is_better=True)
+
+
+def seconds_of_assignment(points: ShardedPoints, starts: Iterator[np.ndarray], rounds: int) -> float:
+    return take_turns({"assign": lambda: points.assign(next(starts))}, rounds)["assign"]
 
 
 def far_apart(num_clusters: int) -> Iterator[np.ndarray]:

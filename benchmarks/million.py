@@ -17,7 +17,6 @@ import io
 import json
 import multiprocessing
 import os
-import sys
 import tempfile
 import threading
 import time
@@ -195,4 +194,4 @@ def _sources(images: Path | None) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -10,6 +10,7 @@ with two CPUs and with one of them kept busy elsewhere. On a GPU the search is m
 import argparse
 import tempfile
 from collections.abc import Callable
+from typing import Any
 
 import faiss
 import numpy as np
@@ -42,8 +43,8 @@ def main() -> None:
         return
     num_points, rounds = (8_000, 1) if arguments.quick else (20_000, 2)
     points = draw_points(num_points, seed=0)
-    parts = {
-        "exact": lambda: [measure_exact(points, num_threads, rounds) for num_threads in (1, 2)],
+    parts: dict[str, Callable[[], None]] = {
+        "exact": lambda: measure_exact(points, rounds),
         "inverted-file": lambda: measure_inverted_file(points, rounds),
         "stage": lambda: measure_stage(num_points, rounds),
     }
@@ -52,7 +53,13 @@ def main() -> None:
             measure()
 
 
-def measure_exact(points: np.ndarray, num_threads: int, rounds: int) -> None:
+def measure_exact(points: np.ndarray, rounds: int) -> None:
+    """The exact search by one thread and by two."""
+    for num_threads in (1, 2):
+        _measure_exact(points, num_threads, rounds)
+
+
+def _measure_exact(points: np.ndarray, num_threads: int, rounds: int) -> None:
     ids, single = np.arange(len(points)), points.astype(np.float32)
     square = torch.randn(SIDE, SIDE)
 
@@ -113,13 +120,14 @@ def measure_stage(num_points: int, rounds: int) -> None:
         run_dir = RunDir(folder)
         write_embeddings(run_dir, num_points)
         config = stage_config(run_dir, 2)
+        holder: Any = ray.remote(num_cpus=1)(_Idle)
 
         def search() -> None:
             filesystem.delete(run_dir.path(schema.NEIGHBORS))
             run_neighbors(config, run_dir, K, seed=0)
 
         def search_on_one() -> None:
-            busy = ray.remote(num_cpus=1)(_Idle).remote()
+            busy = holder.remote()
             ray.get(busy.ready.remote())
             search()
             ray.kill(busy)

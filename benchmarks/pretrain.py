@@ -7,9 +7,7 @@ network, batch, augmentation, optimiser and threads, nothing measured, nothing k
 in bf16, and once in fp16. Medians over the turns. Full size also has the network compiled, and two workers beside one.
 """
 
-import argparse
 import dataclasses
-import json
 import statistics
 import tempfile
 import time
@@ -19,21 +17,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
-import ray.train
 import torch
-from ray.train.torch import TorchTrainer
 from reporting import emit
 from torch import nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
-from training import ceiling, smooth_png, wait
+from training import begin, ceiling, measure_in_worker, smooth_png, wait
 
 from elfs_ray.config import Config, load_config
 from elfs_ray.methods.augmentation_views import change_colors, two_crops
 from elfs_ray.methods.proxy_models import build_backbone
 from elfs_ray.methods.self_supervised_training import MEAN, STD
 from elfs_ray.progress import Progress
-from elfs_ray.ray_runtime import connect, num_cpus, num_gpus, remote_progress
+from elfs_ray.ray_runtime import num_cpus, num_gpus, remote_progress
 from elfs_ray.stages.pretrain import pretrain_settings, run_pretrain
 from elfs_ray.stages.pretrain_worker import PretrainJob, PretrainWorker
 from elfs_ray.stages.proxy_reader import every_image
@@ -46,10 +42,7 @@ ROWS_PER_FILE, ROWS_PER_CHUNK = 4096, 256
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="under 45 s on 2 cores")
-    quick = parser.parse_args().quick
-    connect("local")
+    quick = begin(__doc__)
     on_gpu = num_gpus() > 0
     num_samples = 50_000 if on_gpu else 768 if quick else 5_120
     with tempfile.TemporaryDirectory() as folder:
@@ -81,18 +74,8 @@ def _measure_worker(run_dir: RunDir, rounds: int, on_gpu: bool, compiles: bool) 
         variants = {"compiled": dataclasses.replace(job, compile=True)} if compiles else {}
         if on_gpu:
             variants["in fp16"] = dataclasses.replace(job, precision="fp16")
-        resources = {"CPU": num_cpus(), **({"GPU": 1} if on_gpu else {})}
-        TorchTrainer(
-            _take_turns,
-            train_loop_config={
-                "jobs": {"ours": job, **variants},
-                "rounds": rounds,
-                "results": run_dir.path("results.json"),
-            },
-            scaling_config=ray.train.ScalingConfig(num_workers=1, use_gpu=on_gpu, resources_per_worker=resources),
-            run_config=ray.train.RunConfig(storage_path=run_dir.path("ray_train")),
-        ).fit()
-    results = json.loads(filesystem.read_bytes(run_dir.path("results.json")))
+        jobs = {"ours": job, **variants}
+        results = measure_in_worker(_take_turns, run_dir, gpus=float(on_gpu), jobs=jobs, rounds=rounds)
     emit(settings.network, results["ours"], "images/s", "bare loop", results["bare"])
     for name in variants:
         emit(f"{settings.network}, {name}", results[name], "images/s", "as it is", results["ours"])
@@ -113,15 +96,15 @@ def _measure_workers(run_dir: RunDir, on_gpu: bool) -> None:
     emit("two workers", rates[2], "images/s", "one worker of the same threads", rates[1])
 
 
-def _take_turns(loop_config: dict[str, Any]) -> None:
+def _take_turns(jobs: dict[str, PretrainJob], rounds: int) -> dict[str, float]:
     """Runs in the training worker: epochs of each contestant in turn, and what a matrix product reaches."""
-    workers = {name: PretrainWorker(job) for name, job in loop_config["jobs"].items()}
+    workers = {name: PretrainWorker(job) for name, job in jobs.items()}
     worker = workers["ours"]
     torch.set_num_threads(worker.job.num_decoders)
     contestants: dict[str, Callable[[int], Any]] = {name: own.train_epoch for name, own in workers.items()}
     contestants["bare"] = _BareLoop(worker).train_epoch
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(loop_config["rounds"] + 1):
+    for turn in range(rounds + 1):
         for name, train_epoch in contestants.items():
             start_s = time.perf_counter()
             train_epoch(turn)
@@ -129,8 +112,7 @@ def _take_turns(loop_config: dict[str, Any]) -> None:
             if turn > 0:  # the first warms up
                 seconds[name].append(time.perf_counter() - start_s)
     results = {name: worker.plan.num_samples / statistics.median(times) for name, times in seconds.items()}
-    results |= {"flop": _flop_an_image(worker), "ceiling": ceiling(worker.device, worker.trainer.precision)}
-    filesystem.write_bytes(loop_config["results"], json.dumps(results).encode())
+    return results | {"flop": _flop_an_image(worker), "ceiling": ceiling(worker.device, worker.trainer.precision)}
 
 
 class _BareLoop:

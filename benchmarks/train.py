@@ -8,9 +8,7 @@ it, and once in the worker's, with the memory that workers are given. On a GPU t
 further loop reads through a torch DataLoader. Full size compiles the network, too. Medians over the turns.
 """
 
-import argparse
 import dataclasses
-import json
 import statistics
 import tempfile
 import time
@@ -21,14 +19,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
-import ray.train
 import torch
-from ray.train.torch import TorchTrainer
 from reporting import emit, peak_bytes
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
-from training import ceiling, smooth_png, wait
+from training import begin, ceiling, measure_in_worker, smooth_png, wait
 
 from elfs_ray.config import Config, load_config
 from elfs_ray.methods import augmentation
@@ -36,7 +32,7 @@ from elfs_ray.methods.dynamics import DynamicsRecorder
 from elfs_ray.methods.proxy_models import build_proxy_model
 from elfs_ray.methods.sgd_training import LossMonitor
 from elfs_ray.progress import Progress
-from elfs_ray.ray_runtime import connect, num_cpus, num_gpus, remote_progress
+from elfs_ray.ray_runtime import num_cpus, num_gpus, remote_progress
 from elfs_ray.stages.proxy_reader import load_images, read_pool
 from elfs_ray.stages.proxy_reader_streamed import scan_chunks
 from elfs_ray.stages.train import run_train
@@ -50,10 +46,7 @@ MEMORY_SAMPLES, SMALL_SIZE = (100_000, 1_000_000), 8
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one worker beside the loops; under 45 s on 2 cores")
-    quick = parser.parse_args().quick
-    connect("local")
+    quick = begin(__doc__)
     on_gpu = num_gpus() > 0
     num_samples = 25_600 if on_gpu else 2_048 if quick else 10_240
     with tempfile.TemporaryDirectory() as folder:
@@ -88,14 +81,8 @@ def _measure_worker(run_dir: RunDir, rounds: int, on_gpu: bool, compiles: bool) 
         jobs = {"in_memory": job, "streamed": dataclasses.replace(job, data=[ray.put(pool), ray.put(chunks)])}
         if compiles:
             jobs["compiled"] = dataclasses.replace(job, config=dataclasses.replace(config.train, compile=True))
-        resources = {"CPU": num_cpus(), **({"GPU": 0.5} if on_gpu else {})}  # the bare loop's process has the rest
-        TorchTrainer(
-            _take_turns,
-            train_loop_config={"jobs": jobs, "rounds": rounds, "results": run_dir.path("results.json")},
-            scaling_config=ray.train.ScalingConfig(num_workers=1, use_gpu=on_gpu, resources_per_worker=resources),
-            run_config=ray.train.RunConfig(storage_path=run_dir.path("ray_train")),
-        ).fit()
-    results = json.loads(filesystem.read_bytes(run_dir.path("results.json")))
+        gpus = 0.5 * on_gpu  # the bare loop's process has the rest
+        results = measure_in_worker(_take_turns, run_dir, gpus, jobs=jobs, rounds=rounds)
     ours, name = results["in_memory"], config.train.network
     emit(f"{name}, in memory", ours, "images/s", "bare loop", results["bare"])
     emit(f"{name}, in memory", ours, "images/s", "bare loop in the worker's process", results["bare_here"])
@@ -139,23 +126,17 @@ def _measure_memory() -> None:
             with Progress("memory", num_samples, "images") as progress, remote_progress(progress) as board:
                 data = [ray.put(pool), ray.put(chunks)]
                 job = WorkerJob(config.train, 0, NUM_CLASSES, SMALL_SIZE, run_dir, data, board, num_decoders=1)
-                TorchTrainer(
-                    _peak_of_an_epoch,
-                    train_loop_config={"job": job, "result": run_dir.path("peak.txt")},
-                    scaling_config=ray.train.ScalingConfig(num_workers=1, resources_per_worker={"CPU": num_cpus()}),
-                    run_config=ray.train.RunConfig(storage_path=run_dir.path("ray_train")),
-                ).fit()
-            peaks[num_samples] = int(filesystem.read_bytes(run_dir.path("peak.txt")))
+                peaks[num_samples] = measure_in_worker(_peak_of_an_epoch, run_dir, gpus=0, job=job)
     (fewer, low), (more, high) = peaks.items()
     emit(f"streaming worker's peak, {more:,} samples", high / 2**20, "MiB", f"of {fewer:,} samples", low / 2**20)
     reference, size = f"decoded images of {SIZE} pixels", 3.0 * SIZE**2
     emit("streaming worker", (high - low) / (more - fewer), "bytes a sample", reference, size, less_is_better=True)
 
 
-def _peak_of_an_epoch(loop_config: dict[str, Any]) -> None:
+def _peak_of_an_epoch(job: WorkerJob) -> int:
     """Runs in the training worker: the largest resident memory of its process."""
-    _train_epoch(Worker(loop_config["job"]), 0)
-    filesystem.write_bytes(loop_config["result"], str(peak_bytes()).encode())
+    _train_epoch(Worker(job), 0)
+    return peak_bytes()
 
 
 def _write_small_pool(run_dir: RunDir, num_samples: int) -> None:
@@ -165,24 +146,25 @@ def _write_small_pool(run_dir: RunDir, num_samples: int) -> None:
     _write_tables(run_dir, num_samples, lambda ids: [files[i % 1000] for i in ids.tolist()], rows_per_chunk=4096)
 
 
-def _take_turns(loop_config: dict[str, Any]) -> None:
+def _take_turns(jobs: dict[str, WorkerJob], rounds: int) -> dict[str, float]:
     """Runs in the training worker: epochs of each contestant in turn, and what a matrix product reaches."""
-    workers = {name: Worker(job) for name, job in loop_config["jobs"].items()}
+    workers = {name: Worker(job) for name, job in jobs.items()}
     in_memory = workers["in_memory"]
     torch.set_num_threads(in_memory.job.num_decoders)
     shares: dict[str, list[float]] = {name: [] for name in workers}
-    contestants: dict[str, Callable[[int], None]] = {
+    contestants: dict[str, Callable[[int], object]] = {
         name: partial(_train_and_share, worker, shares[name]) for name, worker in workers.items()
     }
     gpus = 0.5 if in_memory.device.type == "cuda" else 0
     plain_memory = {"env_vars": {"GLIBC_TUNABLES": ""}}
-    apart = ray.remote(num_cpus=0, num_gpus=gpus, runtime_env=plain_memory)(_BareLoop).remote(in_memory.job)
+    process: Any = ray.remote(num_cpus=0, num_gpus=gpus, runtime_env=plain_memory)(_BareLoop)
+    apart = process.remote(in_memory.job)
     contestants["bare"] = lambda epoch: ray.get(apart.train_epoch.remote(epoch))
     contestants["bare_here"] = _BareLoop(in_memory.job).train_epoch
     if in_memory.device.type == "cuda":
         contestants["data_loader"] = _data_loader_loop(in_memory.job)
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(loop_config["rounds"] + 1):
+    for turn in range(rounds + 1):
         for name, train_epoch in contestants.items():
             start_s = time.perf_counter()
             train_epoch(turn)
@@ -192,7 +174,7 @@ def _take_turns(loop_config: dict[str, Any]) -> None:
     results = {name: num_samples / statistics.median(times) for name, times in seconds.items()}
     results["recorder"] = statistics.median(shares["in_memory"][1:])
     results["flop"], results["ceiling"] = _flop_an_image(in_memory), ceiling(in_memory.device, in_memory.precision)
-    filesystem.write_bytes(loop_config["results"], json.dumps(results).encode())
+    return results
 
 
 def _train_and_share(worker: Worker, shares: list[float], epoch: int) -> None:

@@ -9,6 +9,7 @@ Reads   every coreset of the run, embeddings/, index/ (the labels: no other stag
 Writes  evaluate/trials/ (one file a training, so that a resumed run repeats none), evaluate/results.parquet
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -88,7 +89,7 @@ def _selections(config: Config, run_dir: RunDir) -> list[tuple[str, Trial]]:
     return selected
 
 
-def format_results(figures: dict[str, Any]) -> str:
+def format_results(figures: Mapping[str, Any]) -> str:
     """The table of a complete evaluation, for a person."""
     lines = [f"{'selection':<10} {'images':>8}   {'test accuracy':<16} {'best':<8} seeds"]
     for name, result in figures["selections"].items():
