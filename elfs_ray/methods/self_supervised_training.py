@@ -10,13 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import distributed, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from elfs_ray.methods.augmentation_views import NUM_VIEWS, ViewSettings
 from elfs_ray.methods.hashing import hash_uint64
 from elfs_ray.methods.precision import AUTOCAST_DTYPES, Precision
 from elfs_ray.methods.self_supervised import ContrastiveNetwork, nt_xent
-from elfs_ray.methods.sgd_training import cosine_lr, make_grad_scaler, make_optimizer, set_learning_rate, update
+from elfs_ray.methods.sgd_training import (
+    cosine_lr,
+    data_parallel,
+    make_grad_scaler,
+    make_optimizer,
+    set_learning_rate,
+    update,
+)
 from elfs_ray.methods.synced_norm import synchronize_batch_norms
 
 LR_BATCH_SIZE = 256  # what `SimclrSettings.lr` is for
@@ -92,7 +98,7 @@ class SimclrTrainer:
             assert group is None, "workers of their own kernels would round the statistics they share each in its way"
             self.model.compile(dynamic=False)  # the last batch of an epoch is the one other shape
         if group is not None:
-            self.network = DistributedDataParallel(self.model, process_group=group)
+            self.network = data_parallel(self.model, group)
         self._base_lr = settings.lr * settings.batch_size / LR_BATCH_SIZE
         self._optimizer = make_optimizer(
             self.model, lr=self._base_lr, momentum=settings.momentum, weight_decay=settings.weight_decay

@@ -14,8 +14,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
 from elfs_ray.methods.precision import AUTOCAST_DTYPES, Precision
 
@@ -29,9 +30,25 @@ def make_optimizer(
 
     Raises ValueError for rates that torch refuses: a negative one, or Nesterov without momentum.
     """
-    return torch.optim.SGD(
-        model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True
+    parameters = list(model.parameters())
+    optimizer = torch.optim.SGD(
+        parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True
     )
+    if momentum:
+        # The fused kernel leaves the memory of its first velocities as it finds it where an overflow skips that step.
+        for parameter in parameters:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def data_parallel(model: nn.Module, group: distributed.ProcessGroup | None = None) -> DistributedDataParallel:
+    """`model` with gradients averaged over the workers of a group, rounded the same in every step of every process.
+
+    DDP otherwise divides the gradients anew after the first step: three or more workers add in an order that depends on
+    the place in a part, and a resumed group's first step would round otherwise than an undisturbed one's.
+    """
+    # A search for parameters without a gradient keeps the first division; torch warns, in a worker's log, of its cost.
+    return DistributedDataParallel(model, process_group=group, find_unused_parameters=True)
 
 
 def make_grad_scaler(precision: Precision, device: torch.device) -> torch.amp.GradScaler:

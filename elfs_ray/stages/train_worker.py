@@ -18,7 +18,6 @@ import ray.train
 import ray.train.torch
 import torch
 from torch import distributed, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from elfs_ray.config import LINEAR, TrainConfig, scaled_lr
 from elfs_ray.methods.dynamics import BatchPlan, DynamicsRecorder, RankingMonitor
@@ -28,6 +27,7 @@ from elfs_ray.methods.proxy_models import build_linear_model, build_proxy_model
 from elfs_ray.methods.sgd_training import (
     LossMonitor,
     cosine_lr,
+    data_parallel,
     forward_backward,
     make_grad_scaler,
     make_optimizer,
@@ -169,7 +169,7 @@ class Worker:
         self.ranking = RankingMonitor(num_samples) if self.config.early_stop_dynamics is not None else None
         self.log = EpochLog("train", job.run_dir, job.board, num_samples, self.rank, self.world_size, self.device)
         self.first_epoch = self._load_checkpoint()
-        self.network = DistributedDataParallel(self.model) if self.world_size > 1 else self.model
+        self.network = data_parallel(self.model) if self.world_size > 1 else self.model
 
     def _make_model(self, dim: int | None) -> nn.Module:
         """The network on images or, where their `dim` is given, the linear classifier of embeddings."""

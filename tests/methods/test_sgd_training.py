@@ -1,4 +1,5 @@
 import copy
+import math
 from pathlib import Path
 
 import numpy as np
@@ -6,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.nn.parallel import DistributedDataParallel
 
 from elfs_ray.methods.dynamics import BatchPlan, epoch_order
 from elfs_ray.methods.sgd_training import (
     LossMonitor,
     cosine_lr,
+    data_parallel,
     forward_backward,
     make_grad_scaler,
     make_optimizer,
@@ -76,7 +77,7 @@ def train_rank(rank: int, world_size: int, folder: str) -> None:
     store = f"file://{folder}/store"
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
     model, images, targets = make_problem()
-    replica = DistributedDataParallel(model)
+    replica = data_parallel(model)
     train(replica, BatchPlan(NUM_SAMPLES, GLOBAL_BATCH, rank, world_size, micro_batch=2), images, targets)
     torch.save(model.state_dict(), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -162,6 +163,22 @@ def test_the_optimizer_is_sgd_with_nesterov_momentum_and_decay_on_every_paramete
         assert all(p.grad is None for p in model.parameters())
         for p, expected in zip(model.parameters(), weights, strict=True):
             torch.testing.assert_close(p.detach(), expected)
+
+
+def test_a_step_that_overflows_in_fp16_leaves_the_weights_and_the_next_one_is_plain_sgd():
+    model, images, targets = make_problem()
+    model, images = model.float(), images.float()
+    optimizer, scaler = make_optimizer(model, lr=0.1), make_grad_scaler("fp16", CPU)
+    before = copy.deepcopy(model)
+    for overflows in (True, False):
+        loss = functional.cross_entropy(model(images), targets)
+        scaler.scale(loss * (math.inf if overflows else 1)).backward()
+        update(optimizer, scaler)
+    plain = torch.optim.SGD(before.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    functional.cross_entropy(before(images), targets).backward()
+    plain.step()
+    for ours, expected in zip(model.parameters(), before.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_bf16_runs_the_network_in_bf16_and_the_loss_in_float32():
