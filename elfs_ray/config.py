@@ -26,6 +26,7 @@ from elfs_ray.config_checks import (
 from elfs_ray.config_keys import (
     FIND_HARD_FRACTION,
     LINEAR,
+    SELF_SUPERVISED,
     STAGE_NAMES,
     USES_HARD_FRACTION,
     ClusterConfig,
@@ -45,6 +46,7 @@ Keys = TypeVar("Keys")  # a dataclass of options
 __all__ = [
     "FIND_HARD_FRACTION",
     "LINEAR",
+    "SELF_SUPERVISED",
     "STAGE_NAMES",
     "USES_HARD_FRACTION",
     "ClusterConfig",

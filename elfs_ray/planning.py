@@ -2,15 +2,17 @@
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 
-from elfs_ray.config import LINEAR, Config, ConfigError, check_against_pool
+from elfs_ray.config import LINEAR, SELF_SUPERVISED, Config, ConfigError, check_against_pool
 from elfs_ray.stage_list import PRETRAINING_STAGES, STAGES, Stage, stages_of
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.pool import PoolColumns, count_unit, find_units
 from elfs_ray.storage.run_dir import BadMarkerError, Marker, RunDir
 
 MAX_UNITS_COUNTED = 64
+LARGEST_BLOW_UP = 2  # of the images that an encoder was trained on
 
 
 @dataclass(frozen=True)
@@ -61,14 +63,25 @@ def check_network(key: str, network: str, *others: str) -> None:
 
 
 def _check_encoder(config: Config) -> None:
-    from elfs_ray.methods.encoders import check_encoder
+    """Look at the encoder and its weights, which are fetched for that where they are in a bucket."""
+    from elfs_ray.methods.encoders import check_encoder, encoder_input
 
     embed = config.embed
-    try:
-        check_encoder(embed.encoder, embed.weights, embed.weights_sha256)
-    except ValueError as error:
-        given = f"embed.encoder={embed.encoder}" + (f", embed.weights={embed.weights}" if embed.weights else "")
-        raise ConfigError(f"{given}: {error}") from error
+    file = embed.weights_file
+    with filesystem.local_file(file) if file is not None else nullcontext(embed.weights) as weights:
+        try:
+            check_encoder(embed.encoder, weights, embed.weights_sha256)
+        except ValueError as error:
+            given = f"embed.encoder={embed.encoder}" + (f", embed.weights={embed.weights}" if embed.weights else "")
+            raise ConfigError(f"{given}: {error}") from error
+        if embed.encoder == SELF_SUPERVISED and embed.image_size is not None:
+            own = encoder_input(embed.encoder, weights=weights).crop
+            if embed.image_size > LARGEST_BLOW_UP * own:
+                raise ConfigError(
+                    f"embed.image_size={embed.image_size}: the encoder of embed.weights was trained on images of {own} "
+                    f"pixels, and features of such large ones are poor; give embed.image_size=null for its own size, "
+                    f"or one up to {LARGEST_BLOW_UP * own}"
+                )
 
 
 def make_plan(config: Config, run_dir: RunDir) -> list[PlannedStage]:

@@ -18,8 +18,8 @@ class EmbedConfig:
     )
     weights: str | None = option(
         None,
-        "local file of the encoder's weights; random:<seed> for an untrained network; null takes the library's own, "
-        "for self_supervised it trains them",
+        "file of the encoder's weights, at a path that every machine has or in a bucket; random:<seed> for an "
+        "untrained network; null takes the library's own, for self_supervised it trains them",
     )
     weights_sha256: str | None = option(None, "SHA-256 that the weights file must have")
     image_size: int | None = option(
@@ -58,3 +58,9 @@ class EmbedConfig:
         None, "CPUs set aside for each encoder; null takes 1", unit="CPUs", bounds=POSITIVE, decides=False
     )
     memory_gib: float | None = memory_option("encoder")
+
+    @property
+    def weights_file(self) -> str | None:
+        """The file that `weights` names; None where it asks for an untrained network, or for nothing."""
+        is_random = self.weights is None or self.weights == "random" or self.weights.startswith("random:")
+        return None if is_random else self.weights

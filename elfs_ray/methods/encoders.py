@@ -19,13 +19,14 @@ source, or give their SHA-256.
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from elfs_ray.methods.encoders_networks import Preprocessing, Source, find_source
-from elfs_ray.methods.encoders_weights import check_sha256
+from elfs_ray.methods.encoders_networks import Preprocessing, SelfSupervisedSource, Source, find_source
+from elfs_ray.methods.encoders_weights import check_sha256, read_trained_encoder, sha256_of
 
 _RANDOM_WEIGHTS = re.compile(r"random:(\d{1,18})")
 
@@ -73,7 +74,10 @@ def check_encoder(name: str, weights: str | None = None, weights_sha256: str | N
     elif weights == "random" or weights.startswith("random:"):
         _check_random(name, source, weights, weights_sha256)
     elif not Path(weights).is_file():
-        raise ValueError(f"There is no weights file {weights} for encoder {name!r}: give the path of a local file.")
+        raise ValueError(
+            f"There is no weights file {weights} for encoder {name!r} on this machine: give the path of a file that "
+            "every machine of the cluster has, or one in a bucket."
+        )
     else:
         if weights_sha256 is not None:
             check_sha256(Path(weights), weights_sha256)
@@ -196,6 +200,16 @@ def to_unit_float16(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rows = np.where(ok[:, None], rows, 0.0)
     norms = np.sqrt(np.square(rows).sum(axis=1, keepdims=True))
     return (rows / np.where(ok[:, None], norms, 1.0)).astype(np.float16), ok
+
+
+def describe_weights(name: str, path: str) -> dict[str, Any]:
+    """What a run records of a weights file: its SHA-256 and, of a network trained on a pool, what made it."""
+    source, _ = find_source(name)
+    found: dict[str, Any] = {"sha256": sha256_of(Path(path))}
+    if isinstance(source, SelfSupervisedSource):
+        trained = read_trained_encoder(Path(path))
+        found |= {"network": trained.network, "pool": trained.pool, "config": dict(trained.config)}
+    return found
 
 
 def _encoder_input(preprocessing: Preprocessing, image_size: int | None, resize: int | None) -> EncoderInput:

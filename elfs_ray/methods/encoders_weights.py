@@ -27,13 +27,18 @@ def check_sha256(path: Path, expected: str) -> None:
 
     Raises ValueError where they differ.
     """
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256_of(path)
     if not found.startswith(expected.lower()):
         raise ValueError(
             f"The weights file {path} has SHA-256 {found}, but {expected} was expected: it is damaged, incomplete or "
             "another file. Fetch it again, or correct the hash."
         )
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def download(url: str) -> Path:
@@ -104,7 +109,8 @@ class TrainedEncoder:
     """An encoder that a run trained on its pool, and what made it.
 
     network: a name of methods/proxy_models.py. image_size (pixels), mean and std (0..1, one a channel): what it was
-    trained on. config: the keys of the stage that trained it; pool: the identity of that run's index.
+    trained on. config: the keys of the stage that trained it, and the versions that did; pool: a hash of how the pool
+    was listed and its copies made, and of how many files and bytes that gave.
     """
 
     network: str

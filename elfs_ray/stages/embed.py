@@ -17,7 +17,6 @@ import contextlib
 import io
 import json
 import logging
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +28,13 @@ import torch
 from PIL import Image
 
 from elfs_ray.config import Config, EmbedConfig, worker_range
-from elfs_ray.methods.encoders import EncoderInput, encoder_input, load_encoder, to_unit_float16
+from elfs_ray.methods.encoders import (
+    EncoderInput,
+    describe_weights,
+    encoder_input,
+    load_encoder,
+    to_unit_float16,
+)
 from elfs_ray.metrics import report_rejected
 from elfs_ray.progress import Progress, say
 from elfs_ray.ray_runtime import num_cpus, num_gpus, resolve_device
@@ -64,7 +69,10 @@ class EmbedJob:
 
 
 def run_embed(config: Config, run_dir: RunDir) -> dict[str, Any]:
-    """Embed the pool. Returns rows, rejected, dim. Raises RuntimeError when no image could be embedded."""
+    """Embed the pool. Returns rows, rejected, dim and, of a weights file that was given, what it is.
+
+    Raises RuntimeError when no image could be embedded.
+    """
     num_samples = int(run_dir.figures("index")["rows"])
     job = make_job(config, run_dir)
     pending = pending_blocks(run_dir, job.blocks(num_samples))
@@ -78,7 +86,7 @@ def run_embed(config: Config, run_dir: RunDir) -> dict[str, Any]:
             rejected += summary["rejected"]
             report_rejected(rejected)
             progress.advance(summary["rows"], f"{rejected:,} rejected" if rejected else "")
-    return _closing_figures(run_dir, num_samples)
+    return _closing_figures(run_dir, num_samples) | _weights_given(config)
 
 
 def make_job(config: Config, run_dir: RunDir) -> EmbedJob:
@@ -91,14 +99,19 @@ def make_job(config: Config, run_dir: RunDir) -> EmbedJob:
 
 @contextlib.contextmanager
 def _weights(config: Config, run_dir: RunDir) -> Iterator[str | None]:
-    """The weights to load: what the config says, or a local file of what stage pretrain made."""
-    if not config.pretrains:
-        yield config.embed.weights
-        return
-    with tempfile.NamedTemporaryFile(suffix=".pt") as file:  # the run directory may be in a bucket
-        file.write(filesystem.read_bytes(run_dir.path("pretrain", schema.ENCODER_FILE)))
-        file.flush()
-        yield file.name
+    """The weights to load, on this machine: what the config says, or what stage pretrain made."""
+    file = run_dir.path("pretrain", schema.ENCODER_FILE) if config.pretrains else config.embed.weights_file
+    with filesystem.local_file(file) if file is not None else contextlib.nullcontext(config.embed.weights) as weights:
+        yield weights
+
+
+def _weights_given(config: Config) -> dict[str, Any]:
+    """The figure that says which file the weights were."""
+    file = config.embed.weights_file
+    if file is None:
+        return {}
+    with filesystem.local_file(file) as path:
+        return {"weights": describe_weights(config.embed.encoder, path)}
 
 
 def pending_blocks(run_dir: RunDir, blocks: list[tuple[int, int]]) -> list[tuple[int, int]]:

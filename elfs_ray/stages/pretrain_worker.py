@@ -1,6 +1,8 @@
 """What a pretraining worker does: the epochs and their metrics, checkpoints on the way, the encoder at the end."""
 
 import dataclasses
+import hashlib
+import json
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +33,7 @@ from elfs_ray.stages.epoch_log import EpochLog
 from elfs_ray.stages.proxy_reader import Batch
 from elfs_ray.stages.proxy_reader_streamed import make_reader
 from elfs_ray.storage import filesystem, schema
-from elfs_ray.storage.run_dir import RunDir
+from elfs_ray.storage.run_dir import TABLES, RunDir
 
 MEASURED_STEPS = 16  # the last of an epoch, whose embeddings tell of a collapse
 
@@ -189,13 +191,22 @@ class PretrainWorker:
             std=STD,
             config={
                 "seed": self.job.seed,
-                "precision": self.job.precision,
+                "precision": self.trainer.precision,
                 "compile": self.job.compile,
+                "workers": self.world_size,
+                "device": self.device.type,
+                "torch": str(torch.__version__),
                 **dataclasses.asdict(self.settings),
             },
-            pool=self.job.run_dir.identity("index"),
+            pool=pool_hash(self.job.run_dir),
             state_dict={name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()},
         )
+
+
+def pool_hash(run_dir: RunDir) -> str:
+    """A hash (16 hex digits) of how the pool was listed and copied, and of how many files and bytes that gave."""
+    found = {stage: [run_dir.identity(stage), run_dir.figures(stage).get(TABLES)] for stage in ("index", "copy")}
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def real_views(batch: Batch) -> torch.Tensor:

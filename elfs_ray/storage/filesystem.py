@@ -8,6 +8,7 @@ import contextlib
 import os
 import posixpath
 import re
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -113,6 +114,20 @@ def read_bytes(uri: str) -> bytes:
     filesystem, path = resolve(uri)
     with filesystem.open_input_file(path) as file:
         return file.read()
+
+
+@contextlib.contextmanager
+def local_file(uri: str) -> Iterator[str]:
+    """The path of a file on this machine with the content of `uri`: a local file itself, else a copy for the block."""
+    filesystem, path = resolve(uri)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = os.path.join(folder, posixpath.basename(path))
+        with open(copy, "wb") as sink:
+            sink.write(read_bytes(uri))
+        yield copy
 
 
 @explained

@@ -1,6 +1,7 @@
 """pretrain: copies first, an encoder from them, the same bytes after a crash, and weights that other runs can name."""
 
 import dataclasses
+import hashlib
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 
 import elfs_ray
 from elfs_ray.config import Config, ConfigError
@@ -23,8 +25,9 @@ from elfs_ray.methods.encoders_weights import read_trained_encoder
 from elfs_ray.methods.self_supervised_training import SimclrTrainer
 from elfs_ray.plan import describe_plan
 from elfs_ray.stages.pretrain import pretrain_settings
-from elfs_ray.stages.pretrain_worker import TwoViews, real_views
+from elfs_ray.stages.pretrain_worker import TwoViews, pool_hash, real_views
 from elfs_ray.stages.proxy_reader import InMemoryReader, TrainingPool
+from elfs_ray.storage import filesystem
 from elfs_ray.storage.run_dir import RunDir
 from tests.tables import contents, digit_images, digits_config, png
 from tests.workers import training_worker_pids
@@ -143,19 +146,52 @@ def test_every_epoch_has_measures_that_need_no_labels(undisturbed):
 def test_the_file_says_what_made_it(undisturbed):
     trained = read_trained_encoder(undisturbed / ENCODER)
     assert (trained.network, trained.image_size) == ("small_cnn", SIZE)
-    assert trained.pool == RunDir(undisturbed).identity("index")
+    assert trained.pool == pool_hash(RunDir(undisturbed))
+    assert (trained.config["precision"], trained.config["workers"], trained.config["device"]) == ("fp32", 2, "cpu")
     assert (trained.config["seed"], trained.config["epochs"], trained.config["views"]["flip"]) == (0, 3, False)
+
+
+def test_the_hash_of_a_pool_tells_another_image_in_the_same_place(ray_cluster, pool, tmp_path):
+    other = tmp_path / "pool"
+    shutil.copytree(pool, other)
+    image = Image.open(other / "000.png").rotate(90)
+    image.save(other / "000.png")
+    hashes = []
+    for source in (pool, other):
+        moved = tmp_path / "same_place"
+        moved.symlink_to(source)
+        elfs_ray.run(config_of(moved, tmp_path / f"run{len(hashes)}", "until=copy"))
+        hashes.append(pool_hash(RunDir(tmp_path / f"run{len(hashes)}")))
+        moved.unlink()
+    assert hashes[0] != hashes[1]
 
 
 def test_another_run_names_the_file_and_has_no_such_stages(undisturbed, pool, tmp_path, capsys):
     weights = f"embed.weights={undisturbed / ENCODER}"
     run(pool, tmp_path, weights)
+    recorded = RunDir(tmp_path).figures("embed")["weights"]
+    assert recorded["sha256"] == hashlib.sha256((undisturbed / ENCODER).read_bytes()).hexdigest()
+    assert (recorded["network"], recorded["pool"]) == ("small_cnn", pool_hash(RunDir(undisturbed)))
     assert not (tmp_path / "pretrain").exists() and not (tmp_path / "copy").exists()
     assert rows(tmp_path, "embeddings")["sample_id"].equals(rows(undisturbed, "embeddings")["sample_id"])
     np.testing.assert_allclose(vectors(tmp_path), vectors(undisturbed), atol=2e-3)
     assert {row["stage"] for row in rows(tmp_path, "rejected").to_pylist()} == {"embed"}
     for table in ("proxy_images", "rejected"):
         assert rows(tmp_path, table)["sample_id"].equals(rows(undisturbed, table)["sample_id"])
+
+
+def test_an_encoder_in_a_bucket_embeds_as_the_file_on_disk_does(undisturbed, pool, tmp_path, s3_bucket):
+    filesystem.write_bytes(f"{s3_bucket}/a/encoder.pt", (undisturbed / ENCODER).read_bytes())
+    for name, place in (("disk", undisturbed / ENCODER), ("bucket", f"{s3_bucket}/a/encoder.pt")):
+        run(pool, tmp_path / name, f"embed.weights={place}")
+    assert contents(tmp_path / "bucket", "embeddings") == contents(tmp_path / "disk", "embeddings")
+    with pytest.raises(ConfigError, match=r"a/gone\.pt"):
+        run(pool, tmp_path / "new", f"embed.weights={s3_bucket}/a/gone.pt")
+
+
+def test_images_much_larger_than_those_that_it_was_trained_on_are_refused(undisturbed, pool, tmp_path):
+    with pytest.raises(ConfigError, match=r"trained on images of 16 pixels.*embed\.image_size=null"):
+        run(pool, tmp_path, f"embed.weights={undisturbed / ENCODER}", "embed.image_size=33")
 
 
 def test_the_plan_has_two_more_stages_and_only_where_an_encoder_is_trained(undisturbed, pool, tmp_path):
