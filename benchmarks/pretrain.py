@@ -138,9 +138,11 @@ class _BareLoop:
         )
 
     def train_epoch(self, epoch: int) -> None:
-        for rows in torch.randperm(len(self._images)).split(self._batch):
+        flat, order = self._images.flatten(1), torch.randperm(len(self._images))
+        for rows, on_device in zip(order.split(self._batch), order.to(self._device).split(self._batch), strict=True):
             sample_ids, views = self._sample_ids[rows.numpy()], self._settings.views
-            crops = two_crops(self._images[rows], sample_ids, views, seed=0, epoch=epoch, size=SIZE)
+            batch = flat.index_select(0, on_device).view(len(rows), SIZE, SIZE, 3)
+            crops = two_crops(batch, sample_ids, views, seed=0, epoch=epoch, size=SIZE)
             images = [
                 change_colors(crops[:, view], sample_ids, views, MEAN, STD, seed=0, epoch=epoch, view=view)
                 for view in range(2)

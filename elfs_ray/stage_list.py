@@ -13,7 +13,7 @@ from elfs_ray.storage.run_dir import RunDir
 class Stage:
     """One stage: what decides its result, what it reads, what it writes (tables, and files beside them).
 
-    `mends` says that it makes missing files of its tables again, one by one, when it goes on.
+    `mends` says that it makes what is missing of its tables and files again from what is there, when it goes on.
 
     Its function is `elfs_ray.stages.<name>.run_<name>`; it is imported when it runs, so that --help and --dry-run are
     quick and a worker imports only its own stage.
@@ -75,7 +75,7 @@ COPY_KEYS = ("proxy_image_size", "proxy_jpeg_quality", "max_image_pixels", "bloc
 # In place of embed, where the encoder is trained on the pool itself: it needs the copies first.
 PRETRAINING_STAGES = (
     Stage("copy", "embed", ("index",), (schema.PROXY_IMAGES,), global_keys=(), section_keys=COPY_KEYS, mends=True),
-    Stage("pretrain", "pretrain", ("index", "copy"), (), files=(f"pretrain/{schema.ENCODER_FILE}",)),
+    Stage("pretrain", "pretrain", ("index", "copy"), (), files=(f"pretrain/{schema.ENCODER_FILE}",), mends=True),
     Stage(
         "embed",
         "embed",

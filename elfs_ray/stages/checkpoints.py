@@ -20,12 +20,12 @@ from elfs_ray.storage import filesystem
 
 CHECKPOINTS_DIR = "checkpoints"
 STATE_FILE = "state.pt"
-MAX_REPORT_SHARE = 0.1  # of the time
+MAX_REPORT_SHARE = 0.03  # of the time
 MAX_UNREPORTED_S = 60.0
 
 
 class CheckpointReporter:
-    """Reports epochs of a worker group, each with a checkpoint: so many that a tenth of the time goes there at most.
+    """Reports epochs of a worker group, each with a checkpoint: so many that 3% of the time goes there at most.
 
     A report writes the checkpoint, and soon after another waits until Ray Train has looked. Most epochs take far longer
     and are all reported; those of a small pool, or on a GPU, may not. What was not reported is done again after a loss:

@@ -248,6 +248,17 @@ def test_the_copies_of_one_encoder_are_replaced_for_another_only_when_told_to(un
     assert (folder / ENCODER).stat().st_mtime_ns == (undisturbed / ENCODER).stat().st_mtime_ns
 
 
+def test_a_lost_encoder_comes_back_from_its_checkpoint_without_an_epoch(undisturbed, pool, tmp_path):
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    (tmp_path / ENCODER).unlink()
+    with pytest.raises(ConfigError, match=r"encoder\.pt has 0 files"):
+        run(pool, tmp_path, "pretrain.num_workers=2")
+    run(pool, tmp_path, "pretrain.num_workers=2", "on_change=rerun")
+    assert (tmp_path / ENCODER).read_bytes() == (undisturbed / ENCODER).read_bytes()
+    for file in (undisturbed / "pretrain" / "history").iterdir():
+        assert (tmp_path / "pretrain" / "history" / file.name).read_bytes() == file.read_bytes()  # seconds and all
+
+
 def test_rows_that_only_fill_a_batch_are_no_views():
     pool = TrainingPool(np.arange(5), np.zeros(5, np.int32), np.arange(5, dtype=np.int32))
     views = TwoViews(pretrain_settings(config_of(Path("/no"), Path("/no")).pretrain, SIZE).views, 0, SIZE)
