@@ -43,10 +43,24 @@ def check_temi_workers(batch_size: int, num_workers: int) -> None:
         )
 
 
-def check_against_pool(config: Config, num_samples: int) -> None:
-    """What can be checked only once the size of the pool is known. Raises ConfigError."""
+def check_against_pool(config: Config, num_samples: int, num_rejected: int = 0) -> None:
+    """What can be checked only once the size of the pool is known. Raises ConfigError.
+
+    num_rejected: the images beside the samples that were found to be of no use.
+    """
+    try:
+        _check_size(config, num_samples)
+    except ConfigError as error:
+        if not num_rejected:
+            raise
+        raise ConfigError(f"{error} ({num_rejected:,} more could not be used, see rejected/)") from error
+
+
+def _check_size(config: Config, num_samples: int) -> None:
     if num_samples == 0:
         raise ConfigError(f"pool.uri={config.pool.uri!r} holds no images: check the path and pool.format")
+    if config.cluster.method != "file" and num_samples < 2:
+        raise ConfigError(f"pool.uri={config.pool.uri!r} holds one image: needed are at least 2, to choose among")
     if config.cluster.method != "file" and _number(config.cluster.num_clusters) > num_samples:
         raise ConfigError(
             f"cluster.num_clusters={config.cluster.num_clusters} is more than the pool's {num_samples} samples: "

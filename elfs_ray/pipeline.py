@@ -19,6 +19,7 @@ from elfs_ray.planning import (
     PlannedStage,
     check,
     check_network,
+    check_usable,
     make_plan,
     other_writer,
     plan_stage,
@@ -57,6 +58,8 @@ def run(config: Config) -> RunDir:
                 say(f"{planned.stage.name:<9} complete, skipped")
                 continue
             _run_stage(planned, config, run_dir)
+            if planned.stage.name in ("copy", "embed"):
+                check_usable(config, run_dir, planned.stage.name)
     return run_dir
 
 

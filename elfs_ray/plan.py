@@ -3,7 +3,7 @@
 import math
 
 from elfs_ray.config import LINEAR, USES_HARD_FRACTION, Config
-from elfs_ray.planning import check, count_pool
+from elfs_ray.planning import PlannedStage, PoolCount, check, count_pool, is_done
 from elfs_ray.progress import count
 from elfs_ray.ray_runtime import Devices, find_devices
 from elfs_ray.resources import check_request, requests_of
@@ -15,22 +15,35 @@ def describe_plan(config: Config) -> str:
     """What `pipeline.run` would do, with counts and resources, after the same checks. Raises ConfigError."""
     run_dir = RunDir(config.run_dir)
     plan = check(config, run_dir)
-    num_samples, exact = count_pool(config, run_dir)
+    pool = count_pool(config, run_dir, plan)
     devices = find_devices(config.ray_address)
-    about = "" if exact else "about "
+    found = count(pool.num_samples, "image")
     lines = [
-        f"pool      {about}{count(num_samples, 'image')} in {config.pool.uri}",
-        *(f"budget    {line}" for line in describe_budgets(config, num_samples, about)),
+        f"pool      {found} in {config.pool.uri}"
+        if pool.is_exact
+        else f"pool      about {found} in {config.pool.uri}, an estimate from {pool.basis}",
+        *(f"budget    {line}" for line in _describe_budgets_of(pool, config, run_dir, plan)),
         f"run_dir   {run_dir.uri}",
         f"devices   {devices.describe()}",
         "",
     ]
-    work = _describe_work(config, num_samples)
+    work = _describe_work(config, pool.num_samples)
     for planned in plan:
         name = planned.stage.name
         lines.append(f"{name:<9} {planned.action:<9} {work[name]}; {_describe_requests(name, config, devices)}")
         lines.extend(f"{'':<20}{line}" for line in planned.differences)
     return "\n".join(lines)
+
+
+def _describe_budgets_of(pool: PoolCount, config: Config, run_dir: RunDir, plan: list[PlannedStage]) -> list[str]:
+    """`describe_budgets` of the images that can be selected, as far as their number is known."""
+    if is_done("embed", plan):
+        return describe_budgets(config, int(run_dir.figures("embed")["rows"]))
+    try:
+        return describe_budgets(config, pool.num_samples, "" if pool.is_exact else "about ")
+    except ValueError as error:
+        assert not pool.is_exact, error
+        return [f"{config.budget} does not fit the estimate; stage index counts every image, and checks it then"]
 
 
 def describe_budgets(config: Config, num_samples: int, about: str = "") -> list[str]:

@@ -11,8 +11,21 @@ from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.pool import PoolColumns, count_unit, find_units
 from elfs_ray.storage.run_dir import BadMarkerError, Marker, RunDir
 
-MAX_UNITS_COUNTED = 64
+MIN_UNITS_COUNTED = 64
 LARGEST_BLOW_UP = 2  # of the images that an encoder was trained on
+UNIT_NOUNS = {"folder": "folder", "parquet": "Parquet file", "webdataset": "tar"}
+
+
+@dataclass(frozen=True)
+class PoolCount:
+    """The samples of a pool; `basis` says what they were estimated from, and is empty where they were counted."""
+
+    num_samples: int
+    basis: str = ""
+
+    @property
+    def is_exact(self) -> bool:
+        return not self.basis
 
 
 @dataclass(frozen=True)
@@ -45,7 +58,7 @@ def check(config: Config, run_dir: RunDir) -> list[PlannedStage]:
         check_network("train.network", config.train.network, LINEAR)
         if config.cluster.method == "file" and not filesystem.exists(str(config.cluster.labels_uri)):
             raise ConfigError(f"cluster.labels_uri={config.cluster.labels_uri!r} does not exist")
-        check_against_pool(config, count_pool(config, run_dir)[0])
+        check_size(config, run_dir, plan)
     except ConfigError:
         raise
     except (ValueError, OSError) as error:
@@ -130,21 +143,46 @@ def other_writer(stage: Stage, run_dir: RunDir) -> Stage | None:
     return None if found is None or "copy" in found.inputs else other
 
 
-def count_pool(config: Config, run_dir: RunDir) -> tuple[int, bool]:
-    """(samples in the pool, whether that is exact): from index/ where it is complete, else from the listing.
+def check_size(config: Config, run_dir: RunDir, plan: list[PlannedStage]) -> None:
+    """The checks against the size of the pool, where it is known; stage index makes them otherwise."""
+    for stage in ("embed", "copy"):
+        if is_done(stage, plan):
+            check_usable(config, run_dir, stage)
+            return
+    pool = count_pool(config, run_dir, plan)
+    if pool.is_exact:
+        check_against_pool(config, pool.num_samples)
 
-    Of more than 64 tars or folders, 64 are counted and the others taken to hold as many.
+
+def check_usable(config: Config, run_dir: RunDir, stage: str) -> None:
+    """The same checks against the images that `stage`, embed or copy, could use of the pool. Raises ConfigError."""
+    figures = run_dir.figures(stage)
+    check_against_pool(config, int(figures["rows"]), int(figures.get("rejected", 0)))
+
+
+def is_done(stage: str, plan: list[PlannedStage]) -> bool:
+    """Whether a stage is complete, with the very config of the plan."""
+    return any(planned.stage.name == stage and planned.action == "done" for planned in plan)
+
+
+def count_pool(config: Config, run_dir: RunDir, plan: list[PlannedStage]) -> PoolCount:
+    """The samples in the pool: from index/ where it is complete, else from the listing.
+
+    Of 128 tars or folders and more, 64 or more are counted and the others taken to hold as many.
     """
-    index = run_dir.success_marker("index")
-    if index is not None:
-        return int(index.figures["rows"]), True
+    if is_done("index", plan):
+        return PoolCount(int(run_dir.figures("index")["rows"]))
     units = find_units(config.pool.uri, config.pool.format)
     columns = PoolColumns(config.pool.image_column, config.pool.label)
-    step = 1 if units[0].format == "parquet" else max(1, len(units) // MAX_UNITS_COUNTED)
+    kind = units[0].format
+    step = 1 if kind == "parquet" else max(1, len(units) // MIN_UNITS_COUNTED)
     counted = units[::step]
     with ThreadPoolExecutor(16) as threads:
         total = sum(threads.map(lambda unit: count_unit(unit, columns), counted))
-    return round(total * len(units) / len(counted)), step == 1
+    if step == 1:
+        return PoolCount(total)
+    basis = f"{len(counted):,} of its {len(units):,} {UNIT_NOUNS[kind]}s"
+    return PoolCount(round(total * len(units) / len(counted)), basis)
 
 
 def _differences(found: Marker, wanted: Marker) -> tuple[str, ...]:

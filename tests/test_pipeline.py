@@ -15,6 +15,7 @@ import pytest
 
 import elfs_ray
 from elfs_ray.config import ConfigError, load_config
+from elfs_ray.plan import describe_plan
 from elfs_ray.storage import filesystem
 from elfs_ray.storage.run_dir import RunDir
 from tests.tables import contents, digit_images, png
@@ -166,6 +167,50 @@ def test_what_cannot_run_is_refused_before_any_work(pool, tmp_path, override, ne
     with pytest.raises(ConfigError, match=needed):
         run(pool, tmp_path / "new", override)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("sizes", "budget"), [((1, 20), 500), ((0, 1), 50)])
+def test_a_pool_of_many_folders_is_refused_on_no_estimate_of_its_size(tmp_path, sizes, budget):
+    """Of 130 folders every other one is counted, and those hold the fewest images."""
+    image = png(digit_images(1)[0][0])
+    for number in range(130):
+        folder = tmp_path / "pool" / f"{number:03d}"
+        folder.mkdir(parents=True)
+        for name in range(sizes[number % 2]):
+            (folder / f"{name}.png").write_bytes(image)
+    for asked, fits in ((budget, True), (1, True), (5000, False)):
+        config = load_config(
+            JOB.with_suffix(".yaml"), overrides(tmp_path / "pool", tmp_path / "run", f"budget={asked}")
+        )
+        plan = describe_plan(config)
+        assert f"in {tmp_path / 'pool'}, an estimate from 65 of its 130 folders" in plan
+        if not fits:
+            assert "budget    5000 does not fit the estimate; stage index counts every image" in plan
+
+
+def test_an_image_that_cannot_be_used_counts_against_the_budget_before_anything_is_clustered(ray_cluster, tmp_path):
+    images, _ = digit_images(12)
+    (tmp_path / "pool").mkdir()
+    for number, image in enumerate(images):
+        (tmp_path / "pool" / f"{number:02d}.png").write_bytes(png(image) if number else b"broken")
+    asked = ["budget=12", "select.hard_fraction=0", "cluster.num_clusters=2"]
+    for _ in range(2):  # as embed ends, and from then on before anything starts
+        with pytest.raises(
+            ConfigError, match=r"budget is 12 for a pool of 11 .*1 more could not be used, see rejected/"
+        ):
+            run(tmp_path / "pool", tmp_path / "run", *asked)
+        assert (tmp_path / "run" / "embed" / "_SUCCESS.json").exists() and not (tmp_path / "run" / "cluster").exists()
+    config = load_config(JOB.with_suffix(".yaml"), overrides(tmp_path / "pool", tmp_path / "run", *asked, "budget=0.5"))
+    plan = describe_plan(config)
+    assert "pool      12 images" in plan and "budget    5 images" in plan
+
+
+def test_another_pool_is_measured_itself_where_an_older_one_was_indexed(ray_cluster, pool, tmp_path):
+    (tmp_path / "few").mkdir()
+    (tmp_path / "few" / "0.png").write_bytes(png(digit_images(1)[0][0]))
+    run(pool, tmp_path / "run", "until=index")
+    with pytest.raises(ConfigError, match="holds one image: needed are at least 2"):
+        run(tmp_path / "few", tmp_path / "run", "until=index", "on_change=rerun", "budget=1", "select.hard_fraction=0")
 
 
 def test_an_empty_pool_is_refused(tmp_path):
