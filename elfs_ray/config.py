@@ -3,13 +3,17 @@
 config_keys/ declares the keys, config_checks.py holds the checks.
 """
 
+import contextlib
 import dataclasses
 import difflib
+import operator
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, UnsupportedValueType
 
@@ -62,6 +66,7 @@ __all__ = [
     "check_temi_workers",
     "deciding_keys",
     "describe_keys",
+    "expand_home",
     "load_config",
     "load_keys",
     "proxy_workers",
@@ -78,6 +83,9 @@ def load_config(
     Raises ConfigError for an unknown key, a value of the wrong type or outside its bounds, or a missing key.
     """
     config = load_keys(Config, yaml_path, overrides, base)
+    given = config.select.hard_fraction
+    # 0 and 0.0 are one fraction, and so of one identity.
+    config.select.hard_fraction = [*map(_as_float, given)] if isinstance(given, list) else _as_float(given)
     check_relations(config)
     return config
 
@@ -88,20 +96,45 @@ def load_keys(
     overrides: Sequence[str] = (),
     base: Mapping[str, Any] | None = None,
 ) -> Keys:
-    """`load_config` for any dataclass of options, each key checked by itself. Raises ConfigError."""
+    """`load_config` for any dataclass of options, each key checked by itself. Raises ConfigError.
+
+    A key that is a text takes it as typed, but for null; of one that is a path, ~ becomes the home directory.
+    """
     merged = _defaults(kind)  # type: ignore[arg-type]  # mypy doubts that a type has a hash
     if base is not None:
         merged = _merge(merged, OmegaConf.create(dict(base)), "the run directory's config")
     if yaml_path is not None:
         if not Path(yaml_path).is_file():
             raise ConfigError(f"config file {str(yaml_path)!r} does not exist: give the path of a YAML file")
-        merged = _merge(merged, _load_yaml(yaml_path), str(yaml_path))
+        merged = _merge(merged, _load_yaml(yaml_path, kind), str(yaml_path))
     for override in overrides:
-        merged = _merge(merged, _parse_override(override), override)
+        merged = _merge(merged, _parse_override(override, kind), override)
     config = _resolve(merged)
     assert isinstance(config, kind)
     check_fields(config)
+    _expand_paths(config)
     return config
+
+
+def expand_home(path: str) -> str:
+    """A path as the shell would have it: ~ becomes the home directory."""
+    with contextlib.suppress(ValueError):  # of a NUL, which whoever opens the path refuses
+        return os.path.expanduser(path)
+    return path
+
+
+def _expand_paths(config: Any) -> None:
+    for key, spec in fields_of(type(config)):
+        value = operator.attrgetter(key)(config)
+        if spec.metadata["is_path"] and value is not None:
+            section, _, name = key.rpartition(".")
+            expanded = [*map(expand_home, value)] if isinstance(value, list) else expand_home(value)
+            setattr(operator.attrgetter(section)(config) if section else config, name, expanded)
+
+
+def _as_float(value: int | float | str) -> float | str:
+    """A number as float, a word as it is."""
+    return value if isinstance(value, str) else float(value)
 
 
 def _resolve(merged: DictConfig) -> Any:
@@ -127,7 +160,7 @@ def describe_keys(yaml_path: str | Path | None = None, kind: type = Config) -> I
     """(key, default with its unit, meaning) of every key, with the defaults of a YAML file where one is given."""
     merged = _defaults(kind)
     if yaml_path is not None:
-        merged = _merge(merged, _load_yaml(yaml_path), str(yaml_path))
+        merged = _merge(merged, _load_yaml(yaml_path, kind), str(yaml_path))
     for key, spec in fields_of(kind):
         value = None if OmegaConf.is_missing(*_parent(merged, key)) else OmegaConf.select(merged, key)
         required = OmegaConf.is_missing(*_parent(merged, key))
@@ -157,9 +190,11 @@ def deciding_keys(section: Any) -> dict[str, Any]:
     return keys
 
 
-def _load_yaml(path: str | Path) -> DictConfig:
+def _load_yaml(path: str | Path, kind: type) -> DictConfig:
     try:
         loaded = OmegaConf.load(path)
+        if isinstance(loaded, DictConfig):
+            loaded = _with_texts(loaded, yaml.load(Path(path).read_text("utf-8"), yaml.BaseLoader), kind)
     except Exception as error:  # of the YAML parser, of the file system, of text that is none
         raise ConfigError(f"config file {str(path)!r} cannot be read: {error}") from error
     if not isinstance(loaded, DictConfig):
@@ -168,15 +203,44 @@ def _load_yaml(path: str | Path) -> DictConfig:
     return loaded
 
 
-def _parse_override(override: str) -> DictConfig:
+def _parse_override(override: str, kind: type) -> DictConfig:
     key, equals, value = override.partition("=")
     _refuse_credentials(key, value)
     if not equals or not key or value.strip() == MISSING:
         raise ConfigError(f"{override!r} is not an override: write key=value (see --help for the keys)")
     try:
-        return OmegaConf.from_dotlist([override])
+        if _texts(kind).get(key) is False:
+            return OmegaConf.create(_nested(key, None if value in ("", "null") else value))
+        return _with_texts(OmegaConf.from_dotlist([override]), _nested(key, yaml.load(value, yaml.BaseLoader)), kind)
     except Exception as error:
         raise ConfigError(f"{override!r} cannot be read: {error}. Quote values with spaces or colons.") from error
+
+
+@lru_cache
+def _texts(kind: type) -> dict[str, bool]:
+    """The keys that are texts, and whether each is a list of them."""
+    types = {key: spec.type for key, spec in fields_of(kind)}
+    return {key: own == list[str] for key, own in types.items() if own in (str, str | None, list[str])}
+
+
+def _nested(key: str, value: Any) -> Any:
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return value
+
+
+def _with_texts(read: DictConfig, typed: Any, kind: type) -> DictConfig:
+    """What YAML read, with every text as it was typed: YAML has 7 for 007, 20240115 for 2024_01_15, false for no."""
+
+    def restore(value: Any, text: Any, key: str) -> Any:
+        if isinstance(value, dict) and isinstance(text, dict):
+            own = {name: f"{key}.{name}" if key else str(name) for name in value}
+            return {name: restore(nested, text.get(name, nested), own[name]) for name, nested in value.items()}
+        if key in _texts(kind) and isinstance(value, list) and isinstance(text, list):
+            return [restore(*pair, key) for pair in zip(value, text, strict=True)]
+        return text if key in _texts(kind) and isinstance(text, str) and value is not None else value
+
+    return OmegaConf.create(restore(OmegaConf.to_container(read), typed, ""))
 
 
 def _refuse_credentials(key: str, value: Any) -> None:

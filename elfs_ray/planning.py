@@ -1,5 +1,6 @@
 """What a run would do with each stage, and every check that can be made before it does."""
 
+import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -186,13 +187,18 @@ def count_pool(config: Config, run_dir: RunDir, plan: list[PlannedStage]) -> Poo
 
 
 def _differences(found: Marker, wanted: Marker) -> tuple[str, ...]:
+    """What makes two markers of one stage differ, at least one line, by the JSON that their identity is a hash of."""
     keys = sorted(set(found.config) | set(wanted.config))
-    lines = [
-        f"{key}: {found.config.get(key)!r} there, {wanted.config.get(key)!r} now"
+    values = [
+        (
+            key,
+            *(json.dumps(own.config[key], sort_keys=True) if key in own.config else "none" for own in (found, wanted)),
+        )
         for key in keys
-        if found.config.get(key) != wanted.config.get(key)
     ]
-    changed = [name for name, identity in wanted.inputs.items() if found.inputs.get(name) != identity]
+    lines = [f"{key}: {there} there, {now} now" for key, there, now in values if there != now]
+    inputs = dict.fromkeys((*wanted.inputs, *found.inputs))
+    changed = [name for name in inputs if found.inputs.get(name) != wanted.inputs.get(name)]
     return tuple(lines) or (f"made from another {', '.join(changed)}",)
 
 

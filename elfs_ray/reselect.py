@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from elfs_ray.config import Config, ConfigError, check_budgets, deciding_keys, load_config
+from elfs_ray.config import Config, ConfigError, check_budgets, deciding_keys, expand_home, load_config
 from elfs_ray.pipeline import locked
 from elfs_ray.progress import format_duration, say
 from elfs_ray.storage import filesystem, schema
@@ -31,7 +31,7 @@ def load(overrides: Sequence[str]) -> tuple[Config, str]:
     fixed = [key for key in given if key not in KEYS and not key.startswith("select.")]
     if fixed:
         raise ConfigError(f"{', '.join(fixed)} cannot be given here: needed are name, select.* and {', '.join(KEYS)}")
-    run_dir = RunDir(given["run_dir"])
+    run_dir = RunDir(expand_home(given["run_dir"]))
     own = [override for override in overrides if not override.startswith("name=")]
     return load_config(None, own, base=config_of(run_dir)), f"{schema.CORESET}-{name}"
 

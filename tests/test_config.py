@@ -1,10 +1,15 @@
 """config: one clear message for every bad value, before any work."""
 
+import operator
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elfs_ray.config import ConfigError, check_against_pool, deciding_keys, describe_keys, load_config
+from elfs_ray.comparison.keys import ComparisonConfig
+from elfs_ray.config import ConfigError, check_against_pool, deciding_keys, describe_keys, load_config, load_keys
+from elfs_ray.config_keys import Config, fields_of
 from elfs_ray.planning import plan_stage
 from elfs_ray.stage_list import STAGES
 from elfs_ray.storage.run_dir import Marker, RunDir
@@ -23,6 +28,45 @@ def test_overrides_win_over_the_yaml_file_and_the_file_over_defaults(tmp_path):
     yaml.write_text("train: {epochs: 7, lr: 0.5}\nbudget: 0.2\n")
     config = load_config(yaml, [*REQUIRED, "train.lr=0.25"])
     assert (config.train.epochs, config.train.lr, config.train.momentum) == (7, 0.25, 0.9)
+
+
+@pytest.mark.parametrize(
+    "typed", ["2024_01_15", "007", "1e3", "on", "0x10", "1:30", "a: b", "[1]", "#2", "*", "'x'", " x"]
+)
+def test_a_text_is_taken_as_it_is_typed(tmp_path, typed):
+    config = load_config(None, [*REQUIRED, f"run_dir={typed}", f"pool.label={typed}"])
+    assert (config.run_dir, config.pool.label) == (typed, typed)
+    if typed[0] not in "[#*' " and ": " not in typed:  # what YAML takes for a text or a number, without quotes
+        (tmp_path / "job.yaml").write_text(f"run_dir: {typed}\npool: {{label: {typed}, uri: x}}\n")
+        for config in (
+            load_config(tmp_path / "job.yaml", REQUIRED[2:]),
+            load_config(None, [*REQUIRED, f"run_dir={typed}", f"pool={{label: {typed}}}"]),
+        ):
+            assert (config.run_dir, config.pool.label) == (typed, typed)
+
+
+def test_only_null_is_no_text(tmp_path):
+    (tmp_path / "job.yaml").write_text("pool: {label: null}\n")
+    for config in (
+        load_config(None, [*REQUIRED, "pool.label=x", "pool.label=null"]),
+        load_config(tmp_path / "job.yaml", REQUIRED),
+    ):
+        assert config.pool.label is None
+    assert "bad value for run_dir" in message_of("run_dir=null")
+
+
+def test_texts_in_a_list_are_taken_as_they_are_typed():
+    config = load_keys(ComparisonConfig, overrides=["runs=[007,2024_01_15,~/x]", "out=no", "test_uri=~/test"])
+    assert config.runs == ["007", "2024_01_15", str(Path.home() / "x")]
+    assert (config.out, config.test_uri) == ("no", str(Path.home() / "test"))
+
+
+def test_the_home_directory_may_be_written_as_the_shell_does(tmp_path):
+    keys = [key for key, spec in fields_of(Config) if spec.metadata["is_path"]]
+    assert {"run_dir", "pool.uri", "embed.weights", "evaluate.test_uri", "cluster.labels_uri"} == set(keys)
+    config = load_config(None, [*REQUIRED, *(f"{key}=~/a/b" for key in keys)])
+    assert {operator.attrgetter(key)(config) for key in keys} == {str(Path.home() / "a" / "b")}
+    assert load_config(None, [*REQUIRED, "pool.uri=s3://b/~/x"]).pool.uri == "s3://b/~/x"
 
 
 def test_an_unknown_key_is_named_with_the_closest_known_ones():
@@ -140,6 +184,39 @@ def test_a_changed_key_of_search_is_refused_only_where_something_is_searched(tmp
     run_dir.mark_complete(Marker("select", stage.deciding_config(before), identities, {}))
     assert plan_stage(stage, before, run_dir, identities).action == "done"
     assert plan_stage(stage, after, run_dir, identities).action == action
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "action", "told"),
+    [
+        ("select.hard_fraction=0", "select.hard_fraction=0.0", "done", ()),
+        (
+            *("budget=[0.1,1] select.hard_fraction=[0,0.5]", "budget=[0.1,1] select.hard_fraction=[0.0,0.5]"),
+            *("done", ()),
+        ),
+        ("budget=1", "budget=1.0", "rerun", ("budget: 1 there, 1.0 now",)),
+        ("seed=0", "seed=1", "rerun", ("seed: 0 there, 1 now",)),
+    ],
+)
+def test_what_means_the_same_is_done_and_every_difference_is_shown(tmp_path, before, after, action, told):
+    run_dir, (stage,) = RunDir(tmp_path), (stage for stage in STAGES if stage.name == "select")
+    identities = dict.fromkeys(stage.inputs, "an identity")
+    config, changed = (load_config(None, [*REQUIRED, *given.split(" ")]) for given in (before, after))
+    run_dir.mark_complete(Marker("select", stage.deciding_config(config), identities, {}))
+    planned = plan_stage(stage, changed, run_dir, identities)
+    assert (planned.action, planned.differences) == (action, told)
+
+
+def test_a_difference_in_a_key_of_no_value_or_in_the_inputs_alone_is_shown(tmp_path):
+    run_dir, (stage,) = RunDir(tmp_path), (stage for stage in STAGES if stage.name == "select")
+    config, identities = load_config(None, REQUIRED), dict.fromkeys(stage.inputs, "an identity")
+    keys = stage.deciding_config(config)
+    for found, inputs, told in (
+        ({**keys, "select.gone": None}, identities, "select.gone: null there, none now"),
+        (keys, {**identities, "copy": "another"}, "made from another copy"),
+    ):
+        run_dir.mark_complete(Marker("select", found, inputs, {}))
+        assert plan_stage(stage, config, run_dir, identities).differences == (told,)
 
 
 def test_every_key_is_described_with_its_default_and_meaning():

@@ -66,9 +66,11 @@ class ProxyConfig:
 class ComparisonConfig:
     """Training from scratch with true labels on what each method selects of a pool, at each budget, with each seed."""
 
-    runs: list[str] = option(MISSING, "run directories of one pool, complete up to select")
-    out: str = option(MISSING, "where selections, trainings and results go; local path, s3:// or gs://")
-    test_uri: str = option(MISSING, "labelled images to test on, stored as the pool is; no selection sees them")
+    runs: list[str] = option(MISSING, "run directories of one pool, complete up to select", is_path=True)
+    out: str = option(MISSING, "where selections, trainings and results go; local path, s3:// or gs://", is_path=True)
+    test_uri: str = option(
+        MISSING, "labelled images to test on, stored as the pool is; no selection sees them", is_path=True
+    )
     methods: list[str] = option(
         ["random", "prototypicality", "d2", "aum_hardest", "elfs"],
         f"{', '.join(METHODS)}; a method of the runs can be given other keys of select, as in "

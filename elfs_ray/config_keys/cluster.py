@@ -25,7 +25,9 @@ class ClusterConfig:
         bounds=Bounds(at_least=2),
     )
     labels_uri: str | None = option(
-        None, "method=file: Parquet with pseudo_label (integers from 0) and sample_id or uri, for every embedded image"
+        None,
+        "method=file: Parquet with pseudo_label (integers from 0) and sample_id or uri, for every embedded image",
+        is_path=True,
     )
     max_iterations: int = option(100, "Lloyd iterations of each try, at most", bounds=POSITIVE)
     tolerance: float = option(

@@ -42,9 +42,11 @@ def option(
     choices: Sequence[str] = (),
     bounds: Bounds | None = None,
     decides: bool | Callable[[Any], bool] = True,
+    is_path: bool = False,
 ) -> Any:
     """Declare a config key. `decides` says whether its value changes the stage's tables, or asks its section."""
-    metadata = {"help": help_text, "unit": unit, "choices": tuple(choices), "bounds": bounds, "decides": decides}
+    limits = {"choices": tuple(choices), "bounds": bounds}
+    metadata = {"help": help_text, "unit": unit, **limits, "decides": decides, "is_path": is_path}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -20,6 +20,7 @@ class EmbedConfig:
         None,
         "file of the encoder's weights, at a path that every machine has or in a bucket; random:<seed> for an "
         "untrained network; null takes the library's own, for self_supervised it trains them",
+        is_path=True,
     )
     weights_sha256: str | None = option(None, "SHA-256 that the weights file must have")
     image_size: int | None = option(

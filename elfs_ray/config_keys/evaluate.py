@@ -9,7 +9,9 @@ from elfs_ray.config_keys.declaration import BATCH, POSITIVE, Bounds, option
 class EvaluateConfig:
     """Training from scratch with true labels, on the coreset and on random samples; other keys are those of train."""
 
-    test_uri: str | None = option(None, "labelled images to test on, stored as the pool is; never seen by a selection")
+    test_uri: str | None = option(
+        None, "labelled images to test on, stored as the pool is; never seen by a selection", is_path=True
+    )
     network: str = option("resnet18", "resnet18 (3x3 stem), resnet34, resnet50, small_cnn")
     iterations: int = option(40_000, "steps of every training, whatever the budget", unit="steps", bounds=POSITIVE)
     batch_size: int = option(256, "images a step", unit="images", bounds=BATCH)

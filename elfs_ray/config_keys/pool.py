@@ -12,7 +12,7 @@ class PoolConfig:
     """The images to choose from."""
 
     uri: str = option(
-        MISSING, "folder of images, Parquet file(s) or WebDataset tar(s); local path, s3:// or gs://", decides=True
+        MISSING, "folder of images, Parquet file(s) or WebDataset tar(s); local path, s3:// or gs://", is_path=True
     )
     format: str = option("auto", "how the pool is stored", choices=("auto", "folder", "parquet", "webdataset"))
     image_column: str | None = option(

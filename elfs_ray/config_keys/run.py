@@ -23,7 +23,9 @@ PRETRAINING = ("copy", "pretrain")  # stages of a run that trains its own encode
 class Config:
     """A whole run."""
 
-    run_dir: str = option(MISSING, "where tables and report go; local path, s3:// or gs://", decides=False)
+    run_dir: str = option(
+        MISSING, "where tables and report go; local path, s3:// or gs://", decides=False, is_path=True
+    )
     budget: Any = option(
         MISSING,
         "samples to label: a fraction of the embedded images (0.1, 1.0) or an integer count; [0.1,0.3] gives a coreset "
