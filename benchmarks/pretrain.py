@@ -27,10 +27,10 @@ from training import begin, ceiling, measure_in_worker, smooth_png, wait
 from elfs_ray.config import Config, load_config
 from elfs_ray.methods.augmentation_views import change_colors, two_crops
 from elfs_ray.methods.proxy_models import build_backbone
-from elfs_ray.methods.self_supervised_training import MEAN, STD
+from elfs_ray.methods.self_supervised_training import MEAN, STD, simclr_settings
 from elfs_ray.progress import Progress
 from elfs_ray.ray_runtime import num_cpus, num_gpus, remote_progress
-from elfs_ray.stages.pretrain import pretrain_settings, run_pretrain
+from elfs_ray.stages.pretrain import run_pretrain
 from elfs_ray.stages.pretrain_worker import PretrainJob, PretrainWorker
 from elfs_ray.stages.proxy_reader import every_image
 from elfs_ray.stages.proxy_reader_streamed import load_data
@@ -56,7 +56,7 @@ def main() -> None:
 def _measure_worker(run_dir: RunDir, rounds: int, on_gpu: bool, compiles: bool) -> None:
     """One worker with every core, or a GPU, against a loop in the same process."""
     config = _config(run_dir, on_gpu)
-    settings = pretrain_settings(config.pretrain, SIZE)
+    settings = simclr_settings(vars(config.pretrain), SIZE)
     num_samples = int(run_dir.figures("copy")["rows"])
     with Progress("turns", (rounds + 1) * num_samples, "images") as progress, remote_progress(progress) as board:
         job = PretrainJob(

@@ -19,6 +19,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from elfs_ray.config_checks import (
     check_against_pool,
+    check_balance,
     check_budgets,
     check_fields,
     check_relations,
@@ -62,6 +63,7 @@ __all__ = [
     "TemiConfig",
     "TrainConfig",
     "check_against_pool",
+    "check_balance",
     "check_budgets",
     "check_temi_workers",
     "deciding_keys",

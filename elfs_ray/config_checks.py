@@ -74,6 +74,17 @@ def _check_size(config: Config, num_samples: int) -> None:
     check_budgets(config, num_samples)
 
 
+def check_balance(config: Config, num_clusters: int) -> None:
+    """Raise ConfigError for more pseudo-classes than a selection can balance over."""
+    from elfs_ray.methods.quantiles import MAX_GROUPS
+
+    if config.select.balance and num_clusters > MAX_GROUPS:
+        raise ConfigError(
+            f"select.balance=true over {num_clusters:,} clusters: needed are {MAX_GROUPS:,} at most, or "
+            "select.balance=false"
+        )
+
+
 def check_budgets(config: Config, num_samples: int) -> None:
     """Raise ConfigError for a budget or a hard fraction that does not fit a pool of so many samples."""
     from elfs_ray.methods.pruning import budget_count, window_start
@@ -124,6 +135,13 @@ def check_relations(config: Config) -> None:
     """Checks between keys."""
     if config.cluster.method == "file" and config.cluster.labels_uri is None:
         raise ConfigError("cluster.method=file needs the pseudo-labels: give cluster.labels_uri=...")
+    if config.cluster.method == "temi" and config.cluster.num_neighbors == 0:
+        raise ConfigError(
+            "cluster.num_neighbors=0 with cluster.method=temi, which learns from neighbours: give a number, or null "
+            "for 50"
+        )
+    if config.cluster.method != "file":
+        check_balance(config, int(_number(config.cluster.num_clusters)))
     if config.cluster.temi.batch_size is not None:
         check_temi_workers(config.cluster.temi.batch_size, config.cluster.temi.num_workers or 1)
     needs, has = config.select.d2_neighbors, config.cluster.num_neighbors
@@ -147,6 +165,8 @@ def check_relations(config: Config) -> None:
         raise ConfigError(f"train.std={train.std}: needed are numbers > 0")
     if train.min_lr > scaled_lr(train):
         raise ConfigError(f"train.min_lr={train.min_lr} is above the learning rate, {scaled_lr(train)}: lower it")
+    if train.nesterov and train.momentum == 0:
+        raise ConfigError("train.momentum=0 with train.nesterov=true, which needs momentum: give train.nesterov=false")
     _check_linear(config)
     worker_range(train.num_workers, "train.num_workers")
     worker_range(config.embed.num_workers, "embed.num_workers")
@@ -191,6 +211,7 @@ def _check_pretraining(config: Config) -> None:
             f"pretrain.compile=true with pretrain.num_workers={config.pretrain.num_workers}: batch norms that several "
             "workers share are not compiled; give pretrain.num_workers=1"
         )
+    _check_warmup(config)
     embed = config.embed
     sizes = {
         "pretrain.image_size": config.pretrain.image_size,
@@ -205,3 +226,14 @@ def _check_pretraining(config: Config) -> None:
             )
     if embed.weights_sha256 is not None:
         raise ConfigError("embed.weights_sha256 is given, but the weights are trained in this run: leave it out")
+
+
+def _check_warmup(config: Config) -> None:
+    warmup = config.pretrain.warmup_epochs
+    if not warmup:
+        return
+    from elfs_ray.methods.self_supervised_training import simclr_settings
+
+    epochs = simclr_settings(vars(config.pretrain), config.embed.proxy_image_size).epochs
+    if 0 < epochs <= warmup:
+        raise ConfigError(f"pretrain.warmup_epochs={warmup}: needed are fewer than {epochs} epochs, or null")

@@ -18,8 +18,8 @@ from elfs_ray.config import Config, ConfigError
 from elfs_ray.planning import (
     PlannedStage,
     check,
+    check_counted,
     check_network,
-    check_usable,
     make_plan,
     other_writer,
     plan_stage,
@@ -58,8 +58,7 @@ def run(config: Config) -> RunDir:
                 say(f"{planned.stage.name:<9} complete, skipped")
                 continue
             _run_stage(planned, config, run_dir)
-            if planned.stage.name in ("copy", "embed"):
-                check_usable(config, run_dir, planned.stage.name)
+            check_counted(config, run_dir, planned.stage.name)
     return run_dir
 
 
@@ -119,7 +118,7 @@ def _connect(config: Config) -> None:
 def _ask(plan: list[PlannedStage], config: Config) -> None:
     """Say what each stage that is to run will ask of the cluster. Raises ConfigError for what it can never have."""
     from elfs_ray.ray_runtime import devices_of_cluster
-    from elfs_ray.resources import check_request, requests_of
+    from elfs_ray.resources import advice_on, check_request, requests_of
 
     devices = devices_of_cluster()
     say(f"devices   {devices.describe()}")
@@ -130,6 +129,8 @@ def _ask(plan: list[PlannedStage], config: Config) -> None:
     for name, own in requests.items():
         if own:
             say(f"{name:<9} will ask for {', '.join(request.describe() for request in own)}")
+        for line in advice_on(name, config, devices):
+            say(f"{name:<9} {line}")
 
 
 def _run_stage(planned: PlannedStage, config: Config, run_dir: RunDir) -> None:

@@ -6,7 +6,7 @@ from elfs_ray.config import LINEAR, USES_HARD_FRACTION, Config
 from elfs_ray.planning import PlannedStage, PoolCount, check, count_pool, is_done
 from elfs_ray.progress import count
 from elfs_ray.ray_runtime import Devices, find_devices
-from elfs_ray.resources import check_request, requests_of
+from elfs_ray.resources import advice_on, check_request, requests_of
 from elfs_ray.storage import schema
 from elfs_ray.storage.run_dir import RunDir
 
@@ -32,6 +32,8 @@ def describe_plan(config: Config) -> str:
         name = planned.stage.name
         lines.append(f"{name:<9} {planned.action:<9} {work[name]}; {_describe_requests(name, config, devices)}")
         lines.extend(f"{'':<20}{line}" for line in planned.differences)
+        if planned.action != "done":
+            lines.extend(f"{'':<20}{line}" for line in advice_on(name, config, devices))
     return "\n".join(lines)
 
 
@@ -93,7 +95,7 @@ def _describe_work(config: Config, num_samples: int) -> dict[str, str]:
     return {
         "index": "list the pool",
         "copy": copies,
-        "pretrain": _describe_pretraining(config, num_samples),
+        "pretrain": _describe_pretraining(config, num_samples) if config.pretrains else "",
         "embed": f"{embed.encoder}, {'of the copies' if config.pretrains else f'proxy {copies}'}",
         "cluster": clustering,
         "train": f"{proxy}, {count(train.epochs, 'epoch')} of "
@@ -105,10 +107,8 @@ def _describe_work(config: Config, num_samples: int) -> dict[str, str]:
 
 
 def _describe_pretraining(config: Config, num_samples: int) -> str:
-    from elfs_ray.methods.self_supervised_training import CPU_PROFILE, SimclrSettings
+    from elfs_ray.methods.self_supervised_training import simclr_settings
 
-    given = {key: getattr(config.pretrain, key) for key in ("network", "epochs", "batch_size")}
-    profile = CPU_PROFILE if config.pretrain.profile == "cpu" else {}
-    chosen = SimclrSettings(**{**profile, **{key: value for key, value in given.items() if value is not None}})
+    chosen = simclr_settings(vars(config.pretrain), config.pretrain.image_size or config.embed.proxy_image_size)
     steps = math.ceil(num_samples / chosen.batch_size)
     return f"SimCLR, {chosen.network}, {count(chosen.epochs, 'epoch')} of {count(steps, 'step')}"

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-from elfs_ray.config import LINEAR, SELF_SUPERVISED, Config, ConfigError, check_against_pool
+from elfs_ray.config import LINEAR, SELF_SUPERVISED, Config, ConfigError, check_against_pool, check_balance
 from elfs_ray.stage_list import PRETRAINING_STAGES, STAGES, Stage, stages_of
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.pool import PoolColumns, count_unit, find_units
@@ -146,19 +146,23 @@ def other_writer(stage: Stage, run_dir: RunDir) -> Stage | None:
 
 def check_size(config: Config, run_dir: RunDir, plan: list[PlannedStage]) -> None:
     """The checks against the size of the pool, where it is known; stage index makes them otherwise."""
-    for stage in ("embed", "copy"):
-        if is_done(stage, plan):
-            check_usable(config, run_dir, stage)
-            return
+    counted = [stage for stage in ("copy", "embed", "cluster") if is_done(stage, plan)]
+    for stage in counted:
+        check_counted(config, run_dir, stage)
+    if counted:
+        return
     pool = count_pool(config, run_dir, plan)
     if pool.is_exact:
         check_against_pool(config, pool.num_samples)
 
 
-def check_usable(config: Config, run_dir: RunDir, stage: str) -> None:
-    """The same checks against the images that `stage`, embed or copy, could use of the pool. Raises ConfigError."""
+def check_counted(config: Config, run_dir: RunDir, stage: str) -> None:
+    """The checks against what a complete stage has counted: images that are of use, clusters. Raises ConfigError."""
     figures = run_dir.figures(stage)
-    check_against_pool(config, int(figures["rows"]), int(figures.get("rejected", 0)))
+    if stage in ("copy", "embed"):
+        check_against_pool(config, int(figures["rows"]), int(figures.get("rejected", 0)))
+    if stage == "cluster":
+        check_balance(config, int(figures["num_clusters"]))
 
 
 def is_done(stage: str, plan: list[PlannedStage]) -> bool:

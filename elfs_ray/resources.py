@@ -60,6 +60,16 @@ def requests_of(stage: str, config: Config, devices: Devices) -> list[Request]:
     return [shards, _request(devices, "cluster.temi", "TEMI worker", cluster.device, temi.num_workers, 1, 1, None)]
 
 
+def advice_on(stage: str, config: Config, devices: Devices) -> list[str]:
+    """What a person should know of a stage before it runs for days."""
+    pretrain = config.pretrain
+    if stage != "pretrain" or pretrain.profile != "gpu" or pretrain.epochs is not None:
+        return []
+    if devices.resolve(pretrain.device, "pretrain.device") == "cuda":
+        return []
+    return ["will take days on CPUs with pretrain.profile=gpu: pretrain.profile=cpu takes half an hour on 2 cores"]
+
+
 def _request(
     devices: Devices,
     key: str,

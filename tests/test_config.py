@@ -1,5 +1,6 @@
 """config: one clear message for every bad value, before any work."""
 
+import contextlib
 import operator
 from pathlib import Path
 
@@ -10,11 +11,13 @@ from hypothesis import strategies as st
 from elfs_ray.comparison.keys import ComparisonConfig
 from elfs_ray.config import ConfigError, check_against_pool, deciding_keys, describe_keys, load_config, load_keys
 from elfs_ray.config_keys import Config, fields_of
-from elfs_ray.planning import plan_stage
+from elfs_ray.planning import check_counted, plan_stage
 from elfs_ray.stage_list import STAGES
 from elfs_ray.storage.run_dir import Marker, RunDir
 
 REQUIRED = ["run_dir=/run", "pool.uri=/pool", "budget=0.1", "cluster.num_clusters=10", "select.hard_fraction=0.3"]
+
+SELF_SUPERVISED = "embed.encoder=self_supervised"
 
 
 def message_of(*overrides: str) -> str:
@@ -104,6 +107,13 @@ def test_missing_keys_are_all_named_at_once():
         ("until=nothing", "needed is one of index, copy, pretrain, embed"),
         ("train.network=linear train.reading=streamed", "reads no images"),
         ("train.network=linear select.hard_fraction=search", "linear sees embeddings: give auto or a number"),
+        ("train.momentum=0", "train.nesterov=true, which needs momentum: give train.nesterov=false"),
+        ("pretrain.momentum=0", "needed is a number > 0 and < 1"),
+        ("cluster.method=temi cluster.num_neighbors=0", "learns from neighbours: give a number, or null for 50"),
+        ("cluster.num_clusters=65537 select.balance=true", "needed are 65,536 at most, or select.balance=false"),
+        (f"{SELF_SUPERVISED} pretrain.epochs=3 pretrain.warmup_epochs=3", "needed are fewer than 3 epochs"),
+        (f"{SELF_SUPERVISED} pretrain.warmup_epochs=400", "needed are fewer than 400 epochs"),
+        (f"{SELF_SUPERVISED} pretrain.profile=cpu pretrain.warmup_epochs=16", "needed are fewer than 16 epochs"),
         ("train=3", "bad value"),
         ("pool=null", "bad value"),
         ("budget", "write key=value"),
@@ -123,9 +133,25 @@ def test_a_config_file_that_is_not_there_or_holds_no_keys_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "given",
+    [
+        "train.momentum=0 train.nesterov=false",
+        "cluster.method=temi",
+        "cluster.num_clusters=65536 select.balance=true",
+        f"{SELF_SUPERVISED} pretrain.epochs=0 pretrain.warmup_epochs=5",
+        f"{SELF_SUPERVISED} pretrain.epochs=3",
+        "pretrain.epochs=3 pretrain.warmup_epochs=3",  # of no pretraining
+    ],
+)
+def test_what_looks_like_it_and_can_run_is_not_refused(given):
+    load_config(None, [*REQUIRED, *given.split(" ")])
+
+
+@pytest.mark.parametrize(
     ("overrides", "num_samples", "needed"),
     [
         ([], 0, "holds no images"),
+        (["budget=1", "cluster.num_clusters=2"], 1, "holds one image: needed are at least 2"),
         (["cluster.num_clusters=11"], 10, "more than the pool's 10 samples"),
         (["budget=101"], 100, "budget"),
         (["budget=0.001"], 100, "rounds down to no sample"),
@@ -137,6 +163,15 @@ def test_what_does_not_fit_the_pool_is_refused_once_its_size_is_known(overrides,
     config = load_config(None, [*REQUIRED, *overrides])
     with pytest.raises(ConfigError, match=needed):
         check_against_pool(config, num_samples)
+
+
+def test_clusters_of_a_file_are_counted_before_a_selection_has_to_balance_over_them(tmp_path):
+    config = load_config(None, [*REQUIRED, "cluster.method=file", "cluster.labels_uri=/x", "select.balance=true"])
+    for num_clusters in (65536, 65537):
+        RunDir(tmp_path).mark_complete(Marker("cluster", {}, {}, {"num_clusters": num_clusters}))
+        refused = pytest.raises(ConfigError, match=r"select\.balance=true over 65,537 clusters")
+        with refused if num_clusters > 65536 else contextlib.nullcontext():
+            check_counted(config, RunDir(tmp_path), "cluster")
 
 
 def test_beta_may_be_zero_or_all_that_is_pruned():

@@ -35,9 +35,12 @@ class PretrainConfig:
         None, "SGD learning rate for a batch of 256, scaled with the batch (gpu 0.12, cpu 0.3)", bounds=Bounds(above=0)
     )
     warmup_epochs: int | None = option(
-        None, "epochs of linear warm-up before the cosine (gpu 10, cpu 1)", unit="epochs", bounds=Bounds(at_least=0)
+        None,
+        "epochs of linear warm-up before the cosine (gpu 10, cpu 1, both at most a tenth of all)",
+        unit="epochs",
+        bounds=Bounds(at_least=0),
     )
-    momentum: float | None = option(None, "SGD momentum (0.9)", bounds=Bounds(at_least=0, below=1))
+    momentum: float | None = option(None, "SGD momentum, Nesterov's (0.9)", bounds=Bounds(above=0, below=1))
     weight_decay: float | None = option(None, "SGD weight decay (5e-4)", bounds=Bounds(at_least=0))
     temperature: float | None = option(
         None, "of the softmax over similarities (gpu 0.5, cpu 0.2)", bounds=Bounds(above=0)

@@ -34,7 +34,8 @@ class SelectConfig:
 
     method: str = option(
         "double_end",
-        "how scores become a coreset; prototypicality, d2 and zcore are label-free rivals that need no training",
+        "how scores become a coreset; prototypicality, d2 and zcore are label-free rivals that read nothing of the "
+        "training, which a run makes all the same",
         choices=SELECT_METHODS,
     )
     score: str = option(

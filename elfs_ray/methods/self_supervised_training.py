@@ -4,7 +4,8 @@ A step over several workers has the loss and the gradient of one worker's on the
 gathered with their gradients, and batch norms have the statistics of all workers.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,27 @@ CPU_PROFILE: dict[str, Any] = {
     "warmup_epochs": 1,
     "temperature": 0.2,
 }
+LARGEST_SHARP_SIZE = 64  # pixels: blurring views of smaller images hides what there is
+
+
+def simclr_settings(keys: Mapping[str, Any], image_size: int) -> SimclrSettings:
+    """The hyperparameters for views of `image_size` pixels: what is given, else the profile's, else the defaults.
+
+    keys: those of both dataclasses, None where not given, and profile; others are passed over. A warm-up that is not
+    given is a tenth of the epochs at most, or one of several: the rest is for the cosine.
+    """
+
+    def given(settings: type) -> dict[str, Any]:
+        names = [spec.name for spec in fields(settings)]
+        return {name: keys[name] for name in names if keys.get(name) is not None}
+
+    views = {"blur_probability": 0.0 if image_size <= LARGEST_SHARP_SIZE else 0.5} | given(ViewSettings)
+    profile = CPU_PROFILE if keys["profile"] == "cpu" else {}
+    chosen = SimclrSettings(**{**profile, **given(SimclrSettings), "views": ViewSettings(**views)})
+    if keys.get("warmup_epochs") is not None:
+        return chosen
+    epochs = chosen.epochs
+    return replace(chosen, warmup_epochs=min(chosen.warmup_epochs, max(1, epochs // 10), max(0, epochs - 1)))
 
 
 def even_batch(num_samples: int, batch_size: int) -> int:

@@ -14,9 +14,8 @@ in the last minute.
 import dataclasses
 from typing import Any
 
-from elfs_ray.config import Config, PretrainConfig
-from elfs_ray.methods.augmentation_views import ViewSettings
-from elfs_ray.methods.self_supervised_training import CPU_PROFILE, SimclrSettings
+from elfs_ray.config import Config
+from elfs_ray.methods.self_supervised_training import simclr_settings
 from elfs_ray.progress import Progress, say
 from elfs_ray.ray_runtime import num_cpus, num_gpus, remote_progress, resolve_device
 from elfs_ray.stages.checkpoints import CHECKPOINTS_DIR
@@ -27,22 +26,6 @@ from elfs_ray.stages.proxy_reader_streamed import load_data
 from elfs_ray.stages.worker_group import WorkerGroup, run_workers
 from elfs_ray.storage import schema
 from elfs_ray.storage.run_dir import RunDir
-
-LARGEST_SHARP_SIZE = 64  # pixels: blurring views of smaller images hides what there is
-
-
-def pretrain_settings(config: PretrainConfig, image_size: int) -> SimclrSettings:
-    """The hyperparameters: what the config gives, else the profile's, else the defaults."""
-    profile = CPU_PROFILE if config.profile == "cpu" else {}
-    views: dict[str, Any] = {"blur_probability": 0.0 if image_size <= LARGEST_SHARP_SIZE else 0.5}
-    views |= _given(config, ViewSettings)
-    return SimclrSettings(**{**profile, **_given(config, SimclrSettings), "views": ViewSettings(**views)})
-
-
-def _given(config: PretrainConfig, settings: type) -> dict[str, Any]:
-    """The keys of a dataclass of settings that a config gives a value for."""
-    names = [spec.name for spec in dataclasses.fields(settings) if hasattr(config, spec.name)]
-    return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
 
 
 def run_pretrain(config: Config, run_dir: RunDir) -> dict[str, Any]:
@@ -59,7 +42,7 @@ def run_pretrain(config: Config, run_dir: RunDir) -> dict[str, Any]:
     one_cpu = device == "cuda" and reading == "memory"
     cpus = pretrain.cpus_per_worker or (1 if one_cpu else max(1, num_cpus() // num_workers))
     image_size = pretrain.image_size or proxy_size
-    settings = pretrain_settings(pretrain, image_size)
+    settings = simclr_settings(vars(pretrain), image_size)
     if settings.epochs == 0:
         say("pretrain  no epochs: the encoder stays untrained")
 

@@ -18,7 +18,13 @@ from elfs_ray.methods.self_supervised import (
     check_collapse,
     nt_xent,
 )
-from elfs_ray.methods.self_supervised_training import SimclrSettings, SimclrTrainer, even_batch, shares_of
+from elfs_ray.methods.self_supervised_training import (
+    SimclrSettings,
+    SimclrTrainer,
+    even_batch,
+    shares_of,
+    simclr_settings,
+)
 from elfs_ray.methods.synced_norm import synchronize_batch_norms
 
 SMALL = SimclrSettings(network="small_cnn", epochs=3, batch_size=32, lr=0.4, warmup_epochs=0, hidden_dim=24)
@@ -282,3 +288,21 @@ def test_a_gpu_trains_in_every_precision(precision):
         views = torch.cat([images, images]) + 0.05 * torch.randn(64, 3, 32, 32, device=device)
         losses.append(trainer.step(views, [32], epoch=0, step=step)[1].item())
     assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.parametrize(
+    ("profile", "epochs", "warmup"),
+    [
+        ("gpu", None, 10),
+        ("gpu", 400, 10),
+        ("gpu", 60, 6),
+        ("gpu", 8, 1),
+        ("gpu", 1, 0),
+        ("cpu", None, 1),
+        ("cpu", 0, 0),
+    ],
+)
+def test_a_warm_up_that_is_not_given_leaves_epochs_to_the_cosine(profile, epochs, warmup):
+    keys = {"profile": profile, "epochs": epochs, "warmup_epochs": None}
+    assert simclr_settings(keys, 32).warmup_epochs == warmup
+    assert simclr_settings({**keys, "warmup_epochs": 5}, 32).warmup_epochs == 5

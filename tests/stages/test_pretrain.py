@@ -22,13 +22,13 @@ from elfs_ray.config import Config, ConfigError
 from elfs_ray.methods.dynamics import BatchPlan
 from elfs_ray.methods.encoders import load_encoder
 from elfs_ray.methods.encoders_weights import read_trained_encoder
-from elfs_ray.methods.self_supervised_training import SimclrTrainer
+from elfs_ray.methods.self_supervised_training import SimclrTrainer, simclr_settings
 from elfs_ray.plan import describe_plan
-from elfs_ray.stages.pretrain import pretrain_settings
 from elfs_ray.stages.pretrain_worker import TwoViews, pool_hash, real_views
 from elfs_ray.stages.proxy_reader import InMemoryReader, TrainingPool
 from elfs_ray.storage import filesystem
 from elfs_ray.storage.run_dir import RunDir
+from elfs_ray.storage.run_lock import RunLock
 from tests.tables import contents, digit_images, digits_config, png
 from tests.workers import training_worker_pids
 
@@ -115,7 +115,7 @@ def test_embeddings_are_what_the_file_makes_of_the_copies(undisturbed):
 def test_two_workers_have_the_losses_of_a_plain_loop_over_whole_batches(undisturbed, pool):
     """The tail and the workers' shares are uneven: rows that only fill a batch would be seen here."""
     config = config_of(pool, undisturbed)
-    settings = pretrain_settings(config.pretrain, SIZE)
+    settings = simclr_settings(vars(config.pretrain), SIZE)
     sample_ids = rows(undisturbed, "proxy_images")["sample_id"].to_numpy()
     everything = TrainingPool(sample_ids, np.zeros(NUM_DIGITS, np.int32), np.arange(NUM_DIGITS, dtype=np.int32))
     plan = BatchPlan(NUM_DIGITS, 38)  # 4 batches of at most 40, as even as can be: 38, 38, 38, 36
@@ -205,6 +205,18 @@ def test_the_plan_has_two_more_stages_and_only_where_an_encoder_is_trained(undis
     assert planned(f"embed.weights={undisturbed / ENCODER}") == others
 
 
+def test_days_of_work_on_cpus_are_told_before_they_begin(ray_cluster, pool, tmp_path, capsys):
+    asked = ["pretrain.profile=gpu", "pretrain.network=null", "pretrain.epochs=null", "pretrain.device=cpu"]
+    advice = "will take days on CPUs with pretrain.profile=gpu: pretrain.profile=cpu takes half an hour"
+    plan = describe_plan(config_of(pool, tmp_path, *asked))
+    assert "SimCLR, resnet18, 400 epochs" in plan and advice in plan
+    for given in (asked[1:], [*asked, "pretrain.epochs=2"]):
+        assert advice not in describe_plan(config_of(pool, tmp_path, *given))
+    with RunLock(str(tmp_path), print), pytest.raises(ConfigError, match="written by another driver"):
+        run(pool, tmp_path, *asked)
+    assert f"pretrain  {advice}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("overrides", "needed"),
     [
@@ -261,7 +273,7 @@ def test_a_lost_encoder_comes_back_from_its_checkpoint_without_an_epoch(undistur
 
 def test_rows_that_only_fill_a_batch_are_no_views():
     pool = TrainingPool(np.arange(5), np.zeros(5, np.int32), np.arange(5, dtype=np.int32))
-    views = TwoViews(pretrain_settings(config_of(Path("/no"), Path("/no")).pretrain, SIZE).views, 0, SIZE)
+    views = TwoViews(simclr_settings(vars(config_of(Path("/no"), Path("/no")).pretrain), SIZE).views, 0, SIZE)
     reader = InMemoryReader(pool, digits()[:5], views, BatchPlan(5, 5, rank=0, world_size=2), CPU)
     ((num_real, (batch,)),) = list(reader.steps(0))
     assert (num_real, batch.mask.tolist(), len(batch.inputs)) == (5, [True, True, False], 6)
