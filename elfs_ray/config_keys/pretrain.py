@@ -48,7 +48,7 @@ class PretrainConfig:
     hidden_dim: int | None = option(None, "width of the projector's hidden layer (512)", bounds=POSITIVE)
     projection_dim: int | None = option(None, "width of what the loss compares (128)", bounds=POSITIVE)
     min_crop_area: float | None = option(
-        None, "smallest share of an image that a view shows (0.2)", bounds=Bounds(above=0, at_most=1)
+        None, "smallest share of an image that a view shows (gpu 0.08, cpu 0.2)", bounds=Bounds(above=0, at_most=1)
     )
     color_strength: float | None = option(
         None, "of brightness, contrast, saturation and hue (0.5); 0 keeps colours", bounds=Bounds(at_least=0, at_most=1)

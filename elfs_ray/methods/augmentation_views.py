@@ -29,13 +29,13 @@ _TO_YIQ = np.array([_LUMA, [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]
 
 @dataclass(frozen=True)
 class ViewSettings:
-    """How views differ from their image; the defaults are SimCLR's for small images.
+    """How views differ from their image; the defaults are SimCLR's for CIFAR-10 (appendix B.9).
 
     color_strength s changes brightness, contrast and saturation by factors in 1 ± 0.8 s and turns hue by ± 0.2 s of a
     circle, in 80% of views; grey_probability and blur_probability are shares of views.
     """
 
-    min_crop_area: float = 0.2
+    min_crop_area: float = 0.08
     color_strength: float = 0.5
     grey_probability: float = 0.2
     blur_probability: float = 0.0

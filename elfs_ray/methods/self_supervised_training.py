@@ -33,7 +33,11 @@ _INIT_STREAM = 0x73696D63
 
 @dataclass(frozen=True)
 class SimclrSettings:
-    """Hyperparameters. The defaults are those of published runs of ResNet-18 on CIFAR-10 (NT-Xent at 0.5, SGD)."""
+    """Hyperparameters.
+
+    The defaults are those of lightly's published runs of ResNet-18 on CIFAR-10, whose 200-NN accuracy was 82.8% after
+    200 epochs and 87.5% after 800, with a warm-up and Nesterov's momentum besides.
+    """
 
     network: str = "resnet18"
     epochs: int = 400
@@ -57,6 +61,7 @@ CPU_PROFILE: dict[str, Any] = {
     "lr": 0.3,
     "warmup_epochs": 1,
     "temperature": 0.2,
+    "min_crop_area": 0.2,
 }
 LARGEST_SHARP_SIZE = 64  # pixels: blurring views of smaller images hides what there is
 
@@ -68,13 +73,14 @@ def simclr_settings(keys: Mapping[str, Any], image_size: int) -> SimclrSettings:
     given is a tenth of the epochs at most, or one of several: the rest is for the cosine.
     """
 
-    def given(settings: type) -> dict[str, Any]:
-        names = [spec.name for spec in fields(settings)]
-        return {name: keys[name] for name in names if keys.get(name) is not None}
+    preferred = {"blur_probability": 0.0 if image_size <= LARGEST_SHARP_SIZE else 0.5}
+    preferred |= CPU_PROFILE if keys["profile"] == "cpu" else {}
+    preferred |= {name: value for name, value in keys.items() if value is not None}
 
-    views = {"blur_probability": 0.0 if image_size <= LARGEST_SHARP_SIZE else 0.5} | given(ViewSettings)
-    profile = CPU_PROFILE if keys["profile"] == "cpu" else {}
-    chosen = SimclrSettings(**{**profile, **given(SimclrSettings), "views": ViewSettings(**views)})
+    def of(settings: type) -> dict[str, Any]:
+        return {spec.name: preferred[spec.name] for spec in fields(settings) if spec.name in preferred}
+
+    chosen = SimclrSettings(**of(SimclrSettings), views=ViewSettings(**of(ViewSettings)))
     if keys.get("warmup_epochs") is not None:
         return chosen
     epochs = chosen.epochs

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.multiprocessing import spawn
 
+from elfs_ray.methods.augmentation_views import ViewSettings
 from elfs_ray.methods.proxy_models import PROXY_MODELS, build_backbone
 from elfs_ray.methods.self_supervised import (
     CollapseError,
@@ -233,6 +234,13 @@ def test_a_trainer_that_goes_on_from_its_state_ends_with_the_same_bytes():
     second.step(images_of(8, 1).flatten(0, 1), [8], epoch=0, step=1)
     for name, tensor in whole.state_dict()["model"].items():
         assert tensor.numpy().tobytes() == second.state_dict()["model"][name].numpy().tobytes(), name
+
+
+def test_what_is_given_goes_before_the_profile_and_the_profile_before_the_defaults():
+    assert simclr_settings({"profile": "gpu"}, 32).views == ViewSettings()
+    chosen = simclr_settings({"profile": "cpu", "temperature": 0.1, "flip": False, "lr": None}, 96)
+    assert (chosen.network, chosen.temperature, chosen.lr) == ("small_cnn", 0.1, 0.3)
+    assert chosen.views == ViewSettings(min_crop_area=0.2, blur_probability=0.5, flip=False)
 
 
 def test_the_seed_alone_decides_the_weights_at_the_start():
