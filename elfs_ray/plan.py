@@ -11,11 +11,14 @@ from elfs_ray.storage import schema
 from elfs_ray.storage.run_dir import RunDir
 
 
-def describe_plan(config: Config) -> str:
-    """What `pipeline.run` would do, with counts and resources, after the same checks. Raises ConfigError."""
+def describe_plan(config: Config, pool: PoolCount | None = None) -> str:
+    """What `pipeline.run` would do, with counts and resources, after the same checks. Raises ConfigError.
+
+    pool: the size of a pool that the job itself will write.
+    """
     run_dir = RunDir(config.run_dir)
-    plan = check(config, run_dir)
-    pool = count_pool(config, run_dir, plan)
+    plan = check(config, run_dir, pool)
+    pool = pool or count_pool(config, run_dir, plan)
     devices = find_devices(config.ray_address)
     found = count(pool.num_samples, "image")
     lines = [

@@ -46,8 +46,11 @@ class PlannedStage:
         return self.action in ("rerun", "mend")
 
 
-def check(config: Config, run_dir: RunDir) -> list[PlannedStage]:
-    """Check all that can be known before work starts; the plan. Raises ConfigError."""
+def check(config: Config, run_dir: RunDir, pool: PoolCount | None = None) -> list[PlannedStage]:
+    """Check all that can be known before work starts; the plan. Raises ConfigError.
+
+    pool: its size, where it is not there yet to be counted.
+    """
     try:
         plan = make_plan(config, run_dir)
         refuse_differences(plan, config, run_dir)
@@ -59,7 +62,7 @@ def check(config: Config, run_dir: RunDir) -> list[PlannedStage]:
         check_network("train.network", config.train.network, LINEAR)
         if config.cluster.method == "file" and not filesystem.exists(str(config.cluster.labels_uri)):
             raise ConfigError(f"cluster.labels_uri={config.cluster.labels_uri!r} does not exist")
-        check_size(config, run_dir, plan)
+        check_size(config, run_dir, plan, pool)
     except ConfigError:
         raise
     except (ValueError, OSError) as error:
@@ -144,14 +147,14 @@ def other_writer(stage: Stage, run_dir: RunDir) -> Stage | None:
     return None if found is None or "copy" in found.inputs else other
 
 
-def check_size(config: Config, run_dir: RunDir, plan: list[PlannedStage]) -> None:
+def check_size(config: Config, run_dir: RunDir, plan: list[PlannedStage], pool: PoolCount | None = None) -> None:
     """The checks against the size of the pool, where it is known; stage index makes them otherwise."""
     counted = [stage for stage in ("copy", "embed", "cluster") if is_done(stage, plan)]
     for stage in counted:
         check_counted(config, run_dir, stage)
     if counted:
         return
-    pool = count_pool(config, run_dir, plan)
+    pool = pool or count_pool(config, run_dir, plan)
     if pool.is_exact:
         check_against_pool(config, pool.num_samples)
 

