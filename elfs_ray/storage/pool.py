@@ -26,14 +26,8 @@ from elfs_ray.storage.pool_files import (
     is_image,
     read_file,
 )
-from elfs_ray.storage.pool_parquet import (
-    ROW_URI,
-    check_label_column,
-    find_image_column,
-    list_parquet,
-    open_parquet,
-    read_parquet_rows,
-)
+from elfs_ray.storage.pool_parquet import check_label_column, find_image_column, list_parquet, open_parquet
+from elfs_ray.storage.pool_rows import ROW_URI, read_parquet_rows
 from elfs_ray.storage.pool_tar import MEMBER_URI, list_tar, read_tar_members
 
 __all__ = ["PoolColumns", "Unit", "count_unit", "find_units", "list_unit", "read_images"]
@@ -83,7 +77,8 @@ def count_unit(unit: Unit, columns: PoolColumns) -> int:
 def read_images(uris: list[str], columns: PoolColumns) -> Iterator[bytes | BadImage]:
     """The bytes of each image in turn, or why it cannot be had; samples of one container in a row share its opening.
 
-    Memory: the bytes of the images that one container contributes to `uris`.
+    Memory: one image, and what is read ahead of a Parquet file (see pool_rows); rows that are not in ascending order
+    are held until all that follow one another from that file are read.
     """
     for container, group in groupby(uris, key=_container):
         members = list(group)

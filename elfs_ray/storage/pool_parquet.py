@@ -1,21 +1,14 @@
-"""Pools in Parquet files: a column of image bytes, of Hugging Face image structs, or of uris."""
+"""Pools in Parquet files, listed: a column of image bytes, of Hugging Face image structs, or of uris."""
 
 import os
 import posixpath
-import re
-from collections.abc import Iterator
-from itertools import groupby
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from elfs_ray.credentials import refuse_credentials
 from elfs_ray.storage import filesystem, schema
-from elfs_ray.storage.images import BadImage
-from elfs_ray.storage.pool_files import PoolColumns, Unit, read_file, rejection
-
-ROW_URI = re.compile(r"(?P<container>.*)#row=(?P<row>\d+)", re.DOTALL)
+from elfs_ray.storage.pool_files import PoolColumns, Unit, rejection
 
 
 def list_parquet(unit: Unit, columns: PoolColumns) -> pa.Table:
@@ -28,7 +21,7 @@ def list_parquet(unit: Unit, columns: PoolColumns) -> pa.Table:
             for row, uri in enumerate(given):
                 refuse_credentials(uri or "", f"{unit.uri}, row {row}, column {image_column!r}")
             folder = posixpath.dirname(unit.uri)
-            uris = [None if uri is None else _against(folder, uri) for uri in given]
+            uris = [None if uri is None else against(folder, uri) for uri in given]
         else:
             uris = [f"{unit.uri}#row={row}" for row in range(num_rows)]
         labels = pa.nulls(num_rows, pa.int32()) if columns.label is None else _labels(file, columns.label, unit.uri)
@@ -37,29 +30,17 @@ def list_parquet(unit: Unit, columns: PoolColumns) -> pa.Table:
     return pa.table({schema.URI: pa.array(uris, pa.string()), schema.LABEL: labels})
 
 
-def read_parquet_rows(container: str, rows: list[int], columns: PoolColumns) -> Iterator[bytes | BadImage]:
-    """Rows in the order given; those in ascending order are streamed, others held until all are read."""
-    try:
-        file = open_parquet(container)
-        name = find_image_column(file.schema_arrow, container, columns.image)
-    except ValueError as error:
-        yield from (rejection(error, container) for _ in rows)
-        return
-    with file:
-        ascending = sorted(set(rows))
-        images = _read_ascending_rows(file, name, ascending, container)
-        if rows == ascending:
-            yield from images
-        else:
-            by_row = dict(zip(ascending, images, strict=True))
-            yield from (by_row[row] for row in rows)
+def open_parquet(uri: str, buffer_bytes: int = 0, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
+    """Open a file by its uri. metadata: its footer, where that was read before.
 
-
-def open_parquet(uri: str) -> pq.ParquetFile:
-    """Open a file by its uri. Raises ValueError where it is not Parquet, OSError where it cannot be reached."""
+    A row group is read whole; with `buffer_bytes` in pieces of that size, of each of its columns.
+    Raises ValueError where it is not Parquet, OSError where it cannot be reached.
+    """
     store, path = filesystem.resolve(uri)
     try:
-        return pq.ParquetFile(path, filesystem=store)
+        return pq.ParquetFile(
+            path, filesystem=store, metadata=metadata, buffer_size=buffer_bytes, pre_buffer=not buffer_bytes
+        )
     except (pa.ArrowInvalid, OSError) as error:
         rejection(error, uri)
         raise ValueError(f"{uri} cannot be read as Parquet: {error}. Mend it or move it out of the pool.") from error
@@ -114,59 +95,10 @@ def _read_column(file: pq.ParquetFile, name: str, uri: str) -> pa.ChunkedArray:
         ) from error
 
 
-def _against(folder: str, uri: str) -> str:
+def against(folder: str, uri: str) -> str:
     """A uri that may be relative to a folder. Object stores know no "..", so it is taken out for them."""
     if "://" in uri or os.path.isabs(uri):
         return uri
     scheme, separator, path = folder.rpartition("://")
     joined = posixpath.join(path, uri)
     return scheme + separator + (posixpath.normpath(joined) if separator else joined)
-
-
-def _read_ascending_rows(
-    file: pq.ParquetFile, column: str, rows: list[int], container: str
-) -> Iterator[bytes | BadImage]:
-    """From the row groups that hold them; a group that is broken costs no other group its rows."""
-    ends = np.cumsum([file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)])
-    for group, wanted in groupby(rows, key=lambda row: int(np.searchsorted(ends, row, side="right"))):
-        if group == len(ends):
-            yield from (BadImage(f"{container} has no row {row}") for row in wanted)
-            continue
-        start = int(ends[group]) - file.metadata.row_group(group).num_rows
-        pending = [row - start for row in wanted]
-        num_read = 0
-        try:
-            for value in _read_row_group(file, group, column, pending):
-                yield _image_bytes(value, container)
-                num_read += 1
-        except (pa.ArrowException, OSError) as error:
-            rejection(error, container)
-            reason = f"{container} cannot be read in row group {group}: {error}"
-            yield from (BadImage(reason) for _ in pending[num_read:])
-
-
-def _read_row_group(file: pq.ParquetFile, group: int, column: str, rows: list[int]) -> Iterator[bytes | dict | None]:
-    """The values of a column at ascending rows of one row group."""
-    first = 0
-    pending = iter(rows)
-    row = next(pending, None)
-    for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=[column]):
-        values = batch.column(0)
-        while row is not None and row < first + len(values):
-            yield values[row - first].as_py()
-            row = next(pending, None)
-        first += len(values)
-        if row is None:
-            return
-
-
-def _image_bytes(value: bytes | dict | None, container: str) -> bytes | BadImage:
-    """The bytes behind one Parquet value: bytes, a struct of bytes and path, or null."""
-    if isinstance(value, bytes):
-        return value
-    if isinstance(value, dict):
-        if value.get("bytes") is not None:
-            return value["bytes"]
-        if value.get("path"):
-            return read_file(_against(posixpath.dirname(container), value["path"]))
-    return BadImage("null: the row holds no image")
