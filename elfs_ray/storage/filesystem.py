@@ -77,24 +77,32 @@ def file_size(uri: str) -> int | None:
 def list_files(uri: str, *, recursive: bool = False) -> list[fs.FileInfo]:
     """The files in a folder, sorted by path; none when the folder does not exist.
 
-    Raises ValueError for a local name that is not UTF-8.
+    Memory: about 1 KB a file. Raises ValueError for a local name that is not UTF-8.
     """
     return [info for info in _list(uri, recursive) if info.type == fs.FileType.File]
 
 
 def list_dirs(uri: str) -> list[fs.FileInfo]:
-    """The folders directly in a folder, sorted by path; none when the folder does not exist."""
-    return [info for info in _list(uri, recursive=False) if info.type == fs.FileType.Directory]
+    """The folders directly in a folder, as `list_folder` finds them."""
+    return [info for info in list_folder(uri) if info.type == fs.FileType.Directory]
+
+
+def list_folder(uri: str) -> list[fs.FileInfo]:
+    """The files and folders directly in a folder, sorted by path; none when the folder does not exist.
+
+    Memory: about 1 KB for each; on gs:// for every file below it, as pyarrow lists no folders of names there.
+    """
+    if isinstance(resolve(uri)[0], fs.GcsFileSystem):
+        return _directly_in(resolve(uri)[1], _list(uri, recursive=True))
+    return _list(uri, recursive=False)
 
 
 @explained
 def _list(uri: str, recursive: bool) -> list[fs.FileInfo]:
     filesystem, path = resolve(uri)
-    by_path = isinstance(filesystem, fs.GcsFileSystem)
-    selector = fs.FileSelector(path, recursive=recursive or by_path, allow_not_found=True)
+    selector = fs.FileSelector(path, recursive=recursive, allow_not_found=True)
     try:
-        found = sorted(filesystem.get_file_info(selector), key=lambda info: info.path)
-        return found if recursive or not by_path else _directly_in(path, found)
+        return sorted(filesystem.get_file_info(selector), key=lambda info: info.path)
     except UnicodeDecodeError as error:
         raise ValueError(f"the name of {error.object!r} is not UTF-8, as names of files must be: rename it") from error
 

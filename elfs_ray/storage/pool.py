@@ -8,7 +8,7 @@ worker. The uri of a sample says where its bytes are:
     /pool/train-000.tar#cat/001.jpg?offset=512&size=9  a member of a tar, with the place of its bytes
 """
 
-import posixpath
+from collections import deque
 from collections.abc import Iterator
 from itertools import groupby
 
@@ -22,10 +22,10 @@ from elfs_ray.storage.pool_files import (
     PoolColumns,
     Unit,
     format_of_name,
-    is_hidden,
     is_image,
     read_file,
 )
+from elfs_ray.storage.pool_folder import Folder, count_folder, list_folder
 from elfs_ray.storage.pool_parquet import check_label_column, find_image_column, list_parquet, open_parquet
 from elfs_ray.storage.pool_rows import ROW_URI, read_parquet_rows
 from elfs_ray.storage.pool_tar import MEMBER_URI, list_tar, read_tar_members
@@ -44,9 +44,12 @@ def find_units(pool_uri: str, pool_format: str = "auto") -> list[Unit]:
         raise ValueError(f"pool.uri={pool_uri!r} does not exist: give a folder of images, Parquet files or tars")
     if filesystem.exists(filesystem.join(root, schema.DATASET_FILE)):
         raise ValueError(f"pool.uri={pool_uri!r} holds a benchmark's training and test images: give its folder train")
-    if pool_format == "auto":
-        pool_format = _detect_format(root)
-    units = _folder_units(root) if pool_format == "folder" else _file_units(root, pool_format)
+    if not filesystem.is_dir(root):
+        units = _units_of_file(root, pool_format)
+    else:
+        folder = Folder(root)
+        pool_format = _detect_format(folder) if pool_format == "auto" else pool_format
+        units = _folder_units(folder) if pool_format == "folder" else _file_units(folder, pool_format)
     if not units:
         raise ValueError(f"pool.uri={pool_uri!r} holds no {_describe(pool_format)}: check the path and pool.format")
     return units
@@ -58,14 +61,19 @@ def list_unit(unit: Unit, columns: PoolColumns) -> pa.Table:
     Memory: the unit's uris, no images. Raises ValueError for a broken unit or a missing column.
     """
     if unit.format == "folder":
-        return _list_folder(unit, with_labels=columns.label is not None)
+        return list_folder(unit, with_labels=columns.label is not None)
     if unit.format == "parquet":
         return list_parquet(unit, columns)
     return list_tar(unit, with_labels=columns.label is not None)
 
 
 def count_unit(unit: Unit, columns: PoolColumns) -> int:
-    """The number of samples in a unit, from a Parquet footer where that is enough."""
+    """The number of samples in a unit, from a Parquet footer where that is enough.
+
+    Memory: nothing that grows for Parquet and local folders, else the unit's listing.
+    """
+    if unit.format == "folder":
+        return count_folder(unit)
     if unit.format == "parquet":
         with open_parquet(unit.uri) as file:
             find_image_column(file.schema_arrow, unit.uri, columns.image)
@@ -90,22 +98,20 @@ def read_images(uris: list[str], columns: PoolColumns) -> Iterator[bytes | BadIm
             yield from read_tar_members(container, members)
 
 
-def _detect_format(root: str) -> str:
-    """Tell the format from the first file that has one's extension, breadth first."""
-    if not filesystem.is_dir(root):
-        return format_of_name(root) or _unknown_format(root)
-    queue = [root]
+def _detect_format(root: Folder) -> str:
+    """Tell the format from the first file that has one's extension, breadth first and by name."""
+    queue = deque([root])
     while queue:
-        folder = queue.pop(0)
-        for info in filesystem.list_files(folder):
-            if not is_hidden(info.base_name) and (found := format_of_name(info.base_name)):
-                return found
-        queue.extend(
-            filesystem.join(folder, info.base_name)
-            for info in filesystem.list_dirs(folder)
-            if not is_hidden(info.base_name)
-        )
-    return _unknown_format(root)
+        folder, dirs, first = queue.popleft(), [], ""
+        for name, is_dir in folder.entries():
+            if is_dir:
+                dirs.append(name)
+            elif format_of_name(name):
+                first = min(first or name, name)
+        if found := format_of_name(first):
+            return found
+        queue.extend(folder.child(name) for name in sorted(dirs))
+    return _unknown_format(root.uri)
 
 
 def _unknown_format(root: str) -> str:
@@ -119,43 +125,36 @@ def _describe(pool_format: str) -> str:
     return {"folder": "images", "parquet": ".parquet files", "webdataset": ".tar files"}[pool_format]
 
 
-def _folder_units(root: str) -> list[Unit]:
+def _folder_units(folder: Folder) -> list[Unit]:
     """One unit for each folder at the first level that has several, one for the files beside them."""
-    if not filesystem.is_dir(root):
-        raise ValueError(f"pool.uri={root!r} is one file: give the folder that holds the images")
     while True:
-        dirs = [info for info in filesystem.list_dirs(root) if not is_hidden(info.base_name)]
-        files = [info for info in filesystem.list_files(root) if is_image(info.base_name)]
-        if len(dirs) == 1 and not files:
-            root = filesystem.join(root, dirs[0].base_name)
+        dirs, has_images = [], False
+        for name, is_dir in folder.entries():
+            if is_dir:
+                dirs.append(name)
+            else:
+                has_images = has_images or is_image(name)
+        if len(dirs) == 1 and not has_images:
+            folder = folder.child(dirs[0])
             continue
-        units = [Unit("folder", filesystem.join(root, info.base_name)) for info in dirs]
-        if files:
-            units.append(Unit("folder", root, recursive=False))
+        units = [Unit("folder", filesystem.join(folder.uri, name)) for name in dirs]
+        if has_images:
+            units.append(Unit("folder", folder.uri, recursive=False))
         return sorted(units, key=lambda unit: unit.uri)
 
 
-def _file_units(root: str, pool_format: str) -> list[Unit]:
-    extension = UNIT_EXTENSION[pool_format]
-    if not filesystem.is_dir(root):
-        return [Unit(pool_format, root)] if root.lower().endswith(extension) else []
-    files = _walk(root, recursive=True)
-    return [Unit(pool_format, uri) for uri, name in files if name.lower().endswith(extension)]
+def _file_units(folder: Folder, pool_format: str) -> list[Unit]:
+    names = sorted(name for name in folder.walk() if name.lower().endswith(UNIT_EXTENSION[pool_format]))
+    return [Unit(pool_format, filesystem.join(folder.uri, name)) for name in names]
 
 
-def _walk(root: str, recursive: bool) -> Iterator[tuple[str, str]]:
-    """(uri, name relative to root) of every file that is not hidden, sorted by path."""
-    _, root_path = filesystem.resolve(root)
-    for info in filesystem.list_files(root, recursive=recursive):
-        relative = posixpath.relpath(info.path, root_path)
-        if not any(is_hidden(part) for part in relative.split("/")):
-            yield filesystem.join(root, relative), relative
-
-
-def _list_folder(unit: Unit, with_labels: bool) -> pa.Table:
-    uris = [uri for uri, name in _walk(unit.uri, unit.recursive) if is_image(name)]
-    labels = [posixpath.basename(posixpath.dirname(uri)) if with_labels else None for uri in uris]
-    return pa.table({schema.URI: pa.array(uris, pa.string()), schema.LABEL: pa.array(labels, pa.string())})
+def _units_of_file(root: str, pool_format: str) -> list[Unit]:
+    """A pool that is one file."""
+    if pool_format == "auto":
+        pool_format = format_of_name(root) or _unknown_format(root)
+    if pool_format == "folder":
+        raise ValueError(f"pool.uri={root!r} is one file: give the folder that holds the images")
+    return [Unit(pool_format, root)] if root.lower().endswith(UNIT_EXTENSION[pool_format]) else []
 
 
 def _container(uri: str) -> str | None:
