@@ -4,7 +4,12 @@ Reads   the pool's listing (Parquet footers, tar headers, folders), no image
 Writes  index/ (sample_id, uri, label), one file for each 65,536 ids
 
 Ids are dense, 0..N-1, in the order of the sorted listing. Each unit of the pool (a folder, a Parquet file, a tar) is
-listed by a Ray task into index/_units/, so that the driver keeps one count a unit and no names.
+listed by a Ray task into index/_units/.
+
+Memory: of a task, the listing of one unit, about 600 bytes for each of its samples (1.2 KB of a folder in a bucket): a
+pool of many millions should have several folders or files. The driver keeps the name and the count of each unit, and
+no samples; but while it looks for the units of a folder pool in a bucket, about 1 KB for each file that lies beside
+them (on gs://, for every file of the pool: see storage/pool_folder.py).
 """
 
 from typing import Any
@@ -77,8 +82,7 @@ def _write_part(run_dir: RunDir, first: int, end: int, ends: np.ndarray, label_n
             break
         if unit_end > unit_first:
             start = max(first - unit_first, 0)
-            piece = filesystem.read_table(_unit_file(run_dir, position))
-            pieces.append(piece.slice(start, min(end, unit_end) - unit_first - start))
+            pieces.append(filesystem.read_slice(_unit_file(run_dir, position), start, min(end, unit_end) - unit_first))
     listed = pa.concat_tables(pieces)
     labels = listed[schema.LABEL]
     if pa.types.is_string(labels.type):

@@ -11,6 +11,7 @@ import re
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from typing import Any
 
 import pyarrow as pa
@@ -146,6 +147,18 @@ def read_range(uri: str, column: str, first: int, last: int) -> pa.Table:
     return pq.read_table(path, filesystem=filesystem, partitioning=None, filters=condition)
 
 
+@explained
+def read_slice(uri: str, first: int, end: int) -> pa.Table:
+    """The rows first..end-1 of a Parquet file, counted from 0, from the row groups that hold them."""
+    with open_parquet(uri) as file:
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        starts = [0, *accumulate(sizes)]
+        groups = [group for group, size in enumerate(sizes) if starts[group] < end and starts[group] + size > first]
+        if not groups:
+            return file.schema_arrow.empty_table()
+        return file.read_row_groups(groups).slice(first - starts[groups[0]], end - first)
+
+
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a file whole or not at all, making its folder where there is none."""
     with open_atomic(uri) as sink:
@@ -229,7 +242,10 @@ def delete_half_written(uri: str) -> int:
 
 @contextlib.contextmanager
 def open_atomic(uri: str) -> Iterator[Any]:
-    """A binary file to write to, which appears under its name, with its folders, once the block ends without error."""
+    """A binary file to write to, which appears under its name, with its folders, once the block ends without error.
+
+    Memory: none of a local file, an object's bytes until it is uploaded.
+    """
     filesystem, path = resolve(uri)
     if not isinstance(filesystem, fs.LocalFileSystem):
         # Buffered, so that a failure half-way uploads nothing.
@@ -249,3 +265,18 @@ def open_atomic(uri: str) -> Iterator[Any]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+@contextlib.contextmanager
+def open_atomic_on_disk(uri: str) -> Iterator[Any]:
+    """`open_atomic` for a file of any size: until its upload, an object lies in this machine's temporary folder."""
+    filesystem, path = resolve(uri)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        with open_atomic(uri) as sink:
+            yield sink
+        return
+    with tempfile.NamedTemporaryFile() as file:
+        yield file
+        file.flush()
+        with pa.memory_map(file.name) as whole:
+            upload(uri, whole.read_buffer(), filesystem, path)

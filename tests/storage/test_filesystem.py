@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -32,15 +33,25 @@ def test_a_written_file_is_read_back_and_its_folders_are_made(root):
     assert filesystem.read_bytes(uri) == b"other"
 
 
-def test_a_writer_that_fails_leaves_nothing_and_what_was_there_stays(root):
+@pytest.mark.parametrize("opened", [filesystem.open_atomic, filesystem.open_atomic_on_disk])
+def test_a_writer_that_fails_leaves_nothing_and_what_was_there_stays(root, opened):
     new, old = filesystem.join(root, "new"), filesystem.join(root, "old")
     filesystem.write_bytes(old, b"before")
     for uri in (new, old):
-        with pytest.raises(RuntimeError, match="half-way"), filesystem.open_atomic(uri) as sink:
+        with pytest.raises(RuntimeError, match="half-way"), opened(uri) as sink:
             sink.write(b"half")
             raise RuntimeError("half-way")
     assert [info.base_name for info in filesystem.list_files(root)] == ["old"]
     assert filesystem.read_bytes(old) == b"before"
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 6 << 20])
+def test_a_file_gathered_on_disk_is_read_back(root, num_bytes):
+    uri, data = filesystem.join(root, "a", "file.bin"), os.urandom(num_bytes)
+    with filesystem.open_atomic_on_disk(uri) as sink:
+        sink.write(data[: num_bytes // 2])
+        sink.write(data[num_bytes // 2 :])
+    assert filesystem.read_bytes(uri) == data
 
 
 def test_a_writer_that_is_killed_leaves_no_file_of_that_name(tmp_path):
@@ -136,3 +147,24 @@ def test_a_name_that_is_not_utf8_is_an_error_that_shows_it(tmp_path):
         pass
     with pytest.raises(ValueError, match=r"caf\\xe9.jpg.*not UTF-8.*rename it"):
         filesystem.list_files(str(tmp_path))
+
+
+@pytest.mark.parametrize("first_and_end", [(0, 1), (65_535, 65_537), (65_536, 131_072), (131_000, 131_082), (5, 5)])
+def test_a_slice_of_rows_is_that_of_the_whole_table(root, first_and_end):
+    uri = filesystem.join(root, "part.parquet")
+    whole = table(2 * filesystem.ROWS_PER_GROUP + 10)
+    filesystem.write_table(uri, whole)
+    first, end = first_and_end
+    assert filesystem.read_slice(uri, first, end).equals(whole.slice(first, end - first))
+
+
+def test_a_slice_of_rows_costs_the_row_groups_that_hold_them(tmp_path):
+    def bytes_read() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    uri = str(tmp_path / "part.parquet")
+    noise = np.random.default_rng(0).integers(0, 2**62, 10 * filesystem.ROWS_PER_GROUP)
+    filesystem.write_table(uri, pa.table({"noise": noise}))
+    before = bytes_read()
+    filesystem.read_slice(uri, 5 * filesystem.ROWS_PER_GROUP, 6 * filesystem.ROWS_PER_GROUP)
+    assert bytes_read() - before < 0.2 * noise.nbytes
