@@ -1,8 +1,11 @@
 """Writes coresets: one pass over the scored pool collects the samples of all of them, one task sorts and writes a file.
 
-What is kept goes through the object store, about 40 bytes and a uri a sample, never through the driver.
+What is kept goes through the object store, about 40 bytes and a uri a sample, never through the driver. The text file
+beside a coreset is written by one task, 65,536 uris at a time; for a bucket it stands in that machine's folder for
+temporary files until it is whole.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +23,8 @@ from elfs_ray.storage.run_dir import RunDir
 
 NUM_EXAMPLES = 100
 KEY = "key"
+TEXT_ROWS = 65_536
+_TO_ESCAPE = re.compile("[\n\r]|%0A|%0D|%25")
 
 
 class _Ends(NamedTuple):
@@ -53,8 +58,8 @@ def write_coresets(run_dir: RunDir, pool: ScoredPool, selections: Mapping[str, S
             shown[table][part] = examples
             progress.advance(tasks[position][3] - tasks[position][2])
     ends = _join_ends([ray.get(pieces[0]) for pieces in collected])
-    for table in selections:
-        _write_text(run_dir, table)
+    for _ in run_tasks(_write_text, [(run_dir, table) for table in selections]):
+        pass
     return {
         table: _figures(pool, selection, [row for rows in shown[table] for row in rows], own_ends)
         for (table, selection), own_ends in zip(selections.items(), ends, strict=True)
@@ -178,14 +183,20 @@ def _write_part(
 
 def _write_text(run_dir: RunDir, table: str) -> None:
     """The text file beside a coreset: one uri a line, hardest first."""
-    with filesystem.open_atomic(run_dir.path(schema.coreset_text_file(table))) as sink:
-        for rows in run_dir.read_table(table, columns=[schema.URI]):
-            lines = [escape_line_breaks(uri) for uri in rows[schema.URI].to_pylist()]
-            sink.write(("\n".join(lines) + "\n").encode())
+    with filesystem.open_atomic_on_disk(run_dir.path(schema.coreset_text_file(table))) as sink:
+        for path in run_dir.table_files(table):
+            with filesystem.open_parquet(path) as file:
+                for rows in file.iter_batches(TEXT_ROWS, columns=[schema.URI]):
+                    lines = [escape_line_breaks(uri) for uri in rows.column(0).to_pylist()]
+                    sink.write(("\n".join(lines) + "\n").encode())
 
 
 def escape_line_breaks(uri: str) -> str:
-    """A uri that fits on one line: unchanged unless it holds a line break, then percent-encoded where it must be."""
-    if "\n" not in uri and "\r" not in uri:
+    """A uri that fits on one line, and no other uri's line.
+
+    It is unchanged unless it holds a line break, %0A, %0D or %25; then % becomes %25, and line breaks %0A and %0D.
+    Replacing %0A, %0D and %25 in a line, in this order, gives the uri.
+    """
+    if not _TO_ESCAPE.search(uri):
         return uri
     return uri.replace("%", "%25").replace("\n", "%0A").replace("\r", "%0D")

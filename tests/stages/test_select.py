@@ -1,5 +1,6 @@
 """select against NumPy: the scores' formulas and double-end pruning written out."""
 
+import itertools
 from fractions import Fraction
 
 import numpy as np
@@ -8,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from elfs_ray.methods import geometry, pruning
-from elfs_ray.stages import select, select_pool, select_windows
+from elfs_ray.stages import select, select_coreset, select_pool, select_windows
 from elfs_ray.stages.select_coreset import escape_line_breaks, write_coresets
 from elfs_ray.stages.select_pool import ScoredPool
 from elfs_ray.stages.select_windows import Budget, choose
@@ -97,7 +98,29 @@ def test_missing_records_are_an_error_that_names_the_samples(ray_cluster, tmp_pa
 
 def test_line_breaks_in_names_are_escaped_so_that_a_uri_stays_on_its_line():
     assert escape_line_breaks("/pool/50% off.png") == "/pool/50% off.png"
+    assert escape_line_breaks("https://host/a%20b.png") == "https://host/a%20b.png"
     assert escape_line_breaks("/pool/a\nb%.png") == "/pool/a%0Ab%25.png"
+
+
+def test_the_uri_of_a_line_is_known_whatever_it_holds():
+    parts = ("a", "\n", "\r", "%", "%0A", "%0D", "%25", "0A", "25")
+    uris = {"".join(chosen) for length in range(5) for chosen in itertools.product(parts, repeat=length)}
+    for uri in uris:
+        line = escape_line_breaks(uri)
+        assert not {"\n", "\r"} & set(line)
+        assert line.replace("%0A", "\n").replace("%0D", "\r").replace("%25", "%") == uri
+
+
+@pytest.mark.parametrize("in_bucket", [False, True])
+def test_the_text_of_a_coreset_has_the_uris_of_all_its_files_in_order(request, tmp_path, monkeypatch, in_bucket):
+    monkeypatch.setattr(select_coreset, "TEXT_ROWS", 7)
+    run_dir = RunDir(request.getfixturevalue("s3_bucket") if in_bucket else tmp_path)
+    uris = [f"/pool/{number}.png" for number in range(50)]
+    for first in (0, 20):
+        path = run_dir.path("coreset", schema.range_file(first, first + 19))
+        filesystem.write_table(path, pa.table({"uri": uris[first : first + 20]}))
+    select_coreset._write_text(run_dir, "coreset")
+    assert filesystem.read_bytes(run_dir.path("coreset.txt")).decode() == "".join(f"{uri}\n" for uri in uris[:40])
 
 
 LABELS = digit_images(1003)[1]
