@@ -14,7 +14,6 @@ images are embedded as they are, and nothing is decoded at full size again.
 """
 
 import contextlib
-import io
 import json
 import logging
 from collections.abc import Iterator
@@ -47,7 +46,7 @@ from elfs_ray.stages.embed_blocks import (
     write_rejected,
 )
 from elfs_ray.storage import filesystem, schema
-from elfs_ray.storage.images import resize_center_crop
+from elfs_ray.storage.images import open_proxy_image, resize_center_crop
 from elfs_ray.storage.run_dir import RunDir
 
 MAX_INPUT_BLOCKS = 4096
@@ -195,12 +194,22 @@ def _read_copies(batch: dict[str, Any], job: EmbedJob) -> dict[str, Any]:
     torch.set_num_threads(1)
     first, last = int(batch["first"][0]), int(batch["last"][0])
     name, shape = schema.range_file(first, last), job.shape
-    copies = filesystem.read_table(job.run_dir.path(schema.PROXY_IMAGES, name))
-    encoded = (copy.as_py() for copy in copies[schema.IMAGE])
-    pixels = [_pixels(Image.open(io.BytesIO(data)).convert("RGB"), shape) for data in encoded]
+    path = job.run_dir.path(schema.PROXY_IMAGES, name)
+    copies = filesystem.read_table(path)
+    sample_ids = copies[schema.SAMPLE_ID].to_pylist()
+    pixels = []
+    for sample_id, copy in zip(sample_ids, copies[schema.IMAGE], strict=True):
+        try:
+            image = open_proxy_image(copy.as_py())
+        except Exception as error:  # as of Pillow's decoders in decode_image
+            raise ValueError(
+                f"the copy of sample_id {sample_id} in {path} cannot be decoded: {type(error).__name__}: {error}. "
+                "Delete that file and run again with on_change=rerun: stage copy makes it anew."
+            ) from error
+        pixels.append(_pixels(image, shape))
     path = rejected_by_copy(job.run_dir, name)
     rejected = filesystem.read_table(path).to_pylist() if filesystem.exists(path) else []
-    return _pack(first, last, shape.crop, copies[schema.SAMPLE_ID].to_pylist(), pixels, rejected)
+    return _pack(first, last, shape.crop, sample_ids, pixels, rejected)
 
 
 def _pixels(image: Image.Image, shape: EncoderInput) -> np.ndarray:

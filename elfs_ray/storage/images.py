@@ -7,7 +7,7 @@ with a reason that a person can read in rejected/.
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -22,6 +22,7 @@ INTERPOLATIONS = {
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
 LOSSLESS_MAX_SIZE = 64
 MAX_PROXY_ASPECT = 4.0
+STRIP_PIXELS = 1 << 20
 
 
 class BadImage(ValueError):
@@ -32,8 +33,10 @@ def decode_image(data: bytes, *, max_pixels: int, min_size: int = 1) -> Image.Im
     """Decode an image file to 8-bit RGB, upright, its first frame if it has several.
 
     A JPEG much larger than `min_size` (pixels of its short side) is decoded at a half, quarter or eighth of its size,
-    never below twice `min_size`. Transparent pixels are put on white; 16-bit grey is scaled to 8 bit. Memory: about
-    7 bytes a pixel of the decoded image, at most `max_pixels` of them. Raises BadImage.
+    never below twice `min_size`. Transparent pixels are put on white; 16-bit grey is scaled to 8 bit. Raises BadImage.
+
+    Memory, for each of at most `max_pixels` decoded pixels: 4 bytes of RGB, and while it is decoded 9 at most of any
+    other kind of pixels or to turn it; but of a progressive JPEG 10, of AVIF 10, of WEBP 16, of JPEG 2000 25.
     """
     if not data:
         raise BadImage("empty file (0 bytes)")
@@ -44,7 +47,8 @@ def decode_image(data: bytes, *, max_pixels: int, min_size: int = 1) -> Image.Im
             if width * height > max_pixels:
                 raise BadImage(f"{width}x{height} pixels, more than embed.max_image_pixels={max_pixels}")
             image.draft(None, (2 * min_size, 2 * min_size))
-            return _to_rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)  # without a copy where there is nothing to turn
+            return _to_rgb(image)
     except BadImage:
         raise
     except Image.UnidentifiedImageError as error:
@@ -91,15 +95,21 @@ def encode_proxy_image(image: Image.Image, *, short_side: int, jpeg_quality: int
         )
     buffer = io.BytesIO()
     if short_side <= LOSSLESS_MAX_SIZE:
-        image.save(buffer, "PNG", compress_level=1)
+        # Pillow would add the original's colour profile, which can be a hundred times the pixels.
+        image.save(buffer, "PNG", compress_level=1, icc_profile=None)
     else:
         image.save(buffer, "JPEG", quality=jpeg_quality)
     return buffer.getvalue()
 
 
+def open_proxy_image(data: bytes) -> Image.Image:
+    """Decode what `encode_proxy_image` wrote. Raises what Pillow raises of damaged bytes: OSError and others."""
+    return Image.open(io.BytesIO(data), formats=("PNG", "JPEG")).convert("RGB")
+
+
 def decode_proxy_image(data: bytes, size: int | None = None) -> np.ndarray:
     """Decode what `encode_proxy_image` wrote: (h, w, 3) uint8, or its centre square (size, size, 3)."""
-    pixels = np.asarray(Image.open(io.BytesIO(data), formats=("PNG", "JPEG")).convert("RGB"), dtype=np.uint8)
+    pixels = np.asarray(open_proxy_image(data), dtype=np.uint8)
     if size is None:
         return pixels
     top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
@@ -122,14 +132,33 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image.load()
         return image
     if image.mode.startswith("I"):
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise BadImage(f"{image.mode} pixels outside 0..65535 have no known white; convert to 8 or 16 bit")
-        return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
+        return _by_strips(image, _scale_grey)
     if image.mode == "F":
         raise BadImage("floating-point pixels have no known white; convert to 8 or 16 bit")
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
+        return _by_strips(image, _put_on_white)
     return image.convert("RGB")
+
+
+def _by_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """An image brought to RGB by a function of its pixels, some rows at a time: what lies between takes no memory."""
+    width, height = image.size
+    rows = max(1, STRIP_PIXELS // width)
+    converted = Image.new("RGB", image.size)
+    for top in range(0, height, rows):
+        strip = image.crop((0, top, width, min(top + rows, height)))
+        converted.paste(convert(strip), (0, top))
+    return converted
+
+
+def _scale_grey(image: Image.Image) -> Image.Image:
+    """16-bit grey as 8-bit RGB."""
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 65535:
+        raise BadImage(f"{image.mode} pixels outside 0..65535 have no known white; convert to 8 or 16 bit")
+    return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
+
+
+def _put_on_white(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -350,3 +350,15 @@ def test_an_encoder_on_a_gpu_gives_what_one_on_a_cpu_does_but_for_rounding(pool,
     cosines = (np.stack(cpu["embedding"].to_numpy()) * np.stack(cuda["embedding"].to_numpy())).sum(1, dtype=np.float64)
     assert cosines.min() > 0.995
     assert contents(tmp_path / "cpu", *TABLES[1:]) == contents(tmp_path / "cuda", *TABLES[1:])
+
+
+@pytest.mark.parametrize("broken", [b"", b"not an image", None])
+def test_a_damaged_copy_is_an_error_that_names_it_and_says_what_to_do(pool, tmp_path, broken):
+    """Of a run whose encoder was trained on its copies; None: a whole image of a format that no copy has."""
+    config, run_dir = settings(pool[0], tmp_path), RunDir(tmp_path)
+    gif = encode(Image.new("RGB", (SIZE, SIZE)), "GIF")
+    copies = [encode(Image.new("RGB", (SIZE, SIZE), "red"), "PNG"), gif if broken is None else broken]
+    embed_blocks.write_proxy_images(run_dir, schema.range_file(0, 1), [0, 1], copies)
+    batch = {"first": np.array([0]), "last": np.array([1])}
+    with pytest.raises(ValueError, match=r"copy of sample_id 1 in .*part-0.* cannot be decoded.*on_change=rerun"):
+        embed._read_copies(batch, embed.make_job(config, run_dir))

@@ -2,6 +2,8 @@
 
 import io
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from elfs_ray.storage import images
 from elfs_ray.storage.images import (
     BadImage,
     decode_image,
@@ -275,3 +278,46 @@ def test_a_proxy_image_is_the_resized_image_lossless_when_small(photographs, sho
     assert mean_difference(np.asarray(proxy), np.asarray(expected)) < tolerance
     left, top = (proxy.width - 20) // 2, (short_side - 20) // 2
     np.testing.assert_array_equal(decode_proxy_image(data, 20), np.asarray(proxy)[top : top + 20, left : left + 20])
+
+
+def test_a_copy_has_no_colour_profile_whatever_the_size_of_the_originals(photographs):
+    for mode in ("RGB", "CMYK"):
+        image = decode_image(
+            encode(photographs[0].convert(mode), "JPEG", icc_profile=b"p" * 50_000), max_pixels=NO_LIMIT
+        )
+        for short_side in (32, 96):
+            copy = Image.open(io.BytesIO(encode_proxy_image(image, short_side=short_side, jpeg_quality=92)))
+            assert "icc_profile" not in copy.info
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+def test_an_image_brought_to_rgb_in_strips_is_as_one_brought_to_rgb_at_once(photographs, monkeypatch, rows):
+    monkeypatch.setattr(images, "STRIP_PIXELS", rows * 640)
+    opaque = photographs[0].resize((640, 100))
+    alpha = Image.linear_gradient("L").resize(opaque.size)
+    transparent = opaque.copy()
+    transparent.putalpha(alpha)
+    white = Image.new("RGBA", opaque.size, "white")
+    expected = Image.alpha_composite(white, transparent).convert("RGB")
+    np.testing.assert_array_equal(decode(encode(transparent)), np.asarray(expected))
+    deep = np.asarray(opaque.convert("L")).astype(np.uint16) * 257
+    np.testing.assert_array_equal(decode(encode(Image.fromarray(deep)))[..., 1], deep // 257)
+
+
+@pytest.mark.parametrize(
+    ("mode", "form", "bytes_a_pixel"),
+    [("RGB", "PNG", 6), ("RGBA", "PNG", 11), ("LA", "PNG", 11), ("CMYK", "JPEG", 10), ("I", "TIFF", 11)],
+)
+def test_decoding_takes_no_more_memory_than_is_said(tmp_path, mode, form, bytes_a_pixel):
+    """In a process of its own, whose peak is measured."""
+    Image.new("RGB", (3000, 3000), "red").convert("L" if mode == "I" else mode).convert(mode).save(tmp_path / "x", form)
+    script = (
+        "import io, sys; from PIL import Image; from elfs_ray.storage.images import decode_image\n"
+        "def peak(): return int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])\n"
+        "small = io.BytesIO(); Image.new(sys.argv[2], (9, 9)).save(small, sys.argv[3])\n"
+        "decode_image(small.getvalue(), max_pixels=10**9); data = open(sys.argv[1], 'rb').read(); before = peak()\n"
+        "decode_image(data, max_pixels=10**9, min_size=3000); print(peak() - before)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "x"), mode, form]
+    kilobytes = int(subprocess.run(command, capture_output=True, text=True, timeout=100, check=True).stdout)
+    assert kilobytes * 1024 < bytes_a_pixel * 3000 * 3000
