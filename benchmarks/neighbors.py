@@ -23,7 +23,8 @@ from threadpoolctl import threadpool_limits
 
 from elfs_ray.methods.kmeans import kmeans
 from elfs_ray.methods.kmeans_points import ArrayPoints
-from elfs_ray.methods.neighbors import InvertedFile, Neighbors, nearest_neighbors, recall
+from elfs_ray.methods.neighbors import Neighbors, nearest_neighbors, recall
+from elfs_ray.methods.neighbors_inverted import InvertedFile, merge_neighbors, search_lists
 from elfs_ray.ray_runtime import connect
 from elfs_ray.stages.cluster_neighbors import run_neighbors
 from elfs_ray.storage import filesystem, schema
@@ -91,20 +92,24 @@ def measure_inverted_file(points: np.ndarray, rounds: int) -> None:
     """Looking into as few lists as find 95% of the exact neighbours, beside the exact search; two threads."""
     ids = np.arange(len(points))
     lists = kmeans(ArrayPoints(points, ids), 4 * round(len(points) ** 0.5), seed=0, max_iterations=10).centroids
-    index = InvertedFile(lists)
-    index.add(points, ids)
+    index = InvertedFile(lists, points, ids)
+
+    def search(nprobe: int) -> Neighbors:
+        def ask(queries: np.ndarray, query_ids: np.ndarray, probed: np.ndarray) -> Neighbors:
+            return merge_neighbors([index.search(queries, query_ids, probed, K)])
+
+        return search_lists(ask, points, ids, lists, nprobe)
+
     exact = nearest_neighbors(points, ids, [(points, ids)], K)
-    found: Neighbors
     nprobe, share = 1, 0.0
     while True:
-        found = index.search(points, ids, K, nprobe=nprobe)
-        share = recall(found.neighbor_ids, exact.neighbor_ids)
+        share = recall(search(nprobe).neighbor_ids, exact.neighbor_ids)
         if share >= MIN_RECALL or nprobe >= len(lists):
             break
         nprobe *= 2
     seconds = take_turns(
         {
-            "ivf": lambda: index.search(points, ids, K, nprobe=nprobe),
+            "ivf": lambda: search(nprobe),
             "exact": lambda: nearest_neighbors(points, ids, [(points, ids)], K),
         },
         rounds,

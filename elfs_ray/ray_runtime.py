@@ -147,7 +147,7 @@ def resolve_device(device: str, key: str) -> str:
 
 
 def run_tasks(
-    function: Callable[..., Any], arguments: Iterable[tuple], *, num_gpus_each: float = 0, num_cpus_each: int = 1
+    function: Callable[..., Any], arguments: Iterable[tuple], *, num_gpus_each: float = 0, num_cpus_each: float = 1
 ) -> Iterator[tuple[int, Any]]:
     """Run `function(*arguments)` as Ray tasks, a few for each CPU in flight; yield (position, result) as they end.
 

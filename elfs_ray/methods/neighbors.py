@@ -1,14 +1,13 @@
-"""The k nearest neighbours by cosine similarity: exact over shards, or through an inverted file for huge pools on CPUs.
+"""The k nearest neighbours by cosine similarity, exact over shards.
 
 The similarity is the dot product of the unit-length float16 embeddings as they are stored, which float64 holds exactly
 (exact_arithmetic.py). A fast product with a proven error sorts out what cannot be a neighbour; what may be one is
 compared exactly. The order is therefore that of a brute-force search in float64, with ties by sample_id.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import faiss
 import numpy as np
 import torch
 
@@ -22,11 +21,10 @@ from elfs_ray.methods.exact_arithmetic import (
 )
 from elfs_ray.methods.workspace import Workspace
 
-_NO_ID = torch.iinfo(torch.int64).max
+NO_ID = torch.iinfo(torch.int64).max
 # Queries and points of a product. On a CPU rows of a power of two of numbers compete for the same lines of the cache.
 _BLOCKS = {"cpu": (1024, 8064), "cuda": (4096, 65536)}
 _GROUP = 8
-_ADD_ROWS = 65536
 
 
 @dataclass(frozen=True)
@@ -62,12 +60,12 @@ def nearest_neighbors(
     query_id_tensor = torch.from_numpy(query_ids.copy()).to(where)
     blocks = [slice(start, start + query_rows) for start in range(0, len(queries), query_rows)]
     space = Workspace(where)
-    lists = [_TopLists(query_tensor[block], query_id_tensor[block], k, space) for block in blocks]
+    lists = [TopLists(query_tensor[block], query_id_tensor[block], k, space) for block in blocks]
     num_points = 0
     for embeddings, sample_ids in shards:
         points = embeddings_to_device(embeddings, sample_ids, where)
         ids = torch.from_numpy(sample_ids.copy()).to(where)
-        for block in _point_blocks(len(points), point_rows):
+        for block in point_blocks(len(points), point_rows):
             offered = points[block] if where.type == "cuda" else space.copy("points", points[block], torch.float32)
             for top in lists:
                 top.offer(offered, ids[block])
@@ -82,7 +80,7 @@ def nearest_neighbors(
     )
 
 
-def _point_blocks(num_points: int, largest: int) -> Iterator[slice]:
+def point_blocks(num_points: int, largest: int) -> Iterator[slice]:
     """Blocks of points; all but the last few points in blocks of a whole number of groups."""
     whole = num_points - num_points % _GROUP
     for start in range(0, whole, largest):
@@ -91,7 +89,7 @@ def _point_blocks(num_points: int, largest: int) -> Iterator[slice]:
         yield slice(whole, num_points)
 
 
-class _TopLists:
+class TopLists:
     """The best k of what a block of queries was offered: similarity (m, k) float64, exact, and ids (m, k) int64."""
 
     def __init__(self, queries: torch.Tensor, query_ids: torch.Tensor, k: int, space: Workspace):
@@ -100,24 +98,28 @@ class _TopLists:
         self._space = space
         self._error = MAX_NORM**2 * product_error(queries.shape[1], queries.device)
         self.similarity = torch.full((len(queries), k), -torch.inf, dtype=torch.float64, device=queries.device)
-        self.ids = torch.full((len(queries), k), _NO_ID, dtype=torch.int64, device=queries.device)
+        self.ids = torch.full((len(queries), k), NO_ID, dtype=torch.int64, device=queries.device)
 
-    def offer(self, points: torch.Tensor, ids: torch.Tensor) -> None:
-        """Take what belongs in the lists from points (p, d), float16 or float16 numbers as float32, with ids (p,)."""
-        queries = self._queries
+    def offer(self, points: torch.Tensor, ids: torch.Tensor, takers: slice | torch.Tensor = slice(None)) -> None:
+        """Take what belongs in the lists from points (p, d), float16 or float16 numbers as float32, with ids (p,).
+
+        takers: the queries that are offered them, a slice or ascending positions; all by default.
+        """
+        queries, lowest = self._queries[takers], self.similarity[takers, -1]
         if points.dtype == torch.float32:
             queries = self._space.copy("queries", queries, torch.float32)
         approximate = fast_product(queries, points, self._space)
-        rows, columns = self._candidates(approximate)
+        rows, columns = self._candidates(approximate, lowest)
         if len(rows) > approximate.numel() // 8:
             similarity = (queries.double() @ points.double().T)[rows, columns]
         else:
             similarity = exact_similarities(queries, rows, points, columns, self._space)
-        wanted = (similarity >= self.similarity[rows, -1]) & (ids[columns] != self._query_ids[rows])
-        self._merge(rows[wanted], similarity[wanted], ids[columns[wanted]])
+        wanted = (similarity >= lowest[rows]) & (ids[columns] != self._query_ids[takers][rows])
+        places = torch.arange(len(self.ids), device=ids.device)[takers]
+        self._merge(places[rows[wanted]], similarity[wanted], ids[columns[wanted]])
 
-    def _candidates(self, approximate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows, ascending, and columns of the products (m, p) that may belong in the lists.
+    def _candidates(self, approximate: torch.Tensor, lowest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows, ascending, and columns of the products (m, p) that may belong in lists whose k-th are lowest (m,).
 
         Only groups of columns whose maximum may are looked into: that is a pass over the products instead of several.
         """
@@ -125,7 +127,7 @@ class _TopLists:
         grouped = num_points % _GROUP == 0 and num_points >= 2 * _GROUP * (self.ids.shape[1] + 1)
         stride = num_points // _GROUP if grouped else num_points
         maxima = approximate.view(num_queries, -1, stride).amax(1) if grouped else approximate
-        level = self._entry_level(maxima) - self._error
+        level = self._entry_level(maxima, lowest) - self._error
         flat = flat_nonzero(maxima >= level.unsqueeze(1))
         if grouped and len(flat) > maxima.numel() // _GROUP:
             stride, grouped = num_points, False
@@ -138,10 +140,10 @@ class _TopLists:
         flat = members.view(-1)[inside]
         return flat // num_points, flat % num_points
 
-    def _entry_level(self, approximate: torch.Tensor) -> torch.Tensor:
+    def _entry_level(self, approximate: torch.Tensor, lowest: torch.Tensor) -> torch.Tensor:
         """A lower bound (m,) of the k-th similarity after this offer; one of the offered may be the query itself."""
         k = self.similarity.shape[1]
-        level = self.similarity[:, -1]
+        level = lowest
         if approximate.shape[1] > k and torch.isinf(level).any():
             level = level.maximum(_largest(approximate, k + 1).double() - self._error)
         return level.float()
@@ -155,7 +157,7 @@ class _TopLists:
         column = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[line]
         shape = (len(changed), int(counts.max()))
         more_similarity = torch.full(shape, -torch.inf, dtype=torch.float64, device=rows.device)
-        more_ids = torch.full(shape, _NO_ID, dtype=torch.int64, device=rows.device)
+        more_ids = torch.full(shape, NO_ID, dtype=torch.int64, device=rows.device)
         more_similarity[line, column] = similarity
         more_ids[line, column] = ids
         k = self.ids.shape[1]
@@ -172,84 +174,6 @@ def _largest(values: torch.Tensor, rank: int) -> torch.Tensor:
         return values.topk(rank, dim=1).values[:, -1]
     at = values.shape[1] - rank
     return torch.from_numpy(np.partition(values.numpy(), at, axis=1)[:, at])
-
-
-class InvertedFile:
-    """Approximate search on the CPU: samples are listed under their centroid, a query looks into the nearest lists.
-
-    For pools where the exact search is too slow (it costs 2 m·n·d operations). centroids (l, d) float32 are those of a
-    k-means of the same embeddings; about 4 √n to 16 √n lists suit n samples. Memory: n·(2 d + 8) bytes.
-    """
-
-    def __init__(self, centroids: np.ndarray):
-        dim = centroids.shape[1]
-        self._quantizer = faiss.IndexFlatIP(dim)
-        self._quantizer.add(np.ascontiguousarray(centroids, dtype=np.float32))
-        self._index = faiss.IndexIVFScalarQuantizer(
-            self._quantizer, dim, len(centroids), faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT, False
-        )
-        self._index.train(np.ascontiguousarray(centroids, dtype=np.float32))
-
-    @property
-    def num_lists(self) -> int:
-        return self._index.nlist
-
-    def add(self, embeddings: np.ndarray, sample_ids: np.ndarray) -> None:
-        """Add samples: embeddings (n, d) float16 of unit length, which are kept without loss, sample_ids (n,) int64."""
-        embeddings_to_device(embeddings, sample_ids, torch.device("cpu"))
-        for start in range(0, len(embeddings), _ADD_ROWS):
-            rows = slice(start, start + _ADD_ROWS)
-            self._index.add_with_ids(embeddings[rows].astype(np.float32), sample_ids[rows])
-
-    def search(self, queries: np.ndarray, query_ids: np.ndarray, k: int, *, nprobe: int) -> Neighbors:
-        """The k most similar samples in each query's `nprobe` lists, the query itself (by id) left out.
-
-        Where the lists hold fewer than k samples, the rest of a row has id -1 and similarity -inf: an inverted file of
-        one shard may; `merge_neighbors` of all of them may not.
-        """
-        self._index.nprobe = nprobe
-        similarity, ids = self._index.search(queries.astype(np.float32), k + 1)
-        similarity[(ids == query_ids[:, None]) | (ids < 0)] = -np.inf
-        ids[np.isneginf(similarity)] = -1
-        return _first(ids, similarity, k)
-
-
-def merge_neighbors(parts: Sequence[Neighbors], *, allow_short: bool = False) -> Neighbors:
-    """The k best of what several shards found for the same queries.
-
-    Raises ValueError where they hold fewer than k samples together, unless `allow_short`.
-    """
-    ids = np.concatenate([part.neighbor_ids for part in parts], axis=1)
-    similarity = np.concatenate([part.similarity for part in parts], axis=1)
-    merged = _first(ids, similarity, parts[0].neighbor_ids.shape[1])
-    short = int((merged.neighbor_ids < 0).any(1).sum())
-    if short and not allow_short:
-        raise ValueError(
-            f"the lists that were looked into hold fewer than k={merged.neighbor_ids.shape[1]} neighbours for {short} "
-            "queries; raise nprobe, that is the recall asked for"
-        )
-    return merged
-
-
-def choose_nprobe(
-    search: Callable[[int], Neighbors], exact: Neighbors, num_lists: int, min_recall: float
-) -> tuple[int, list[dict[str, float]]]:
-    """The smallest power of two of lists that reaches `min_recall` of the exact neighbours, and what was measured.
-
-    search: finds, with a given nprobe, the neighbours of a sample of the pool drawn by hash; exact: the exact ones.
-    """
-    measured: list[dict[str, float]] = []
-    nprobe = 1
-    while True:
-        measured.append({"nprobe": nprobe, "recall": recall(search(nprobe).neighbor_ids, exact.neighbor_ids)})
-        if measured[-1]["recall"] >= min_recall or nprobe == num_lists:
-            return nprobe, measured
-        nprobe = min(2 * nprobe, num_lists)
-
-
-def _first(ids: np.ndarray, similarity: np.ndarray, k: int) -> Neighbors:
-    order = np.lexsort((ids, -similarity), axis=1)[:, :k]
-    return Neighbors(np.take_along_axis(ids, order, axis=1), np.take_along_axis(similarity, order, axis=1))
 
 
 def recall(found_ids: np.ndarray, exact_ids: np.ndarray) -> float:

@@ -35,7 +35,7 @@ class ShardedPoints:
         self._device = resolve_device(config.device, "cluster.device")
         self._memory_bytes = int((config.memory_gib or 0) * (1 << 30))
         num_workers = config.num_workers or (num_gpus() if self._device == "cuda" else num_cpus())
-        self._shares = _share_out(run_dir.table_files(schema.EMBEDDINGS), num_workers)
+        self._shares = _share_out(run_dir.counted_files(schema.EMBEDDINGS), num_workers)
         self._shards: list[Any] = []
         sizes = self._on_all("size")
         self.count = sum(count for count, _ in sizes)
@@ -95,20 +95,18 @@ class ShardedPoints:
 
 
 class _Shard:
-    """Some files of embeddings/ in the memory of one actor."""
+    """Some files of embeddings/, given with their rows, in the memory of one actor."""
 
-    def __init__(self, files: list[str], device: str):
+    def __init__(self, files: list[tuple[str, int]], device: str):
         torch.set_num_threads(1)
-        self._files, self._device = files, device
-        self._names = [path.rsplit("/", 1)[1] for path in files]
-
-    @cached_property
-    def _ends(self) -> np.ndarray:
-        return np.cumsum([filesystem.num_rows(path) for path in self._files])
+        self._device = device
+        self._files = [path for path, _ in files]
+        self._names = [path.rsplit("/", 1)[1] for path in self._files]
+        self._ends = np.cumsum([rows for _, rows in files]).tolist()
 
     @cached_property
     def _table(self) -> tuple[np.ndarray, np.ndarray]:
-        return _read(self._files, self._ends.tolist())
+        return read_embeddings(self._files, self._ends[-1])
 
     @property
     def _embeddings(self) -> np.ndarray:
@@ -171,22 +169,30 @@ class _Shard:
 
     def _write(self, run_dir: RunDir, labels: np.ndarray, distances: np.ndarray) -> None:
         start = 0
-        for name, end in zip(self._names, self._ends.tolist(), strict=True):
+        for name, end in zip(self._names, self._ends, strict=True):
             columns = [self._sample_ids[start:end], labels[start:end], distances[start:end]]
             table = pa.table(columns, schema=schema.PSEUDO_LABELS_SCHEMA)
             filesystem.write_table(run_dir.path(schema.CLUSTERS, schema.PSEUDO_LABELS_DIR, name), table)
             start = end
 
 
-def _read(files: list[str], ends: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """(embeddings (n, d) float16, sample_ids (n,)) of files whose rows end at `ends`; one file at a time in memory."""
-    dims = {filesystem.read_schema(path).field(schema.EMBEDDING).type.list_size for path in files}
-    assert len(dims) == 1, f"embeddings of {sorted(dims)} numbers in one table"
-    embeddings, sample_ids = np.empty((ends[-1], dims.pop()), np.float16), np.empty(ends[-1], np.int64)
-    for path, start, end in zip(files, [0, *ends[:-1]], ends, strict=True):
+def read_embeddings(files: list[str], num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """(embeddings (n, d) float16, sample_ids (n,)) of files with `num_rows` rows together.
+
+    Memory beside these: one file.
+    """
+    embeddings, sample_ids = np.empty((0, 0), np.float16), np.empty(num_rows, np.int64)
+    end = 0
+    for path in files:
         table = filesystem.read_table(path)
-        embeddings[start:end] = schema.matrix_of(table, schema.EMBEDDING)
+        rows = schema.matrix_of(table, schema.EMBEDDING)
+        if not end:
+            embeddings = np.empty((num_rows, rows.shape[1]), np.float16)
+        assert rows.shape[1] == embeddings.shape[1], f"{path} has embeddings of another length than the files before it"
+        start, end = end, end + len(rows)
+        embeddings[start:end] = rows
         sample_ids[start:end] = table[schema.SAMPLE_ID].to_numpy()
+    assert end == num_rows, f"{files[0]} and those after it hold {end} rows, not {num_rows}"
     return embeddings, sample_ids
 
 
@@ -196,12 +202,12 @@ def write_label_file(run_dir: RunDir, name: str, sample_ids: np.ndarray, labels:
     filesystem.write_table(run_dir.path("cluster", LABELS_DIR, name), table)
 
 
-def _share_out(files: list[str], num_workers: int) -> list[list[str]]:
-    """Files in runs of about as many rows each, one for each worker that gets any."""
-    rows = np.array([filesystem.num_rows(path) for path in files])
+def _share_out(files: list[tuple[str, int]], num_workers: int) -> list[list[tuple[str, int]]]:
+    """Files, with their rows, in runs of about as many rows each, one for each worker that gets any."""
+    rows = np.array([count for _, count in files])
     middles = np.cumsum(rows) - rows / 2
     worker = np.minimum((middles / max(rows.sum(), 1) * num_workers).astype(int), num_workers - 1)
-    shares = [[path for path, w in zip(files, worker, strict=True) if w == number] for number in range(num_workers)]
+    shares = [[file for file, w in zip(files, worker, strict=True) if w == number] for number in range(num_workers)]
     return [share for share in shares if share]
 
 

@@ -4,7 +4,6 @@ A block is a function of the config and the pool's size alone, and every table h
 """
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,6 @@ MAX_BLOCK_IMAGES = 8192
 PROXY_GROUP_BYTES = 1 << 20  # of proxy images in a row group, the unit in which streamed training reads
 MIN_BLOCKS = 16
 MIN_BLOCK_IMAGES = 64
-FOOTER_THREADS = 32
 
 
 def plan_blocks(block_images: int | None, side: int, num_samples: int) -> list[tuple[int, int]]:
@@ -37,8 +35,7 @@ def plan_blocks(block_images: int | None, side: int, num_samples: int) -> list[t
 def rows_by_file(run_dir: RunDir, *table: str) -> dict[str, int]:
     """The rows of each file of a table, from their footers; -1 for a file that has none, and is made again."""
     paths = run_dir.table_files(*table)
-    with ThreadPoolExecutor(FOOTER_THREADS) as threads:
-        counts = list(threads.map(_num_rows, paths))
+    counts = filesystem.map_files(_num_rows, paths)
     return {path.rsplit("/", 1)[1]: count for path, count in zip(paths, counts, strict=True)}
 
 

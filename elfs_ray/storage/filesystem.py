@@ -10,9 +10,10 @@ import posixpath
 import re
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,7 +23,10 @@ from elfs_ray.credentials import refuse_credentials
 from elfs_ray.storage.object_store import explained, open_store, upload
 
 ROWS_PER_GROUP = 1 << 16
+THREADS = 32  # that wait for an object store at a time
 _HALF_WRITTEN = re.compile(r".*\.[0-9a-f]{32}\.tmp")
+
+T = TypeVar("T")
 
 
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
@@ -203,6 +207,12 @@ def num_rows(uri: str) -> int:
     """The rows of a Parquet file, from its footer."""
     filesystem, path = resolve(uri)
     return pq.read_metadata(path, filesystem=filesystem).num_rows
+
+
+def map_files(function: Callable[[str], T], uris: Iterable[str]) -> list[T]:
+    """Call a function that mostly waits, as `num_rows` does, on many files, 32 at a time; results in their order."""
+    with ThreadPoolExecutor(THREADS) as threads:
+        return list(threads.map(function, uris))
 
 
 @explained

@@ -127,6 +127,11 @@ class RunDir:
         files = filesystem.list_files(root)
         return [filesystem.join(root, info.base_name) for info in files if info.base_name.endswith(".parquet")]
 
+    def counted_files(self, *parts: str) -> list[tuple[str, int]]:
+        """`table_files`, with the rows of each from its footer."""
+        paths = self.table_files(*parts)
+        return list(zip(paths, filesystem.map_files(filesystem.num_rows, paths), strict=True))
+
     def read_table(self, *parts: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """A table file by file, in the order of their names."""
         for path in self.table_files(*parts):

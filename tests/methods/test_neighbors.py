@@ -4,16 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from elfs_ray.methods.kmeans import kmeans
-from elfs_ray.methods.kmeans_points import ArrayPoints
-from elfs_ray.methods.neighbors import (
-    InvertedFile,
-    Neighbors,
-    choose_nprobe,
-    merge_neighbors,
-    nearest_neighbors,
-    recall,
-)
+from elfs_ray.methods.neighbors import Neighbors, nearest_neighbors, recall
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -132,58 +123,6 @@ def test_a_gpu_that_is_not_there_is_an_error():
         nearest_neighbors(
             embeddings, sample_ids, [(embeddings, sample_ids)], 3, device=f"cuda:{torch.cuda.device_count()}"
         )
-
-
-@pytest.fixture(scope="module")
-def inverted_file() -> tuple[np.ndarray, np.ndarray, InvertedFile]:
-    embeddings, sample_ids = clustered(4000, 32, seed=8)
-    index = InvertedFile(kmeans(ArrayPoints(embeddings, sample_ids), 64, seed=0, max_iterations=5).centroids)
-    for shard in cut(embeddings, sample_ids, [1500]):
-        index.add(*shard)
-    return embeddings, sample_ids, index
-
-
-def test_an_inverted_file_that_looks_into_every_list_finds_the_exact_neighbours(inverted_file):
-    embeddings, sample_ids, index = inverted_file
-    found = index.search(embeddings[:200], sample_ids[:200], 10, nprobe=index.num_lists)
-    expected = brute_force(embeddings[:200], sample_ids[:200], embeddings, sample_ids, 10)
-    assert recall(found.neighbor_ids, expected.neighbor_ids) == 1
-    np.testing.assert_allclose(found.similarity, expected.similarity, atol=1e-6)
-
-
-def test_nprobe_is_the_smallest_power_of_two_that_reaches_the_recall(inverted_file):
-    embeddings, sample_ids, index = inverted_file
-    exact = brute_force(embeddings[:300], sample_ids[:300], embeddings, sample_ids, 10)
-
-    def search(nprobe: int) -> Neighbors:
-        return index.search(embeddings[:300], sample_ids[:300], 10, nprobe=nprobe)
-
-    nprobe, measured = choose_nprobe(search, exact, index.num_lists, 0.9)
-    assert [entry["nprobe"] for entry in measured] == [2**i for i in range(len(measured))]
-    assert nprobe == measured[-1]["nprobe"] < index.num_lists
-    assert measured[-1]["recall"] >= 0.9 > measured[-2]["recall"]
-    assert recall(search(nprobe).neighbor_ids, exact.neighbor_ids) == measured[-1]["recall"]
-    everything, _ = choose_nprobe(search, exact, index.num_lists, 1.1)
-    assert everything == index.num_lists
-
-
-def test_lists_that_hold_too_few_neighbours_are_an_error(inverted_file):
-    embeddings, sample_ids, index = inverted_file
-    found = index.search(embeddings[:5], sample_ids[:5], 1000, nprobe=1)
-    assert (found.neighbor_ids == -1).any()
-    with pytest.raises(ValueError, match=r"hold fewer than k=1000 neighbours .* raise nprobe"):
-        merge_neighbors([found])
-
-
-def test_shards_of_an_inverted_file_find_together_what_one_finds(inverted_file):
-    embeddings, sample_ids, index = inverted_file
-    centroids = kmeans(ArrayPoints(embeddings, sample_ids), 64, seed=0, max_iterations=5).centroids
-    parts = []
-    for shard in cut(embeddings, sample_ids, [300, 2700]):
-        part = InvertedFile(centroids)
-        part.add(*shard)
-        parts.append(part.search(embeddings[:50], sample_ids[:50], 10, nprobe=4))
-    assert_same(merge_neighbors(parts), index.search(embeddings[:50], sample_ids[:50], 10, nprobe=4))
 
 
 def test_recall_counts_the_exact_neighbours_that_were_found():

@@ -1,0 +1,139 @@
+"""The k nearest neighbours through an inverted file: approximate, for pools that are too large for the exact search.
+
+Samples are listed under their centroid, and a query looks into the lists of the most similar centroids. In these lists
+the search is exact (neighbors.py), and so is the choice of lists: what is found is a function of the embeddings and the
+centroids, however the samples are divided over inverted files and the queries over searches.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from elfs_ray.methods.assignment import embeddings_to_device
+from elfs_ray.methods.exact_arithmetic import exact_centroids, exact_rows, row_chunks
+from elfs_ray.methods.neighbors import NO_ID, Neighbors, TopLists, point_blocks, recall
+from elfs_ray.methods.workspace import Workspace
+
+_CPU = torch.device("cpu")
+_SEARCH_QUERIES = 32_768
+_QUERIES, _POINTS = 1024, 8064  # of a product
+
+
+def nearest_lists(embeddings: np.ndarray, centroids: np.ndarray, num: int) -> np.ndarray:
+    """The `num` centroids most similar to each embedding, ties to the lower: (m, num) int64, ascending.
+
+    embeddings (m, d) float16 of unit length; centroids (l, d) float32, multiples of 2^-24 of at most unit length, as
+    k-means gives them: the float64 products are exact. Memory beside the result: 12 l·d bytes and 100 MB.
+    """
+    exact = exact_centroids(centroids, _CPU).T
+    found = np.empty((len(embeddings), num), np.int64)
+    for rows in row_chunks(len(embeddings), len(centroids), _CPU):
+        similarity = (exact_rows(torch.from_numpy(embeddings[rows].copy())) @ exact).numpy()
+        at = len(centroids) - num
+        lowest = np.partition(similarity, at, axis=1)[:, at, None]
+        chosen = similarity >= lowest
+        tied = chosen.sum(1) > num
+        if tied.any():
+            at_level = similarity[tied] == lowest[tied]
+            room = num - (similarity[tied] > lowest[tied]).sum(1, keepdims=True)
+            chosen[tied] &= ~at_level | (at_level.cumsum(1) <= room)
+        found[rows] = np.nonzero(chosen)[1].reshape(-1, num)
+    return found
+
+
+class InvertedFile:
+    """Samples by the list that they are in: embeddings (n, d) float16 of unit length, sample_ids (n,) int64.
+
+    centroids (l, d) float32 are those of a k-means of the same embeddings; about 4 √n to 16 √n lists suit n samples.
+    Memory beside the embeddings: 16 n bytes. Raises ValueError for embeddings that are not finite or not of unit
+    length.
+    """
+
+    def __init__(self, centroids: np.ndarray, embeddings: np.ndarray, sample_ids: np.ndarray):
+        self._embeddings = embeddings_to_device(embeddings, sample_ids, _CPU)
+        lists = nearest_lists(embeddings, centroids, 1)[:, 0]
+        order = np.argsort(lists, kind="stable")
+        self._ends = np.searchsorted(lists[order], np.arange(len(centroids)), side="right")
+        self._order = torch.from_numpy(order)
+        self._ids = torch.from_numpy(sample_ids.copy())
+
+    def search(self, queries: np.ndarray, query_ids: np.ndarray, lists: np.ndarray, k: int) -> Neighbors:
+        """The k most similar samples in each query's lists (m, p), the query itself (by id) left out.
+
+        The similarity is float64, until `merge_neighbors`. Where the lists hold fewer than k samples, the rest of a row
+        has id -1 and similarity -inf. Memory beside the result: 12 p bytes a query, 16 k for 32,768, and 100 MB.
+        """
+        query_tensor = embeddings_to_device(queries, query_ids, _CPU)
+        query_id_tensor = torch.from_numpy(query_ids.copy())
+        space = Workspace(_CPU)
+        parts = []
+        for start in range(0, len(queries), _SEARCH_QUERIES):
+            block = slice(start, start + _SEARCH_QUERIES)
+            top = TopLists(query_tensor[block], query_id_tensor[block], k, space)
+            self._offer(top, lists[block], space)
+            parts.append((torch.where(top.ids == NO_ID, -1, top.ids).numpy(), top.similarity.numpy()))
+        return Neighbors(np.concatenate([ids for ids, _ in parts]), np.concatenate([values for _, values in parts]))
+
+    def _offer(self, top: TopLists, lists: np.ndarray, space: Workspace) -> None:
+        """Offer every list of samples to the queries that look into it."""
+        by_list = np.argsort(lists, axis=None, kind="stable")
+        takers = torch.from_numpy(by_list // lists.shape[1])
+        taker_ends = np.searchsorted(lists.ravel()[by_list], np.arange(len(self._ends)), side="right")
+        starts, taker_starts = (np.concatenate([[0], ends[:-1]]) for ends in (self._ends, taker_ends))
+        used = np.flatnonzero((self._ends > starts) & (taker_ends > taker_starts))
+        for number in used.tolist():
+            members = self._order[starts[number] : self._ends[number]]
+            own = takers[taker_starts[number] : taker_ends[number]]
+            for block in point_blocks(len(members), _POINTS):
+                points = space.copy("points", self._embeddings[members[block]], torch.float32)
+                for some in own.split(_QUERIES):
+                    top.offer(points, self._ids[members[block]], some)
+
+
+def merge_neighbors(parts: Sequence[Neighbors]) -> Neighbors:
+    """The k best of what several inverted files found for the same queries; ids of -1 where they found fewer."""
+    ids = np.concatenate([part.neighbor_ids for part in parts], axis=1)
+    similarity = np.concatenate([part.similarity for part in parts], axis=1)
+    order = np.lexsort((ids, -similarity), axis=1)[:, : parts[0].neighbor_ids.shape[1]]
+    best = np.take_along_axis(similarity, order, axis=1).astype(np.float32)
+    return Neighbors(np.take_along_axis(ids, order, axis=1), best)
+
+
+def search_lists(
+    search: Callable[[np.ndarray, np.ndarray, np.ndarray], Neighbors],
+    queries: np.ndarray,
+    query_ids: np.ndarray,
+    centroids: np.ndarray,
+    nprobe: int,
+) -> Neighbors:
+    """k neighbours of every query: from its `nprobe` nearest lists, or twice as many as long as they hold too few.
+
+    search: what all inverted files of a pool find together for (queries, query_ids, lists). The pool holds more than k
+    samples.
+    """
+    found = search(queries, query_ids, nearest_lists(queries, centroids, nprobe))
+    short = np.flatnonzero((found.neighbor_ids < 0).any(1))
+    while len(short):
+        assert nprobe < len(centroids), "all lists together hold no more than k samples"
+        nprobe = min(2 * nprobe, len(centroids))
+        more = search(queries[short], query_ids[short], nearest_lists(queries[short], centroids, nprobe))
+        found.neighbor_ids[short], found.similarity[short] = more.neighbor_ids, more.similarity
+        short = short[(more.neighbor_ids < 0).any(1)]
+    return found
+
+
+def choose_nprobe(
+    search: Callable[[int], Neighbors], exact: Neighbors, num_lists: int, min_recall: float
+) -> tuple[int, list[dict[str, float]]]:
+    """The smallest power of two of lists that reaches `min_recall` of the exact neighbours, and what was measured.
+
+    search: finds, with a given nprobe, the neighbours of a sample of the pool drawn by hash; exact: the exact ones.
+    """
+    measured: list[dict[str, float]] = []
+    nprobe = 1
+    while True:
+        measured.append({"nprobe": nprobe, "recall": recall(search(nprobe).neighbor_ids, exact.neighbor_ids)})
+        if measured[-1]["recall"] >= min_recall or nprobe == num_lists:
+            return nprobe, measured
+        nprobe = min(2 * nprobe, num_lists)
