@@ -6,7 +6,6 @@ import threading
 from types import SimpleNamespace
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -15,7 +14,7 @@ from sklearn.cluster import KMeans
 
 from elfs_ray.config import ConfigError
 from elfs_ray.methods.clustering_metrics import contingency_table, matched_accuracy
-from elfs_ray.stages import cluster, cluster_neighbors, cluster_shards, cluster_temi
+from elfs_ray.stages import cluster, cluster_shards, cluster_temi
 from elfs_ray.stages.cluster_temi import temi_settings
 from elfs_ray.storage import schema
 from elfs_ray.storage.run_dir import RunDir
@@ -160,35 +159,6 @@ TEMI = (
 )
 
 
-def test_neighbours_equal_brute_force_for_any_number_of_tasks(ray_cluster, tmp_path, monkeypatch):
-    tables = []
-    for max_queries in (10_000, 200):
-        monkeypatch.setattr(cluster_neighbors, "MAX_QUERIES", max_queries)
-        run(tmp_path / str(max_queries), "cluster.num_neighbors=7", "cluster.num_workers=2")
-        tables.append(contents(tmp_path / str(max_queries), "neighbors"))
-    assert tables[0] == tables[1]
-
-    embedded = pq.ParquetDataset(RunDir(tmp_path / "200").table_files("embeddings")).read()
-    ids, rows = embedded["sample_id"].to_numpy(), np.stack(embedded["embedding"].to_numpy()).astype(np.float64)
-    similarity = rows @ rows.T
-    np.fill_diagonal(similarity, -np.inf)
-    order = np.lexsort((np.broadcast_to(ids, similarity.shape), -similarity), axis=1)[:, :7]
-    found = pq.ParquetDataset(RunDir(tmp_path / "200").table_files("neighbors")).read()
-    np.testing.assert_array_equal(np.stack(found["neighbor_ids"].to_numpy()), ids[order])
-
-
-def test_the_inverted_file_finds_the_share_of_neighbours_that_was_asked_for(ray_cluster, tmp_path):
-    options = ("cluster.num_neighbors=7", "cluster.num_workers=2", "cluster.neighbor_recall=0.9")
-    run(tmp_path / "exact", *options)
-    _, figures = run(tmp_path / "ivf", *options, "cluster.neighbor_search=ivf")
-    pairs = []
-    for name in ("exact", "ivf"):
-        table = pq.ParquetDataset(RunDir(tmp_path / name).table_files("neighbors")).read()
-        pairs.append(np.stack(table["neighbor_ids"].to_numpy()))
-    share = np.mean([len(np.intersect1d(a, b)) / 7 for a, b in zip(*pairs, strict=True)])
-    assert figures["neighbors"]["recall"] >= 0.9 and share >= 0.85
-
-
 def test_a_pool_smaller_than_a_batch_of_temi_is_one_batch_that_its_workers_share():
     config = digits_config("/run").cluster.temi
     assert temi_settings(config, 10, num_samples=200, num_workers=1).batch_size == 200
@@ -235,37 +205,6 @@ def test_temi_killed_in_an_epoch_and_resumed_equals_undisturbed(ray_cluster, tmp
     assert (tmp_path / "died").exists()
     assert resumed == undisturbed
     assert first["temi"] == second["temi"]
-
-
-def test_labels_made_elsewhere_are_taken_by_uri_or_id(ray_cluster, tmp_path):
-    _, labels = digit_images(1003)
-    table = pa.table({"uri": [f"/digits/{i}.png" for i in range(1003)], "pseudo_label": labels})
-    pq.write_table(table.take(np.random.default_rng(0).permutation(1003)), tmp_path / "by_uri.parquet")
-    pq.write_table(pa.table({"sample_id": np.arange(1003), "pseudo_label": labels}), tmp_path / "by_id.parquet")
-    tables = []
-    for name in ("by_uri", "by_id"):
-        by = ("cluster.method=file", f"cluster.labels_uri={tmp_path}/{name}.parquet")
-        tables.append(run(tmp_path / name, *by)[0])
-        ids = RunDir(tmp_path / name).read_column("embeddings", column="sample_id")
-        np.testing.assert_array_equal(labels_of(tmp_path / name), labels[ids])
-    assert tables[0] == tables[1]
-
-
-@pytest.mark.parametrize(
-    ("columns", "needed"),
-    [
-        ({"sample_id": [0, 1], "pseudo_label": [0, 1]}, r"has no pseudo_label of 998 samples \(sample_id 2, 4, 5"),
-        ({"sample_id": [*range(1003), 7], "pseudo_label": [0] * 1004}, "labels 1 samples .* more than once"),
-        ({"sample_id": range(1003), "pseudo_label": [-1] * 1003}, "number them from 0"),
-        ({"sample_id": range(1003), "pseudo_label": [0.5] * 1003}, "needed: integers"),
-        ({"sample_id": range(1003), "label": range(1003)}, "needed are pseudo_label and sample_id or uri"),
-        ({"uri": ["/none.png"], "pseudo_label": [0]}, "uris that the pool has not: /none.png"),
-    ],
-)
-def test_labels_that_do_not_fit_are_refused_with_what_is_wrong(ray_cluster, tmp_path, columns, needed):
-    pq.write_table(pa.table({name: pa.array(list(values)) for name, values in columns.items()}), tmp_path / "l.parquet")
-    with pytest.raises(ValueError, match=needed):
-        run(tmp_path, "cluster.method=file", f"cluster.labels_uri={tmp_path}/l.parquet")
 
 
 def test_the_number_of_clusters_can_be_estimated_and_says_from_what(ray_cluster, tmp_path):
