@@ -9,7 +9,7 @@ No science here: a stage is a function of (config, run_dir) that reads tables an
 import contextlib
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from itertools import chain
 from typing import Any
@@ -33,6 +33,7 @@ from elfs_ray.storage.run_dir import TABLES, Marker, RunDir
 from elfs_ray.storage.run_lock import RunDirInUse, RunLock
 
 RECORDED_VERSIONS = ("elfs-ray", "ray", "torch", "torchvision", "pyarrow", "numpy", "pillow")
+WORKERS = "workers"
 
 
 def run(config: Config) -> RunDir:
@@ -47,7 +48,7 @@ def run(config: Config) -> RunDir:
         return run_dir
 
     _connect(config)
-    _ask(plan, config)
+    _ask(plan, config, run_dir)
     with locked(run_dir) as lock:
         # Once more: until now another driver may have had the run directory.
         plan = make_plan(config, run_dir)
@@ -115,10 +116,10 @@ def _connect(config: Config) -> None:
     listen(report_progress)
 
 
-def _ask(plan: list[PlannedStage], config: Config) -> None:
+def _ask(plan: list[PlannedStage], config: Config, run_dir: RunDir) -> None:
     """Say what each stage that is to run will ask of the cluster. Raises ConfigError for what it can never have."""
     from elfs_ray.ray_runtime import devices_of_cluster
-    from elfs_ray.resources import advice_on, check_request, requests_of
+    from elfs_ray.resources import advice_on, check_request, check_same_workers, requests_of
 
     devices = devices_of_cluster()
     say(f"devices   {devices.describe()}")
@@ -131,17 +132,25 @@ def _ask(plan: list[PlannedStage], config: Config) -> None:
             say(f"{name:<9} will ask for {', '.join(request.describe() for request in own)}")
         for line in advice_on(name, config, devices):
             say(f"{name:<9} {line}")
+    for planned in plan:
+        workers = _what_was_lost(planned, run_dir).get(WORKERS)
+        if workers:
+            (request,) = requests[planned.stage.name]
+            check_same_workers(request, workers)
 
 
 def _run_stage(planned: PlannedStage, config: Config, run_dir: RunDir) -> None:
     stage, marker = planned.stage, planned.marker
-    lost = _lost_tables(planned, run_dir)
+    lost = _what_was_lost(planned, run_dir)
+    started = Marker(marker.stage, marker.config, marker.inputs, lost)
+    if planned.action == "mend":
+        run_dir.mark_started(started)  # before anything is removed, as it knows what has to come back
     if planned.needs_consent:
         _remove_tables(planned, run_dir)
     elif planned.action == "continue":
         say(f"{stage.name:<9} started before, goes on")
     # Started before anything is written: what an unfinished stage leaves is never continued with another config.
-    run_dir.mark_started(Marker(marker.stage, marker.config, marker.inputs, {TABLES: lost} if lost else {}))
+    run_dir.mark_started(started)
     start_s = time.time()
     try:
         figures = dict(stage.function()(config, run_dir))
@@ -153,23 +162,44 @@ def _run_stage(planned: PlannedStage, config: Config, run_dir: RunDir) -> None:
     figures["seconds"] = round(time.time() - start_s, 3)
     figures["versions"] = {name: version(name) for name in RECORDED_VERSIONS} | {"python": platform.python_version()}
     figures[TABLES] = run_dir.measure(stage.outputs(marker.config))
-    if lost and stage.tables and lost != figures[TABLES]:
-        raise RuntimeError(
-            f"the tables that stage {stage.name} made again are not those that were lost ({figures[TABLES]}, they were "
-            f"{lost}): the pool, the software or the number of training workers is another one, and what follows was "
-            "made from those. Give another run_dir."
-        )
+    if lost and stage.tables and lost[TABLES] != figures[TABLES]:
+        raise RuntimeError(_refuse_other_tables(planned, run_dir, lost[TABLES], figures[TABLES]))
     run_dir.mark_complete(Marker(marker.stage, marker.config, marker.inputs, figures))
     say(f"{stage.name:<9} complete in {format_duration(figures['seconds'])}")
 
 
-def _lost_tables(planned: PlannedStage, run_dir: RunDir) -> Mapping[str, Any]:
-    """The sizes that the tables of a damaged stage had, which they have to have again: later stages read them."""
+def _what_was_lost(planned: PlannedStage, run_dir: RunDir) -> Mapping[str, Any]:
+    """The sizes that the tables of a damaged stage had, which they have to have again: later stages read them.
+
+    And the numbers of workers that made them, where each epoch has told its own. Empty where nothing was lost.
+    """
     stage = planned.stage.name
-    found = run_dir.success_marker(stage) if planned.action == "mend" else None
     if planned.action == "continue":
-        found = run_dir.started_marker(stage)
-    return found.figures.get(TABLES, {}) if found else {}
+        started = run_dir.started_marker(stage)
+        return started.figures if started else {}
+    found = run_dir.success_marker(stage) if planned.action == "mend" else None
+    if found is None or TABLES not in found.figures:
+        return {}
+    workers = {epoch[WORKERS] for epoch in found.figures.get("history", ()) if WORKERS in epoch}
+    return {TABLES: found.figures[TABLES], **({WORKERS: sorted(workers)} if stage == "train" else {})}
+
+
+def _refuse_other_tables(
+    planned: PlannedStage, run_dir: RunDir, lost: Mapping[str, Any], made: Mapping[str, Any]
+) -> str:
+    """Remove what was made again and is not what was lost, so that the right command can try once more; the message."""
+    stage = planned.stage
+    tables = ", ".join(run_dir.path(name) for name in lost)
+    if stage.mends:
+        remedy = f"delete {tables}, all of which is then made again by the same command"
+    else:
+        _clear(stage, stage.outputs(planned.marker.config), run_dir)
+        remedy = "what was made is removed; the same command tries once more"
+    return (
+        f"the tables that stage {stage.name} made again are not those that were lost ({made}, they were {lost}): the "
+        f"pool, the software or the devices are others, and what follows was made from those. Restore what is another, "
+        f"and {remedy}. Or give another run_dir."
+    )
 
 
 def _remove_tables(planned: PlannedStage, run_dir: RunDir) -> None:
@@ -181,16 +211,32 @@ def _remove_tables(planned: PlannedStage, run_dir: RunDir) -> None:
     other = other_writer(stage, run_dir)
     if other is not None:
         _remove_stage(other, run_dir, "made with another config")
-    _remove_stage(stage, run_dir, "damaged" if planned.action == "mend" else "made with another config")
+        filesystem.delete(run_dir.path(other.name))
+    why = "damaged" if planned.action == "mend" else "made with another config"
+    _remove_stage(stage, run_dir, why, planned.marker.config)
 
 
-def _remove_stage(stage: Stage, run_dir: RunDir, why: str) -> None:
+def _remove_stage(stage: Stage, run_dir: RunDir, why: str, wanted: Mapping[str, Any] | None = None) -> None:
+    """Remove what a stage has made, but for the marker of its start, which the next start replaces.
+
+    wanted: the config of the next start, whose tables may be there without a marker.
+    """
     found = run_dir.success_marker(stage.name) or run_dir.started_marker(stage.name)
-    made_with = found.config if found else {"budget": None}
-    if not any(filesystem.exists(run_dir.path(name)) for name in (*stage.outputs(made_with), stage.name)):
+    configs = [config for config in (found.config if found else None, wanted) if config] or [{"budget": None}]
+    outputs = dict.fromkeys(name for config in configs for name in stage.outputs(config))
+    if not any(filesystem.exists(run_dir.path(name)) for name in (*outputs, stage.name)):
         return  # removed with the tables of another writer
-    say(f"{stage.name:<9} {why}: its tables {', '.join(stage.all_tables(made_with)) or 'and files'} are replaced")
-    # The markers first: tables without markers are never read, markers without tables would be.
-    filesystem.delete(run_dir.path(stage.name, schema.SUCCESS_FILE))
-    for name in (*stage.outputs(made_with), stage.name):
+    made = stage.all_tables(configs[0])
+    made += [
+        name for name in stage.all_tables(configs[-1]) if name not in made and filesystem.exists(run_dir.path(name))
+    ]
+    say(f"{stage.name:<9} {why}: its tables {', '.join(made) or 'and files'} are replaced")
+    _clear(stage, outputs, run_dir)
+
+
+def _clear(stage: Stage, outputs: Iterable[str], run_dir: RunDir) -> None:
+    """Delete the outputs of a stage, and what its folder holds."""
+    filesystem.delete(run_dir.path(stage.name, schema.SUCCESS_FILE))  # tables without it are never read
+    for name in outputs:
         filesystem.delete(run_dir.path(name))
+    run_dir.clear(stage.name)

@@ -92,6 +92,20 @@ def _request(
     return Request(key, noun, fewest, most, cpus, gpus, memory_gib)
 
 
+def check_same_workers(request: Request, workers: list[int]) -> None:
+    """Raise ConfigError where lost records of training would be made again by other numbers of workers than before."""
+    if len(workers) > 1:
+        raise ConfigError(
+            f"the lost tables of stage {request.key} were made by a number of workers that changed "
+            f"({', '.join(map(str, workers))}), and cannot be made again: restore them, or give another run_dir"
+        )
+    if not request.fewest <= workers[0] <= request.most:
+        raise ConfigError(
+            f"the lost tables of stage {request.key} were made by {count(workers[0], 'worker')}, and "
+            f"{request.describe()} would make others: give {request.key}.num_workers={workers[0]}"
+        )
+
+
 def check_request(request: Request, devices: Devices) -> None:
     """Raise ConfigError for what the cluster has not and can never have."""
     limits = devices.limits

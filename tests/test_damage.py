@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from elfs_ray import cli
 from elfs_ray.config import ConfigError, load_config
 from elfs_ray.pipeline import run as run_pipeline
 from elfs_ray.planning import check
+from elfs_ray.resources import Request, check_same_workers
 from elfs_ray.storage.run_dir import RunDir
 from tests.tables import contents, digit_images, png
 
@@ -172,6 +174,59 @@ def test_tables_made_again_of_a_pool_that_has_changed_are_not_passed_off_as_the_
         with pytest.raises(RuntimeError, match="made again are not those that were lost"):
             run_pipeline(config_of(own, run_dir, "until=embed", more))
     assert not (run_dir / "embed" / "_SUCCESS.json").exists()
+    # As the message says: the pool restored, and what was made of the other one deleted.
+    shutil.copy(pool / "100.png", own / "100.png")
+    for table in ("embeddings", "proxy_images", "rejected"):
+        shutil.rmtree(run_dir / table)
+    run_pipeline(config_of(own, run_dir, "until=embed"))
+    assert contents(run_dir, "embeddings", "proxy_images") == contents(finished, "embeddings", "proxy_images")
+
+
+def test_lost_records_of_training_are_made_again_by_as_many_workers_and_a_failed_try_spoils_nothing(
+    ray_cluster, pool, finished, copy
+):
+    shutil.rmtree(copy / "dynamics" / "epoch=001")
+    asked = ("on_change=rerun", "until=train")
+    message = refusal(pool, copy, *asked, "train.num_workers=2")
+    assert "were made by 1 worker, and 2 workers of 1 CPU would make others: give train.num_workers=1" in message
+    # Of a marker that does not tell the number of workers.
+    own = RunDir(copy)
+    marker = own.success_marker("train")
+    assert marker is not None
+    own.mark_complete(replace(marker, figures={key: marker.figures[key] for key in marker.figures if key != "history"}))
+    for more in (asked, ("until=train",)):
+        with pytest.raises(
+            RuntimeError, match=r"they were .*what was made is removed; the same command tries once more"
+        ):
+            run_pipeline(config_of(pool, copy, *more, "train.num_workers=2"))
+        assert not (copy / "dynamics").exists() and [path.name for path in (copy / "train").iterdir()] == [
+            "_STARTED.json"
+        ]
+    run_pipeline(config_of(pool, copy, "until=train"))
+    assert contents(copy, "dynamics") == contents(finished, "dynamics")
+
+
+def test_a_number_of_workers_that_changed_cannot_make_lost_records_again():
+    request = Request("train", "worker", 1, 4, 1, 0, None)
+    check_same_workers(request, [3])
+    with pytest.raises(ConfigError, match=r"a number of workers that changed \(1, 2\), and cannot be made again"):
+        check_same_workers(request, [1, 2])
+
+
+def test_a_proxy_image_that_cannot_be_decoded_is_made_again_as_the_message_says(ray_cluster, pool, finished, tmp_path):
+    run_dir = tmp_path / "run"
+    run_pipeline(config_of(pool, run_dir, "until=cluster"))
+    path = run_dir / "proxy_images" / "part-000000000064-000000000127.parquet"
+    data = path.read_bytes()
+    start = data.index(b"IHDR")
+    path.write_bytes(data[:start] + b"XXXX" + data[start + 4 :])
+    with pytest.raises(
+        Exception, match=f"in {path} cannot be decoded: .*Delete that file; the same command with on_ch"
+    ):
+        run_pipeline(config_of(pool, run_dir, "until=train"))
+    path.unlink()
+    run_pipeline(config_of(pool, run_dir, "until=train", "on_change=rerun"))
+    assert contents(run_dir, "proxy_images", "dynamics") == contents(finished, "proxy_images", "dynamics")
 
 
 def test_one_driver_at_a_time(pool, copy, capsys):

@@ -198,7 +198,7 @@ def read_pool(
         missing = sample_ids[~found]
         raise ValueError(
             f"{len(missing)} samples have no row in {table}/, sample_id {missing[:5].tolist()} among "
-            "them: run stage embed again"
+            "them: the same command with on_change=rerun makes it again"
         )
     return TrainingPool(sample_ids, targets, rows.astype(np.int32)), rows
 
@@ -273,8 +273,8 @@ def _decode_file(path: str, size: int) -> tuple[np.ndarray, np.ndarray]:
 def describe_bad_image(sample_id: int, path: str, error: Exception) -> str:
     """What a person can do about a proxy image that cannot be decoded."""
     return (
-        f"the proxy image of sample_id {sample_id} in {path} cannot be decoded: {error}. Delete that file and the one "
-        f"of the same name in {schema.EMBEDDINGS}/, then run stage embed again."
+        f"the proxy image of sample_id {sample_id} in {path} cannot be decoded: {error}. Delete that file; the same "
+        "command with on_change=rerun makes it again."
     )
 
 

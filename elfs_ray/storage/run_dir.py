@@ -82,6 +82,14 @@ class RunDir:
     def mark_complete(self, marker: Marker) -> None:
         filesystem.write_bytes(self.path(marker.stage, schema.SUCCESS_FILE), marker.to_json())
 
+    def clear(self, stage: str) -> None:
+        """Delete what a stage's folder holds, but for the marker of its start: that still says whose its tables are."""
+        # The other marker first: tables without one are never read, one without tables would be.
+        filesystem.delete(self.path(stage, schema.SUCCESS_FILE))
+        for info in (*filesystem.list_dirs(self.path(stage)), *filesystem.list_files(self.path(stage))):
+            if info.base_name != schema.STARTED_FILE:
+                filesystem.delete(self.path(stage, info.base_name))
+
     def identity(self, stage: str) -> str:
         """The identity of a complete stage's result."""
         marker = self.success_marker(stage)
