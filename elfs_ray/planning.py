@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+from elfs_ray import coresets
 from elfs_ray.config import LINEAR, SELF_SUPERVISED, Config, ConfigError, check_against_pool, check_balance
 from elfs_ray.stage_list import PRETRAINING_STAGES, STAGES, Stage, stages_of
 from elfs_ray.storage import filesystem, schema
@@ -102,13 +103,16 @@ def _check_encoder(config: Config) -> None:
 
 
 def make_plan(config: Config, run_dir: RunDir) -> list[PlannedStage]:
-    """What a run would do with each stage up to config.until."""
+    """What a run would do with each stage up to config.until. Raises ConfigError for a coreset that is not its own."""
     plan: list[PlannedStage] = []
     identities: dict[str, str] = {}
     for stage in stages_of(config)[: config.stage_names.index(config.until) + 1]:
         planned = plan_stage(stage, config, run_dir, identities)
         identities[stage.name] = planned.marker.identity
         plan.append(planned)
+        if stage.name == coresets.SELECT and planned.action != "done":
+            remedy = f"move it away with all of that name, or give another budget or run_dir than {run_dir.uri}"
+            coresets.refuse_foreign(run_dir, coresets.tables_of(planned.marker), stage.name, remedy)
     return plan
 
 
@@ -122,20 +126,24 @@ def plan_stage(stage: Stage, config: Config, run_dir: RunDir, identities: Mappin
     found = success or started
     other = other_writer(stage, run_dir)
     written = () if other is None else (f"{schema.PROXY_IMAGES}/ was written by stage {other.name}",)
+    left = tuple(
+        f"{name}/ is there, no marker says how it was made" for name in _left_over(found, wanted, stage, run_dir)
+    )
     if found is None:
-        left = tuple(f"{name}/ is there, no marker says how it was made" for name in _left_over(stage, run_dir))
         return PlannedStage(stage, "rerun" if left or written else "run", wanted, written or left)
     if found.identity != wanted.identity or written:
         differences = () if found.identity == wanted.identity else _differences(found, wanted)
-        return PlannedStage(stage, "rerun", wanted, differences + written)
+        return PlannedStage(stage, "rerun", wanted, differences + written + left)
     damage = run_dir.damage(stage.name)
     return PlannedStage(stage, "mend" if damage else "done" if success else "continue", wanted, damage)
 
 
-def _left_over(stage: Stage, run_dir: RunDir) -> list[str]:
-    """The folders of a stage that hold files."""
-    folders = dict.fromkeys((*stage.tables, stage.name))
-    return [name for name in folders if filesystem.list_files(run_dir.path(name), recursive=True)]
+def _left_over(found: Marker | None, wanted: Marker, stage: Stage, run_dir: RunDir) -> list[str]:
+    """The folders of a stage that hold files and are not those of the marker that was found."""
+    folders = dict.fromkeys((*stage.all_tables(wanted.config), stage.name))
+    known = (*stage.all_tables(found.config), stage.name) if found else ()
+    others = [name for name in folders if name not in known]
+    return [name for name in others if filesystem.list_files(run_dir.path(name), recursive=True)]
 
 
 def other_writer(stage: Stage, run_dir: RunDir) -> Stage | None:

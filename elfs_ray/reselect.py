@@ -9,11 +9,12 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from elfs_ray import coresets
 from elfs_ray.config import Config, ConfigError, check_budgets, deciding_keys, expand_home, load_config
 from elfs_ray.pipeline import locked
 from elfs_ray.progress import format_duration, say
 from elfs_ray.storage import filesystem, schema
-from elfs_ray.storage.run_dir import Marker, RunDir
+from elfs_ray.storage.run_dir import TABLES, Marker, RunDir
 
 KEYS = ("run_dir", "budget", "seed", "on_change", "ray_address", "ray_logs")
 INPUTS = ("index", "cluster", "train")
@@ -58,28 +59,39 @@ def run(config: Config, table: str) -> Mapping[str, Any]:
     from elfs_ray.ray_runtime import connect
 
     run_dir = RunDir(config.run_dir)
-    if _is_done(config, run_dir, table):
-        say(f"nothing to do: {run_dir.path(table)} is complete")
-        return run_dir.figures(table)
-    connect(config.ray_address, show_worker_logs=config.ray_logs)
-    with locked(run_dir):
-        figures = write(config, run_dir, table)
-    say(f"select    complete in {format_duration(figures['seconds'])}")
-    return figures
+    if not _is_done(config, run_dir, table):
+        connect(config.ray_address, show_worker_logs=config.ray_logs)
+        with locked(run_dir):
+            # Once more: until now another driver may have had the run directory.
+            if not _is_done(config, run_dir, table):
+                figures = write(config, run_dir, table)
+                say(f"select    complete in {format_duration(figures['seconds'])}")
+                return figures
+    say(f"nothing to do: {run_dir.path(table)} is complete")
+    return run_dir.figures(table)
 
 
 def write(config: Config, run_dir: RunDir, table: str) -> Mapping[str, Any]:
-    """Write the coreset `table` of a run directory that nobody else writes to, over Ray; its figures."""
+    """Write the coreset `table` of a run directory that nobody else writes to, over Ray; its figures.
+
+    What is there of an earlier try, or of other budgets, is replaced.
+    """
     from elfs_ray.stages.select import select_coresets
 
     tables = schema.coreset_tables(config.budget, table)
     marker = marker_of(config, run_dir, table)
-    for own in tables:
-        filesystem.delete(run_dir.path(own))
+    found = run_dir.success_marker(table) or run_dir.started_marker(table)
+    filesystem.delete(run_dir.path(table, schema.SUCCESS_FILE))
+    for own in dict.fromkeys((*(coresets.tables_of(found) if found else ()), *tables)):
+        if own != table:
+            filesystem.delete(run_dir.path(own))
+        filesystem.delete(run_dir.path(schema.coreset_text_file(own)))
+    run_dir.clear(table)
     run_dir.mark_started(marker)
     start_s = time.time()
     figures = select_coresets(config, run_dir, tables)
     figures["seconds"] = round(time.time() - start_s, 3)
+    figures[TABLES] = run_dir.measure([*tables, *map(schema.coreset_text_file, tables)])
     run_dir.mark_complete(Marker(table, marker.config, marker.inputs, figures))
     return figures
 
@@ -119,13 +131,18 @@ def _is_done(config: Config, run_dir: RunDir, table: str) -> bool:
             f"{run_dir.uri} is damaged: {'; '.join(damage)}. Run the pipeline there with on_change=rerun."
         )
     check_budgets(config, int(run_dir.figures("train")["rows"]))
+    tables = schema.coreset_tables(config.budget, table)
+    coresets.refuse_foreign(run_dir, tables, table, "give another name")
+    unknown = coresets.unclaimed(run_dir, tables)
+    if unknown:
+        raise ConfigError(
+            f"{run_dir.path(unknown[0])} is there, and no marker says how it was made: delete it, or give another name"
+        )
     success = run_dir.success_marker(table)
     found = success or run_dir.started_marker(table)
-    if found is None and filesystem.exists(run_dir.path(table)):
-        raise ConfigError(f"{run_dir.path(table)} was written by the run itself: give another name")
     same = found is not None and found.identity == marker_of(config, run_dir, table).identity
-    if found is not None and not same and config.on_change != "rerun":
-        raise ConfigError(
-            f"{run_dir.path(table)} was made otherwise: give another name, or on_change=rerun to replace it"
-        )
-    return same and success is not None
+    lost = run_dir.damage(table)
+    if found is not None and config.on_change != "rerun" and (lost or not same):
+        how = f"is damaged: {'; '.join(lost)}" if same else "was made otherwise"
+        raise ConfigError(f"{run_dir.path(table)} {how}: give another name, or on_change=rerun to replace it")
+    return same and success is not None and not lost

@@ -25,10 +25,11 @@ MAY_IMPORT = {
     "resources": ("config", "progress", "ray_runtime"),
     "stages": ("config", "methods", "metrics", "progress", "ray_runtime", "stages", "storage", "version"),
     "stage_list": ("config", "stages", "storage"),
-    "planning": ("config", "methods", "stage_list", "storage"),
+    "coresets": ("config", "storage"),
+    "planning": ("config", "coresets", "methods", "stage_list", "storage"),
     "pipeline": ("config", "metrics", "planning", "progress", "ray_runtime", "resources", "stage_list", "storage"),
     "plan": ("config", "methods", "planning", "progress", "ray_runtime", "resources", "storage"),
-    "reselect": ("config", "methods", "pipeline", "plan", "progress", "ray_runtime", "stages", "storage"),
+    "reselect": ("config", "coresets", "methods", "pipeline", "plan", "progress", "ray_runtime", "stages", "storage"),
     "comparison": (
         *("comparison", "config", "config_keys", "methods", "pipeline", "planning"),
         *("progress", "ray_runtime", "reselect", "stages", "storage"),

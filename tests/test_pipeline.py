@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import elfs_ray
+from elfs_ray import reselect
 from elfs_ray.config import ConfigError, load_config
 from elfs_ray.plan import describe_plan
 from elfs_ray.storage import filesystem
@@ -131,6 +132,42 @@ def test_a_changed_key_reruns_only_what_depends_on_it_when_told_to(labelled, poo
     assert "select    made with another config: its tables scores, coreset are replaced" in said
     assert contents(labelled, "index", "embeddings", "clusters", "dynamics") == kept
     assert contents(labelled, "coreset") != first_coreset
+
+
+def test_a_coreset_made_by_a_reselection_is_neither_overwritten_nor_doubled_by_the_run(
+    ray_cluster, finished, pool, tmp_path
+):
+    own = RunDir(shutil.copytree(finished, tmp_path / "run"))
+    reselect.run(*reselect.load([f"run_dir={own.uri}", "name=0.3", "budget=0.5"]))
+    before = contents(tmp_path / "run", "coreset", "coreset-0.3", "scores")
+    both = ["budget=[0.25,0.3]", "on_change=rerun"]
+    with pytest.raises(ConfigError, match=r"coreset-0\.3 is a coreset that jobs/reselect\.py wrote with name=0\.3"):
+        run(pool, own.uri, *both)
+    assert contents(tmp_path / "run", "coreset", "coreset-0.3", "scores") == before
+    run(pool, own.uri, "budget=[0.25,0.4]", "on_change=rerun")
+    assert len(own.read_column("coreset-0.4", column="sample_id")) == 80
+    with pytest.raises(ConfigError, match=r"coreset-0\.4 is a coreset of the run itself.*give another name"):
+        reselect.run(*reselect.load([f"run_dir={own.uri}", "name=0.4", "on_change=rerun"]))
+    shutil.rmtree(tmp_path / "run" / "coreset-0.3")
+    run(pool, own.uri, *both)
+    assert len(own.read_column("coreset-0.3", column="sample_id")) == 60
+    assert not (tmp_path / "run" / "coreset-0.4").exists(), "what the run made with other budgets is replaced"
+
+
+def test_files_where_a_further_budget_is_to_be_written_are_told_and_replaced_when_asked(
+    finished, pool, tmp_path, capsys
+):
+    """As when somebody deletes the markers of stage select, or copies a coreset there."""
+    own = RunDir(shutil.copytree(finished, tmp_path / "run"))
+    shutil.copytree(tmp_path / "run" / "coreset", tmp_path / "run" / "coreset-0.3")
+    both = ["budget=[0.25,0.3]"]
+    with pytest.raises(ConfigError, match=r"select: coreset-0\.3/ is there, no marker says how it was made"):
+        run(pool, own.uri, *both)
+    shutil.rmtree(tmp_path / "run" / "select")
+    run(pool, own.uri, *both, "on_change=rerun")
+    assert "its tables scores, coreset, coreset-0.3 are replaced" in capsys.readouterr().err
+    ids = own.read_column("coreset-0.3", column="sample_id")
+    assert len(ids) == len(set(ids.tolist())) == 60
 
 
 def test_a_proxy_on_the_embeddings_leaves_its_records_and_a_coreset(finished, pool, tmp_path):

@@ -89,7 +89,8 @@ def _coresets(config: ComparisonConfig, entry: Entry, run_dir: RunDir) -> list[C
         identity = reselect.marker_of(own, run_dir, schema.CORESET).identity
         table = f"{schema.CORESET}-{identity}"
         marker = run_dir.success_marker(table)
-        figures = marker.figures if marker else _write_coresets(own, run_dir, table, entry.name)
+        whole = marker is not None and not run_dir.damage(table)
+        figures = marker.figures if marker and whole else _write_coresets(own, run_dir, table, entry.name)
         for budget, name in zip(own.budgets, schema.coreset_tables(own.budget, table), strict=True):
             ids = np.sort(run_dir.read_column(name, column=schema.SAMPLE_ID))
             has_fraction = own.select.method in ("double_end", "stratified")

@@ -1,5 +1,6 @@
 """jobs/reselect.py as a person types it: another coreset beside the first, which stays as it was."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from elfs_ray import reselect
-from elfs_ray.config import deciding_keys
+from elfs_ray.config import ConfigError, deciding_keys
 from elfs_ray.stages import select
 from elfs_ray.storage.run_dir import Marker, RunDir
 from tests.tables import contents, digits_config, write_trained
@@ -51,6 +52,70 @@ def test_a_named_coreset_is_what_a_run_with_those_keys_selects_and_the_first_one
     assert again.returncode == 0 and "nothing to do" in again.stderr
     other = type_job(f"run_dir={finished}", "name=el2n", "budget=0.1")
     assert other.returncode == 2 and "give another name, or on_change=rerun" in other.stderr
+
+
+def select_again(run_dir: Path, *asked: str) -> None:
+    reselect.run(*reselect.load([f"run_dir={run_dir}", *asked]))
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def test_a_coreset_of_another_name_is_never_written_over(copy):
+    select_again(copy, "name=x-0.3", "budget=50")
+    before = contents(copy, "coreset-x-0.3")
+    for more in ((), ("on_change=rerun",)):
+        with pytest.raises(
+            ConfigError, match=r"coreset-x-0\.3 is a coreset that .* wrote with name=x-0\.3, .*another name"
+        ):
+            select_again(copy, "name=x", "budget=[0.1,0.3]", *more)
+    assert contents(copy, "coreset-x-0.3") == before and not (copy / "coreset-x").exists()
+    select_again(copy, "name=y", "budget=[0.1,0.3]")
+    with pytest.raises(ConfigError, match=r"coreset-y-0\.3 is a coreset that .* wrote with name=y, .*another name"):
+        select_again(copy, "name=y-0.3", "on_change=rerun")
+    shutil.copytree(copy / "coreset", copy / "coreset-mine")
+    with pytest.raises(ConfigError, match="coreset-mine is there, and no marker says how it was made: delete it"):
+        select_again(copy, "name=mine", "on_change=rerun")
+
+
+@pytest.mark.parametrize("lost", ["coreset-x/part-*", "coreset-x-0.3/part-*", "coreset-x-0.3.txt"])
+def test_a_coreset_of_which_files_are_lost_is_told_and_made_again_when_asked(copy, lost):
+    asked = ("name=x", "budget=[0.1,0.3]")
+    select_again(copy, *asked)
+    whole = {path: path.read_bytes() for path in copy.glob("coreset-x*/part-*")}
+    next(copy.glob(lost)).unlink()
+    with pytest.raises(ConfigError, match=r"coreset-x is damaged: coreset-x\S* has 0 files.*on_change=rerun"):
+        select_again(copy, *asked)
+    select_again(copy, *asked, "on_change=rerun")
+    assert {path: path.read_bytes() for path in copy.glob("coreset-x*/part-*")} == whole
+    assert len((copy / "coreset-x-0.3.txt").read_text().splitlines()) == 300
+
+
+def test_a_replaced_coreset_leaves_nothing_of_its_other_budgets(copy):
+    select_again(copy, "name=x", "budget=[0.1,0.3,50]")
+    select_again(copy, "name=x", "budget=[0.2,50]", "on_change=rerun")
+    assert sorted(path.name for path in copy.glob("coreset-x*")) == [
+        *("coreset-x", "coreset-x-50", "coreset-x-50.txt", "coreset-x.txt")
+    ]
+    assert len(RunDir(copy).read_column("coreset-x", column="sample_id")) == 200
+
+
+def test_what_another_driver_has_made_in_between_is_not_made_again(copy, monkeypatch, capsys):
+    """It ends between the first look and the lock."""
+    asked = ("name=x", "budget=0.1")
+    is_done = reselect._is_done
+
+    def other_driver_first(*arguments):
+        monkeypatch.setattr(reselect, "_is_done", is_done)
+        select_again(copy, *asked)
+        return False
+
+    monkeypatch.setattr(reselect, "_is_done", other_driver_first)
+    select_again(copy, *asked)
+    said = capsys.readouterr().err
+    assert said.count("select    complete in") == 1 and "nothing to do" in said
 
 
 def test_the_hard_fraction_may_be_found_by_either_way_with_the_network_of_the_run(finished):
