@@ -48,14 +48,20 @@ class PoolColumns:
     label: str | None = None
 
 
-def is_hidden(name: str) -> bool:
-    """Whether a file or folder is passed over."""
-    return name.startswith((".", "_"))
+def is_hidden(name: str, is_dir: bool) -> bool:
+    """Whether a file or folder is passed over: "." begins either, "_" a folder; cameras name images _DSC0001.JPG."""
+    return name.startswith((".", "_") if is_dir else ".")
+
+
+def is_hidden_path(path: str) -> bool:
+    """Whether a file, or a folder that it is in, is passed over."""
+    *folders, name = path.split("/")
+    return is_hidden(name, is_dir=False) or any(is_hidden(folder, is_dir=True) for folder in folders)
 
 
 def is_image(name: str) -> bool:
     """Whether a file counts as an image, by its name."""
-    return format_of_name(name) == "folder" and not is_hidden(name)
+    return format_of_name(name) == "folder" and not is_hidden(name, is_dir=False)
 
 
 def format_of_name(name: str) -> str | None:

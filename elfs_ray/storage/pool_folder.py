@@ -1,9 +1,9 @@
 """Pools in folders: walked name by name. A local folder is read in a stream, a bucket's folder from its listing.
 
-What begins with "." or "_" is passed over. Links are followed: to files and to folders, wherever they are, and a folder
-that two links lead to is there twice, as a copy of it would be. A link to a folder that holds the link is passed over:
-it leads to nothing new, and has no end. A link that leads nowhere stays in the listing as the file that it names, so
-that its image is rejected by name.
+What begins with "." is passed over, and folders that begin with "_". Links are followed: to files and to folders,
+wherever they are, and a folder that two links lead to is there twice, as a copy of it would be. A link to a folder that
+holds the link is passed over: it leads to nothing new, and has no end. A link that leads nowhere stays in the listing
+as the file that it names, so that its image is rejected by name.
 """
 
 import os
@@ -15,7 +15,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from elfs_ray.storage import filesystem, schema
-from elfs_ray.storage.pool_files import Unit, is_hidden, is_image
+from elfs_ray.storage.pool_files import Unit, is_hidden, is_hidden_path, is_image
 
 
 class Folder:
@@ -38,7 +38,7 @@ class Folder:
         Raises ValueError for a local name that is not UTF-8.
         """
         found = self._local_entries() if self._is_local else iter(self._listed)
-        return ((name, is_dir) for name, is_dir in found if not is_hidden(name))
+        return ((name, is_dir) for name, is_dir in found if not is_hidden(name, is_dir))
 
     def child(self, name: str) -> "Folder":
         """A folder in it."""
@@ -50,7 +50,7 @@ class Folder:
         if not self._is_local:
             for info in filesystem.list_files(self.uri, recursive=True):
                 name = posixpath.relpath(info.path, self._path)
-                if not any(is_hidden(part) for part in name.split("/")):
+                if not is_hidden_path(name):
                     yield name
             return
         left = [("", self)]

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.images import BadImage
-from elfs_ray.storage.pool_files import Unit, is_hidden, is_image, rejection
+from elfs_ray.storage.pool_files import Unit, is_hidden_path, is_image, rejection
 
 READ_AHEAD_BYTES = 1 << 20
 MEMBER_URI = re.compile(
@@ -27,7 +27,7 @@ def list_tar(unit: Unit, with_labels: bool) -> pa.Table:
         file = cast(BinaryIO, io.BufferedReader(_Seekable(raw), READ_AHEAD_BYTES))
         for member in _tar_members(unit.uri, file):
             path = posixpath.normpath(member.name)
-            if any(is_hidden(part) for part in path.split("/")):
+            if is_hidden_path(path):
                 continue
             folder, name = posixpath.split(path)
             key = posixpath.join(folder, name.partition(".")[0])
@@ -88,7 +88,11 @@ def _tar_members(uri: str, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     """The regular files of a tar. One that is cut short ends at its last header, whose bytes may be incomplete."""
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
-            yield from (member for member in archive if member.isfile())
+            while (member := archive.next()) is not None:
+                # tarfile keeps all, 400 bytes each, for links, which are not followed here.
+                archive.members.clear()  # type: ignore[attr-defined]
+                if member.isfile():
+                    yield member
     except tarfile.ReadError as error:
         if "unexpected end of data" not in str(error):
             raise ValueError(

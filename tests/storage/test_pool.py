@@ -4,6 +4,7 @@ import io
 import os
 import shutil
 import tarfile
+import tracemalloc
 import uuid
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from elfs_ray.storage import filesystem
 from elfs_ray.storage.images import BadImage, decode_image
 from elfs_ray.storage.pool import PoolColumns, count_unit, find_units, list_unit, read_images
+from elfs_ray.storage.pool_tar import READ_AHEAD_BYTES
 
 LABEL = {"folder": "folder", "bytes": "label", "struct": "label", "uri": "label", "webdataset": "cls"}
 HARD_NAMES = ["a b", "ünïcödé 猫", "a#b", "a?b=c&d", "100%25", "line\nbreak", "x.tar#y", "it's", "r#row=1"]
@@ -108,12 +110,12 @@ def test_a_benchmark_with_its_test_images_is_no_pool(digit_pools, tmp_path):
 
 
 def test_folders_are_walked_to_any_depth_without_what_is_hidden(tmp_path):
-    seen = ["b/deep/er/2.PNG", "b/1.jpeg", "a/z.webp", "top.bmp"]
-    hidden = [".git/1.png", "a/.thumbs/1.png", "a/_masks/1.png", "a/._z.webp", ".top.png", "_x.png", "a/notes.txt"]
+    seen = ["b/deep/er/2.PNG", "b/1.jpeg", "a/_DSC0001.JPG", "a/z.webp", "top.bmp"]
+    hidden = [".git/1.png", "a/.thumbs/1.png", "a/_masks/1.png", "a/._z.webp", ".top.png", "a/notes.txt"]
     write_files(tmp_path, *seen, *hidden)
     uris, labels = listed(tmp_path, PoolColumns(label="folder"))
-    assert uris == [f"{tmp_path}/{name}" for name in ("top.bmp", "a/z.webp", "b/1.jpeg", "b/deep/er/2.PNG")]
-    assert labels == [tmp_path.name, "a", "b", "er"]
+    assert uris == [f"{tmp_path}/{name}" for name in ("top.bmp", *sorted(seen[:-1]))]
+    assert labels == [tmp_path.name, "a", "a", "b", "er"]
 
 
 def test_units_are_the_folders_below_the_first_level_that_has_several(tmp_path):
@@ -304,12 +306,13 @@ def test_members_are_listed_without_what_is_hidden_and_labelled_by_their_key(tmp
             "cat/._1.png": b"",
             "cat/._1.cls": b"\0\5\x16\7",
             "cat/1.txt": b"a cat",
+            "_MG_6.png": b"of a camera",
             "long/" + "n" * 300 + ".png": b"long",
         },
     )
     uris, labels = listed(tmp_path / "pool.tar", PoolColumns(label="cls"))
-    assert read(uris) == [b"cat 1", b"dog 1", b"left", b"right", b"no class", b"long"]
-    assert labels == [7, 12, 3, 3, None, None]
+    assert read(uris) == [b"cat 1", b"dog 1", b"left", b"right", b"no class", b"of a camera", b"long"]
+    assert labels == [7, 12, 3, 3, None, None, None]
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -354,3 +357,13 @@ def test_a_class_that_is_no_integer_is_an_error_that_shows_it(tmp_path):
     write_tar(tmp_path / "pool.tar", {"1.png": b"x", "1.cls": b"cat"})
     with pytest.raises(ValueError, match=r"pool\.tar: 1\.cls holds 'cat'; needed: the class as an integer"):
         listed(tmp_path / "pool.tar", PoolColumns(label="cls"))
+
+
+def test_listing_a_tar_holds_no_more_of_a_member_than_its_uri(tmp_path):
+    write_tar(tmp_path / "pool.tar", {f"{number:05d}.png": b"x" for number in range(3000)})
+    (unit,) = find_units(str(tmp_path))
+    list_unit(unit, PoolColumns())
+    tracemalloc.start()
+    assert list_unit(unit, PoolColumns()).num_rows == 3000
+    assert tracemalloc.get_traced_memory()[1] < READ_AHEAD_BYTES + 3000 * 400
+    tracemalloc.stop()

@@ -139,9 +139,9 @@ def test_a_folder_of_a_bucket_is_listed_once_to_tell_the_format_and_the_units(s3
 @pytest.mark.parametrize("kind", ["s3", "gcs"])
 def test_what_lies_in_a_folder_of_a_bucket_is_told_from_what_lies_below_it(request, kind):
     root = request.getfixturevalue(f"{kind}_bucket") + "/pool"
-    for name in ("1.png", "a/2.png", "a/b/3.png", ".c/4.png"):
+    for name in ("1.png", "_a.png", "a/2.png", "a/b/3.png", ".c/4.png", "_c/5.png"):
         filesystem.write_bytes(f"{root}/{name}", b"x")
     folder = Folder(root)
-    assert sorted(folder.entries()) == [("1.png", False), ("a", True)]
+    assert sorted(folder.entries()) == [("1.png", False), ("_a.png", False), ("a", True)]
     assert sorted(folder.child("a").entries()) == [("2.png", False), ("b", True)]
-    assert sorted(folder.walk()) == ["1.png", "a/2.png", "a/b/3.png"]
+    assert sorted(folder.walk()) == ["1.png", "_a.png", "a/2.png", "a/b/3.png"]
