@@ -185,6 +185,7 @@ def count_pool(config: Config, run_dir: RunDir, plan: list[PlannedStage]) -> Poo
     """The samples in the pool: from index/ where it is complete, else from the listing.
 
     Of 128 tars or folders and more, 64 or more are counted and the others taken to hold as many.
+    Memory: of tars and of folders in a bucket the listings of 16 at a time (see storage/pool.py), of others nothing.
     """
     if is_done("index", plan):
         return PoolCount(int(run_dir.figures("index")["rows"]))
