@@ -124,8 +124,7 @@ def scan_chunks(run_dir: RunDir, pool_of: PoolOf = read_pool) -> tuple[TrainingP
 
 def _scan_file(path: str) -> tuple[np.ndarray, list[int]]:
     """The ids in a file and the rows of each of its row groups."""
-    filesystem_, inner = filesystem.resolve(path)
-    with pq.ParquetFile(inner, filesystem=filesystem_) as file:
+    with filesystem.open_parquet(path) as file:
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
         return file.read([schema.SAMPLE_ID])[schema.SAMPLE_ID].to_numpy(), sizes
 
@@ -277,8 +276,8 @@ class _Decoder(Dataset):
 
 @lru_cache(maxsize=MAX_OPEN_FOOTERS)
 def _footer(path: str) -> pq.FileMetaData:
-    filesystem_, inner = filesystem.resolve(path)
-    return pq.read_metadata(inner, filesystem=filesystem_)
+    with filesystem.open_parquet(path) as file:
+        return file.metadata
 
 
 def _read_chunk(path: str, row_group: int) -> pa.Array:

@@ -4,6 +4,9 @@ A worker that dies or fails is replaced with its whole group, which goes on from
 group again after any exception and has none that it takes for final. So the first worker to meet an error that a retry
 would meet again leaves its message in a file, and the group that is started again returns without work.
 
+A Parquet file that cannot be read is no such error: a read may have been torn, and the next one is whole. One that is
+damaged ends the group once its retries are used up.
+
 Ray Train keeps in a file which checkpoints there are, and rewrites it in place: a kill or a full disk may leave half of
 it. Such a file is dropped, and the workers take the newest checkpoint that is whole (checkpoints.py).
 """
@@ -14,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 import ray.train
 import torch
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -126,6 +130,8 @@ def _work(loop_config: dict[str, Any]) -> None:
     try:
         torch.set_num_threads(group.cpus_per_worker)
         loop_config["worker"](loop_config["job"])
+    except pa.ArrowException:  # some of which are ValueErrors
+        raise
     except FINAL_ERRORS as error:
         filesystem.write_bytes(group.failure_file, str(error).encode())
         raise

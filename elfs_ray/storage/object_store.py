@@ -9,6 +9,7 @@ GOOGLE_APPLICATION_CREDENTIALS or a service account, STORAGE_EMULATOR_HOST.
 import contextlib
 import functools
 import os
+import posixpath
 import random
 import re
 import time
@@ -88,12 +89,20 @@ def _endpoint(url: str | None) -> tuple[str | None, str | None]:
 
 
 def explained(function: Callable[P, T]) -> Callable[P, T]:
-    """A function of a URI, which says what a store's refusal means: PermissionError, or FileNotFoundError."""
+    """A function of a URI, which says what a store's refusal means: PermissionError, or FileNotFoundError.
+
+    What is no Parquet file is named.
+    """
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return function(*args, **kwargs)
+        except pa.ArrowInvalid as error:
+            uri = str(args[0])
+            if posixpath.basename(uri) in str(error):
+                raise
+            raise pa.ArrowInvalid(f"{uri} cannot be read: {error}") from error
         except OSError as error:
             meaning = _meaning(str(args[0]), error)
             if meaning is None:
