@@ -5,7 +5,8 @@ Writes  clusters/centroids.parquet, clusters/pseudo_labels/ and neighbors/ (a fi
 
 k-means runs over workers that hold shards (stages/cluster_shards.py). cluster.method=temi goes on to the nearest
 neighbours (stages/cluster_neighbors.py) and to heads trained on them (stages/cluster_temi.py); these give the labels.
-Whoever made the labels, a centroid is the mean of its samples and the distance is that to the own centroid.
+The centroids of k-means are those that samples were assigned to, of unit length where cluster.spherical asks for it;
+those of other labels are the means of their samples. The distance is that to the own centroid.
 """
 
 import io
