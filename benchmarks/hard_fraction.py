@@ -30,6 +30,7 @@ from elfs_ray.stages.pool_training import kept_or_computed, load_proxy_images, t
 from elfs_ray.stages.select_auto import estimate_hard_fractions
 from elfs_ray.stages.select_pool import ScoredPool
 from elfs_ray.stages.select_search import search_hard_fractions
+from elfs_ray.stages.select_windows import Budget, choose
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.images import decode_proxy_image
 from elfs_ray.storage.run_dir import RunDir
@@ -93,7 +94,7 @@ def compare(config: Config, test_path: Path, name: str, num_seeds: int) -> None:
     counts = [pruning.budget_count(budget, pool.num_samples) for budget in config.budgets]
     autos = [found for found, _ in estimate_hard_fractions(config, run_dir, pool, counts)]
     searched = [found for found, _ in search_hard_fractions(config, run_dir, pool, counts)]
-    trainer = Trainer(config, run_dir, test_path, num_seeds)
+    trainer = Trainer(config, run_dir, pool, test_path, num_seeds)
     wanted: dict[tuple[int, float | None], None] = {}
     grids = [fraction_grid(config.select.search_step, count, pool.num_samples) for count in counts]
     for count, auto, found, grid in zip(counts, autos, searched, grids, strict=True):
@@ -118,12 +119,9 @@ def fixed(count: int, num_samples: int) -> list[float]:
 class Trainer:
     """Trains on coresets with true labels and tests, several seeds each, as Ray tasks."""
 
-    def __init__(self, config: Config, run_dir: RunDir, test_path: Path, num_seeds: int) -> None:
-        self._config, self._num_seeds = config, num_seeds
-        tables = pq.ParquetDataset(run_dir.table_files(schema.SCORES)).read()
-        self._ids, self._scores, self._groups = (
-            tables[column].to_numpy() for column in (schema.SAMPLE_ID, config.select.score, schema.PSEUDO_LABEL)
-        )
+    def __init__(self, config: Config, run_dir: RunDir, scored: ScoredPool, test_path: Path, num_seeds: int) -> None:
+        self._config, self._num_seeds, self._scored = config, num_seeds, scored
+        self._ids = np.concatenate([scored.read(path).sample_ids for path in scored.files])
         labels = run_dir.read_rows(schema.INDEX, self._ids, [schema.LABEL])[schema.LABEL].to_numpy()
         pool = LabelledImages(load_proxy_images(run_dir, self._ids, config.embed.proxy_image_size), labels, self._ids)
         # In a list, so that a task gets the reference, and what is known already loads no images.
@@ -132,11 +130,12 @@ class Trainer:
     def accuracies(self, wanted: Sequence[tuple[int, float | None]]) -> dict[tuple[int, float | None], float]:
         """The mean accuracy of each (samples to keep, hard fraction), None for random samples."""
         folder = RunDir(self._config.run_dir).path("trainings")
+        kept = self._windows([Budget(count, beta) for count, beta in wanted if beta is not None])
         tasks = [
             (
                 f"{folder}/{count}-{beta}-{seed}.json",
                 self._images,
-                self._chosen(count, beta, seed),
+                pruning.random_selection(self._ids, count, seed) if beta is None else kept[Budget(count, beta)],
                 self._config,
                 seed,
             )
@@ -148,13 +147,12 @@ class Trainer:
             found[position] = accuracy
         return dict(zip(wanted, found.reshape(-1, self._num_seeds).mean(1).tolist(), strict=True))
 
-    def _chosen(self, count: int, beta: float | None, seed: int) -> np.ndarray:
-        """Positions in the pool."""
-        if beta is None:
-            return pruning.random_selection(self._ids, count, seed)
-        if self._config.select.balance:
-            return pruning.balanced_double_end(self._scores, self._ids, self._groups, count, beta, "low")
-        return pruning.double_end(self._scores, self._ids, count, beta, "low")
+    def _windows(self, budgets: list[Budget]) -> dict[Budget, np.ndarray]:
+        """The positions in the pool that double-end pruning keeps for each budget."""
+        chosen = choose(self._scored, self._config.select, self._config.seed, budgets)
+        rows = [self._scored.read(path) for path in self._scored.files]
+        masks = [np.concatenate([selection.mask(self._scored, own) for own in rows]) for selection in chosen]
+        return {budget: np.flatnonzero(mask) for budget, mask in zip(budgets, masks, strict=True)}
 
 
 def train(path: str, images: list[ray.ObjectRef], chosen: np.ndarray, config: Config, seed: int) -> float:

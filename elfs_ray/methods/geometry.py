@@ -21,8 +21,8 @@ def prototypicality(embeddings: np.ndarray, centroids: np.ndarray) -> np.ndarray
     """Return each sample's cosine distance to its nearest centroid, (n,) float32; far is hard (2206.14486, section 5).
 
     embeddings: (n, d) float16 or float32, unit length; centroids: (k, d) float32 of k-means over them, any length > 0.
-    The nearest centroid is found in float32, its distance then taken in float64. Select with `pruning.hardest`,
-    direction "high". Memory: 4 · (d + k) · min(n, 4096) bytes.
+    The nearest centroid is found in float32, its distance then taken in float64. The farthest
+    are kept. Memory: 4 · (d + k) · min(n, 4096) bytes.
     Raises ValueError for shapes that do not fit and centroids of length 0.
     """
     if embeddings.ndim != 2 or centroids.ndim != 2 or embeddings.shape[1] != centroids.shape[1]:
@@ -117,7 +117,7 @@ def zcore_scores(
     """ZCore (2411.15349): reward samples that cover random 2-d subspaces, penalise those that repeat a covering one.
 
     Scores start uniform in [0, 1) by (seed, sample_id), gain the votes of `zcore_votes` and are scaled to [0, 1].
-    High is kept: select with `pruning.hardest`, direction "high".
+    High is kept.
 
     embeddings: (n, d) float16 or float32, n and d at least 2; sample_ids: (n,) int64; num_draws, num_neighbors and
     exponent are the authors' by default. Returns (n,) float32. Raises ValueError for smaller shapes, settings below 1.

@@ -1,11 +1,9 @@
-"""Which samples of a scored pool to keep, in memory: every selection returns positions into the arrays it was given.
+"""Which samples of a scored pool to keep: how many, from which rank, and the keys that order them.
 
-Samples are ordered hard-first by score, ties by sample_id; a selection is returned in that order (random_selection,
-which has no scores, in the order of the draw). Random choices are hashes of (seed, sample_id): they depend neither on
-the order of the samples nor on who holds them. Each random method is a window over integer keys, and those keys are
-public, so that `quantiles.rank_to_cut` makes the same choice over any number of shards.
-
-Memory: about 40 bytes a sample for each selection, on top of its arguments.
+A selection is a window of ranks in each group (the pool, a pseudo-class, a stratum), over samples ordered by an integer
+key, ties by sample_id: by hardness (`quantiles.hardness_keys`) or by the keys made here. Random choices are hashes of
+(seed, sample_id): they depend neither on the order of the samples nor on who holds them. `quantiles.rank_to_cut` finds
+the window over any number of shards.
 """
 
 import math
@@ -74,35 +72,11 @@ def window_start(num_samples: int, budget_count: int, hard_fraction: float) -> i
     return start
 
 
-def double_end(
-    scores: np.ndarray, sample_ids: np.ndarray, budget_count: int, hard_fraction: float, direction: Direction
-) -> np.ndarray:
-    """Drop the ⌊βN⌋ hardest samples, keep the next `budget_count`, drop the rest (ELFS 2406.04273).
-
-    scores: (n,) float32 or int32; sample_ids: (n,) int64, distinct; direction: the end where hard samples lie.
-    Returns positions (budget_count,) int64, hard-first. Raises ValueError for scores that are not finite, duplicate
-    ids, budgets outside [1, n] and hard fractions outside [0, 1 - budget_count / n].
-    """
-    order = _ordered(scores, sample_ids, budget_count, direction)
-    start = window_start(order.size, budget_count, hard_fraction)
-    return order[start : start + budget_count]
-
-
-def hardest(scores: np.ndarray, sample_ids: np.ndarray, budget_count: int, direction: Direction) -> np.ndarray:
-    """Keep the `budget_count` hardest samples; arguments, result and errors as for `double_end`."""
-    return _ordered(scores, sample_ids, budget_count, direction)[:budget_count]
-
-
-def easiest(scores: np.ndarray, sample_ids: np.ndarray, budget_count: int, direction: Direction) -> np.ndarray:
-    """Keep the `budget_count` easiest samples; arguments, result and errors as for `double_end`."""
-    order = _ordered(scores, sample_ids, budget_count, direction)
-    return order[order.size - budget_count :]
-
-
 def random_selection(sample_ids: np.ndarray, budget_count: int, seed: int) -> np.ndarray:
     """Keep a uniform random subset: the first `budget_count` samples by `random_keys`, positions (budget_count,) int64.
 
-    With one seed, a smaller budget is the beginning of a larger one. Raises ValueError as `double_end`.
+    With one seed, a smaller budget is the beginning of a larger one. Raises ValueError for duplicate ids and budgets
+    outside [1, n]. Memory: about 40 bytes a sample.
     """
     _check_pool(sample_ids, budget_count)
     return hard_first_order(random_keys(sample_ids, seed), sample_ids)[:budget_count]
@@ -111,31 +85,6 @@ def random_selection(sample_ids: np.ndarray, budget_count: int, seed: int) -> np
 def random_keys(sample_ids: np.ndarray, seed: int) -> np.ndarray:
     """Return keys (n,) uint32 whose ascending order is a uniform random permutation; see `random_selection`."""
     return (hash_uint64(seed, _RANDOM_STREAM, sample_ids) >> np.uint64(32)).astype(np.uint32)
-
-
-def stratified(
-    scores: np.ndarray,
-    sample_ids: np.ndarray,
-    budget_count: int,
-    hard_fraction: float,
-    direction: Direction,
-    seed: int,
-    num_strata: int = NUM_STRATA,
-) -> np.ndarray:
-    """Coverage-centric selection (CCS, 2210.15809, algorithm 1): strata of equal score range, a random draw in each.
-
-    The ⌊βN⌋ hardest samples are dropped first; the others are divided by `strata_of`, the budget by `allocate_evenly`.
-    Arguments, result and errors as for `double_end`; also num_strata: 1 to 64.
-    """
-    order = _ordered(scores, sample_ids, budget_count, direction)
-    candidates = order[window_start(order.size, budget_count, hard_fraction) :]
-    kept_scores, kept_ids = scores[candidates], sample_ids[candidates]
-    strata = strata_of(kept_scores, float(kept_scores.min()), float(kept_scores.max()), direction, num_strata)
-    counts = np.bincount(strata, minlength=num_strata)
-    by_key = hard_first_order(stratified_keys(strata, kept_ids, seed), kept_ids)
-    rank_in_stratum = np.empty(by_key.size, np.int64)
-    rank_in_stratum[by_key] = np.arange(by_key.size) - (np.cumsum(counts) - counts)[strata[by_key]]
-    return candidates[rank_in_stratum < allocate_evenly(counts, budget_count)[strata]]
 
 
 def strata_of(
@@ -186,28 +135,6 @@ def allocate_evenly(counts: np.ndarray, budget_count: int) -> np.ndarray:
     return allocation
 
 
-def dual_beta(
-    dual: np.ndarray,
-    mean_prob: np.ndarray,
-    sample_ids: np.ndarray,
-    budget_count: int,
-    seed: int,
-    exponent: float = 4.0,
-) -> np.ndarray:
-    """Sample without replacement with DUAL's Beta weights (2502.06905); see `dual_beta_keys`.
-
-    dual: (n,) float32, not negative; mean_prob: (n,) float32, the mean target probability over the epochs of the DUAL
-    score; sample_ids: (n,) int64; exponent: c_D, 5.5 for CIFAR-10, 4 for CIFAR-100 and 11 for ImageNet in the paper.
-    Returns positions (budget_count,) int64, from the highest DUAL score down. Raises ValueError as `double_end`.
-    """
-    order = _ordered(dual, sample_ids, budget_count, "high")
-    anchor = float(mean_prob[order[:DUAL_NUM_ANCHORS]].mean(dtype=np.float64))
-    keys = dual_beta_keys(dual, mean_prob, sample_ids, anchor, 1 - budget_count / order.size, seed, exponent)
-    kept = np.zeros(order.size, bool)
-    kept[hard_first_order(keys, sample_ids)[:budget_count]] = True
-    return order[kept[order]]
-
-
 def dual_beta_keys(
     dual: np.ndarray,
     mean_prob: np.ndarray,
@@ -244,29 +171,6 @@ def dual_beta_keys(
     return hardness_keys((log_weight + gumbel).astype(np.float32), "high")
 
 
-def balanced_double_end(
-    scores: np.ndarray,
-    sample_ids: np.ndarray,
-    pseudo_labels: np.ndarray,
-    budget_count: int,
-    hard_fraction: float,
-    direction: Direction,
-) -> np.ndarray:
-    """Double-end pruning of each pseudo-class alone, with the windows of `balanced_windows`.
-
-    pseudo_labels: (n,) int, not negative. Other arguments, result (hard-first over all classes) and errors as for
-    `double_end`.
-    """
-    order = _ordered(scores, sample_ids, budget_count, direction)
-    by_class = order[np.argsort(pseudo_labels[order], kind="stable")]
-    counts = np.bincount(pseudo_labels)
-    starts, shares = balanced_windows(counts, budget_count, hard_fraction)
-    kept = np.zeros(order.size, bool)
-    for first, start, share in zip(np.cumsum(counts) - counts, starts, shares, strict=True):
-        kept[by_class[first + start : first + start + share]] = True
-    return order[kept[order]]
-
-
 def balanced_windows(counts: np.ndarray, budget_count: int, hard_fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """Double-end windows of pseudo-classes: (how many of the hardest each drops, how many it then keeps), (k,) int64.
 
@@ -278,14 +182,6 @@ def balanced_windows(counts: np.ndarray, budget_count: int, hard_fraction: float
     shares = allocate_evenly(counts, budget_count)
     dropped = np.array([floor_of_fraction(float(hard_fraction), int(count)) for count in counts], np.int64)
     return np.minimum(dropped, counts - shares), shares
-
-
-def _ordered(scores: np.ndarray, sample_ids: np.ndarray, budget_count: int, direction: Direction) -> np.ndarray:
-    """Check the pool and return all its positions, hard-first."""
-    if scores.shape != sample_ids.shape:
-        raise ValueError(f"{scores.shape} scores were given for {sample_ids.shape} sample ids; needed: one for each")
-    _check_pool(sample_ids, budget_count)
-    return hard_first_order(hardness_keys(scores, direction), sample_ids)
 
 
 def _check_pool(sample_ids: np.ndarray, budget_count: int) -> None:

@@ -10,7 +10,7 @@ A shard is anything that can answer `count_digits(request, keys, sample_ids)` fo
     keys = hardness_keys(scores, direction)                          # on each worker
     gather = lambda request: (count_digits(request, keys, ids) for keys, ids in shards)
     lower, upper = rank_to_cut(gather, [start, start + count], num_ids)
-    kept = in_window(keys, ids, lower, upper)                        # on each worker
+    kept = assign_parts(keys, ids, [lower, upper]) == 0              # on each worker
 
 Groups (pseudo-classes, strata) need no search of their own: `grouped_keys` puts the group above the key, so that every
 group is a stretch of ranks, and one search finds the cuts of all. The more bins a search follows, the shorter its
@@ -174,11 +174,6 @@ def rank_to_cut(
             "look for a scores file that was read twice"
         )
     return [cuts[rank] for rank in ranks]
-
-
-def in_window(keys: np.ndarray, sample_ids: np.ndarray, lower: Cut, upper: Cut) -> np.ndarray:
-    """Mark the samples between two cuts: (n,) bool. keys: (n,) uint32 or uint64; sample_ids: (n,) int64."""
-    return assign_parts(keys, sample_ids, [lower, upper]) == 0
 
 
 def part_ranks(start: int, count: int, num_parts: int) -> list[int]:

@@ -12,7 +12,7 @@ epoch. p_y is the probability of the pseudo-label, p_o the largest of the others
     coarse_entropy  entropy of (p_y, p_o, rest) in the last epoch, in nats        float32   high is hard
     dual            mean over windows of 10 epochs, in the first 30, of
                     10 · std(p_y) · (1 - mean p_y)                                float32   high is hard
-    dual_mean_prob  mean of p_y over the first 30 epochs                          float32   (for `pruning.dual_beta`)
+    dual_mean_prob  mean of p_y over the first 30 epochs                          float32   (for `dual_beta_keys`)
 
 Sources: AUM 2001.10528 (with probabilities in place of logits, as ELFS 2406.04273 has it), forgetting 1812.05159,
 EL2N 2107.07075, DUAL 2502.06905, whose std is that of a sample (divisor 9). The whole prediction is not recorded, so
@@ -188,25 +188,6 @@ class ScoreAccumulator:
 
     def _describe(self) -> str:
         return f"the accumulator of {self.sample_ids.size} samples from {self.sample_ids[0]} to {self.sample_ids[-1]}"
-
-
-def compute_scores(
-    target_prob: np.ndarray,
-    max_other_prob: np.ndarray,
-    el2n: np.ndarray,
-    sample_ids: np.ndarray | range | None = None,
-) -> dict[str, np.ndarray]:
-    """Score a whole table, (epochs, n) float32 each, with columns in the order of sample_ids (default 0..n-1).
-
-    Returns and raises what `ScoreAccumulator` does, which it feeds; memory: its 97 bytes a sample besides the tables.
-    """
-    if target_prob.ndim != 2 or not target_prob.shape == max_other_prob.shape == el2n.shape:
-        shapes = f"{target_prob.shape}, {max_other_prob.shape} and {el2n.shape}"
-        raise ValueError(f"target_prob, max_other_prob and el2n have shapes {shapes}; all must be (epochs, samples)")
-    accumulator = ScoreAccumulator(range(target_prob.shape[1]) if sample_ids is None else sample_ids)
-    for epoch, columns in enumerate(zip(target_prob, max_other_prob, el2n, strict=True)):
-        accumulator.add_epoch(epoch, accumulator.sample_ids, *columns)
-    return accumulator.finish()
 
 
 def _add_window_dual(dual: np.ndarray, window: np.ndarray) -> None:

@@ -9,9 +9,9 @@ from elfs_ray.methods.geometry import d2_selection, prototypicality, zcore_draws
 from elfs_ray.methods.hashing import hash_uniform
 from elfs_ray.methods.kmeans import kmeans
 from elfs_ray.methods.kmeans_points import ArrayPoints
-from elfs_ray.methods.pruning import hardest
 from elfs_ray.storage import schema
 from elfs_ray.storage.run_dir import RunDir
+from tests.selections import hardest
 
 RUN = os.environ.get("ELFS_RAY_RUN")  # a run directory whose embeddings are to be ordered, too
 NUM_OF_RUN = 3000

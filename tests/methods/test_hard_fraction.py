@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from elfs_ray.methods.hard_fraction import count_difficulty, estimate_risks, fraction_grid, least_risk
-from elfs_ray.methods.pruning import balanced_double_end, double_end
+from tests.selections import balanced_double_end, double_end
 
 
 def pool(n=4000, seed=0):

@@ -1,26 +1,21 @@
 from fractions import Fraction
-from functools import partial
 
 import numpy as np
 import pytest
 
 from elfs_ray.methods.pruning import (
     allocate_evenly,
-    balanced_double_end,
     balanced_windows,
     budget_count,
-    double_end,
-    dual_beta,
-    easiest,
     floor_of_fraction,
-    hardest,
     random_keys,
     random_selection,
     strata_of,
-    stratified,
     stratified_keys,
+    window_start,
 )
-from elfs_ray.methods.quantiles import Cut, count_digits, hardness_keys, in_window, rank_to_cut
+from elfs_ray.methods.quantiles import Cut, assign_parts, count_digits, hardness_keys, rank_to_cut
+from tests.selections import balanced_double_end, dual_beta, hardest, stratified
 
 GRID = [("0.1", ("0", "0.4", "0.9")), ("0.3", ("0", "0.15", "0.7")), ("0.5", ("0", "0.2", "0.5")), ("1", ("0",))]
 
@@ -38,13 +33,13 @@ def select_by_shards(keys, ids, start, count, num_shards):
     lower, upper = rank_to_cut(
         lambda request: (count_digits(request, *shard) for shard in shards), [start, start + count], int(ids.max()) + 1
     )
-    return np.concatenate([ids[in_window(keys, ids, lower, upper)] for keys, ids in shards])
+    return np.concatenate([ids[assign_parts(keys, ids, [lower, upper]) == 0] for keys, ids in shards])
 
 
 @pytest.mark.parametrize("n", [1, 2, 9, 10, 11, 100, 1003, 100_000])
 @pytest.mark.parametrize("direction", ["low", "high"])
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
-def test_double_end_equals_sorting_and_slicing_on_one_machine_and_over_shards(n, direction, dtype):
+def test_the_window_over_shards_equals_sorting_and_slicing(n, direction, dtype):
     scores, ids = pool(n, n, dtype)
     order = np.lexsort((ids, scores if direction == "low" else -scores.astype(np.float64)))
     for kept, hard_fractions in GRID:
@@ -53,24 +48,18 @@ def test_double_end_equals_sorting_and_slicing_on_one_machine_and_over_shards(n,
             continue
         assert budget_count(float(kept), n) == count
         for hard_fraction in hard_fractions:
-            start = int(Fraction(hard_fraction) * n)
-            positions = double_end(scores, ids, count, float(hard_fraction), direction)
-            np.testing.assert_array_equal(ids[positions], ids[order[start : start + count]])
+            start = window_start(n, count, float(hard_fraction))
+            assert start == int(Fraction(hard_fraction) * n)
             num_shards = 1 + (n + start) % 7
             sharded = select_by_shards(hardness_keys(scores, direction), ids, start, count, num_shards)
-            assert set(sharded) == set(ids[positions]) and sharded.size == count
+            assert set(sharded) == set(ids[order[start : start + count]]) and sharded.size == count
 
 
-def test_hard_fraction_equal_to_the_pruning_rate_keeps_the_easiest_samples():
-    scores, ids = pool(1000)
+def test_a_hard_fraction_equal_to_the_pruning_rate_ends_at_the_easiest_sample_and_zero_starts_at_the_hardest():
     for kept, pruned in ((0.1, 0.9), (0.3, 0.7), (1 - 0.9, 0.9), (1 - 0.7, 0.7), (0.7, 1 - 0.7)):
         count = budget_count(kept, 1000)
-        np.testing.assert_array_equal(double_end(scores, ids, count, pruned, "low"), easiest(scores, ids, count, "low"))
-
-
-def test_hard_fraction_zero_keeps_the_hardest_samples():
-    scores, ids = pool(1000)
-    np.testing.assert_array_equal(double_end(scores, ids, 70, 0.0, "high"), hardest(scores, ids, 70, "high"))
+        assert window_start(1000, count, pruned) + count == 1000
+        assert window_start(1000, count, 0.0) == 0
 
 
 @pytest.mark.parametrize("num_samples", [1, 3, 7, 10, 100, 1003, 50_000, 10**9])
@@ -103,30 +92,14 @@ def test_a_budget_that_cannot_be_kept_is_refused(budget):
 
 @pytest.mark.parametrize("hard_fraction", [-0.1, 0.91, 1.0, float("nan")])
 def test_a_hard_fraction_beyond_what_is_pruned_is_refused(hard_fraction):
-    scores, ids = pool(100)
-    for select in (double_end, partial(stratified, seed=0)):
-        with pytest.raises(ValueError, match=r"hard_fraction is .* keeping 10 of 100"):
-            select(scores, ids, 10, hard_fraction, "low")
+    with pytest.raises(ValueError, match=r"hard_fraction is .* keeping 10 of 100"):
+        window_start(100, 10, hard_fraction)
 
 
-def test_nan_scores_and_duplicate_ids_are_refused_by_every_selection():
-    scores, ids = pool(20)
-    broken, twice = scores.copy(), ids.copy()
-    broken[3], twice[4] = np.nan, twice[5]
-    prob = np.full(20, 0.5, np.float32)
-    selections = [
-        lambda s, i: double_end(s, i, 5, 0.1, "low"),
-        lambda s, i: hardest(s, i, 5, "low"),
-        lambda s, i: easiest(s, i, 5, "low"),
-        lambda s, i: stratified(s, i, 5, 0.1, "low", seed=0),
-        lambda s, i: dual_beta(np.abs(s), prob, i, 5, seed=0),
-        lambda s, i: balanced_double_end(s, i, ids % 2, 5, 0.0, "low"),
-    ]
-    for select in selections:
-        with pytest.raises(ValueError, match="NaN"):
-            select(broken, ids)
-        with pytest.raises(ValueError, match=rf"sample ids \[{twice[5]}\] occur more than once"):
-            select(scores, twice)
+def test_a_random_selection_refuses_duplicate_ids_and_a_budget_beyond_the_pool():
+    _, ids = pool(20)
+    twice = ids.copy()
+    twice[4] = twice[5]
     with pytest.raises(ValueError, match="occur more than once"):
         random_selection(twice, 5, seed=0)
     with pytest.raises(ValueError, match="budget is 21 samples of a pool of 20"):
@@ -230,7 +203,9 @@ def test_random_selection_is_nested_seeded_and_uniform():
     assert ((per_tenth - 400) ** 2 / 400).sum() < 30  # χ² of 9 degrees: 99.96%
     lower, upper = rank_to_cut(lambda request: [count_digits(request, random_keys(ids, 0), ids)], [0, 1000], ids.size)
     assert lower == Cut(0, 0)
-    np.testing.assert_array_equal(np.sort(small), np.flatnonzero(in_window(random_keys(ids, 0), ids, lower, upper)))
+    np.testing.assert_array_equal(
+        np.sort(small), np.flatnonzero(assign_parts(random_keys(ids, 0), ids, [lower, upper]) == 0)
+    )
 
 
 def test_dual_beta_draws_with_the_published_weights():

@@ -11,7 +11,6 @@ from elfs_ray.methods.quantiles import (
     grouped_keys,
     hard_first_order,
     hardness_keys,
-    in_window,
     part_ranks,
     rank_to_cut,
 )
@@ -25,6 +24,10 @@ def split(keys, ids, num_shards, seed=0):
 
 def find_cuts(shards, ranks, num_ids):
     return rank_to_cut(lambda request: (count_digits(request, *shard) for shard in shards), ranks, num_ids)
+
+
+def in_window(keys, ids, lower, upper):
+    return assign_parts(keys, ids, [lower, upper]) == 0
 
 
 def sorted_pairs(keys, ids):
@@ -176,13 +179,6 @@ def test_no_part_holds_what_lies_outside_the_window():
     keys, ids = np.array([1, 2, 2, 2, 3], np.uint32), np.arange(5)
     parts = assign_parts(keys, ids, [Cut(2, 2), Cut(2, 3), Cut(3, 4)])
     np.testing.assert_array_equal(parts, [-1, -1, 0, 1, -1])
-
-
-def test_parts_with_two_cuts_agree_with_the_window():
-    rng = np.random.default_rng(7)
-    keys, ids = rng.integers(0, 5, 400).astype(np.uint32), rng.permutation(400)
-    lower, upper = find_cuts([(keys, ids)], [100, 300], 400)
-    np.testing.assert_array_equal(assign_parts(keys, ids, [lower, upper]) == 0, in_window(keys, ids, lower, upper))
 
 
 def test_a_rank_beyond_the_samples_is_refused():

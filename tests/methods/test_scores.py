@@ -5,7 +5,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from elfs_ray.methods.scores import SCORES, ScoreAccumulator, compute_scores
+from elfs_ray.methods.scores import SCORES, ScoreAccumulator
+
+
+def compute_scores(target_prob, max_other_prob, el2n, sample_ids=None):
+    """The scores of a whole table, (epochs, n) each."""
+    accumulator = ScoreAccumulator(range(target_prob.shape[1]) if sample_ids is None else sample_ids)
+    for epoch, columns in enumerate(zip(target_prob, max_other_prob, el2n, strict=True)):
+        accumulator.add_epoch(epoch, accumulator.sample_ids, *columns)
+    return accumulator.finish()
 
 
 def sequence(target_prob, max_other_prob=None, el2n=None):
@@ -214,9 +222,3 @@ def test_no_epochs_no_samples_and_unsorted_samples_are_refused():
     for ids in ([1, 1], [2, 1]):
         with pytest.raises(ValueError, match="increase strictly"):
             ScoreAccumulator(np.array(ids))
-
-
-def test_tables_of_different_shapes_are_refused():
-    target, other, el2n = random_table(3, 4)
-    with pytest.raises(ValueError, match=r"all must be \(epochs, samples\)"):
-        compute_scores(target, other[:2], el2n)

@@ -15,6 +15,7 @@ from elfs_ray.stages.select_pool import ScoredPool
 from elfs_ray.stages.select_windows import Budget, choose
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
+from tests import selections
 from tests.tables import contents, digit_images, digits_config, write_trained
 
 
@@ -165,11 +166,11 @@ def in_memory(method: str, balance: bool, ids: np.ndarray, scores: dict, count: 
     for own, share in zip(groups, shares, strict=True):
         aum, dual, prob, own_ids = scores["aum"][own], scores["dual"][own], scores["dual_mean_prob"][own], ids[own]
         positions = {
-            "hardest": pruning.hardest(aum, own_ids, int(share), "low"),
-            "easiest": pruning.easiest(aum, own_ids, int(share), "low"),
+            "hardest": selections.hardest(aum, own_ids, int(share), "low"),
+            "easiest": selections.easiest(aum, own_ids, int(share), "low"),
             "random": pruning.random_selection(own_ids, int(share), seed=4),
-            "stratified": pruning.stratified(aum, own_ids, int(share), 0.1, "low", seed=4, num_strata=7),
-            "dual_beta": pruning.dual_beta(dual, prob, own_ids, int(share), seed=4),
+            "stratified": selections.stratified(aum, own_ids, int(share), 0.1, "low", seed=4, num_strata=7),
+            "dual_beta": selections.dual_beta(dual, prob, own_ids, int(share), seed=4),
         }
         kept.append(own_ids[positions[method]])
     return np.sort(np.concatenate(kept))

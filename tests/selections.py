@@ -1,0 +1,92 @@
+"""The selections written out for a pool in memory, by sorting: what those over files are compared with.
+
+Each returns positions into the arrays that it was given, hard-first.
+"""
+
+import numpy as np
+
+from elfs_ray.methods.pruning import (
+    DUAL_NUM_ANCHORS,
+    allocate_evenly,
+    balanced_windows,
+    dual_beta_keys,
+    strata_of,
+    stratified_keys,
+    window_start,
+)
+from elfs_ray.methods.quantiles import Direction, hard_first_order, hardness_keys
+
+
+def hard_first(scores: np.ndarray, sample_ids: np.ndarray, direction: Direction) -> np.ndarray:
+    return hard_first_order(hardness_keys(scores, direction), sample_ids)
+
+
+def hardest(scores: np.ndarray, sample_ids: np.ndarray, budget_count: int, direction: Direction) -> np.ndarray:
+    return hard_first(scores, sample_ids, direction)[:budget_count]
+
+
+def easiest(scores: np.ndarray, sample_ids: np.ndarray, budget_count: int, direction: Direction) -> np.ndarray:
+    return hard_first(scores, sample_ids, direction)[scores.size - budget_count :]
+
+
+def double_end(
+    scores: np.ndarray, sample_ids: np.ndarray, budget_count: int, hard_fraction: float, direction: Direction
+) -> np.ndarray:
+    """ELFS (2406.04273): without the hardest ⌊βN⌋ samples, and those behind the budget."""
+    start = window_start(scores.size, budget_count, hard_fraction)
+    return hard_first(scores, sample_ids, direction)[start : start + budget_count]
+
+
+def balanced_double_end(
+    scores: np.ndarray,
+    sample_ids: np.ndarray,
+    pseudo_labels: np.ndarray,
+    budget_count: int,
+    hard_fraction: float,
+    direction: Direction,
+) -> np.ndarray:
+    """Double-end pruning of each pseudo-class alone."""
+    order = hard_first(scores, sample_ids, direction)
+    windows = balanced_windows(np.bincount(pseudo_labels), budget_count, hard_fraction)
+    kept = np.zeros(scores.size, bool)
+    for label, (start, share) in enumerate(zip(*windows, strict=True)):
+        kept[order[pseudo_labels[order] == label][start : start + share]] = True
+    return order[kept[order]]
+
+
+def stratified(
+    scores: np.ndarray,
+    sample_ids: np.ndarray,
+    budget_count: int,
+    hard_fraction: float,
+    direction: Direction,
+    seed: int,
+    num_strata: int = 50,
+) -> np.ndarray:
+    """CCS (2210.15809, algorithm 1): strata of equal score range behind the hardest ⌊βN⌋, a random draw in each."""
+    order = hard_first(scores, sample_ids, direction)
+    left = order[window_start(order.size, budget_count, hard_fraction) :]
+    strata = strata_of(scores[left], float(scores[left].min()), float(scores[left].max()), direction, num_strata)
+    drawn = left[hard_first_order(stratified_keys(strata, sample_ids[left], seed), sample_ids[left])]
+    counts = np.bincount(strata, minlength=num_strata)
+    kept = np.zeros(scores.size, bool)
+    for own, share in zip(np.split(drawn, np.cumsum(counts)), allocate_evenly(counts, budget_count), strict=False):
+        kept[own[:share]] = True
+    return order[kept[order]]
+
+
+def dual_beta(
+    dual: np.ndarray,
+    mean_prob: np.ndarray,
+    sample_ids: np.ndarray,
+    budget_count: int,
+    seed: int,
+    exponent: float = 4.0,
+) -> np.ndarray:
+    """DUAL (2502.06905): draws by Beta weights around the mean probability of the ten highest scores."""
+    order = hard_first(dual, sample_ids, "high")
+    anchor = float(mean_prob[order[:DUAL_NUM_ANCHORS]].mean(dtype=np.float64))
+    keys = dual_beta_keys(dual, mean_prob, sample_ids, anchor, 1 - budget_count / order.size, seed, exponent)
+    kept = np.zeros(order.size, bool)
+    kept[hard_first_order(keys, sample_ids)[:budget_count]] = True
+    return order[kept[order]]
