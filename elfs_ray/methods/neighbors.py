@@ -21,7 +21,7 @@ from elfs_ray.methods.exact_arithmetic import (
 )
 from elfs_ray.methods.workspace import Workspace
 
-NO_ID = torch.iinfo(torch.int64).max
+_NO_ID = torch.iinfo(torch.int64).max
 # Queries and points of a product. On a CPU rows of a power of two of numbers compete for the same lines of the cache.
 _BLOCKS = {"cpu": (1024, 8064), "cuda": (4096, 65536)}
 _GROUP = 8
@@ -60,12 +60,12 @@ def nearest_neighbors(
     query_id_tensor = torch.from_numpy(query_ids.copy()).to(where)
     blocks = [slice(start, start + query_rows) for start in range(0, len(queries), query_rows)]
     space = Workspace(where)
-    lists = [TopLists(query_tensor[block], query_id_tensor[block], k, space) for block in blocks]
+    lists = [_TopLists(query_tensor[block], query_id_tensor[block], k, space) for block in blocks]
     num_points = 0
     for embeddings, sample_ids in shards:
         points = embeddings_to_device(embeddings, sample_ids, where)
         ids = torch.from_numpy(sample_ids.copy()).to(where)
-        for block in point_blocks(len(points), point_rows):
+        for block in _point_blocks(len(points), point_rows):
             offered = points[block] if where.type == "cuda" else space.copy("points", points[block], torch.float32)
             for top in lists:
                 top.offer(offered, ids[block])
@@ -80,7 +80,7 @@ def nearest_neighbors(
     )
 
 
-def point_blocks(num_points: int, largest: int) -> Iterator[slice]:
+def _point_blocks(num_points: int, largest: int) -> Iterator[slice]:
     """Blocks of points; all but the last few points in blocks of a whole number of groups."""
     whole = num_points - num_points % _GROUP
     for start in range(0, whole, largest):
@@ -89,7 +89,7 @@ def point_blocks(num_points: int, largest: int) -> Iterator[slice]:
         yield slice(whole, num_points)
 
 
-class TopLists:
+class _TopLists:
     """The best k of what a block of queries was offered: similarity (m, k) float64, exact, and ids (m, k) int64."""
 
     def __init__(self, queries: torch.Tensor, query_ids: torch.Tensor, k: int, space: Workspace):
@@ -98,28 +98,24 @@ class TopLists:
         self._space = space
         self._error = MAX_NORM**2 * product_error(queries.shape[1], queries.device)
         self.similarity = torch.full((len(queries), k), -torch.inf, dtype=torch.float64, device=queries.device)
-        self.ids = torch.full((len(queries), k), NO_ID, dtype=torch.int64, device=queries.device)
+        self.ids = torch.full((len(queries), k), _NO_ID, dtype=torch.int64, device=queries.device)
 
-    def offer(self, points: torch.Tensor, ids: torch.Tensor, takers: slice | torch.Tensor = slice(None)) -> None:
-        """Take what belongs in the lists from points (p, d), float16 or float16 numbers as float32, with ids (p,).
-
-        takers: the queries that are offered them, a slice or ascending positions; all by default.
-        """
-        queries, lowest = self._queries[takers], self.similarity[takers, -1]
+    def offer(self, points: torch.Tensor, ids: torch.Tensor) -> None:
+        """Take what belongs in the lists from points (p, d), float16 or float16 numbers as float32, with ids (p,)."""
+        queries = self._queries
         if points.dtype == torch.float32:
             queries = self._space.copy("queries", queries, torch.float32)
         approximate = fast_product(queries, points, self._space)
-        rows, columns = self._candidates(approximate, lowest)
+        rows, columns = self._candidates(approximate)
         if len(rows) > approximate.numel() // 8:
             similarity = (queries.double() @ points.double().T)[rows, columns]
         else:
             similarity = exact_similarities(queries, rows, points, columns, self._space)
-        wanted = (similarity >= lowest[rows]) & (ids[columns] != self._query_ids[takers][rows])
-        places = torch.arange(len(self.ids), device=ids.device)[takers]
-        self._merge(places[rows[wanted]], similarity[wanted], ids[columns[wanted]])
+        wanted = (similarity >= self.similarity[rows, -1]) & (ids[columns] != self._query_ids[rows])
+        self._merge(rows[wanted], similarity[wanted], ids[columns[wanted]])
 
-    def _candidates(self, approximate: torch.Tensor, lowest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows, ascending, and columns of the products (m, p) that may belong in lists whose k-th are lowest (m,).
+    def _candidates(self, approximate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows, ascending, and columns of the products (m, p) that may belong in the lists.
 
         Only groups of columns whose maximum may are looked into: that is a pass over the products instead of several.
         """
@@ -127,7 +123,7 @@ class TopLists:
         grouped = num_points % _GROUP == 0 and num_points >= 2 * _GROUP * (self.ids.shape[1] + 1)
         stride = num_points // _GROUP if grouped else num_points
         maxima = approximate.view(num_queries, -1, stride).amax(1) if grouped else approximate
-        level = self._entry_level(maxima, lowest) - self._error
+        level = self._entry_level(maxima) - self._error
         flat = flat_nonzero(maxima >= level.unsqueeze(1))
         if grouped and len(flat) > maxima.numel() // _GROUP:
             stride, grouped = num_points, False
@@ -140,10 +136,10 @@ class TopLists:
         flat = members.view(-1)[inside]
         return flat // num_points, flat % num_points
 
-    def _entry_level(self, approximate: torch.Tensor, lowest: torch.Tensor) -> torch.Tensor:
+    def _entry_level(self, approximate: torch.Tensor) -> torch.Tensor:
         """A lower bound (m,) of the k-th similarity after this offer; one of the offered may be the query itself."""
         k = self.similarity.shape[1]
-        level = lowest
+        level = self.similarity[:, -1]
         if approximate.shape[1] > k and torch.isinf(level).any():
             level = level.maximum(_largest(approximate, k + 1).double() - self._error)
         return level.float()
@@ -157,7 +153,7 @@ class TopLists:
         column = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[line]
         shape = (len(changed), int(counts.max()))
         more_similarity = torch.full(shape, -torch.inf, dtype=torch.float64, device=rows.device)
-        more_ids = torch.full(shape, NO_ID, dtype=torch.int64, device=rows.device)
+        more_ids = torch.full(shape, _NO_ID, dtype=torch.int64, device=rows.device)
         more_similarity[line, column] = similarity
         more_ids[line, column] = ids
         k = self.ids.shape[1]

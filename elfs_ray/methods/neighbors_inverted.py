@@ -1,22 +1,31 @@
 """The k nearest neighbours through an inverted file: approximate, for pools that are too large for the exact search.
 
 Samples are listed under their centroid, and a query looks into the lists of the most similar centroids. In these lists
-the search is exact (neighbors.py), and so is the choice of lists: what is found is a function of the embeddings and the
-centroids, however the samples are divided over inverted files and the queries over searches.
+the search is exact, as in neighbors.py, and so is the choice of lists: what is found is a function of the embeddings
+and the centroids, however the samples are divided over inverted files and the queries over searches.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 
 from elfs_ray.methods.assignment import embeddings_to_device
-from elfs_ray.methods.exact_arithmetic import exact_centroids, exact_rows, row_chunks
-from elfs_ray.methods.neighbors import NO_ID, Neighbors, TopLists, point_blocks, recall
+from elfs_ray.methods.exact_arithmetic import (
+    MAX_NORM,
+    exact_centroids,
+    exact_rows,
+    exact_similarities,
+    fast_product,
+    product_error,
+    row_chunks,
+)
+from elfs_ray.methods.neighbors import Neighbors, recall
 from elfs_ray.methods.workspace import Workspace
 
 _CPU = torch.device("cpu")
-_SEARCH_QUERIES = 32_768
+_SEARCH_QUERIES = 16_384
+_PRODUCTS = 1 << 25
 _QUERIES, _POINTS = 1024, 8064  # of a product
 
 
@@ -55,40 +64,83 @@ class InvertedFile:
         lists = nearest_lists(embeddings, centroids, 1)[:, 0]
         order = np.argsort(lists, kind="stable")
         self._ends = np.searchsorted(lists[order], np.arange(len(centroids)), side="right")
-        self._order = torch.from_numpy(order)
-        self._ids = torch.from_numpy(sample_ids.copy())
+        self._order, self._ids = order, sample_ids
 
     def search(self, queries: np.ndarray, query_ids: np.ndarray, lists: np.ndarray, k: int) -> Neighbors:
-        """The k most similar samples in each query's lists (m, p), the query itself (by id) left out.
+        """The k most similar samples in each query's lists (m, p), ascending, the query itself (by id) left out.
 
         The similarity is float64, until `merge_neighbors`. Where the lists hold fewer than k samples, the rest of a row
-        has id -1 and similarity -inf. Memory beside the result: 12 p bytes a query, 16 k for 32,768, and 100 MB.
+        has id -1 and similarity -inf. Memory beside the result: 300 MB, or what the lists of one query take.
         """
         query_tensor = embeddings_to_device(queries, query_ids, _CPU)
-        query_id_tensor = torch.from_numpy(query_ids.copy())
+        ends = np.diff(self._ends, prepend=0)[lists].cumsum(1)
         space = Workspace(_CPU)
-        parts = []
-        for start in range(0, len(queries), _SEARCH_QUERIES):
-            block = slice(start, start + _SEARCH_QUERIES)
-            top = TopLists(query_tensor[block], query_id_tensor[block], k, space)
-            self._offer(top, lists[block], space)
-            parts.append((torch.where(top.ids == NO_ID, -1, top.ids).numpy(), top.similarity.numpy()))
-        return Neighbors(np.concatenate([ids for ids, _ in parts]), np.concatenate([values for _, values in parts]))
+        found_ids, similarity = np.full((len(queries), k), -1), np.full((len(queries), k), -np.inf)
+        for block in _blocks(ends[:, -1]):
+            rows, samples = self._candidates(query_tensor[block], lists[block], ends[block], k, space)
+            values = exact_similarities(query_tensor[block], rows, self._embeddings, samples, space).numpy()
+            row, ids = rows.numpy() + block.start, self._ids[samples.numpy()]
+            order = np.lexsort((ids, -values, row))
+            order = order[ids[order] != query_ids[row[order]]]
+            row, ids, values = row[order], ids[order], values[order]
+            rank = np.arange(len(row)) - np.searchsorted(row, row)
+            best = rank < k
+            found_ids[row[best], rank[best]], similarity[row[best], rank[best]] = ids[best], values[best]
+        return Neighbors(found_ids, similarity)
 
-    def _offer(self, top: TopLists, lists: np.ndarray, space: Workspace) -> None:
-        """Offer every list of samples to the queries that look into it."""
+    def _candidates(
+        self, queries: torch.Tensor, lists: np.ndarray, ends: np.ndarray, k: int, space: Workspace
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pairs (rows of queries, ascending; positions of samples) that hold every query's k + 1 most similar.
+
+        Fast products, in the order of each query's lists, sort out the others. ends (m, p): where each list ends there.
+        """
+        width = int(ends[:, -1].max())
+        products = np.full((len(queries), width), -np.inf, np.float32)
+        filled = np.zeros(len(queries), np.int64)
+        singles = queries.float()
+        for members, takers in self._pairs(lists):
+            points = space.copy("points", self._embeddings[members], torch.float32)
+            columns = filled[takers, None] + np.arange(len(members))
+            products[takers[:, None], columns] = fast_product(singles[takers], points, space).numpy()
+            filled[takers] += len(members)
+        level = np.full((len(queries), 1), -np.inf, np.float32)
+        if width > k:
+            at = width - k - 1
+            error = MAX_NORM**2 * product_error(queries.shape[1], _CPU)
+            # Of the (k + 1)-th and of what is compared with it, and the rounding to float32.
+            level = np.partition(products, at, axis=1)[:, at, None] - np.float32(3 * error)
+        wanted = products >= level
+        if np.isneginf(level).any():
+            wanted &= np.arange(width) < filled[:, None]
+        rows, columns = np.nonzero(wanted)
+        first = np.arange(len(queries)) * (width + 1)
+        slots = np.searchsorted((ends + first[:, None]).ravel(), columns + first[rows], side="right")
+        before_end = ends.ravel()[slots] - columns
+        samples = self._order[self._ends[lists.ravel()[slots]] - before_end]
+        return torch.from_numpy(rows), torch.from_numpy(samples)
+
+    def _pairs(self, lists: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Every list, or part of it, with the rows of `lists` that name it: (positions of samples, rows)."""
         by_list = np.argsort(lists, axis=None, kind="stable")
-        takers = torch.from_numpy(by_list // lists.shape[1])
+        takers = by_list // lists.shape[1]
         taker_ends = np.searchsorted(lists.ravel()[by_list], np.arange(len(self._ends)), side="right")
         starts, taker_starts = (np.concatenate([[0], ends[:-1]]) for ends in (self._ends, taker_ends))
-        used = np.flatnonzero((self._ends > starts) & (taker_ends > taker_starts))
-        for number in used.tolist():
-            members = self._order[starts[number] : self._ends[number]]
-            own = takers[taker_starts[number] : taker_ends[number]]
-            for block in point_blocks(len(members), _POINTS):
-                points = space.copy("points", self._embeddings[members[block]], torch.float32)
-                for some in own.split(_QUERIES):
-                    top.offer(points, self._ids[members[block]], some)
+        for number in np.flatnonzero((self._ends > starts) & (taker_ends > taker_starts)).tolist():
+            for start in range(starts[number], self._ends[number], _POINTS):
+                members = self._order[start : min(start + _POINTS, self._ends[number])]
+                for first in range(taker_starts[number], taker_ends[number], _QUERIES):
+                    yield members, takers[first : min(first + _QUERIES, taker_ends[number])]
+
+
+def _blocks(widths: np.ndarray) -> Iterator[slice]:
+    """Queries whose products, `widths` of each, fit the memory, or a single one."""
+    start = 0
+    while start < len(widths):
+        widest = np.maximum.accumulate(widths[start : start + _SEARCH_QUERIES])
+        count = max(1, int(np.count_nonzero(widest * np.arange(1, len(widest) + 1) <= _PRODUCTS)))
+        yield slice(start, start + count)
+        start += count
 
 
 def merge_neighbors(parts: Sequence[Neighbors]) -> Neighbors:
