@@ -196,7 +196,7 @@ def _load_yaml(path: str | Path, kind: type) -> DictConfig:
     try:
         loaded = OmegaConf.load(path)
         if isinstance(loaded, DictConfig):
-            loaded = _with_texts(loaded, yaml.load(Path(path).read_text("utf-8"), yaml.BaseLoader), kind)
+            loaded = _with_texts(loaded, _typed(Path(path).read_text("utf-8")), kind)
     except Exception as error:  # of the YAML parser, of the file system, of text that is none
         raise ConfigError(f"config file {str(path)!r} cannot be read: {error}") from error
     if not isinstance(loaded, DictConfig):
@@ -213,9 +213,14 @@ def _parse_override(override: str, kind: type) -> DictConfig:
     try:
         if _texts(kind).get(key) is False:
             return OmegaConf.create(_nested(key, None if value in ("", "null") else value))
-        return _with_texts(OmegaConf.from_dotlist([override]), _nested(key, yaml.load(value, yaml.BaseLoader)), kind)
+        return _with_texts(OmegaConf.from_dotlist([override]), _nested(key, _typed(value)), kind)
     except Exception as error:
         raise ConfigError(f"{override!r} cannot be read: {error}. Quote values with spaces or colons.") from error
+
+
+def _typed(text: str) -> Any:
+    """YAML with every value as the text that it is; no tag makes an object of it."""
+    return yaml.BaseLoader(text).get_single_data()
 
 
 @lru_cache

@@ -37,9 +37,9 @@ def make_reports(monkeypatch):
 
 @pytest.mark.parametrize(
     ("epoch_s", "report_s", "reported"),
-    [(10.0, 1.0, [0, 1, 2, 3, 4, 5, 6, 7]), (2.0, 0.4, [0, 2, 4, 6, 7]), (1.0, 0.5, [0, 5, 7])],
+    [(40.0, 1.0, [0, 1, 2, 3, 4, 5, 6, 7]), (8.0, 0.5, [0, 3, 6, 7]), (10.0, 1.0, [0, 4, 7])],
 )
-def test_reports_take_a_tenth_of_the_time_at_most_and_the_last_epoch_is_always_there(
+def test_reports_take_3_percent_of_the_time_at_most_and_the_last_epoch_is_always_there(
     make_reports, epoch_s, report_s, reported
 ):
     reports = make_reports(report_s)
@@ -48,7 +48,7 @@ def test_reports_take_a_tenth_of_the_time_at_most_and_the_last_epoch_is_always_t
         reports.now_s += epoch_s
         reporter.end_epoch({"epoch": epoch}, lambda: {"next": epoch + 1}, is_last=epoch == 7)  # noqa: B023
     assert reports.states == {epoch: {"next": epoch + 1} for epoch in reported}
-    assert (len(reported) - 2) * report_s <= 0.1 * reports.now_s  # but for the latest and the one at the end
+    assert (len(reported) - 2) * report_s <= 0.03 * reports.now_s  # but for the latest and the one at the end
 
 
 def test_one_slow_report_leaves_no_more_than_a_minute_without(make_reports):
