@@ -179,11 +179,11 @@ def draw_fault(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="600 digits, 4 faults")
-    parser.add_argument("--faults", type=int, help="at least so many (40; quick: 4)")
+    parser.add_argument("--quick", action="store_true", help="600 digits, 2 faults")
+    parser.add_argument("--faults", type=int, help="at least so many (40; quick: 2)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    wanted = options.faults or (4 if options.quick else 40)
+    wanted = options.faults or (2 if options.quick else 40)
     num_images, epochs = (600, 2) if options.quick else (4000, 4)
     from tests import s3
 

@@ -35,7 +35,7 @@ CIFAR10 = Track(
 )
 QUICK = Track(
     "digits",
-    (0.1, 0.3),
+    (0.2,),
     METHODS,
     (
         *("embed.encoder=pixels", "embed.image_size=28", "embed.proxy_image_size=28", "cluster.temi.profile=cpu"),
