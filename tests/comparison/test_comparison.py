@@ -27,6 +27,7 @@ from elfs_ray.stages.evaluate_data import TrueLabels, read_labels
 from elfs_ray.stages.evaluate_trials import TrialPlace
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import Marker, RunDir
+from tests import selections
 from tests.tables import contents, digit_images, digits_config, png, write_trained
 
 JOB = Path(__file__).parent.parent.parent / "jobs" / "evaluate.py"
@@ -118,7 +119,7 @@ def test_selections_are_the_runs_own_and_what_each_method_takes_of_its_tables(fi
         assert np.array_equal(ids_of["elfs", budget, 0], np.sort(run_dir.read_column(table, column="sample_id")))
     scores = pa.concat_tables(run_dir.read_table("scores"))
     ids, aum = scores["sample_id"].to_numpy(), scores["aum"].to_numpy()
-    assert np.array_equal(ids_of["aum_hardest", "0.1", 1], np.sort(ids[pruning.hardest(aum, ids, 100, "low")]))
+    assert np.array_equal(ids_of["aum_hardest", "0.1", 1], np.sort(ids[selections.hardest(aum, ids, 100, "low")]))
     for seed in (0, 1):
         drawn = np.sort(ids[pruning.random_selection(ids, 100, seed)])
         assert np.array_equal(ids_of["random", "0.1", seed], drawn)
