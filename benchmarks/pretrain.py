@@ -48,7 +48,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run_dir = RunDir(folder)
         _write_pool(run_dir, num_samples)
-        _measure_worker(run_dir, rounds=3 if quick else 7, on_gpu=on_gpu, compiles=not quick)
+        _measure_worker(run_dir, rounds=7, on_gpu=on_gpu, compiles=not quick)
         if not quick:
             _measure_workers(run_dir, on_gpu=on_gpu)
 

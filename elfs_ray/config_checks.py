@@ -89,12 +89,20 @@ def check_budgets(config: Config, num_samples: int) -> None:
     """Raise ConfigError for a budget or a hard fraction that does not fit a pool of so many samples."""
     from elfs_ray.methods.pruning import budget_count, window_start
 
-    try:
-        for budget, hard_fraction in zip(config.budgets, config.hard_fractions, strict=True):
-            # What is found later always fits.
-            window_start(num_samples, budget_count(budget, num_samples), _number(hard_fraction))
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    for budget, hard_fraction in zip(config.budgets, config.hard_fractions, strict=True):
+        try:
+            count = budget_count(budget, num_samples)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        try:
+            window_start(num_samples, count, _number(hard_fraction))  # a word finds one that fits
+        except ValueError as error:
+            left = 1 - count / num_samples
+            raise ConfigError(
+                f"budget={budget} keeps {count:,} of {num_samples:,} samples and leaves {left:.4g} of the pool to "
+                f"drop, but select.hard_fraction={hard_fraction} of it is to be dropped as too hard: give "
+                f"select.hard_fraction=auto, or {math.floor(1e4 * left) / 1e4:g} at most"
+            ) from error
 
 
 def _number(value: int | float | str) -> float:

@@ -53,6 +53,7 @@ def check(config: Config, run_dir: RunDir, pool: PoolCount | None = None) -> lis
     pool: its size, where it is not there yet to be counted.
     """
     try:
+        _check_places(config, run_dir)
         plan = make_plan(config, run_dir)
         refuse_differences(plan, config, run_dir)
         actions = {planned.stage.name: planned.action for planned in plan}
@@ -69,6 +70,17 @@ def check(config: Config, run_dir: RunDir, pool: PoolCount | None = None) -> lis
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
     return plan
+
+
+def _check_places(config: Config, run_dir: RunDir) -> None:
+    if filesystem.exists(run_dir.uri) and not filesystem.is_dir(run_dir.uri):
+        raise ConfigError(f"run_dir={config.run_dir} is a file: give a folder, which need not exist yet")
+    pool = filesystem.absolute(config.pool.uri)
+    if f"{run_dir.uri}/".startswith(f"{pool}/"):
+        raise ConfigError(
+            f"run_dir={config.run_dir} is in the pool, pool.uri={config.pool.uri}: its tables would be listed as "
+            "images the next time. Give a folder that is elsewhere"
+        )
 
 
 def check_network(key: str, network: str, *others: str) -> None:

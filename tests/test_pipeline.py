@@ -198,12 +198,40 @@ def test_an_unfinished_stage_is_not_continued_with_another_config(ray_cluster, p
         ("cluster.num_clusters=203", "more than the pool's 202 samples"),
         ("budget=203", "budget"),
         ("budget=0.0001", "rounds down to no sample"),
+        (
+            "select.hard_fraction=0.95",
+            r"leaves 0\.\d+ of the pool to drop.* give select\.hard_fraction=auto, or 0\.\d+",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused_before_any_work(pool, tmp_path, override, needed):
     with pytest.raises(ConfigError, match=needed):
         run(pool, tmp_path / "new", override)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_run_directory_that_is_a_file_or_in_the_pool_is_refused(pool, tmp_path):
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(ConfigError, match=r"run_dir=.*/file is a file: give a folder"):
+        run(pool, tmp_path / "file")
+    for place in (pool, Path(pool) / "run"):
+        with pytest.raises(ConfigError, match=r"is in the pool.*Give a folder that is elsewhere"):
+            run(pool, place)
+        assert not (place / "index").exists()
+
+
+def test_weights_that_cannot_be_downloaded_end_a_job_in_one_line(pool, tmp_path):
+    offline = {
+        "TORCH_HOME": str(tmp_path / "hub"),
+        "https_proxy": "http://127.0.0.1:9",
+        "HTTPS_PROXY": "http://127.0.0.1:9",
+    }
+    keys = [f"pool.uri={pool}", f"run_dir={tmp_path / 'run'}", "ray_address=local", "cluster.num_clusters=2"]
+    job = [sys.executable, "jobs/cifar10.py", *keys, "embed.encoder=torchvision/resnet18", "embed.image_size=64"]
+    done = subprocess.run([*job, "until=embed"], env=os.environ | offline, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1
+    assert done.stderr.count("Could not download the encoder's weights") == 1
+    assert "embed.weights" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(("sizes", "budget"), [((1, 20), 500), ((0, 1), 50)])

@@ -186,7 +186,10 @@ def _config_of(asked: str, method: str, given: list[str], source: Source, config
         selection = load_config(None, overrides, base=source.base)
         check_budgets(selection, source.num_samples)
     except ConfigError as error:
-        raise ConfigError(f"methods: {asked}: {error}") from error
+        neighbors = ""
+        if "cluster.num_neighbors" in str(error):
+            neighbors = f" to {source.run_dir.uri}, run again with on_change=rerun, or leave {asked} out of methods"
+        raise ConfigError(f"methods: {asked}: {error}{neighbors}") from error
     return selection
 
 

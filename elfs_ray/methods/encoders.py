@@ -202,6 +202,15 @@ def to_unit_float16(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (rows / np.where(ok[:, None], norms, 1.0)).astype(np.float16), ok
 
 
+def fetch_weights(name: str, weights: str | None = None) -> None:
+    """Download the library's own weights where none are given and they are not on this machine yet.
+
+    Raises ConnectionError where the network fails, ValueError for a damaged download.
+    """
+    source, model = find_source(name)
+    _path_or_seed(source, model, weights)
+
+
 def describe_weights(name: str, path: str) -> dict[str, Any]:
     """What a run records of a weights file: its SHA-256 and, of a network trained on a pool, what made it."""
     source, _ = find_source(name)

@@ -201,5 +201,5 @@ def _read_pickle(path: Path) -> object:
 def _unreachable(source: str, error: Exception) -> ConnectionError:
     return ConnectionError(
         f"Could not download the encoder's weights from {source} ({str(error)[:300]}). Without a network, fetch the "
-        "file elsewhere and give its path as `weights`."
+        "file elsewhere and give its path as embed.weights."
     )

@@ -31,6 +31,7 @@ from elfs_ray.methods.encoders import (
     EncoderInput,
     describe_weights,
     encoder_input,
+    fetch_weights,
     load_encoder,
     to_unit_float16,
 )
@@ -50,6 +51,7 @@ from elfs_ray.storage.images import open_proxy_image, resize_center_crop
 from elfs_ray.storage.run_dir import RunDir
 
 MAX_INPUT_BLOCKS = 4096
+UNUSABLE = "its embedding is zero or not finite"
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ def make_job(config: Config, run_dir: RunDir) -> EmbedJob:
     """The job that a config asks for."""
     embed = config.embed
     with _weights(config, run_dir) as weights:
+        fetch_weights(embed.encoder, weights)  # here first: a download that fails says so once, in one line
         shape = encoder_input(embed.encoder, embed.image_size, embed.resize, weights)
     return EmbedJob(config, run_dir, shape)
 
@@ -266,7 +269,8 @@ class _EncodeBlock:
 
         if not usable.all():
             uris = run_dir.read_rows(schema.INDEX, sample_ids[~usable], [schema.URI])[schema.URI].to_pylist()
-            reason = "its embedding is zero or not finite"
+            one_colour = self._encoder.name == "pixels"
+            reason = "one colour alone, in which pixels differ from nothing" if one_colour else UNUSABLE
             rejected += [
                 {"sample_id": int(sample_id), "uri": uri, "stage": "embed", "reason": reason}
                 for sample_id, uri in zip(sample_ids[~usable], uris, strict=True)

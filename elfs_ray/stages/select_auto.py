@@ -7,11 +7,13 @@ import numpy as np
 
 from elfs_ray.config import Config
 from elfs_ray.methods.hard_fraction import count_difficulty, estimate_risks, least_risk
+from elfs_ray.progress import say
 from elfs_ray.stages.select_pool import ScoredPool
 from elfs_ray.storage.run_dir import RunDir
 
 PROBABILITY = "dual_mean_prob"
 SHOWN_EVERY = 5
+MIN_SAMPLES_PER_CLASS = 10  # measured, BENCHMARKS.md
 
 
 def estimate_hard_fractions(
@@ -24,6 +26,11 @@ def estimate_hard_fractions(
     num_classes = int(run_dir.figures("cluster")["num_clusters"])
     found = []
     for count in counts:
+        if count < MIN_SAMPLES_PER_CLASS * num_classes:
+            say(
+                f"select    {count:,} images are {count / num_classes:.1f} a cluster: auto is good from some "
+                f"{MIN_SAMPLES_PER_CLASS} on, below that give a number as select.hard_fraction, or search"
+            )
         risks = estimate_risks(sums, count, num_classes)
         best = least_risk(risks)
         shown = [own._asdict() | {"risk": own.risk} for own in risks[::SHOWN_EVERY]]

@@ -36,7 +36,7 @@ REASONS = {
     "text.jpg": "not an image that Pillow can read (12 bytes)",
     "truncated.jpg": "OSError: image file is truncated",
     "truncated.png": "OSError: image file is truncated",
-    "white.bmp": "its embedding is zero or not finite",  # with the encoder `pixels`
+    "white.bmp": "one colour alone, in which pixels differ from nothing",  # with the encoder `pixels`
 }
 
 
