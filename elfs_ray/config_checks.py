@@ -97,11 +97,11 @@ def check_budgets(config: Config, num_samples: int) -> None:
         try:
             window_start(num_samples, count, _number(hard_fraction))  # a word finds one that fits
         except ValueError as error:
-            left = 1 - count / num_samples
+            left = (num_samples - count) / num_samples
             raise ConfigError(
                 f"budget={budget} keeps {count:,} of {num_samples:,} samples and leaves {left:.4g} of the pool to "
                 f"drop, but select.hard_fraction={hard_fraction} of it is to be dropped as too hard: give "
-                f"select.hard_fraction=auto, or {math.floor(1e4 * left) / 1e4:g} at most"
+                f"select.hard_fraction=auto, or {10_000 * (num_samples - count) // num_samples / 10_000:g} at most"
             ) from error
 
 

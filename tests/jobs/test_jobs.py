@@ -128,8 +128,8 @@ def test_help_that_is_cut_short_by_its_reader_is_no_error():
         (["train.epoch=3"], "did you mean train.epochs"),
         (["--fast"], "unknown option --fast"),
         ([], "no value for pool.uri, run_dir"),
-        (["pool.uri=/tmp", "run_dir=/tmp/none", "embed.encoder=swav_resnet50"], "embed.encoder=swav_resnet50: "),
-        (["pool.uri=/no/such/place", "run_dir=/tmp/none", "embed.encoder=pixels"], "does not exist"),
+        (["pool.uri=/tmp", "run_dir=/none", "embed.encoder=swav_resnet50"], "embed.encoder=swav_resnet50: "),
+        (["pool.uri=/no/such/place", "run_dir=/none", "embed.encoder=pixels"], "does not exist"),
     ],
 )
 def test_a_bad_command_ends_with_one_message_and_exit_code_2(arguments, needed):

@@ -153,7 +153,7 @@ def test_dry_run_says_what_would_be_written_and_writes_nothing(finished):
         (["run_dir={run}", "name=../x"], "becomes a folder's name"),
         (["run_dir={run}", "name=x", "train.epochs=3"], "train.epochs cannot be given here"),
         (["run_dir={run}", "name=x", "select.scor=aum"], "did you mean select.score"),
-        (["run_dir={run}", "name=x", "budget=0.9", "select.hard_fraction=0.5"], "hard_fraction is 0.5"),
+        (["run_dir={run}", "name=x", "budget=0.9", "select.hard_fraction=0.5"], "or 0.1 at most"),
         (["run_dir={run}", "name=x", "budget=2000"], "between 1 and the size of the pool"),
         (["run_dir={run}", "name=x", "select.method=d2"], "give cluster.num_neighbors=10"),
         (["run_dir=/no/such", "name=x"], "no complete stage select"),
