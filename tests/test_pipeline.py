@@ -220,6 +220,7 @@ def test_a_run_directory_that_is_a_file_or_in_the_pool_is_refused(pool, tmp_path
         assert not (place / "index").exists()
 
 
+@pytest.mark.slow
 def test_weights_that_cannot_be_downloaded_end_a_job_in_one_line(pool, tmp_path):
     offline = {
         "TORCH_HOME": str(tmp_path / "hub"),

@@ -180,6 +180,7 @@ def test_another_run_names_the_file_and_has_no_such_stages(undisturbed, pool, tm
         assert rows(tmp_path, table)["sample_id"].equals(rows(undisturbed, table)["sample_id"])
 
 
+@pytest.mark.slow
 def test_an_encoder_in_a_bucket_embeds_as_the_file_on_disk_does(undisturbed, pool, tmp_path, s3_bucket):
     filesystem.write_bytes(f"{s3_bucket}/a/encoder.pt", (undisturbed / ENCODER).read_bytes())
     for name, place in (("disk", undisturbed / ENCODER), ("bucket", f"{s3_bucket}/a/encoder.pt")):
