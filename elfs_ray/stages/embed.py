@@ -47,7 +47,7 @@ from elfs_ray.stages.embed_blocks import (
     write_rejected,
 )
 from elfs_ray.storage import filesystem, schema
-from elfs_ray.storage.images import open_proxy_image, resize_center_crop
+from elfs_ray.storage.images import describe_bad_copy, open_proxy_image, resize_center_crop
 from elfs_ray.storage.run_dir import RunDir
 
 MAX_INPUT_BLOCKS = 4096
@@ -81,6 +81,9 @@ def run_embed(config: Config, run_dir: RunDir) -> dict[str, Any]:
     if 0 < num_done < num_samples:
         say(f"embed: {num_done:,} images were embedded by an earlier run")
 
+    if pending:
+        with _weights(config, run_dir) as weights:
+            fetch_weights(config.embed.encoder, weights)  # here first: a download that fails says so once, in one line
     rejected = 0
     with Progress("embed", num_samples, "images", done=num_done) as progress:
         for summary in _stream(job, pending) if pending else ():
@@ -94,7 +97,6 @@ def make_job(config: Config, run_dir: RunDir) -> EmbedJob:
     """The job that a config asks for."""
     embed = config.embed
     with _weights(config, run_dir) as weights:
-        fetch_weights(embed.encoder, weights)  # here first: a download that fails says so once, in one line
         shape = encoder_input(embed.encoder, embed.image_size, embed.resize, weights)
     return EmbedJob(config, run_dir, shape)
 
@@ -205,10 +207,7 @@ def _read_copies(batch: dict[str, Any], job: EmbedJob) -> dict[str, Any]:
         try:
             image = open_proxy_image(copy.as_py())
         except Exception as error:  # as of Pillow's decoders in decode_image
-            raise ValueError(
-                f"the copy of sample_id {sample_id} in {path} cannot be decoded: {type(error).__name__}: {error}. "
-                "Delete that file and run again with on_change=rerun: stage copy makes it anew."
-            ) from error
+            raise ValueError(describe_bad_copy(sample_id, path, error)) from error
         pixels.append(_pixels(image, shape))
     path = rejected_by_copy(job.run_dir, name)
     rejected = filesystem.read_table(path).to_pylist() if filesystem.exists(path) else []

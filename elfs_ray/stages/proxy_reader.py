@@ -21,7 +21,7 @@ from elfs_ray.methods import augmentation
 from elfs_ray.methods.dynamics import BatchPlan, epoch_order
 from elfs_ray.ray_runtime import get_result
 from elfs_ray.storage import filesystem, schema
-from elfs_ray.storage.images import decode_proxy_image
+from elfs_ray.storage.images import decode_proxy_image, describe_bad_copy
 from elfs_ray.storage.run_dir import RunDir
 
 MAX_GPU_SHARE = 0.3
@@ -266,16 +266,8 @@ def _decode_file(path: str, size: int) -> tuple[np.ndarray, np.ndarray]:
         try:
             images[position] = decode_proxy_image(data.as_py(), size)
         except Exception as error:
-            raise ValueError(describe_bad_image(sample_ids[position], path, error)) from error
+            raise ValueError(describe_bad_copy(sample_ids[position], path, error)) from error
     return sample_ids, images
-
-
-def describe_bad_image(sample_id: int, path: str, error: Exception) -> str:
-    """What a person can do about a proxy image that cannot be decoded."""
-    return (
-        f"the proxy image of sample_id {sample_id} in {path} cannot be decoded: {error}. Delete that file; the same "
-        "command with on_change=rerun makes it again."
-    )
 
 
 def _join(*parts: np.ndarray) -> np.ndarray:

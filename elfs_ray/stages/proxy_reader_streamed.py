@@ -35,13 +35,12 @@ from elfs_ray.stages.proxy_reader import (
     InMemoryReader,
     Reader,
     TrainingPool,
-    describe_bad_image,
     load_images,
     read_pool,
     targets_on,
 )
 from elfs_ray.storage import filesystem, schema
-from elfs_ray.storage.images import decode_proxy_image
+from elfs_ray.storage.images import decode_proxy_image, describe_bad_copy
 from elfs_ray.storage.run_dir import RunDir
 
 PARTS_AHEAD = 4  # decoded parts of batches that wait for the training process, a decoder
@@ -247,7 +246,7 @@ class _Decoder(Dataset):
             try:
                 images.append(self._decode(encoded, sample_id, part.epoch))
             except Exception as error:
-                return describe_bad_image(sample_id, self._chunks.paths[self._chunks.files[chunk]], error)
+                return describe_bad_copy(sample_id, self._chunks.paths[self._chunks.files[chunk]], error)
         if not images:
             none = torch.empty((0, self._proxy_size, self._proxy_size, 3), dtype=torch.uint8)
             return self._augmenter.crop(none, part.sample_ids, part.epoch)

@@ -107,6 +107,14 @@ def open_proxy_image(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data), formats=("PNG", "JPEG")).convert("RGB")
 
 
+def describe_bad_copy(sample_id: int, path: str, error: Exception) -> str:
+    """What a person can do about a proxy image that cannot be decoded."""
+    return (
+        f"the proxy copy of sample_id {sample_id} in {path} cannot be decoded: {type(error).__name__}: {error}. Delete "
+        "that file; the same command with on_change=rerun makes it again."
+    )
+
+
 def decode_proxy_image(data: bytes, size: int | None = None) -> np.ndarray:
     """Decode what `encode_proxy_image` wrote: (h, w, 3) uint8, or its centre square (size, size, 3)."""
     pixels = np.asarray(open_proxy_image(data), dtype=np.uint8)
