@@ -25,7 +25,7 @@ test-gpu: .venv/ready
 	$(BIN)/pytest -m gpu
 
 chaos: .venv/ready
-	$(BIN)/python benchmarks/chaos.py
+	$(BIN)/python -m tests.faults.chaos
 
 # Strict, because a package that the database of holes does not know would pass for one without any.
 audit: .venv/ready

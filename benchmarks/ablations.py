@@ -22,10 +22,10 @@ from pathlib import Path
 from cpu_track import PIXELS, QUICK, TRACKS
 from tracks import Track, emit_beside, run_pipeline, run_sets
 
-from elfs_ray.comparison import run
-from elfs_ray.comparison.plan import load
-from elfs_ray.comparison.report import closing_lines
-from elfs_ray.stage_list import STAGES
+from elfs_ray.evaluation import run
+from elfs_ray.evaluation.plan import load
+from elfs_ray.evaluation.report import closing_lines
+from elfs_ray.pipeline.stages import STAGES
 
 TABLE = "ablations.txt"
 TRACK_OF = {track.name: track for track in TRACKS}

@@ -36,11 +36,11 @@ from PIL import Image
 from reporting import emit
 from torch.utils.data import DataLoader, Dataset
 
-from elfs_ray import pipeline
 from elfs_ray.config import Config, load_config
-from elfs_ray.methods.encoders import encoder_input, load_encoder
-from elfs_ray.ray_runtime import connect, num_cpus, num_gpus
-from elfs_ray.stages.embed import run_embed
+from elfs_ray.methods.encoders.encoder import encoder_input, load_encoder
+from elfs_ray.pipeline import runner as pipeline
+from elfs_ray.runtime.cluster import connect, num_cpus, num_gpus
+from elfs_ray.stages.embed.run import run_embed
 from elfs_ray.storage import filesystem, schema
 
 SIZE, BATCH = 224, 64

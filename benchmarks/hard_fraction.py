@@ -20,19 +20,20 @@ import ray
 import torch
 from reporting import emit
 
-from elfs_ray import load_config, pipeline
+from elfs_ray import load_config
 from elfs_ray.config import Config
-from elfs_ray.methods import pruning
-from elfs_ray.methods.evaluation import LabelledImages, train_and_test
-from elfs_ray.methods.hard_fraction import fraction_grid
-from elfs_ray.ray_runtime import connect, run_tasks
-from elfs_ray.stages.pool_training import kept_or_computed, load_proxy_images, training_settings
-from elfs_ray.stages.select_auto import estimate_hard_fractions
-from elfs_ray.stages.select_pool import ScoredPool
-from elfs_ray.stages.select_search import search_hard_fractions
-from elfs_ray.stages.select_windows import Budget, choose
+from elfs_ray.methods.selection import pruning
+from elfs_ray.methods.selection.hard_fraction import fraction_grid
+from elfs_ray.methods.training.from_scratch import LabelledImages, train_and_test
+from elfs_ray.pipeline import runner as pipeline
+from elfs_ray.pool.images import decode_proxy_image
+from elfs_ray.runtime.cluster import connect, run_tasks
+from elfs_ray.stages.select.auto import estimate_hard_fractions
+from elfs_ray.stages.select.scored_pool import ScoredPool
+from elfs_ray.stages.select.search import search_hard_fractions
+from elfs_ray.stages.select.windows import Budget, choose
+from elfs_ray.stages.training.from_scratch import kept_or_computed, load_proxy_images, training_settings
 from elfs_ray.storage import filesystem, schema
-from elfs_ray.storage.images import decode_proxy_image
 from elfs_ray.storage.run_dir import RunDir
 
 JOBS = Path(__file__).parent.parent / "jobs"

@@ -30,11 +30,11 @@ from sklearn.metrics import normalized_mutual_info_score
 from threadpoolctl import threadpool_limits
 
 from elfs_ray.config import load_config
-from elfs_ray.methods.assignment import nearest_centroids, squared_distances_to
-from elfs_ray.methods.kmeans import KMeansState, kmeans
-from elfs_ray.methods.kmeans_points import ArrayPoints
-from elfs_ray.ray_runtime import connect
-from elfs_ray.stages.cluster_shards import ShardedPoints
+from elfs_ray.methods.kmeans.assignment import nearest_centroids, squared_distances_to
+from elfs_ray.methods.kmeans.lloyd import KMeansState, kmeans
+from elfs_ray.methods.kmeans.points import ArrayPoints
+from elfs_ray.runtime.cluster import connect
+from elfs_ray.stages.cluster.shards import ShardedPoints
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import Marker, RunDir
 

@@ -30,10 +30,10 @@ import pyarrow.parquet as pq
 from object_store import copy, free_port, s3_server
 from PIL import Image
 
-from elfs_ray import pipeline
 from elfs_ray.config import Config, load_config
-from elfs_ray.progress import say
-from elfs_ray.ray_runtime import connect
+from elfs_ray.pipeline import runner as pipeline
+from elfs_ray.runtime.cluster import connect
+from elfs_ray.runtime.progress import say
 from elfs_ray.storage import filesystem
 from elfs_ray.storage.run_dir import RunDir
 

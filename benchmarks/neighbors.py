@@ -21,12 +21,12 @@ from reporting import emit, take_turns
 from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 
-from elfs_ray.methods.kmeans import kmeans
-from elfs_ray.methods.kmeans_points import ArrayPoints
-from elfs_ray.methods.neighbors import Neighbors, nearest_neighbors, recall
-from elfs_ray.methods.neighbors_inverted import InvertedFile, merge_neighbors, search_lists
-from elfs_ray.ray_runtime import connect
-from elfs_ray.stages.cluster_neighbors import run_neighbors
+from elfs_ray.methods.kmeans.lloyd import kmeans
+from elfs_ray.methods.kmeans.points import ArrayPoints
+from elfs_ray.methods.neighbors.exact import Neighbors, nearest_neighbors, recall
+from elfs_ray.methods.neighbors.inverted import InvertedFile, merge_neighbors, search_lists
+from elfs_ray.runtime.cluster import connect
+from elfs_ray.stages.cluster.neighbors import run_neighbors
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 

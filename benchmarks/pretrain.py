@@ -25,15 +25,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from training import begin, ceiling, measure_in_worker, smooth_png, wait
 
 from elfs_ray.config import Config, load_config
-from elfs_ray.methods.augmentation_views import change_colors, two_crops
-from elfs_ray.methods.proxy_models import build_backbone
-from elfs_ray.methods.self_supervised_training import MEAN, STD, simclr_settings
-from elfs_ray.progress import Progress
-from elfs_ray.ray_runtime import num_cpus, num_gpus, remote_progress
-from elfs_ray.stages.pretrain import run_pretrain
-from elfs_ray.stages.pretrain_worker import PretrainJob, PretrainWorker
-from elfs_ray.stages.proxy_reader import every_image
-from elfs_ray.stages.proxy_reader_streamed import load_data
+from elfs_ray.methods.simclr.training import MEAN, STD, simclr_settings
+from elfs_ray.methods.simclr.views import change_colors, two_crops
+from elfs_ray.methods.training.networks import build_backbone
+from elfs_ray.runtime.cluster import num_cpus, num_gpus, remote_progress
+from elfs_ray.runtime.progress import Progress
+from elfs_ray.stages.pretrain.run import run_pretrain
+from elfs_ray.stages.pretrain.worker import PretrainJob, PretrainWorker
+from elfs_ray.stages.training.reader import every_image
+from elfs_ray.stages.training.streamed_reader import load_data
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import Marker, RunDir
 

@@ -25,10 +25,10 @@ import ray
 from reporting import emit, peak_bytes
 
 from elfs_ray.config import SelectConfig
-from elfs_ray.ray_runtime import connect, run_tasks
-from elfs_ray.stages.select import IDS_PER_FILE, write_scores
-from elfs_ray.stages.select_pool import ScoredPool
-from elfs_ray.stages.select_windows import Budget, Selection, choose
+from elfs_ray.runtime.cluster import connect, run_tasks
+from elfs_ray.stages.select.run import IDS_PER_FILE, write_scores
+from elfs_ray.stages.select.scored_pool import ScoredPool
+from elfs_ray.stages.select.windows import Budget, Selection, choose
 from elfs_ray.storage import schema
 
 KEPT, HARD_FRACTION = 0.1, 0.4

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from reporting import emit
 from torch import Tensor, nn
 
-from elfs_ray.methods.temi import TemiHeads, TemiSettings
-from elfs_ray.methods.temi_training import TemiTrainer, train_epoch
+from elfs_ray.methods.temi.heads import TemiHeads, TemiSettings
+from elfs_ray.methods.temi.training import TemiTrainer, train_epoch
 
 INPUT_DIM = 768
 

@@ -11,10 +11,11 @@ from typing import TypeVar
 import pyarrow.parquet as pq
 from reporting import emit
 
-from elfs_ray import load_config, pipeline
-from elfs_ray.comparison import run
-from elfs_ray.comparison.plan import load
-from elfs_ray.comparison.report import Line, closing_lines
+from elfs_ray import load_config
+from elfs_ray.evaluation import run
+from elfs_ray.evaluation.plan import load
+from elfs_ray.evaluation.report import Line, closing_lines
+from elfs_ray.pipeline import runner as pipeline
 from elfs_ray.storage import filesystem
 
 PARTS = ("train", "test")

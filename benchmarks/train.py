@@ -27,16 +27,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from training import begin, ceiling, measure_in_worker, smooth_png, wait
 
 from elfs_ray.config import Config, load_config
-from elfs_ray.methods import augmentation
-from elfs_ray.methods.dynamics import DynamicsRecorder
-from elfs_ray.methods.proxy_models import build_proxy_model
-from elfs_ray.methods.sgd_training import LossMonitor
-from elfs_ray.progress import Progress
-from elfs_ray.ray_runtime import num_cpus, num_gpus, remote_progress
-from elfs_ray.stages.proxy_reader import load_images, read_pool
-from elfs_ray.stages.proxy_reader_streamed import scan_chunks
-from elfs_ray.stages.train import run_train
-from elfs_ray.stages.train_worker import StepClock, Worker, WorkerJob
+from elfs_ray.methods.training import augmentation
+from elfs_ray.methods.training.dynamics import DynamicsRecorder
+from elfs_ray.methods.training.networks import build_proxy_model
+from elfs_ray.methods.training.sgd import LossMonitor
+from elfs_ray.runtime.cluster import num_cpus, num_gpus, remote_progress
+from elfs_ray.runtime.progress import Progress
+from elfs_ray.stages.train.run import run_train
+from elfs_ray.stages.train.worker import StepClock, Worker, WorkerJob
+from elfs_ray.stages.training.reader import load_images, read_pool
+from elfs_ray.stages.training.streamed_reader import scan_chunks
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import Marker, RunDir
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from ray.train.torch import TorchTrainer
 
-from elfs_ray.ray_runtime import connect, num_cpus
+from elfs_ray.runtime.cluster import connect, num_cpus
 from elfs_ray.storage import filesystem
 from elfs_ray.storage.run_dir import RunDir
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import FrameType
 
 from elfs_ray.config import Config, ConfigError, describe_keys, load_config
-from elfs_ray.progress import count, say
+from elfs_ray.runtime.progress import count, say
 from elfs_ray.storage import schema
 from elfs_ray.storage.run_dir import BadMarkerError, RunDir
 
@@ -80,11 +80,11 @@ def _run(description: str, yaml_path: str | Path, arguments: list[str]) -> None:
     options, overrides = split_arguments(arguments)
     config = load_config(yaml_path, overrides)
     if options:
-        from elfs_ray.plan import describe_plan
+        from elfs_ray.pipeline.dry_run import describe_plan
 
         print(describe_plan(config))
         return
-    from elfs_ray import pipeline
+    from elfs_ray.pipeline import runner as pipeline
 
     run_dir = pipeline.run(config)
     print(closing_lines(config, run_dir))

@@ -11,9 +11,9 @@ where it was stopped, and more methods, budgets or seeds only add to it. Example
 import sys
 
 from elfs_ray.cli import asks_for_help, key_lines, report_errors, split_arguments
-from elfs_ray.comparison.keys import ComparisonConfig
-from elfs_ray.comparison.plan import describe, load
 from elfs_ray.config import describe_keys
+from elfs_ray.evaluation.keys import ComparisonConfig
+from elfs_ray.evaluation.plan import describe, load
 from elfs_ray.storage import schema
 from elfs_ray.storage.run_dir import RunDir
 
@@ -34,8 +34,8 @@ def main(arguments: list[str]) -> None:
     if options:
         print(describe(config))
         return
-    from elfs_ray.comparison import run
-    from elfs_ray.comparison.report import closing_lines
+    from elfs_ray.evaluation import run
+    from elfs_ray.evaluation.report import closing_lines
 
     lines = run.run(config)
     print(closing_lines(lines))

@@ -15,7 +15,7 @@ from elfs_ray.cli import asks_for_help, report_errors, split_arguments
 from elfs_ray.config import ConfigError
 from elfs_ray.datasets.prepare import DOWNLOAD, Facts, find_finished, prepare
 from elfs_ray.datasets.published import BENCHMARKS, TEST, TRAIN, Benchmark, SourceError
-from elfs_ray.progress import count
+from elfs_ray.runtime.progress import count
 
 KEYS = {
     "dataset": f"one of {', '.join(BENCHMARKS)}",

@@ -12,13 +12,13 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from elfs_ray import pipeline
 from elfs_ray.cli import asks_for_help, closing_lines, help_text, report_errors, split_arguments
 from elfs_ray.config import load_config
-from elfs_ray.plan import describe_plan
-from elfs_ray.planning import PoolCount
-from elfs_ray.progress import say
-from elfs_ray.stages.evaluate import format_results
+from elfs_ray.pipeline import runner as pipeline
+from elfs_ray.pipeline.dry_run import describe_plan
+from elfs_ray.pipeline.plan import PoolCount
+from elfs_ray.runtime.progress import say
+from elfs_ray.stages.evaluate.run import format_results
 from elfs_ray.storage import filesystem
 from elfs_ray.storage.run_dir import RunDir
 

@@ -8,9 +8,9 @@ Not called select.py: run from this folder, that would hide the standard library
 
 import sys
 
-from elfs_ray import reselect
 from elfs_ray.cli import asks_for_help, coreset_line, report_errors, split_arguments
 from elfs_ray.config import describe_keys
+from elfs_ray.pipeline import reselect
 from elfs_ray.storage.run_dir import RunDir
 
 

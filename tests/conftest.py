@@ -54,7 +54,7 @@ def ray_cluster():
     """A Ray on this machine with 8 logical CPUs and no GPU, ended with the session."""
     import ray
 
-    from elfs_ray.ray_runtime import connect
+    from elfs_ray.runtime.cluster import connect
 
     connect(
         "local",

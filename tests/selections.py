@@ -5,7 +5,7 @@ Each returns positions into the arrays that it was given, hard-first.
 
 import numpy as np
 
-from elfs_ray.methods.pruning import (
+from elfs_ray.methods.selection.pruning import (
     DUAL_NUM_ANCHORS,
     allocate_evenly,
     balanced_windows,
@@ -14,7 +14,7 @@ from elfs_ray.methods.pruning import (
     stratified_keys,
     window_start,
 )
-from elfs_ray.methods.quantiles import Direction, hard_first_order, hardness_keys
+from elfs_ray.methods.selection.quantiles import Direction, hard_first_order, hardness_keys
 
 
 def hard_first(scores: np.ndarray, sample_ids: np.ndarray, direction: Direction) -> np.ndarray:

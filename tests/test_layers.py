@@ -11,41 +11,27 @@ PACKAGE = Path(__file__).parent.parent / "elfs_ray"
 # What each module or package at the top of elfs_ray may import of elfs_ray.
 MAY_IMPORT = {
     "version": (),
-    "progress": (),
     "methods": ("methods",),
-    "credentials": (),
-    "storage": ("credentials", "storage"),
-    "datasets": ("datasets", "progress", "storage"),
-    "config_keys": ("config_keys",),
-    "config_checks": ("config_keys", "methods"),
-    "config": ("config_checks", "config_keys", "credentials"),
-    "cluster_growth": (),
-    "metrics": (),
-    "ray_runtime": ("cluster_growth", "config", "progress"),
-    "resources": ("config", "progress", "ray_runtime"),
-    "stages": ("config", "methods", "metrics", "progress", "ray_runtime", "stages", "storage", "version"),
-    "stage_list": ("config", "stages", "storage"),
-    "coresets": ("config", "storage"),
-    "planning": ("config", "coresets", "methods", "stage_list", "storage"),
-    "pipeline": ("config", "metrics", "planning", "progress", "ray_runtime", "resources", "stage_list", "storage"),
-    "plan": ("config", "methods", "planning", "progress", "ray_runtime", "resources", "storage"),
-    "reselect": ("config", "coresets", "methods", "pipeline", "plan", "progress", "ray_runtime", "stages", "storage"),
-    "comparison": (
-        *("comparison", "config", "config_keys", "methods", "pipeline", "planning"),
-        *("progress", "ray_runtime", "reselect", "stages", "storage"),
-    ),
-    "cli": ("config", "pipeline", "plan", "progress", "reselect", "storage"),
+    "storage": ("storage",),
+    "config": ("config", "methods", "storage"),
+    "runtime": ("config", "runtime"),
+    "pool": ("pool", "storage"),
+    "datasets": ("datasets", "pool", "runtime", "storage"),
+    "stages": ("config", "evaluation", "methods", "pool", "runtime", "stages", "storage", "version"),
+    "pipeline": ("config", "methods", "pipeline", "pool", "runtime", "stages", "storage"),
+    "evaluation": ("config", "evaluation", "methods", "pipeline", "pool", "runtime", "stages", "storage"),
+    "cli": ("config", "pipeline", "runtime", "storage"),
     "__init__": ("config", "pipeline", "version"),
 }
 # Packages that are imported in some places alone.
 IMPORTED_BY = {
-    "ray": ("metrics", "ray_runtime", "stages"),
-    "omegaconf": ("comparison", "config", "config_keys"),
+    "ray": ("evaluation", "runtime", "stages"),
+    "omegaconf": ("config", "evaluation"),
     "jobs": (),
     "tests": (),
     "benchmarks": (),
 }
-READS_LABELS = ("index", "evaluate", "evaluate_data")
+READS_LABELS = ("elfs_ray.stages.index.run", "elfs_ray.stages.evaluate.run")
 
 
 def sources() -> dict[str, str]:
@@ -67,10 +53,10 @@ def imports(module: str, source: str) -> Iterator[str]:
 
 
 def is_stage(module: str, source: str) -> bool:
-    """Whether a module of stages/ is a stage, with its function run_<name>, and not a part of one."""
-    name = module.rpartition(".")[2]
+    """Whether a module of stages/ does the work of a stage: <name>/run.py with run_<name>."""
+    parts = module.split(".")
     functions = [node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
-    return module.startswith("elfs_ray.stages.") and f"run_{name}" in functions
+    return parts[1] == "stages" and parts[-1] == "run" and f"run_{parts[-2]}" in functions
 
 
 def import_faults(modules: dict[str, str]) -> list[str]:
@@ -111,22 +97,24 @@ def label_reads(source: str) -> list[str]:
 
 def test_imports_run_down_only():
     modules = sources()
-    assert {"elfs_ray.methods.kmeans", "elfs_ray.stages.embed", "elfs_ray.storage.pool", "elfs_ray.__init__"} <= set(
-        modules
-    )
+    assert {
+        "elfs_ray.methods.kmeans.lloyd",
+        "elfs_ray.stages.embed.run",
+        "elfs_ray.pool.listing",
+        "elfs_ray.__init__",
+    } <= set(modules)
     assert not import_faults(modules), "\n".join(import_faults(modules))
 
 
 def test_every_stage_of_the_pipeline_is_told_from_its_parts():
-    found = {module.rpartition(".")[2] for module, source in sources().items() if is_stage(module, source)}
+    found = {module.split(".")[-2] for module, source in sources().items() if is_stage(module, source)}
     assert found == {"index", "copy", "pretrain", "embed", "cluster", "train", "select", "report", "evaluate"}
 
 
 def test_true_labels_are_read_by_index_and_evaluate_alone():
     for module, source in sources().items():
         if module.startswith("elfs_ray.stages."):
-            name = module.rpartition(".")[2]
-            assert bool(label_reads(source)) == (name in READS_LABELS), (module, label_reads(source))
+            assert bool(label_reads(source)) == (module in READS_LABELS), (module, label_reads(source))
 
 
 @pytest.mark.parametrize(
@@ -139,7 +127,7 @@ def test_true_labels_are_read_by_index_and_evaluate_alone():
         ("elfs_ray.methods.x", "from elfs_ray import config"),
         ("elfs_ray.methods.x", "from .. import pipeline"),
         ("elfs_ray.methods.x", "from ..storage import filesystem"),
-        ("elfs_ray.methods.x", "import elfs_ray.stages.train"),
+        ("elfs_ray.methods.x", "import elfs_ray.stages.train.run"),
         ("elfs_ray.methods.x", "if TYPE_CHECKING:\n    from elfs_ray.storage.run_dir import RunDir"),
         ("elfs_ray.methods.x", "import elfs_ray"),
         ("elfs_ray.methods.x", "from omegaconf import OmegaConf"),
@@ -147,41 +135,41 @@ def test_true_labels_are_read_by_index_and_evaluate_alone():
         ("elfs_ray.storage.x", "from elfs_ray.methods import kmeans"),
         ("elfs_ray.storage.x", "from elfs_ray.stages import train"),
         ("elfs_ray.storage.x", "from elfs_ray.config import Config"),
-        ("elfs_ray.config", "import ray"),
-        ("elfs_ray.config", "from elfs_ray.storage import schema"),
-        ("elfs_ray.config", "from elfs_ray.ray_runtime import connect"),
-        ("elfs_ray.pipeline", "import ray"),
-        ("elfs_ray.pipeline", "from elfs_ray.cli import run_job"),
-        ("elfs_ray.ray_runtime", "from elfs_ray.stages import train"),
+        ("elfs_ray.config.x", "import ray"),
+        ("elfs_ray.config.x", "from elfs_ray.runtime import progress"),
+        ("elfs_ray.config.x", "from elfs_ray.runtime.cluster import connect"),
+        ("elfs_ray.pipeline.x", "import ray"),
+        ("elfs_ray.pipeline.x", "from elfs_ray.cli import run_job"),
+        ("elfs_ray.runtime.cluster", "from elfs_ray.stages import train"),
         ("elfs_ray.stages.x", "from elfs_ray import pipeline"),
-        ("elfs_ray.stages.x", "from elfs_ray.stages import train"),
-        ("elfs_ray.stages.x", "from elfs_ray.stages.train import run_train"),
-        ("elfs_ray.stages.x", "from .train import run_train"),
+        ("elfs_ray.stages.x", "from elfs_ray.stages.train import run"),
+        ("elfs_ray.stages.x", "from elfs_ray.stages.train.run import run_train"),
+        ("elfs_ray.stages.x", "from .train.run import run_train"),
         ("elfs_ray.stages.x", "from tests.tables import mark"),
         ("elfs_ray.stages.x", "import jobs.quickstart"),
         ("elfs_ray.new", ""),
     ],
 )
 def test_an_import_that_runs_up_or_across_is_found(module, source):
-    assert import_faults({"elfs_ray.stages.train": "def run_train(config, run_dir): ...", module: source})
+    assert import_faults({"elfs_ray.stages.train.run": "def run_train(config, run_dir): ...", module: source})
 
 
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("elfs_ray.methods.x", "import numpy\nfrom elfs_ray.methods.hashing import hash_uint64"),
+        ("elfs_ray.methods.x", "import numpy\nfrom elfs_ray.methods.numeric.hashing import hash_uint64"),
         ("elfs_ray.methods.x", "from . import hashing"),
         ("elfs_ray.storage.x", "import pyarrow\nfrom elfs_ray.storage import filesystem, schema"),
         (
             "elfs_ray.stages.x",
             "import ray.data\nfrom elfs_ray.config import Config\nfrom elfs_ray.stages import part",
         ),
-        ("elfs_ray.stages.x", "from elfs_ray.stages.train_worker import train_worker"),
-        ("elfs_ray.stages.train", "def run_train(config, run_dir):\n    from elfs_ray.methods import kmeans"),
+        ("elfs_ray.stages.x", "from elfs_ray.stages.train.worker import train_worker"),
+        ("elfs_ray.stages.train.run", "def run_train(config, run_dir):\n    from elfs_ray.methods import kmeans"),
     ],
 )
 def test_an_import_that_runs_down_is_allowed(module, source):
-    assert import_faults({"elfs_ray.stages.train": "def run_train(config, run_dir): ...", module: source}) == []
+    assert import_faults({"elfs_ray.stages.train.run": "def run_train(config, run_dir): ...", module: source}) == []
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from elfs_ray.datasets.published import Archive, Benchmark, SourceError
 from elfs_ray.datasets.source import check_md5, md5_of
-from elfs_ray.progress import Progress, say
+from elfs_ray.runtime.progress import Progress, say
 
 CHUNK_BYTES = 1 << 20
 TIMEOUT_S = 30.0

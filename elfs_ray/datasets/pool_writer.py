@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from elfs_ray.datasets.published import SourceError, Split
-from elfs_ray.progress import Progress
+from elfs_ray.runtime.progress import Progress
 from elfs_ray.storage import filesystem, schema
 
 # A group is read as a whole, wherever a block of ids begins in it.

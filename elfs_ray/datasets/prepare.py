@@ -22,7 +22,7 @@ from elfs_ray.datasets.imagenet import open_imagenet
 from elfs_ray.datasets.pool_writer import PoolWriter, check_counts
 from elfs_ray.datasets.published import Benchmark, SourceError
 from elfs_ray.datasets.stl10 import open_stl10
-from elfs_ray.progress import say
+from elfs_ray.runtime.progress import say
 from elfs_ray.storage import filesystem, schema
 
 DOWNLOAD = "download"

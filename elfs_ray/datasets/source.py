@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from elfs_ray.datasets.published import Archive, Benchmark, SourceError
-from elfs_ray.progress import Progress
+from elfs_ray.runtime.progress import Progress
 
 CHUNK_BYTES = 4 << 20
 MAX_MEMBER_BYTES = 1 << 30  # the largest that is read, STL10's test_X.bin, has 221 MB

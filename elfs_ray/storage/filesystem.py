@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from elfs_ray.credentials import refuse_credentials
+from elfs_ray.storage.credentials import refuse_credentials
 from elfs_ray.storage.object_store import explained, open_store, upload
 
 ROWS_PER_GROUP = 1 << 16

@@ -18,7 +18,7 @@ from PIL import Image
 from elfs_ray.datasets import prepare as prepare_module
 from elfs_ray.datasets.prepare import Facts, find_finished, prepare
 from elfs_ray.datasets.published import BENCHMARKS, Archive, SourceError, Split
-from elfs_ray.storage.pool import PoolColumns, find_units, list_unit, read_images
+from elfs_ray.pool.listing import PoolColumns, find_units, list_unit, read_images
 from tests.datasets.layouts import BUILD, Built, write_folder, write_tar
 
 ARCHIVES = os.environ.get("ELFS_RAY_ARCHIVES")  # a folder with some of the archives as they are published

@@ -9,7 +9,8 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 
-from elfs_ray.stages import train, worker_group
+from elfs_ray.stages.train import run as train
+from elfs_ray.stages.training import worker_group
 from elfs_ray.storage.run_dir import RunDir
 from tests.tables import digits_config
 

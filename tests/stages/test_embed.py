@@ -17,9 +17,11 @@ import pytest
 import ray.data
 from PIL import Image
 
-from elfs_ray.stages import embed, embed_blocks, index
+from elfs_ray.pool.images import decode_proxy_image
+from elfs_ray.stages.embed import blocks as embed_blocks
+from elfs_ray.stages.embed import run as embed
+from elfs_ray.stages.index import run as index
 from elfs_ray.storage import schema
-from elfs_ray.storage.images import decode_proxy_image
 from elfs_ray.storage.run_dir import RunDir
 from tests.tables import contents, digits_config, mark
 

@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from elfs_ray import ray_runtime
 from elfs_ray.config import ConfigError
-from elfs_ray.stages import index
+from elfs_ray.pool.listing import PoolColumns, find_units, list_unit
+from elfs_ray.runtime import cluster as ray_runtime
+from elfs_ray.stages.index import run as index
 from elfs_ray.storage import schema
-from elfs_ray.storage.pool import PoolColumns, find_units, list_unit
 from elfs_ray.storage.run_dir import RunDir
 from tests.tables import contents, digit_images, digits_config, png
 

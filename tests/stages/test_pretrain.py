@@ -19,13 +19,13 @@ from PIL import Image
 
 import elfs_ray
 from elfs_ray.config import Config, ConfigError
-from elfs_ray.methods.dynamics import BatchPlan
-from elfs_ray.methods.encoders import load_encoder
-from elfs_ray.methods.encoders_weights import read_trained_encoder
-from elfs_ray.methods.self_supervised_training import SimclrTrainer, simclr_settings
-from elfs_ray.plan import describe_plan
-from elfs_ray.stages.pretrain_worker import TwoViews, pool_hash, real_views
-from elfs_ray.stages.proxy_reader import InMemoryReader, TrainingPool
+from elfs_ray.methods.encoders.encoder import load_encoder
+from elfs_ray.methods.encoders.weights import read_trained_encoder
+from elfs_ray.methods.simclr.training import SimclrTrainer, simclr_settings
+from elfs_ray.methods.training.dynamics import BatchPlan
+from elfs_ray.pipeline.dry_run import describe_plan
+from elfs_ray.stages.pretrain.worker import TwoViews, pool_hash, real_views
+from elfs_ray.stages.training.reader import InMemoryReader, TrainingPool
 from elfs_ray.storage import filesystem
 from elfs_ray.storage.run_dir import RunDir
 from elfs_ray.storage.run_lock import RunLock

@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 
 import numpy as np
 
-from elfs_ray.stages.report import run_report
-from elfs_ray.stages.select import run_select
+from elfs_ray.stages.report.run import run_report
+from elfs_ray.stages.select.run import run_select
 from elfs_ray.storage.run_dir import RunDir
 from tests.tables import digits_config, mark, write_trained
 

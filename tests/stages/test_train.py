@@ -22,11 +22,13 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from elfs_ray.config import Config
-from elfs_ray.methods.dynamics import epoch_order
-from elfs_ray.methods.proxy_models import build_proxy_model
-from elfs_ray.stages import proxy_reader, train, worker_group
-from elfs_ray.stages.proxy_reader import Augmenter
-from elfs_ray.stages.train_worker import init_seed
+from elfs_ray.methods.training.dynamics import epoch_order
+from elfs_ray.methods.training.networks import build_proxy_model
+from elfs_ray.stages.train import run as train
+from elfs_ray.stages.train.worker import init_seed
+from elfs_ray.stages.training import reader as proxy_reader
+from elfs_ray.stages.training import worker_group
+from elfs_ray.stages.training.reader import Augmenter
 from elfs_ray.storage.run_dir import RunDir
 from elfs_ray.storage.schema import matrix_of
 from tests.tables import GAPS, contents, digit_images, digits_config, write_clustered, write_trained
@@ -113,7 +115,7 @@ def test_a_killed_driver_goes_on_to_the_same_bytes(undisturbed, tmp_path):
     write_clustered(RunDir(str(tmp_path / "run")), NUM_SAMPLES)
     script = (
         "import sys; from pathlib import Path; from tests.tables import digits_config\n"
-        "from elfs_ray.ray_runtime import connect; from elfs_ray.stages.train import run_train\n"
+        "from elfs_ray.runtime.cluster import connect; from elfs_ray.stages.train.run import run_train\n"
         "from elfs_ray.storage.run_dir import RunDir\n"
         f"folder = {str(tmp_path / 'run')!r}\n"
         f"connect('local', num_cpus=2); run_train(digits_config(Path(folder), *{overrides!r}), RunDir(folder))"

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from elfs_ray.config import ConfigError, load_config
+from elfs_ray.pool.images import BadImage
+from elfs_ray.pool.listing import PoolColumns, find_units, list_unit, read_images
 from elfs_ray.storage import filesystem
-from elfs_ray.storage.images import BadImage
-from elfs_ray.storage.pool import PoolColumns, find_units, list_unit, read_images
 
 SECRET = "wJalrXUtnFEMI"
 WITH_CREDENTIALS = (

@@ -1,0 +1,61 @@
+"""Every key a job takes: one dataclass a section of the config, one file each; run.py puts them together.
+
+A key is declared once, by `option`. Keys that do not decide a stage's result (numbers of workers, batch sizes that only
+change speed) may differ between a run and its continuation.
+"""
+
+from elfs_ray.config.checks import (
+    check_against_pool,
+    check_balance,
+    check_budgets,
+    check_temi_workers,
+    proxy_workers,
+    scaled_lr,
+    worker_range,
+)
+from elfs_ray.config.cluster import ClusterConfig
+from elfs_ray.config.declaration import Bounds, ConfigError, fields_of, option
+from elfs_ray.config.embed import SELF_SUPERVISED, EmbedConfig
+from elfs_ray.config.evaluate import EvaluateConfig
+from elfs_ray.config.loading import deciding_keys, describe_keys, expand_home, load_config, load_keys
+from elfs_ray.config.pool import PoolConfig
+from elfs_ray.config.pretrain import PretrainConfig
+from elfs_ray.config.report import ReportConfig
+from elfs_ray.config.run import STAGE_NAMES, Config
+from elfs_ray.config.select import FIND_HARD_FRACTION, USES_HARD_FRACTION, SelectConfig
+from elfs_ray.config.temi import TemiConfig
+from elfs_ray.config.train import LINEAR, TrainConfig
+
+__all__ = [
+    "FIND_HARD_FRACTION",
+    "LINEAR",
+    "SELF_SUPERVISED",
+    "STAGE_NAMES",
+    "USES_HARD_FRACTION",
+    "Bounds",
+    "ClusterConfig",
+    "Config",
+    "ConfigError",
+    "EmbedConfig",
+    "EvaluateConfig",
+    "PoolConfig",
+    "PretrainConfig",
+    "ReportConfig",
+    "SelectConfig",
+    "TemiConfig",
+    "TrainConfig",
+    "check_against_pool",
+    "check_balance",
+    "check_budgets",
+    "check_temi_workers",
+    "deciding_keys",
+    "describe_keys",
+    "expand_home",
+    "fields_of",
+    "load_config",
+    "load_keys",
+    "option",
+    "proxy_workers",
+    "scaled_lr",
+    "worker_range",
+]

@@ -1,0 +1,14 @@
+"""report.*: what a person looks at."""
+
+from dataclasses import dataclass
+
+from elfs_ray.config.declaration import Bounds, option
+
+
+@dataclass
+class ReportConfig:
+    """What a person looks at."""
+
+    images_per_grid: int = option(
+        40, "images shown of each group", unit="images", bounds=Bounds(at_least=1, at_most=100)
+    )

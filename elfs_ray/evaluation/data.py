@@ -1,0 +1,133 @@
+"""What evaluations read that no selection may: true labels and test images."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from elfs_ray.config import EmbedConfig
+from elfs_ray.methods.training.from_scratch import LabelledImages
+from elfs_ray.pool.images import BadImage, decode_image, decode_proxy_image, encode_proxy_image
+from elfs_ray.pool.listing import PoolColumns, find_units, list_unit, read_images
+from elfs_ray.stages.training.from_scratch import load_proxy_images
+from elfs_ray.storage import schema
+from elfs_ray.storage.run_dir import RunDir
+
+NO_LABEL = -1
+
+
+@dataclass(frozen=True)
+class TrueLabels:
+    """The true label of every sample of a pool.
+
+    of_id: (num ids,) int32 by sample_id, -1 where there is none. names: those of the numbers where labels are names.
+    """
+
+    of_id: np.ndarray
+    names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """One more than the largest label."""
+        return int(self.of_id.max()) + 1
+
+    def of(self, sample_ids: np.ndarray) -> np.ndarray:
+        """The labels of some samples, (n,) int32. Raises ValueError where one has none."""
+        labels = self.of_id[sample_ids]
+        num_missing = int((labels == NO_LABEL).sum())
+        if num_missing:
+            raise ValueError(f"{num_missing} samples of the pool have no label: check pool.label")
+        return labels
+
+
+def read_labels(run_dir: RunDir) -> TrueLabels:
+    """The labels that a run copied from its pool. Memory: 4 bytes a sample, 20 while they are read."""
+    of_id = np.full(int(run_dir.figures("index")["rows"]), NO_LABEL, np.int32)
+    for rows in run_dir.read_table(schema.INDEX, columns=[schema.SAMPLE_ID, schema.LABEL]):
+        of_id[rows[schema.SAMPLE_ID].to_numpy()] = rows[schema.LABEL].fill_null(NO_LABEL).to_numpy()
+    return TrueLabels(of_id, tuple(run_dir.figures("index").get("label_names", ())))
+
+
+def list_labels(run_dir: RunDir, pool_uri: str, pool_format: str, columns: PoolColumns) -> TrueLabels:
+    """The labels of a pool that a run took none from, from a listing of it; samples are told by their uris.
+
+    Memory: the pool's uris twice. Raises ValueError where the pool lists other images than the run's index.
+    """
+    listed = pa.concat_tables([list_unit(unit, columns) for unit in find_units(pool_uri, pool_format)])
+    labels = listed[schema.LABEL]
+    names: tuple[str, ...] = ()
+    if pa.types.is_string(labels.type):
+        names = tuple(sorted(set(labels.drop_null().to_pylist())))
+        numbers = {name: number for number, name in enumerate(names)}
+        of_row = np.array([numbers.get(name, NO_LABEL) for name in labels.to_pylist()], np.int32)
+    else:
+        of_row = labels.fill_null(NO_LABEL).to_numpy().astype(np.int32)
+    # The listing is sorted as it was for the index.
+    position = 0
+    for rows in run_dir.read_table(schema.INDEX, columns=[schema.URI]):
+        if rows[schema.URI].to_pylist() != listed[schema.URI].slice(position, rows.num_rows).to_pylist():
+            raise ValueError(f"{pool_uri} lists other images now than when {run_dir.uri} was made: its labels are lost")
+        position += rows.num_rows
+    return TrueLabels(of_row[:position], names)
+
+
+def load_samples(run_dir: RunDir, labels: TrueLabels, sample_ids: np.ndarray, size: int) -> LabelledImages:
+    """Samples of the pool with their true labels. Memory: 3 · size² bytes each."""
+    return LabelledImages(load_proxy_images(run_dir, sample_ids, size), labels.of(sample_ids), sample_ids)
+
+
+def load_test_images(
+    test_uri: str, test_format: str, columns: PoolColumns, embed: EmbedConfig, names: tuple[str, ...]
+) -> LabelledImages:
+    """Every test image, brought to the proxy's resolution as the pool's were; classes numbered as the pool's.
+
+    Memory: 3 · size² bytes each. Raises ValueError for images that cannot be decoded, without label, of unknown class.
+    """
+    listed = list_test_images(test_uri, test_format, columns)
+    labels = listed[schema.LABEL]
+    if labels.null_count:
+        raise ValueError(f"{labels.null_count} images of {test_uri} have no label: check pool.label")
+    size = embed.proxy_image_size
+    images = np.empty((listed.num_rows, size, size, 3), np.uint8)
+    uris = listed[schema.URI].to_pylist()
+    for position, data in enumerate(read_images(uris, columns)):
+        if isinstance(data, BadImage):
+            raise ValueError(f"test image {uris[position]}: {data}")
+        image = decode_image(data, max_pixels=embed.max_image_pixels, min_size=size)
+        proxy = encode_proxy_image(image, short_side=size, jpeg_quality=embed.proxy_jpeg_quality)
+        images[position] = decode_proxy_image(proxy, size)
+    return LabelledImages(images, _numbers(labels, names), np.arange(len(images)))
+
+
+def list_test_images(test_uri: str, test_format: str, columns: PoolColumns) -> pa.Table:
+    """uri and label of every test image. Raises ValueError where there are none."""
+    listed = pa.concat_tables([list_unit(unit, columns) for unit in find_units(test_uri, test_format)])
+    if not listed.num_rows:
+        raise ValueError(f"{test_uri} holds no images")
+    return listed
+
+
+def _numbers(labels: pa.ChunkedArray, names: tuple[str, ...]) -> np.ndarray:
+    """Labels as the index numbers them: folder names by their place in the pool's sorted names."""
+    if not pa.types.is_string(labels.type):
+        return labels.to_numpy()
+    numbers = {name: number for number, name in enumerate(names)}
+    unknown = sorted(set(labels.to_pylist()) - set(numbers))
+    if unknown:
+        raise ValueError(f"the test images have classes that the pool has not: {', '.join(unknown[:5])}")
+    return np.array([numbers[name] for name in labels.to_pylist()])
+
+
+def digest(*parts: Any) -> str:
+    """A hash of arrays, and of whatever else by its text: 16 hex digits."""
+    hashed = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            hashed.update(f"{part.dtype}{part.shape}".encode())
+            hashed.update(np.ascontiguousarray(part).data)
+        else:
+            hashed.update(repr(part).encode())
+        hashed.update(b"\0")
+    return hashed.hexdigest()[:16]

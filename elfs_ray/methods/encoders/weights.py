@@ -1,0 +1,205 @@
+"""Weights files of image encoders: download, check, read, load. Used by networks.py."""
+
+import argparse
+import dataclasses
+import hashlib
+import io
+import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from torch import nn
+
+# Where training scripts keep the network inside a checkpoint; the averaged network is the better encoder.
+_WRAPPERS = ("state_dict_ema", "model_ema", "teacher", "state_dict", "model")
+_TRAINED_ENCODER = "elfs_ray encoder, format"
+_WRAPPER_PREFIX = re.compile(r"^(?:(?:module|_orig_mod|backbone)\.)+")
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """Compare a file with its SHA-256: all 64 hex digits, or the first ones as in `resnet50-11ad3fa6.pth`.
+
+    Raises ValueError where they differ.
+    """
+    found = sha256_of(path)
+    if not found.startswith(expected.lower()):
+        raise ValueError(
+            f"The weights file {path} has SHA-256 {found}, but {expected} was expected: it is damaged, incomplete or "
+            "another file. Fetch it again, or correct the hash."
+        )
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def download(url: str) -> Path:
+    """Download a file into torch.hub's folder unless it is there; check it against the hash in its name, if any.
+
+    Raises ConnectionError where the network fails, ValueError where the hash differs.
+    """
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(url).path).name)
+    match = re.search(r"-([0-9a-f]{8,64})\.", path.name)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), match and match[1], progress=False)
+        except OSError as error:
+            raise _unreachable(url, error) from error
+        except RuntimeError as error:  # how torch.hub reports another hash; it keeps no file then
+            raise ValueError(f"The file downloaded from {url} is damaged: {error}. Try again.") from error
+    if match:
+        check_sha256(path, match[1])
+    return path
+
+
+def download_from_hugging_face(repo_id: str) -> Path:
+    """Download `model.safetensors` of a model into the Hugging Face cache unless it is there, and check its hash.
+
+    Raises ConnectionError where the network fails, ValueError where the hash differs.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        path = Path(hf_hub_download(repo_id, "model.safetensors"))
+    except (OSError, HfHubHTTPError) as error:
+        raise _unreachable(f"{repo_id} on the Hugging Face hub", error) from error
+    # The cache stores a large file under its SHA-256 and links to it.
+    if re.fullmatch("[0-9a-f]{64}", path.resolve().name):
+        check_sha256(path, path.resolve().name)
+    return path
+
+
+def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """Read the tensors of a checkpoint; wrappers of training scripts are taken off. Code in the file is never run.
+
+    Raises ValueError where the file holds no tensors by name, or anything but plain data.
+    """
+    checkpoint = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    while isinstance(checkpoint, Mapping):
+        inner = next((checkpoint[key] for key in _WRAPPERS if isinstance(checkpoint.get(key), Mapping)), None)
+        if inner is None:
+            break
+        checkpoint = inner
+    named = checkpoint.items() if isinstance(checkpoint, Mapping) else ()
+    tensors = OrderedDict((_unwrapped(key), value) for key, value in named if isinstance(value, torch.Tensor))
+    if not tensors:
+        raise ValueError(
+            f"{path} holds no state dict: needed are tensors by parameter name, at the top or under one of "
+            f"{', '.join(_WRAPPERS)}. Save them with torch.save(model.state_dict(), path)."
+        )
+    # Layers read the version of their format here: old batch norms lack a counter, old MNASNets have other widths.
+    versions = getattr(checkpoint, "_metadata", {})
+    stripped = {_unwrapped(f"{key}.").rstrip("."): version for key, version in versions.items()}
+    tensors._metadata = stripped  # type: ignore[attr-defined]
+    return tensors
+
+
+@dataclass(frozen=True)
+class TrainedEncoder:
+    """An encoder that a run trained on its pool, and what made it.
+
+    network: a name of methods/training/networks.py. image_size (pixels), mean and std (0..1, one a channel): what it
+    was trained on. config: the keys of the stage that trained it, and the versions that did; pool: a hash of how the
+    pool was listed and its copies made, and of how many files and bytes that gave.
+    """
+
+    network: str
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    config: Mapping[str, Any]
+    pool: str
+    state_dict: Mapping[str, torch.Tensor]
+
+    def to_bytes(self) -> bytes:
+        """The file's content; plain data, read without running code."""
+        fields = {spec.name: getattr(self, spec.name) for spec in dataclasses.fields(self)}
+        buffer = io.BytesIO()
+        torch.save({_TRAINED_ENCODER: 1, **fields, "config": dict(self.config)}, buffer)
+        return buffer.getvalue()
+
+
+def read_trained_encoder(path: Path) -> TrainedEncoder:
+    """Read what `TrainedEncoder.to_bytes` gave. Raises ValueError for any other file."""
+    found = _read_pickle(path)
+    if not isinstance(found, Mapping) or found.get(_TRAINED_ENCODER) != 1:
+        raise ValueError(
+            f"{path} is no encoder that was trained on a pool: give the encoder.pt in pretrain/ of a run directory"
+        )
+    return TrainedEncoder(**{spec.name: found[spec.name] for spec in dataclasses.fields(TrainedEncoder)})
+
+
+def drop_heads(state_dict: dict[str, torch.Tensor], heads: Iterable[str], keep: Container[str] = ()) -> None:
+    """Take the parameters of the modules named in `heads` out of a state dict, except those named in `keep`."""
+    prefixes = tuple(f"{head}." for head in heads)
+    for key in [key for key in state_dict if key.startswith(prefixes) and key not in keep]:
+        del state_dict[key]
+
+
+def load_strictly(network: nn.Module, state_dict: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Load a state dict in place. Raises ValueError unless its names and shapes are exactly the network's."""
+    try:
+        result = network.load_state_dict(state_dict, strict=False)
+    except (RuntimeError, ValueError) as error:
+        raise unfit(path, " ".join(str(error).split())) from error
+    problems = [
+        f"{len(keys)} {what}, such as {', '.join(keys[:3])}"
+        for what, keys in (("missing", result.missing_keys), ("unknown to the network", result.unexpected_keys))
+        if keys
+    ]
+    if problems:
+        raise unfit(path, "; ".join(problems))
+
+
+def unfit(path: Path, problem: str) -> ValueError:
+    """The error for weights of another network."""
+    return ValueError(
+        f"The weights in {path} do not fit the encoder: {problem[:600]}. Name the encoder that they were trained as."
+    )
+
+
+def _unwrapped(key: object) -> str:
+    return _WRAPPER_PREFIX.sub("", str(key))
+
+
+def _read_safetensors(path: Path) -> object:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ValueError(f"{path} needs the safetensors package: pip install safetensors") from error
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {error}. Fetch it again.") from error
+
+
+def _read_pickle(path: Path) -> object:
+    try:
+        # Training scripts often keep their arguments beside the weights; a Namespace only holds attributes.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} cannot be read as plain weights: it is no checkpoint, or holds objects whose loading could run "
+            "code. Where you trust it, save its tensors alone with torch.save(model.state_dict(), path)."
+        ) from error
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint: {str(error)[:300]}. Fetch it again.") from error
+
+
+def _unreachable(source: str, error: Exception) -> ConnectionError:
+    return ConnectionError(
+        f"Could not download the encoder's weights from {source} ({str(error)[:300]}). Without a network, fetch the "
+        "file elsewhere and give its path as embed.weights."
+    )

@@ -1,0 +1,1 @@
+"""k-means over unit-length embeddings, the same for any number of shards."""

@@ -1,0 +1,109 @@
+"""The nearest centroid of every embedding, exactly, on a CPU or a GPU, whatever the size of the batch.
+
+Distances are exact numbers (exact_arithmetic.py), fast searches are filters before them (filters.py).
+"""
+
+import warnings
+
+import numpy as np
+import torch
+
+from elfs_ray.methods.kmeans.filters import FaissFilter, ProductFilter
+from elfs_ray.methods.numeric.exact_arithmetic import MAX_NORM, exact_centroids, flat_nonzero, row_chunks, squared_norms
+from elfs_ray.methods.numeric.workspace import Workspace
+
+ENGINES = ("torch", "faiss")
+
+_NUM_IDS_IN_ERROR = 10
+
+
+def default_engine(device: str | torch.device) -> str:
+    """The engine that was measured as the fastest on this kind of device: "torch" (benchmarks/kmeans.py)."""
+    return {"cpu": "torch", "cuda": "torch"}[torch.device(device).type]
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """Return the device, or raise ValueError where a GPU was asked for that torch cannot see."""
+    resolved = torch.device(device)
+    if resolved.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={str(device)!r} is not supported; use 'cpu' or 'cuda'")
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device={str(device)!r} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices; "
+            "ask for device='cpu', or install a CUDA build of torch on a machine with that GPU"
+        )
+    return resolved
+
+
+def embeddings_to_device(embeddings: np.ndarray, sample_ids: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Put embeddings (n, d) float16 on a device; on the CPU the memory (or memory map) is shared, not copied.
+
+    Raises ValueError for shapes or dtypes that do not fit, and for embeddings that hold NaN or infinity or are not of
+    unit length (within 1%), with the sample ids.
+    """
+    if embeddings.ndim != 2 or embeddings.dtype != np.float16:
+        raise ValueError(f"embeddings are {embeddings.dtype} {embeddings.shape}; they must be float16 of shape (n, d)")
+    if sample_ids.shape != embeddings.shape[:1] or sample_ids.dtype != np.int64:
+        raise ValueError(
+            f"sample_ids are {sample_ids.dtype} {sample_ids.shape}; they must be int64 of shape {embeddings.shape[:1]}"
+        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+        on_device = torch.from_numpy(np.ascontiguousarray(embeddings)).to(device)
+    norms = np.sqrt(squared_norms(on_device).cpu().numpy())
+    if not np.isfinite(norms).all():
+        _refuse(sample_ids[~np.isfinite(norms)], "hold NaN or infinity", "remove them, or embed them again")
+    off_unit = (norms > MAX_NORM) | (norms < 2 - MAX_NORM)
+    if off_unit.any():
+        _refuse(sample_ids[off_unit], "are not of unit length", "divide every embedding by its norm first")
+    return on_device
+
+
+def nearest_centroids(embeddings: torch.Tensor, centroids: np.ndarray, engine: str | None = None) -> torch.Tensor:
+    """The nearest centroid of every embedding, ties to the lower centroid id.
+
+    embeddings (n, d) float16 of unit length on any device; centroids (k, d), rounded to multiples of 2^-24 if they are
+    not yet. Returns (n,) int64 on the device of the embeddings. The engine defaults to the device's fastest.
+    Memory beside the embeddings: 20 k·d bytes and, a chunk of rows, up to 64 MB (CPU) or 1 GB (GPU).
+    """
+    engine = engine or default_engine(embeddings.device)
+    if engine not in ENGINES:
+        raise ValueError(f"engine={engine!r} is unknown; use one of {', '.join(ENGINES)}")
+    exact = exact_centroids(centroids, embeddings.device)
+    search = FaissFilter(exact) if engine == "faiss" else ProductFilter(exact)
+    labels = torch.empty(len(embeddings), dtype=torch.int64, device=embeddings.device)
+    contested = [torch.empty(0, dtype=torch.int64, device=embeddings.device)]
+    for rows in row_chunks(len(embeddings), len(exact), embeddings.device):
+        labels[rows], close = search.search(embeddings[rows])
+        contested.append(flat_nonzero(close) + rows.start)
+    unsettled = torch.cat(contested)
+    for rows in row_chunks(len(unsettled), len(exact), embeddings.device):
+        labels[unsettled[rows]] = search.settle(embeddings[unsettled[rows]])
+    return labels
+
+
+def squared_distances_to(embeddings: torch.Tensor, centroids: np.ndarray, labels: torch.Tensor) -> torch.Tensor:
+    """Exact squared distances (n,) float64 of embeddings (n, d) to those of centroids (k, d) that labels (n,) name.
+
+    Take roots with numpy, which rounds them correctly; torch's on a CPU are now and then an ulp off.
+    """
+    exact = exact_centroids(centroids, embeddings.device)
+    result = torch.empty(len(embeddings), dtype=torch.float64, device=embeddings.device)
+    space = Workspace(embeddings.device)
+    for rows in row_chunks(len(embeddings), embeddings.shape[1], embeddings.device):
+        differences = space.copy("rows", embeddings[rows], torch.float64).sub_(exact[labels[rows]])
+        torch.sum(differences.square_(), 1, out=result[rows])
+    return result
+
+
+def add_rows(sums: torch.Tensor, embeddings: torch.Tensor, labels: torch.Tensor, sign: int = 1) -> None:
+    """Add (or with sign=-1 take away) every embedding to the row of sums (k, d) float64 that its label names; exact."""
+    space = Workspace(embeddings.device)
+    for rows in row_chunks(len(embeddings), embeddings.shape[1], embeddings.device):
+        sums.index_add_(0, labels[rows], space.copy("rows", embeddings[rows], torch.float64), alpha=sign)
+
+
+def _refuse(sample_ids: np.ndarray, fault: str, remedy: str) -> None:
+    shown = ", ".join(str(i) for i in np.sort(sample_ids)[:_NUM_IDS_IN_ERROR])
+    more = f" and {len(sample_ids) - _NUM_IDS_IN_ERROR} more" if len(sample_ids) > _NUM_IDS_IN_ERROR else ""
+    raise ValueError(f"{len(sample_ids)} embeddings {fault}: sample ids {shown}{more}; {remedy}")

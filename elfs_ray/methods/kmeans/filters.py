@@ -1,0 +1,132 @@
+"""The nearest centroids by a fast product or by faiss, with an exact comparison where they leave more than one.
+
+A fast product in float32 (CPU) or on float16 tensor cores (GPU) is only a filter with a proven error: where it leaves
+one candidate that is the nearest centroid, where it leaves several they are compared exactly. Ties go to the lower
+centroid id.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+
+import faiss
+import numpy as np
+import torch
+
+from elfs_ray.methods.numeric.exact_arithmetic import (
+    FIXED_POINT_UNIT,
+    MAX_NORM,
+    exact_products,
+    fast_product,
+    flat_nonzero,
+    product_error,
+)
+from elfs_ray.methods.numeric.workspace import Workspace
+
+
+class ProductFilter:
+    """Matrix product in chunks, then an exact comparison of the centroids that its rounding cannot tell apart.
+
+    The score x·c - ‖c‖²/2 = (‖x‖² - ‖x - c‖²) / 2 is largest at the nearest centroid. Taking an offset m off first, by
+    default the mean centroid, changes a row's scores by a constant, to (‖x - m‖² - ‖x - c‖²) / 2, and makes the
+    numbers, hence the rounding, as small as the spread of the centroids. `error` bounds a score's error, `magnitude`
+    its size, and of scores further apart than `slack` the larger one is larger for certain.
+    """
+
+    def __init__(self, centroids: torch.Tensor, offset: torch.Tensor | None = None):
+        self.offset = mean_centroid(centroids) if offset is None else offset
+        centred = centroids - self.offset
+        self._centroids = centroids
+        self._half_norms = centroids.square().sum(1) / 2
+        self._matrix = centred.half() if centroids.is_cuda else centred.float()
+        bias = self.offset.square().sum() / 2 - self._half_norms
+        self._bias = bias.float()
+        rounded_off = (centred - self._matrix.double()).norm(dim=1).max()
+        self.magnitude = float(MAX_NORM * self._matrix.double().norm(dim=1).max() + bias.abs().max())
+        roundings = product_error(centroids.shape[1] + 2, centroids.device)
+        self.error = float(MAX_NORM * rounded_off) + roundings * self.magnitude
+        self.slack = _rounded_up(2 * self.error)
+        self._space = Workspace(centroids.device)
+
+    def __len__(self) -> int:
+        return len(self._centroids)
+
+    def search(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The nearest centroids (m,) int64, and a mask (m,) of the rows that have to be settled."""
+        labels, best, second = self.search_two(embeddings)
+        return labels, best - second <= self.slack
+
+    def search_two(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The centroid with the largest score (m,) int64, that score and the next, (m,) float32 each."""
+        scores = self.scores(embeddings)
+        # On a CPU numpy finds a maximum with its position five times faster than torch does.
+        labels = scores.argmax(1) if scores.is_cuda else torch.from_numpy(scores.numpy().argmax(1))
+        at = labels.unsqueeze(1)
+        best = scores.gather(1, at).squeeze(1)
+        return labels, best, scores.scatter_(1, at, -torch.inf).amax(1)
+
+    def scores(self, embeddings: torch.Tensor, some: torch.Tensor | None = None) -> torch.Tensor:
+        """Scores (m, k), or those of some centroids, (m, len(some)); they hold until the next call."""
+        matrix, bias = (self._matrix, self._bias) if some is None else (self._matrix[some], self._bias[some])
+        return fast_product(embeddings, matrix, self._space).add_(bias)
+
+    def settle(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """The nearest centroids (m,) by an exact comparison of those whose scores lie within the slack of the best.
+
+        It takes some 0.1 ms whatever the number of rows: gather them.
+        """
+        scores = self.scores(embeddings)
+        flat = flat_nonzero(scores.amax(1, keepdim=True) - scores <= self.slack)
+        rows, candidates = flat // len(self._centroids), flat % len(self._centroids)
+        exact = exact_products(embeddings, rows, self._centroids, candidates) - self._half_norms[candidates]
+        best = torch.full((len(embeddings),), -torch.inf, dtype=torch.float64, device=embeddings.device)
+        best.scatter_reduce_(0, rows, exact, "amax")
+        winning = exact == best[rows]
+        labels = torch.full((len(embeddings),), len(self._centroids), device=embeddings.device)
+        return labels.scatter_reduce_(0, rows[winning], candidates[winning], "amin")
+
+
+class FaissFilter:
+    """faiss's flat index finds the two nearest; rows where they are too close to call are for `ProductFilter`."""
+
+    def __init__(self, centroids: torch.Tensor):
+        self._index = _flat_index(centroids)
+        self.settle: Callable[[torch.Tensor], torch.Tensor] = ProductFilter(centroids).settle
+        norm = float(centroids.norm(dim=1).max())
+        self._slack = 2 * product_error(centroids.shape[1] + 4, centroids.device) * (MAX_NORM + norm) ** 2
+
+    def search(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The nearest centroids (m,) int64, and a mask (m,) of the rows that have to be settled."""
+        if self._index.ntotal == 1:
+            none = torch.zeros(len(embeddings), dtype=torch.bool, device=embeddings.device)
+            return none.long(), none
+        rows = embeddings.float()
+        found = self._index.search(rows if rows.is_cuda else rows.numpy(), 2)
+        distances, candidates = (torch.as_tensor(part) for part in found)
+        return candidates[:, 0], distances[:, 1] - distances[:, 0] <= self._slack
+
+
+def mean_centroid(centroids: torch.Tensor) -> torch.Tensor:
+    """The mean (d,) of centroids (k, d), rounded to multiples of 2^-24."""
+    return centroids.mean(0).div(FIXED_POINT_UNIT).round().mul(FIXED_POINT_UNIT)
+
+
+def _rounded_up(value: float) -> float:
+    """A float32 at or above the value: rounding is monotone, so differences within the value are within it rounded."""
+    return float(np.nextafter(np.float32(value), np.float32(np.inf)))
+
+
+def _flat_index(centroids: torch.Tensor) -> faiss.Index:
+    index: faiss.IndexFlat | faiss.GpuIndexFlat
+    if centroids.is_cuda:
+        if faiss.get_num_gpus() == 0:
+            raise ValueError(
+                "engine='faiss' was asked for on a GPU, but faiss sees none; install faiss-gpu, or use engine='torch'"
+            )
+        import_module("faiss.contrib.torch_utils")  # patches faiss, for the whole process, to take tensors on a GPU
+        config = faiss.GpuIndexFlatConfig()
+        config.device = centroids.get_device()
+        index = faiss.GpuIndexFlatL2(faiss.StandardGpuResources(), centroids.shape[1], config)
+    else:
+        index = faiss.IndexFlatL2(centroids.shape[1])
+    index.add(centroids.float() if centroids.is_cuda else centroids.float().numpy())
+    return index

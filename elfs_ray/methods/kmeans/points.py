@@ -1,0 +1,159 @@
+"""What k-means clusters: a pool that answers an assignment with sums, in one array or in shards on many workers.
+
+Sums of embeddings are exact (exact_arithmetic.py), so they do not depend on how the pool is cut.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+
+from elfs_ray.methods.kmeans.assignment import (
+    add_rows,
+    check_device,
+    default_engine,
+    embeddings_to_device,
+    nearest_centroids,
+    squared_distances_to,
+)
+from elfs_ray.methods.kmeans.bounds import BoundedSearch
+from elfs_ray.methods.numeric.exact_arithmetic import FIXED_POINT_UNIT, flat_nonzero, row_chunks, squared_norms
+from elfs_ray.methods.numeric.hashing import hash_uint64
+
+T = TypeVar("T")
+
+
+@dataclass
+class PartialSums:
+    """What an assignment leaves of a shard: sums (k, d) float64, counts (k,) int64, squared_norms (k,) float64.
+
+    `squared_norms` are the sums of ‖x‖² over each cluster. All three are exact, in any order of addition (‖x‖² is
+    rounded to a multiple of 2^-24 first).
+    """
+
+    sums: np.ndarray
+    counts: np.ndarray
+    squared_norms: np.ndarray
+
+    def __iadd__(self, other: "PartialSums") -> "PartialSums":
+        self.sums += other.sums
+        self.counts += other.counts
+        self.squared_norms += other.squared_norms
+        return self
+
+
+class Points(Protocol):
+    """The pool as k-means sees it: in one array, or in shards on many workers."""
+
+    @property
+    def count(self) -> int:
+        """Number of samples."""
+
+    @property
+    def dim(self) -> int:
+        """Length of an embedding."""
+
+    def on_sample(self, function: Callable[[torch.Tensor], T], num_rows: int, seed: int) -> T:
+        """Run `function` where the data is, on rows (m, d) float16 on that device, and return what it returns.
+
+        The rows are those of the `num_rows` samples (or all, if there are fewer) whose ids `smallest_ids` picks
+        from every shard's `ArrayPoints.smallest_hashes(num_rows, seed)`, in ascending order of sample_id.
+        """
+
+    def assign(self, centroids: np.ndarray) -> PartialSums:
+        """Assign every sample to the nearest of centroids (k, d) float32; return the totals over the pool."""
+
+
+class ArrayPoints:
+    """One shard in memory: embeddings (n, d) float16 of unit length (a memory map will do), sample_ids (n,) int64.
+
+    Memory beside the embeddings: 52 n bytes, and 16 k·d for sums and centroids; on a GPU the embeddings' n·d·2 as well.
+    Successive assignments only move the samples that changed cluster between the sums, which is exact, and on a CPU
+    only search for samples whose nearest centroid may have changed.
+    Raises ValueError for embeddings that are not finite or not of unit length (with their ids), for ids that repeat,
+    and for a GPU that is not there.
+    """
+
+    def __init__(
+        self, embeddings: np.ndarray, sample_ids: np.ndarray, *, device: str = "cpu", engine: str | None = None
+    ):
+        self._device = check_device(device)
+        self._embeddings = embeddings_to_device(embeddings, sample_ids, self._device)
+        self._sample_ids = sample_ids
+        self._engine = engine or default_engine(self._device)
+        self._order = np.argsort(sample_ids, kind="stable")
+        if (np.diff(sample_ids[self._order]) == 0).any():
+            raise ValueError("sample_ids hold an id more than once; every sample needs an id of its own")
+        self._squared_norms = squared_norms(self._embeddings).div(FIXED_POINT_UNIT).round().mul(FIXED_POINT_UNIT)
+        self._bounded = BoundedSearch(self._embeddings, self._squared_norms)
+        self._labels: torch.Tensor | None = None
+        self._sums = torch.empty(0)
+
+    @property
+    def count(self) -> int:
+        return self._embeddings.shape[0]
+
+    @property
+    def dim(self) -> int:
+        return self._embeddings.shape[1]
+
+    def smallest_hashes(self, num: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """The `num` samples with the smallest hash of (seed, sample_id): hashes (m,) uint64, sample_ids (m,) int64."""
+        hashes = hash_uint64(seed, self._sample_ids)
+        if num < len(hashes):
+            chosen = np.flatnonzero(hashes <= np.partition(hashes, num - 1)[num - 1])
+            return hashes[chosen], self._sample_ids[chosen]
+        return hashes, self._sample_ids
+
+    def rows(self, sample_ids: np.ndarray) -> np.ndarray:
+        """Embeddings (m, d) float16 of sample_ids (m,), in their order; ids of other shards are an error."""
+        positions = self._order[np.searchsorted(self._sample_ids, sample_ids, sorter=self._order) % max(self.count, 1)]
+        assert (self._sample_ids[positions] == sample_ids).all(), "rows asked of a shard that does not hold them"
+        return self._embeddings[torch.from_numpy(positions).to(self._device)].cpu().numpy()
+
+    def on_sample(self, function: Callable[[torch.Tensor], T], num_rows: int, seed: int) -> T:
+        rows = self.rows(smallest_ids([self.smallest_hashes(num_rows, seed)], num_rows))
+        return function(torch.from_numpy(rows).to(self._device))
+
+    def assign(self, centroids: np.ndarray) -> PartialSums:
+        num_clusters = len(centroids)
+        labels = self._nearest(centroids)
+        moved = None
+        if self._labels is not None and self._sums.shape == centroids.shape:
+            moved = flat_nonzero(labels != self._labels)
+        if moved is None or len(moved) > self.count // 2:
+            self._sums = torch.zeros(centroids.shape, dtype=torch.float64, device=self._device)
+            add_rows(self._sums, self._embeddings, labels)
+        else:
+            assert self._labels is not None
+            for rows in row_chunks(len(moved), self.dim, self._device):
+                embeddings = self._embeddings[moved[rows]]
+                add_rows(self._sums, embeddings, self._labels[moved[rows]], sign=-1)
+                add_rows(self._sums, embeddings, labels[moved[rows]])
+        self._labels = labels
+        norms = torch.zeros(num_clusters, dtype=torch.float64, device=self._device)
+        return PartialSums(
+            sums=self._sums.cpu().numpy().copy(),
+            counts=torch.bincount(labels, minlength=num_clusters).cpu().numpy(),
+            squared_norms=norms.index_add_(0, labels, self._squared_norms).cpu().numpy(),
+        )
+
+    def _nearest(self, centroids: np.ndarray) -> torch.Tensor:
+        if self._device.type == "cpu" and self._engine == "torch":
+            return self._bounded(centroids)
+        return nearest_centroids(self._embeddings, centroids, self._engine)
+
+    def label(self, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Nearest centroid and Euclidean distance to it: labels (n,) int32, distances (n,) float32, in shard order."""
+        labels = self._nearest(centroids)
+        squared = squared_distances_to(self._embeddings, centroids, labels).cpu().numpy()
+        return labels.int().cpu().numpy(), np.sqrt(squared).astype(np.float32)
+
+
+def smallest_ids(parts: Sequence[tuple[np.ndarray, np.ndarray]], num: int) -> np.ndarray:
+    """The ids of the `num` smallest hashes over the shards' (hashes, sample_ids), ascending; ties by sample_id."""
+    hashes = np.concatenate([part[0] for part in parts])
+    sample_ids = np.concatenate([part[1] for part in parts])
+    return np.sort(sample_ids[np.lexsort((sample_ids, hashes))[:num]])

@@ -1,0 +1,1 @@
+"""Arithmetic that the methods share: exact sums, hashes, PCA, precision."""

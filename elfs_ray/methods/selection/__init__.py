@@ -1,0 +1,1 @@
+"""Scores, pruning and baselines: which samples a method keeps."""

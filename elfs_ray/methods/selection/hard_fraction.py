@@ -1,0 +1,121 @@
+"""The hard fraction β without further training, from the records of the proxy's own.
+
+A coreset has to stand for the pool, and can fail as any small sample does:
+
+    bias      a window of harder or easier samples than the pool's teaches what does not hold for the rest;
+    variance  a few samples, of which some are no good examples of their class, say little of it.
+
+Let q be the mean probability that the proxy gave a sample's own pseudo-label over its first 30 epochs, before a network
+learns wrong labels by heart: how far the sample is an example of its cluster. It needs no label, and falls from the
+easy end to the hard one as the share of right pseudo-labels does. Of a window of m samples and k pseudo-classes,
+
+    risk(β) = (mean q of the window - mean q of the pool)² + k/m · mean q (1 - q) of the window
+
+is the squared bias, plus the variance of a class's share of good examples when it is estimated from the m/k that it
+has. The β of least risk is taken, of those that leave the easiest fifth of the pool alone, if the budget allows: near
+the very end samples are alike, which neither term sees, and no window that the paper found by search reaches there
+(they end at 0.5 to 0.8 of the pool). With many samples a class the first term decides: the window lies where the pool's
+mean difficulty is, and begins the lower, the wider it is. With a handful a class the second moves it to the easy end.
+
+Everything comes from one histogram over the scores, whose integer sums are the same in any order. Memory: 24 bytes a
+bin, 1.5 MiB for a single group and as much for all classes where they are balanced.
+"""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+
+from elfs_ray.methods.selection.pruning import balanced_windows
+from elfs_ray.methods.selection.quantiles import Direction
+
+AUTO_STEP = 0.01
+EASY_END = Fraction(1, 5)
+_MAX_BINS = 1 << 16
+_MIN_BINS = 1 << 6
+_UNIT = 1 << 20  # of which the probabilities are whole multiples, so that sums of them are exact
+
+
+class Risk(NamedTuple):
+    """What a hard fraction has for and against it: bias, signed, positive for windows that are easier than the pool."""
+
+    hard_fraction: float
+    bias: float
+    variance: float
+
+    @property
+    def risk(self) -> float:
+        return self.bias**2 + self.variance
+
+
+def fraction_grid(step: float, num_kept: int, num_samples: int) -> list[float]:
+    """The multiples of `step`, as written in decimal, from 0 to the share that is pruned."""
+    exact = Fraction(str(step))
+    pruned = Fraction(num_samples - num_kept, num_samples)
+    return [float(i * exact) for i in range(pruned // exact + 1)]
+
+
+def count_difficulty(
+    scores: np.ndarray,
+    groups: np.ndarray,
+    probs: np.ndarray,
+    score_range: tuple[float, float],
+    direction: Direction,
+    num_groups: int,
+) -> np.ndarray:
+    """Sum samples, q and q (1 - q) in bins of equal width of the score: (3, groups, bins) int64, the hardest bin first.
+
+    scores (n,) float32 or int32; groups (n,) integers below num_groups; probs (n,) float32, the q; score_range: lowest
+    and highest score of the pool. q is rounded to 2**-20. Answers for disjoint sets of samples add up.
+    """
+    lowest, highest = score_range
+    num_bins = max(_MIN_BINS, _MAX_BINS // num_groups)
+    width = (highest - lowest) or 1.0
+    bins = ((scores.astype(np.float64) - lowest) / width * num_bins).astype(np.int64).clip(0, num_bins - 1)
+    if direction == "high":
+        bins = num_bins - 1 - bins
+    units = np.rint(probs.astype(np.float64) * _UNIT)
+    cells, num_cells = groups * num_bins + bins, num_groups * num_bins
+    # Whole numbers below 2**53: float64 adds them exactly.
+    weights = (None, units, np.floor(units * (_UNIT - units) / _UNIT))
+    sums = np.stack([np.bincount(cells, own, minlength=num_cells).astype(np.int64) for own in weights])
+    return sums.reshape(3, num_groups, num_bins)
+
+
+def estimate_risks(sums: np.ndarray, num_kept: int, num_classes: int) -> list[Risk]:
+    """The risk of every multiple of 0.01 that may be chosen, from `count_difficulty` of the whole pool.
+
+    Each group gets its own window, as `pruning.balanced_windows` has it. A bin that a window cuts is taken in part.
+    """
+    samples, probs, spreads = (np.cumsum(_padded(part), axis=1) for part in sums)
+    counts = samples[:, -1]
+    pool_mean = probs[:, -1].sum() / counts.sum() / _UNIT
+    num_samples = int(counts.sum())
+    latest = max(Fraction(0), 1 - EASY_END - Fraction(num_kept, num_samples))
+    risks = []
+    for hard_fraction in fraction_grid(AUTO_STEP, num_kept, num_samples):
+        if Fraction(str(hard_fraction)) > latest:
+            break
+        starts, shares = balanced_windows(counts, num_kept, hard_fraction)
+        mean, spread = (
+            sum(
+                np.interp(start + share, own, total) - np.interp(start, own, total)
+                for start, share, own, total in zip(starts, shares, samples, totals, strict=True)
+            )
+            / num_kept
+            / _UNIT
+            for totals in (probs, spreads)
+        )
+        risks.append(Risk(hard_fraction, float(mean - pool_mean), float(spread * num_classes / num_kept)))
+    return risks
+
+
+def least_risk(risks: Sequence[Risk]) -> float:
+    """The hard fraction of least risk; the smallest of those that differ by rounding alone."""
+    limit = min(own.risk for own in risks) * (1 + 1e-9) + 1e-12
+    return next(own.hard_fraction for own in risks if own.risk <= limit)
+
+
+def _padded(sums: np.ndarray) -> np.ndarray:
+    return np.pad(sums, ((0, 0), (1, 0)))

@@ -1,0 +1,195 @@
+"""Which samples of a scored pool to keep: how many, from which rank, and the keys that order them.
+
+A selection is a window of ranks in each group (the pool, a pseudo-class, a stratum), over samples ordered by an integer
+key, ties by sample_id: by hardness (`quantiles.hardness_keys`) or by the keys made here. Random choices are hashes of
+(seed, sample_id): they depend neither on the order of the samples nor on who holds them. `quantiles.rank_to_cut` finds
+the window over any number of shards.
+"""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+
+from elfs_ray.methods.numeric.hashing import hash_uint64, hash_uniform
+from elfs_ray.methods.selection.quantiles import Direction, hard_first_order, hardness_keys
+
+NUM_STRATA = 50
+DUAL_CONCENTRATION = 15.0
+DUAL_NUM_ANCHORS = 10
+
+# One stream of random numbers a method, so that two methods with the same seed choose independently.
+_RANDOM_STREAM, _STRATIFIED_STREAM, _DUAL_STREAM = 1, 2, 3
+_HASH_BITS_IN_STRATUM = 26  # of a 32-bit key; the other six hold the stratum
+
+
+def budget_count(budget: float | np.floating | np.integer, num_samples: int) -> int:
+    """Turn a budget into the number of samples to keep.
+
+    budget: an integer is a count, 1 <= count <= num_samples; a float is the fraction to keep, 0 < fraction <= 1, and
+    ⌊fraction · num_samples⌋ are kept, where a product that misses an integer only by binary rounding counts as it
+    (0.29 of 100 is 29, 1/3 of 300 is 100). So 1 is one sample and 1.0 is the whole pool.
+    Raises ValueError for budgets outside these ranges and for a fraction that keeps no sample.
+    """
+    given = f"budget is {budget!r} for a pool of {num_samples} samples"
+    if isinstance(budget, bool | np.bool_) or not isinstance(budget, int | float | np.integer | np.floating):
+        raise ValueError(f"{given}; give an integer count or a fraction in (0, 1]")
+    if isinstance(budget, int | np.integer):
+        if not 1 <= budget <= num_samples:
+            raise ValueError(f"{given}; a count must lie between 1 and the size of the pool")
+        return int(budget)
+    if not 0 < budget <= 1:
+        raise ValueError(
+            f"{given}; a fraction must lie in (0, 1]; write a count as an integer, without a decimal point"
+        )
+    count = floor_of_fraction(float(budget), num_samples)
+    if count == 0:
+        raise ValueError(f"{given}, which rounds down to no sample; keep at least a fraction of 1/{num_samples}")
+    return count
+
+
+def floor_of_fraction(fraction: float, num_samples: int) -> int:
+    """Return ⌊fraction · num_samples⌋, forgiving an error of 2**-50 in the fraction; 0 <= fraction <= 1."""
+    return math.floor((Fraction(fraction) + Fraction(1, 2**50)) * num_samples)
+
+
+def window_start(num_samples: int, budget_count: int, hard_fraction: float) -> int:
+    """Return how many of the hardest samples double-end pruning drops: ⌊hard_fraction · num_samples⌋.
+
+    hard_fraction: β of the whole pool, 0 <= β <= p = 1 - budget_count / num_samples. At β = p the window ends at the
+    easiest sample; where β and the budget were both rounded down, one easy sample may fall behind it (1,003 samples,
+    β = 0.9, budget 0.1: 902 dropped, 100 kept, 1 left over), as in the formula. A β above p by no more than binary
+    rounding is taken as p, so the window always has its full budget. Raises ValueError for β outside [0, p].
+    """
+    pruned = num_samples - budget_count
+    if not 0 <= hard_fraction <= pruned / num_samples + 2**-50:
+        raise ValueError(
+            f"hard_fraction is {hard_fraction!r}, but keeping {budget_count} of {num_samples} samples prunes "
+            f"a fraction of {pruned / num_samples:.6g}; hard_fraction, of the whole pool too, must lie in [0, that]"
+        )
+    start = floor_of_fraction(float(hard_fraction), num_samples)
+    assert start <= pruned
+    return start
+
+
+def random_selection(sample_ids: np.ndarray, budget_count: int, seed: int) -> np.ndarray:
+    """Keep a uniform random subset: the first `budget_count` samples by `random_keys`, positions (budget_count,) int64.
+
+    With one seed, a smaller budget is the beginning of a larger one. Raises ValueError for duplicate ids and budgets
+    outside [1, n]. Memory: about 40 bytes a sample.
+    """
+    _check_pool(sample_ids, budget_count)
+    return hard_first_order(random_keys(sample_ids, seed), sample_ids)[:budget_count]
+
+
+def random_keys(sample_ids: np.ndarray, seed: int) -> np.ndarray:
+    """Return keys (n,) uint32 whose ascending order is a uniform random permutation; see `random_selection`."""
+    return (hash_uint64(seed, _RANDOM_STREAM, sample_ids) >> np.uint64(32)).astype(np.uint32)
+
+
+def strata_of(
+    scores: np.ndarray,
+    lowest: float | np.ndarray,
+    highest: float | np.ndarray,
+    direction: Direction,
+    num_strata: int = NUM_STRATA,
+) -> np.ndarray:
+    """Return the stratum of each score, 0 the hardest: (n,) int64. All strata have the width (highest - lowest) / k.
+
+    lowest and highest are numbers, or (n,) where each class has its own; scores outside them get the nearest stratum.
+    """
+    if not 1 <= num_strata <= 1 << (32 - _HASH_BITS_IN_STRATUM):
+        raise ValueError(f"num_strata is {num_strata}; it must lie between 1 and {1 << (32 - _HASH_BITS_IN_STRATUM)}")
+    width = np.asarray(highest, np.float64) - lowest
+    from_low = (scores.astype(np.float64) - lowest) / np.where(width > 0, width, 1) * num_strata
+    strata = np.clip(from_low.astype(np.int64), 0, num_strata - 1)
+    return np.where(width > 0, num_strata - 1 - strata if direction == "high" else strata, 0)
+
+
+def stratified_keys(strata: np.ndarray, sample_ids: np.ndarray, seed: int) -> np.ndarray:
+    """Return keys (n,) uint32 that sort by stratum, at random inside one.
+
+    Stratum s of sizes c and allocations m keeps the ranks from c_0 + … + c_(s-1), as many as m_s.
+    """
+    draws = (hash_uint64(seed, _STRATIFIED_STREAM, sample_ids) >> np.uint64(64 - _HASH_BITS_IN_STRATUM)).astype(
+        np.uint32
+    )
+    return (strata.astype(np.uint32) << np.uint32(_HASH_BITS_IN_STRATUM)) | draws
+
+
+def allocate_evenly(counts: np.ndarray, budget_count: int) -> np.ndarray:
+    """Divide a budget evenly over groups of limited size, exactly (CCS 2210.15809, algorithm 1).
+
+    The smallest group goes first and gets its share of what is left, ⌊budget / groups left⌋, or all it has when that is
+    less; what it cannot use passes on. Among groups of equal size the first goes first. counts: (k,) int64. Returns
+    (k,) int64 with sum budget_count. Raises ValueError when the groups hold less than the budget.
+    """
+    if budget_count > counts.sum():
+        raise ValueError(f"a budget of {budget_count} cannot be met from groups that hold {counts.sum()} samples")
+    allocation = np.zeros(counts.size, np.int64)
+    left = budget_count
+    for served, group in enumerate(np.argsort(counts, kind="stable")):
+        allocation[group] = min(int(counts[group]), left // (counts.size - served))
+        left -= int(allocation[group])
+    assert left == 0
+    return allocation
+
+
+def dual_beta_keys(
+    dual: np.ndarray,
+    mean_prob: np.ndarray,
+    sample_ids: np.ndarray,
+    anchor_mean: float | np.ndarray,
+    pruning_rate: float | np.ndarray,
+    seed: int,
+    exponent: float = 4.0,
+) -> np.ndarray:
+    """Return keys (n,) uint32 whose first m, ascending, are m draws without replacement by DUAL's weights.
+
+    The weight is dual · Beta(mean_prob; a, b) with b = 15 (1 - anchor_mean)(1 - pruning_rate**c_D), a = 16 - b, as in
+    the authors' code: the higher the pruning rate, the more it leans to easy samples. anchor_mean is the mean of
+    mean_prob over the ten highest scores; where each class has its own, both are (n,). The draw is a race: the largest
+    log weight + Gumbel noise wins, which is drawing one after another. Samples of weight 0 come last. Probabilities are
+    held 2**-24 away from 0 and 1.
+    """
+    for name, value in (("anchor_mean", anchor_mean), ("pruning_rate", pruning_rate)):
+        if not np.all((np.asarray(value) >= 0) & (np.asarray(value) <= 1)):
+            raise ValueError(f"{name} is {value}; it must lie in [0, 1]")
+    if (dual < 0).any() or not ((mean_prob >= 0) & (mean_prob <= 1)).all():
+        raise ValueError(
+            "DUAL scores must not be negative, and mean_prob must hold probabilities: give what scores.py made"
+        )
+    b = DUAL_CONCENTRATION * (1 - anchor_mean) * (1 - pruning_rate**exponent)
+    a = DUAL_CONCENTRATION + 1 - b
+    prob = np.clip(mean_prob.astype(np.float64), 2.0**-24, 1 - 2.0**-24)
+    log_weight = (a - 1) * np.log(prob) + (b - 1) * np.log1p(-prob)
+    positive = dual > 0
+    log_weight[positive] += np.log(dual[positive].astype(np.float64))
+    log_weight[~positive] = -1000.0  # below any other: log weights stay above -400
+    uniform = hash_uniform(seed, _DUAL_STREAM, sample_ids) + 2.0**-54  # keeps 0 out
+    gumbel = -np.log(-np.log(uniform))
+    return hardness_keys((log_weight + gumbel).astype(np.float32), "high")
+
+
+def balanced_windows(counts: np.ndarray, budget_count: int, hard_fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Double-end windows of pseudo-classes: (how many of the hardest each drops, how many it then keeps), (k,) int64.
+
+    The budget is divided evenly, as far as classes have samples (`allocate_evenly`). The hard fraction is one of each
+    class, not of the pool: of c samples the ⌊βc⌋ hardest are dropped, or fewer, where the class's share of the budget
+    needs them. counts: (k,) int64, 0 for a class without samples. Raises ValueError as `window_start` of the pool.
+    """
+    window_start(int(counts.sum()), budget_count, hard_fraction)
+    shares = allocate_evenly(counts, budget_count)
+    dropped = np.array([floor_of_fraction(float(hard_fraction), int(count)) for count in counts], np.int64)
+    return np.minimum(dropped, counts - shares), shares
+
+
+def _check_pool(sample_ids: np.ndarray, budget_count: int) -> None:
+    if not 1 <= budget_count <= sample_ids.size:
+        raise ValueError(
+            f"budget is {budget_count} samples of a pool of {sample_ids.size}; needed: 1 to the whole pool"
+        )
+    in_order = np.sort(sample_ids)
+    twice = in_order[1:][in_order[1:] == in_order[:-1]]
+    if twice.size:
+        raise ValueError(f"sample ids {np.unique(twice)[:5].tolist()} occur more than once; give each sample one score")

@@ -1,0 +1,209 @@
+"""How hard each sample was for the proxy network: scores from what training recorded, one epoch at a time.
+
+A worker makes one `ScoreAccumulator` for its samples and feeds it every epoch in order; it never holds more than one
+epoch. p_y is the probability of the pseudo-label, p_o the largest of the others; a prediction is right when p_y > p_o.
+
+    aum             Σ over epochs of p_y - p_o                                    float32   low is hard
+    forgetting      times a right prediction turned wrong; the number of epochs,
+                    above any such count, for samples that were never right       int32     high is hard
+    never_learned   never predicted right                                         bool
+    el2n            Σ over the first 10 epochs of ‖onehot(y) - p‖₂                float32   high is hard
+    correctness     epochs predicted right                                        int32     low is hard
+    coarse_entropy  entropy of (p_y, p_o, rest) in the last epoch, in nats        float32   high is hard
+    dual            mean over windows of 10 epochs, in the first 30, of
+                    10 · std(p_y) · (1 - mean p_y)                                float32   high is hard
+    dual_mean_prob  mean of p_y over the first 30 epochs                          float32   (for `dual_beta_keys`)
+
+Sources: AUM 2001.10528 (with probabilities in place of logits, as ELFS 2406.04273 has it), forgetting 1812.05159,
+EL2N 2107.07075, DUAL 2502.06905, whose std is that of a sample (divisor 9). The whole prediction is not recorded, so
+the entropy of 1906.11829 cannot be had: lumping all classes but two together gives a lower bound of it, low by at
+most rest · ln(classes - 2), and exact for up to three classes.
+
+Short runs: el2n and dual_mean_prob use the epochs there are. With fewer than 10 epochs DUAL has one window, all of
+them; with a single epoch nothing varies and it is 0 for every sample.
+"""
+
+import numpy as np
+
+from elfs_ray.methods.selection.quantiles import Direction
+
+EL2N_EPOCHS = 10
+DUAL_EPOCHS = 30
+DUAL_WINDOW = 10
+
+SCORES: dict[str, Direction] = {
+    "aum": "low",
+    "forgetting": "high",
+    "el2n": "high",
+    "correctness": "low",
+    "coarse_entropy": "high",
+    "dual": "high",
+}
+"""The scores to select by, with the end of the range where hard samples lie."""
+
+_BLOCK = 1 << 16  # samples whose window is held in float64 at a time
+_PROBABILITY_ROUNDING = 1e-5  # by which exp(log_softmax) may exceed 1; taken as 1
+
+
+class ScoreAccumulator:
+    """Scores of one set of samples, fed epoch by epoch; float64 inside, float32 and int32 out.
+
+    sample_ids: the samples to score, increasing, (n,) int64 or a range; a worker's share of the pool, gaps allowed.
+    Memory: 97 bytes a sample (40 of them the DUAL window, freed after epoch 30), and about as much as four columns of
+    the epoch being added.
+    """
+
+    def __init__(self, sample_ids: np.ndarray | range) -> None:
+        ids = np.asarray(sample_ids, np.int64)
+        if ids.size == 0:
+            raise ValueError("no sample ids were given; a worker without samples has nothing to score")
+        if (ids[1:] <= ids[:-1]).any():
+            raise ValueError("sample_ids must increase strictly; sort them and remove duplicates")
+        self.sample_ids = ids
+        self.num_epochs = 0
+        self._aum = np.zeros(ids.size)
+        self._el2n = np.zeros(ids.size)
+        self._forgetting = np.zeros(ids.size, np.int32)
+        self._correctness = np.zeros(ids.size, np.int32)
+        self._was_right = np.zeros(ids.size, bool)
+        self._last_probs = np.zeros((2, ids.size), np.float32)
+        self._dual = np.zeros(ids.size)
+        self._prob_sum = np.zeros(ids.size)
+        self._window = np.zeros((DUAL_WINDOW, ids.size), np.float32)
+
+    def add_epoch(
+        self,
+        epoch: int,
+        sample_ids: np.ndarray,
+        target_prob: np.ndarray,
+        max_other_prob: np.ndarray,
+        el2n: np.ndarray,
+    ) -> None:
+        """Add all records of one epoch, in any order of samples; epochs come in order from 0.
+
+        sample_ids: (n,) integers, exactly the accumulator's; the others: (n,) float32.
+        Raises ValueError, and adds nothing, for a missing or repeated epoch; samples that are missing, unknown or given
+        twice; values that are not finite or not probabilities. The message names them.
+        """
+        self._check_epoch(epoch)
+        positions = self._positions(epoch, sample_ids)
+        columns = {"target_prob": target_prob, "max_other_prob": max_other_prob, "el2n": el2n}
+        for name, column in columns.items():
+            self._check_column(epoch, name, sample_ids, column)
+        source = np.empty(positions.size, np.int64)
+        source[positions] = np.arange(positions.size)
+        self._update(np.minimum(target_prob[source], 1), np.minimum(max_other_prob[source], 1), el2n[source])
+
+    def finish(self) -> dict[str, np.ndarray]:
+        """Return the scores by name, each (n,) in the order of the accumulator's sample_ids; see the top of the file.
+
+        Raises ValueError when no epoch was added.
+        """
+        if self.num_epochs == 0:
+            raise ValueError(
+                "no epoch was added; scores need the records of at least one (stage train writes dynamics/)"
+            )
+        never_learned = self._correctness == 0
+        return {
+            "aum": self._aum.astype(np.float32),
+            "forgetting": np.where(never_learned, np.int32(self.num_epochs), self._forgetting),
+            "never_learned": never_learned,
+            "el2n": self._el2n.astype(np.float32),
+            "correctness": self._correctness.copy(),
+            "coarse_entropy": _coarse_entropy(*self._last_probs).astype(np.float32),
+            "dual": self._mean_dual().astype(np.float32),
+            "dual_mean_prob": (self._prob_sum / min(self.num_epochs, DUAL_EPOCHS)).astype(np.float32),
+        }
+
+    def _update(self, target_prob: np.ndarray, max_other_prob: np.ndarray, el2n: np.ndarray) -> None:
+        self._aum += target_prob.astype(np.float64) - max_other_prob
+        if self.num_epochs < EL2N_EPOCHS:
+            self._el2n += el2n
+        right = target_prob > max_other_prob
+        self._forgetting += self._was_right & ~right
+        self._correctness += right
+        self._was_right = right
+        self._last_probs[:] = target_prob, max_other_prob
+        if self.num_epochs < DUAL_EPOCHS:
+            self._prob_sum += target_prob
+            self._window[self.num_epochs % DUAL_WINDOW] = target_prob
+            if self.num_epochs + 1 >= DUAL_WINDOW:
+                _add_window_dual(self._dual, self._window)
+        self.num_epochs += 1
+        if self.num_epochs == DUAL_EPOCHS:
+            self._window = np.zeros((0, self.sample_ids.size), np.float32)
+
+    def _mean_dual(self) -> np.ndarray:
+        if self.num_epochs >= DUAL_WINDOW:
+            return self._dual / (min(self.num_epochs, DUAL_EPOCHS) - DUAL_WINDOW + 1)
+        dual = np.zeros(self.sample_ids.size)
+        if self.num_epochs > 1:
+            _add_window_dual(dual, self._window[: self.num_epochs])
+        return dual
+
+    def _check_epoch(self, epoch: int) -> None:
+        if epoch < self.num_epochs:
+            raise ValueError(f"epoch {epoch} was given twice or out of order; the next one to add is {self.num_epochs}")
+        if epoch > self.num_epochs:
+            missing = ", ".join(map(str, range(self.num_epochs, min(epoch, self.num_epochs + 5))))
+            raise ValueError(
+                f"epoch {epoch} was given, but {epoch - self.num_epochs} before it are missing ({missing}); "
+                "scores need every epoch: run stage train to its end"
+            )
+
+    def _positions(self, epoch: int, sample_ids: np.ndarray) -> np.ndarray:
+        """Return where each record belongs, after checking that every sample has exactly one."""
+        positions = np.searchsorted(self.sample_ids, sample_ids)
+        positions[positions == self.sample_ids.size] = 0
+        unknown = self.sample_ids[positions] != sample_ids
+        if unknown.any():
+            raise ValueError(
+                f"epoch {epoch} has {_name(sample_ids[unknown])} which {self._describe()} does not score; "
+                "give each worker the records of its own samples"
+            )
+        records = np.bincount(positions, minlength=self.sample_ids.size)
+        if (records > 1).any():
+            raise ValueError(f"epoch {epoch} has more than one record of {_name(self.sample_ids[records > 1])}")
+        if (records == 0).any():
+            raise ValueError(
+                f"epoch {epoch} has no record of {_name(self.sample_ids[records == 0])}; every sample is "
+                "recorded once an epoch: look for a missing file in dynamics/"
+            )
+        return positions
+
+    def _check_column(self, epoch: int, name: str, sample_ids: np.ndarray, column: np.ndarray) -> None:
+        if column.shape != sample_ids.shape:
+            raise ValueError(f"epoch {epoch} has {sample_ids.size} sample ids, but {name} has shape {column.shape}")
+        if not np.isfinite(column).all():
+            raise ValueError(
+                f"epoch {epoch}: {name} is NaN or infinite for {_name(sample_ids[~np.isfinite(column)])}; "
+                "training diverged: lower the learning rate of stage train"
+            )
+        outside = (column < 0) | (column > 1 + _PROBABILITY_ROUNDING)
+        if name != "el2n" and outside.any():
+            raise ValueError(
+                f"epoch {epoch}: {name} lies outside [0, 1] for {_name(sample_ids[outside])}; "
+                "give probabilities, not logits"
+            )
+
+    def _describe(self) -> str:
+        return f"the accumulator of {self.sample_ids.size} samples from {self.sample_ids[0]} to {self.sample_ids[-1]}"
+
+
+def _add_window_dual(dual: np.ndarray, window: np.ndarray) -> None:
+    """Add 10 · std(p_y) · (1 - mean p_y) of a window, (epochs, n) float32 with epochs in any order, to dual."""
+    for begin in range(0, dual.size, _BLOCK):
+        probs = window[:, begin : begin + _BLOCK].astype(np.float64)
+        dual[begin : begin + _BLOCK] += 10 * probs.std(axis=0, ddof=1) * (1 - probs.mean(axis=0))
+
+
+def _coarse_entropy(target_prob: np.ndarray, max_other_prob: np.ndarray) -> np.ndarray:
+    """Return the entropy (n,) float64 of each (p_y, p_o, 1 - p_y - p_o), in nats."""
+    known = np.clip(np.stack([target_prob, max_other_prob]).astype(np.float64), 0.0, 1.0)
+    probs = np.concatenate([known, np.clip(1 - known.sum(axis=0, keepdims=True), 0.0, 1.0)])
+    return -(probs * np.log(np.where(probs > 0, probs, 1.0))).sum(axis=0)
+
+
+def _name(sample_ids: np.ndarray) -> str:
+    shown = ", ".join(map(str, sample_ids[:5].tolist()))
+    return f"{sample_ids.size} samples ({shown}{', …' if sample_ids.size > 5 else ''})"

@@ -1,0 +1,1 @@
+"""SimCLR: views, loss, training of an encoder without labels."""

@@ -1,0 +1,1 @@
+"""TEMI deep clustering: heads, loss, training."""

@@ -1,0 +1,271 @@
+"""Training the heads of TEMI: a step for all of them at once, an epoch, and the head to keep.
+
+    trainer = TemiTrainer(settings, input_dim, steps_per_epoch(n, settings), seed)
+    for epoch in range(settings.num_epochs):
+        head_losses = train_epoch(trainer, embeddings, neighbors, seed, epoch)
+    labels = trainer.assign(torch.from_numpy(embeddings), pick_head(head_losses))
+
+and with `process_group` the same lines on every worker train on one global batch.
+"""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from elfs_ray.methods.numeric.hashing import hash_uint64, hash_uniform
+from elfs_ray.methods.temi.heads import TemiHeads, TemiSettings, cluster_log_probs, pair_weights, temi_loss
+
+_ORDER_STREAM, _NEIGHBOR_STREAM = 2, 3
+
+# Half-precision gradients of a loss averaged over heads and samples would underflow. A power of two is exact to undo.
+_LOSS_SCALE = 2.0**14
+
+# Hidden activations of the heads that a CPU trains together: memory is slower than its arithmetic, the cache is not.
+_PART_BYTES = 8 << 20
+
+
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """Move the teacher's parameters to momentum·teacher + (1 − momentum)·student, in place."""
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1.0 - momentum)
+
+
+@torch.no_grad()
+def update_marginal(
+    marginal: Tensor, teacher_log_probs: Tensor, momentum: float, process_group: dist.ProcessGroup | None = None
+) -> None:
+    """Move the (H, C) marginal to the teacher's mean over both views and all workers, in place.
+
+    `teacher_log_probs` is (H, 2, b, C). Every worker must hold as many samples.
+    """
+    batch_mean = teacher_log_probs.exp().mean(dim=(1, 2))
+    _all_reduce_mean(batch_mean, process_group)
+    marginal.lerp_(batch_mean, 1.0 - momentum)
+
+
+class TemiTrainer:
+    """Student, teacher, marginal and optimiser of all heads, and the step that moves them.
+
+    With a process group every worker calls `train_step` on an equal slice of the global batch; gradients and losses
+    are averaged in one all-reduce of a flat buffer, so the step equals the one-process step on the global batch up to
+    rounding. Everything that `state_dict` returns is enough to go on byte for byte.
+
+    `autocast_dtype` (torch.bfloat16 or torch.float16) is the precision of the matrix products; the loss, the marginal
+    and the parameters stay float32.
+    Memory: 20 bytes a parameter, H·(d·hidden + hidden·bottleneck + bottleneck·C) parameters; activations as in
+    `TemiHeads.forward` for twice the batch, and about 32·H·b·C bytes for the loss.
+    Raises ValueError where the global batch does not divide by the number of workers.
+    """
+
+    def __init__(
+        self,
+        settings: TemiSettings,
+        input_dim: int,
+        num_steps_per_epoch: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        autocast_dtype: torch.dtype | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ):
+        self.settings = settings
+        self.device = torch.device(device)
+        self.process_group = process_group
+        self.rank = 0 if process_group is None else dist.get_rank(process_group)
+        self.num_workers = 1 if process_group is None else dist.get_world_size(process_group)
+        if settings.batch_size % self.num_workers:
+            raise ValueError(
+                f"a global batch of {settings.batch_size} does not split evenly over {self.num_workers} workers; "
+                "choose a batch_size that is a multiple of the number of workers"
+            )
+        self.student = TemiHeads(input_dim, settings, seed).to(self.device)
+        self.teacher = TemiHeads(input_dim, settings, seed).to(self.device).requires_grad_(False)
+        self.marginal = torch.full((settings.num_heads, settings.num_clusters), 1 / settings.num_clusters).to(device)
+        self.step = 0
+        self._autocast_dtype = autocast_dtype
+        self._num_warmup_steps = settings.num_warmup_epochs * num_steps_per_epoch
+        self._optimizer = torch.optim.AdamW(
+            [
+                {"params": self.student.decayed_parameters(), "weight_decay": settings.weight_decay},
+                {"params": self.student.undecayed_parameters(), "weight_decay": 0.0},
+            ],
+            fused=True,
+        )
+        self._reduced, self._gradients, self._losses = self._flat_buffers()
+        self._parts = [(heads, self.student.part(heads), self.teacher.part(heads)) for heads in self._split_heads()]
+
+    def train_step(self, x: Tensor, x_neighbor: Tensor) -> Tensor:
+        """Train all heads on (b, d) embeddings and their neighbours, this worker's slice; any float dtype.
+
+        Returns the (H,) float32 losses of the global batch before the update. The tensor is reused by the next step.
+        """
+        settings = self.settings
+        views = torch.cat([x, x_neighbor]).to(self.device, torch.float32)
+        with torch.no_grad():
+            teacher_log_probs = torch.cat([self._log_probs(teacher, views) for _, _, teacher in self._parts])
+        update_marginal(self.marginal, teacher_log_probs, settings.marginal_momentum, self.process_group)
+        weight = pair_weights(teacher_log_probs)
+
+        self._gradients.zero_()
+        for heads, student, _ in self._parts:
+            log_probs = self._log_probs(student, views)
+            losses = temi_loss(log_probs, teacher_log_probs[heads], self.marginal[heads], weight, settings.beta)
+            (losses.sum() * (_LOSS_SCALE / settings.num_heads)).backward()
+            self._losses[heads] = losses.detach()
+        self._gradients.div_(_LOSS_SCALE)
+        _all_reduce_mean(self._reduced, self.process_group)
+
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        self._optimizer.step()
+        update_teacher(self.teacher, self.student, settings.teacher_momentum)
+        self.step += 1
+        return self._losses
+
+    @property
+    def learning_rate(self) -> float:
+        """Rate of the coming step: scaled with the batch, rising linearly over the warm-up, then constant."""
+        peak = self.settings.learning_rate * self.settings.batch_size / 256
+        return peak * min(1.0, (self.step + 1) / max(1, self._num_warmup_steps))
+
+    @torch.no_grad()
+    def assign(self, x: Tensor, head: int | None = None) -> Tensor:
+        """Clusters of (n, d) embeddings by the teacher: (n,) int64 of one head, or (H, n) of all."""
+        x = x.to(self.device, torch.float32)
+        if head is None:
+            return self.teacher(x).argmax(dim=-1)
+        return self.teacher.part(slice(head, head + 1))(x).argmax(dim=-1)[0]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that changes in training, 16 bytes a parameter: the live tensors, so save them before the next step."""
+        return {
+            "step": self.step,
+            "student": self.student.state_dict(),
+            "teacher": self.teacher.state_dict(),
+            "marginal": self.marginal,
+            "optimizer": self._optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.step = state["step"]
+        self.student.load_state_dict(state["student"])
+        self.teacher.load_state_dict(state["teacher"])
+        self.marginal.copy_(state["marginal"])
+        self._optimizer.load_state_dict(state["optimizer"])
+
+    def _split_heads(self) -> list[slice]:
+        """Which heads a step trains together: all on a GPU, as many as the cache of a CPU has room for."""
+        settings = self.settings
+        size = settings.num_heads
+        if self.device.type == "cpu":
+            head_bytes = 4 * 2 * (settings.batch_size // self.num_workers) * settings.hidden_dim
+            size = min(size, max(1, _PART_BYTES // head_bytes))
+        return [slice(first, first + size) for first in range(0, settings.num_heads, size)]
+
+    def _log_probs(self, heads: TemiHeads, views: Tensor) -> Tensor:
+        dtype = self._autocast_dtype
+        with torch.autocast(self.device.type, dtype) if dtype is not None else nullcontext():
+            logits = heads(views)
+        return cluster_log_probs(logits, self.settings.temperature).unflatten(1, (2, -1))
+
+    def _flat_buffers(self) -> tuple[Tensor, Tensor, Tensor]:
+        """One buffer to reduce at once: gradients, which backward fills through `.grad` views, then the losses."""
+        parameters = list(self.student.parameters())
+        num_gradients = sum(p.numel() for p in parameters)
+        flat = torch.zeros(num_gradients + self.settings.num_heads, device=self.device)
+        gradients, losses = flat[:num_gradients], flat[num_gradients:]
+        for parameter, gradient in zip(parameters, gradients.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = gradient.view_as(parameter)
+        return flat, gradients, losses
+
+
+def train_epoch(
+    trainer: TemiTrainer, embeddings: np.ndarray | Tensor, neighbors: np.ndarray, seed: int, epoch: int
+) -> np.ndarray:
+    """Run one epoch and return the mean loss of every head, (H,) float64.
+
+    `embeddings` is (n, d), an array, a memory map or a tensor on the trainer's device; `neighbors` is (n, k) sample
+    ids, self excluded. Every worker reads its slice of each global batch. Memory: 8·n bytes for the order.
+    """
+    loss_sum = torch.zeros(trainer.settings.num_heads, dtype=torch.float64, device=trainer.device)
+    num_steps = 0
+    share = trainer.settings.batch_size // trainer.num_workers
+    for batch in epoch_batches(len(embeddings), trainer.settings.batch_size, seed, epoch):
+        ids = batch[trainer.rank * share : (trainer.rank + 1) * share]
+        partners = draw_neighbors(neighbors, ids, seed, epoch)
+        loss_sum += trainer.train_step(torch.as_tensor(embeddings[ids]), torch.as_tensor(embeddings[partners]))
+        num_steps += 1
+    return (loss_sum / num_steps).cpu().numpy()
+
+
+def steps_per_epoch(num_samples: int, settings: TemiSettings) -> int:
+    """Full global batches in an epoch. Raises ValueError where there is none."""
+    if num_samples < settings.batch_size:
+        raise ValueError(
+            f"{num_samples} samples do not fill one batch of {settings.batch_size}; lower batch_size to "
+            f"{num_samples} or less"
+        )
+    return num_samples // settings.batch_size
+
+
+def epoch_batches(num_samples: int, batch_size: int, seed: int, epoch: int) -> Iterator[np.ndarray]:
+    """The (batch_size,) int64 sample ids of every global batch of an epoch, a function of (seed, epoch).
+
+    The tail that fills no batch is left out; every epoch leaves out others.
+    """
+    key = int(hash_uint64(seed, _ORDER_STREAM, epoch))
+    order = np.random.Generator(np.random.Philox(key=key)).permutation(num_samples)
+    for start in range(0, num_samples - batch_size + 1, batch_size):
+        yield order[start : start + batch_size]
+
+
+def draw_neighbors(neighbors: np.ndarray, sample_ids: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """One uniform neighbour of each sample, (b,), a function of (seed, epoch, sample_id). `neighbors` is (n, k)."""
+    uniform = hash_uniform(seed, _NEIGHBOR_STREAM, epoch, sample_ids)
+    return neighbors[sample_ids, (uniform * neighbors.shape[1]).astype(np.int64)]
+
+
+def pick_head(head_losses: np.ndarray) -> int:
+    """The head with the lowest mean training loss of the last epoch, (H,); ties go to the lowest.
+
+    Raises ValueError where a loss is not finite.
+    """
+    if not np.isfinite(head_losses).all():
+        bad = np.flatnonzero(~np.isfinite(head_losses)).tolist()
+        raise ValueError(
+            f"training diverged: the losses of heads {bad} are not finite. Lower learning_rate, or train without "
+            "half precision"
+        )
+    return int(np.argmin(head_losses))
+
+
+class CollapseError(ValueError):
+    """A clustering that puts nearly all samples in one cluster, or leaves most clusters empty."""
+
+
+def check_collapse(cluster_sizes: np.ndarray, max_share: float = 0.95, min_used_share: float = 0.5) -> None:
+    """Raise CollapseError with the measures where the (C,) sizes of clusters show that a clustering says nothing.
+
+    That is where one cluster holds more than `max_share` of the samples, or fewer than `min_used_share` of the
+    clusters are in use.
+    """
+    largest_share = cluster_sizes.max() / cluster_sizes.sum()
+    num_used = np.count_nonzero(cluster_sizes)
+    if largest_share > max_share or num_used < min_used_share * len(cluster_sizes):
+        raise CollapseError(
+            f"the clustering collapsed: {num_used} of {len(cluster_sizes)} clusters are in use and the largest holds "
+            f"{largest_share:.1%} of {cluster_sizes.sum()} samples (allowed: {max_share:.0%}; in use at least "
+            f"{min_used_share:.0%}). Train longer or with a lower learning_rate, check that embeddings differ from "
+            "each other, or use k-means"
+        )
+
+
+def _all_reduce_mean(x: Tensor, process_group: dist.ProcessGroup | None) -> None:
+    if process_group is not None:
+        dist.all_reduce(x, group=process_group)
+        x.div_(dist.get_world_size(process_group))

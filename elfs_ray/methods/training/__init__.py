@@ -1,0 +1,1 @@
+"""Training of image classifiers: networks, SGD, augmentation, dynamics."""

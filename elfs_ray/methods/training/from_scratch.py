@@ -1,0 +1,198 @@
+"""Training from scratch on a coreset with true labels, and testing (ELFS Section 5.1).
+
+Every coreset is trained for the same number of iterations, whatever its size.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from elfs_ray.methods.numeric.hashing import hash_uint64
+from elfs_ray.methods.training.augmentation import normalize, random_crop_flip
+from elfs_ray.methods.training.dynamics import epoch_order
+from elfs_ray.methods.training.networks import build_proxy_model, classifier_of
+from elfs_ray.methods.training.sgd import (
+    LossMonitor,
+    Precision,
+    cosine_lr,
+    forward_backward,
+    make_grad_scaler,
+    make_optimizer,
+    set_learning_rate,
+    update,
+)
+
+_INIT_STREAM = 0x6576616C
+_TEST_BATCH = 512
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How every coreset is trained: `iterations` steps of `batch_size`, SGD with a cosine to `min_lr`."""
+
+    network: str
+    iterations: int
+    batch_size: int
+    lr: float
+    min_lr: float
+    momentum: float
+    weight_decay: float
+    nesterov: bool
+    crop_padding: int
+    flip: bool
+    mean: Sequence[float]
+    std: Sequence[float]
+    num_tests: int = 10
+    precision: Precision = "fp32"
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """images (n, s, s, 3) uint8, labels (n,) integers, sample_ids (n,) that random choices are functions of."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    sample_ids: np.ndarray
+
+
+class Training:
+    """A network being trained from scratch: its weights, what SGD remembers, and how many steps are done.
+
+    `state` is plain data from which `restore` goes on exactly, on the same device with as many threads.
+    """
+
+    def __init__(self, num_classes: int, settings: EvaluationSettings, *, seed: int, device: str = "cpu") -> None:
+        self.settings, self.seed, self.device = settings, seed, torch.device(device)
+        torch.manual_seed(int(hash_uint64(seed, _INIT_STREAM)) >> 1)
+        self.model = build_proxy_model(settings.network, num_classes).to(self.device)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = make_optimizer(
+            self.model,
+            lr=settings.lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            nesterov=settings.nesterov,
+        )
+        self.scaler = make_grad_scaler(settings.precision, self.device)
+        self.num_steps = 0
+
+    def state(self) -> dict[str, Any]:
+        """What a later process needs to go on."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "num_steps": self.num_steps,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.num_steps = state["num_steps"]
+
+    def steps(self, train: LabelledImages) -> Iterator[int]:
+        """Train on `train`, every step that is left; the number of steps done after each.
+
+        Raises FloatingPointError when the loss is not finite.
+        """
+        settings, monitor = self.settings, LossMonitor()
+        images = torch.from_numpy(np.ascontiguousarray(train.images)).to(self.device)
+        labels = torch.from_numpy(train.labels.astype(np.int64)).to(self.device)
+        batches = _batches(len(labels), settings.batch_size, range(self.num_steps, settings.iterations), self.seed)
+        for step, epoch, rows in batches:
+            self.model.train()
+            lr = cosine_lr(step, settings.iterations, settings.lr, settings.min_lr)
+            set_learning_rate(self.optimizer, lr)
+            chosen = torch.from_numpy(rows).to(self.device)
+            batch = random_crop_flip(
+                images[chosen],
+                train.sample_ids[rows],
+                seed=self.seed,
+                epoch=epoch,
+                padding=settings.crop_padding,
+                flip=settings.flip,
+            )
+            _, loss = forward_backward(
+                self.model,
+                normalize(batch, settings.mean, settings.std),
+                labels[chosen],
+                torch.ones(len(rows), dtype=torch.bool, device=self.device),
+                num_real=len(rows),
+                is_last=True,
+                scaler=self.scaler,
+                precision=settings.precision,
+            )
+            update(self.optimizer, self.scaler)
+            monitor.add(loss, num_real=len(rows), epoch=epoch, step=step, lr=lr)
+            self.num_steps = step + 1
+            if self.num_steps == settings.iterations:
+                monitor.finish()
+            yield self.num_steps
+
+    def is_test_due(self) -> bool:
+        """Whether another of `num_tests` equal parts of the iterations is done."""
+        total, parts = self.settings.iterations, self.settings.num_tests
+        return self.num_steps in {round(total * (part + 1) / parts) for part in range(parts)}
+
+    @torch.inference_mode()
+    def accuracy(self, test: LabelledImages) -> float:
+        """The share of the test images that the network, as it is now, gives the right label."""
+        self.model.eval()
+        num_right = 0
+        for start in range(0, len(test.labels), _TEST_BATCH):
+            images = torch.from_numpy(test.images[start : start + _TEST_BATCH]).to(self.device)
+            logits = self.model(normalize(images, self.settings.mean, self.settings.std))
+            labels = torch.from_numpy(test.labels[start : start + _TEST_BATCH].astype(np.int64)).to(self.device)
+            num_right += int((logits.argmax(1) == labels).sum())
+        return num_right / len(test.labels)
+
+    @torch.inference_mode()
+    def features_and_probs(self, images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the network makes of images (n, s, s, 3) uint8, on its device, in float32.
+
+        Returns the input of its last layer (n, d) and probabilities (n, classes). Memory: 4 · n · (d + classes) bytes.
+        """
+        self.model.eval()
+        features, probs = [], []
+        hook = classifier_of(self.model).register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].float()))
+        for start in range(0, len(images), _TEST_BATCH):
+            batch = torch.from_numpy(images[start : start + _TEST_BATCH]).to(self.device)
+            logits = self.model(normalize(batch, self.settings.mean, self.settings.std))
+            probs.append(torch.softmax(logits.float(), dim=1))
+        hook.remove()
+        return torch.cat(features), torch.cat(probs)
+
+
+def train_and_test(
+    train: LabelledImages,
+    test: LabelledImages,
+    num_classes: int,
+    settings: EvaluationSettings,
+    *,
+    seed: int,
+    device: str = "cpu",
+) -> list[float]:
+    """Train from scratch on `train`; the accuracies on `test` after each of `num_tests` equal parts of the iterations.
+
+    The last one is the accuracy at the end; the paper reports the best. A function of the seed on one device and
+    thread count. Raises FloatingPointError when the loss is not finite.
+    """
+    training = Training(num_classes, settings, seed=seed, device=device)
+    return [training.accuracy(test) for _ in training.steps(train) if training.is_test_due()]
+
+
+def _batches(num_samples: int, batch_size: int, steps: range, seed: int) -> Iterator[tuple[int, int, np.ndarray]]:
+    """(step, epoch, rows) of some steps: whole shuffled epochs one after another, tails dropped, small sets whole."""
+    size = min(batch_size, num_samples)
+    per_epoch = num_samples // size
+    order_of, order = -1, np.empty(0, np.int64)
+    for step in steps:
+        epoch, position = divmod(step, per_epoch)
+        if epoch != order_of:
+            order_of, order = epoch, epoch_order(num_samples, seed, epoch)
+        yield step, epoch, order[position * size : (position + 1) * size]

@@ -1,0 +1,189 @@
+"""One step of SGD with a cosine schedule, shared by proxy training and by evaluation from scratch.
+
+A step over several ranks and micro-batches has the gradient of the mean loss over the global batch's real rows:
+
+    set_learning_rate(optimizer, cosine_lr(step, total_steps, base_lr, min_lr))
+    for i, batch in enumerate(micro_batches):
+        logits, loss = forward_backward(model, *batch, is_last=i == len(micro_batches) - 1, ...)
+    update(optimizer, scaler)
+"""
+
+import math
+from collections import deque
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import distributed, nn
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+from elfs_ray.methods.numeric.precision import AUTOCAST_DTYPES, Precision
+
+_MAX_UNCHECKED_LOSSES = 8
+
+
+def make_optimizer(
+    model: nn.Module, *, lr: float, momentum: float = 0.9, weight_decay: float = 5e-4, nesterov: bool = True
+) -> torch.optim.SGD:
+    """SGD on every parameter of `model`, already on its device, in one fused kernel a device.
+
+    Raises ValueError for rates that torch refuses: a negative one, or Nesterov without momentum.
+    """
+    parameters = list(model.parameters())
+    optimizer = torch.optim.SGD(
+        parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True
+    )
+    if momentum:
+        # The fused kernel leaves the memory of its first velocities as it finds it where an overflow skips that step.
+        for parameter in parameters:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def data_parallel(model: nn.Module, group: distributed.ProcessGroup | None = None) -> DistributedDataParallel:
+    """`model` with gradients averaged over the workers of a group, rounded the same in every step of every process.
+
+    DDP otherwise divides the gradients anew after the first step: three or more workers add in an order that depends on
+    the place in a part, and a resumed group's first step would round otherwise than an undisturbed one's.
+    """
+    # A search for parameters without a gradient keeps the first division; torch warns, in a worker's log, of its cost.
+    return DistributedDataParallel(model, process_group=group, find_unused_parameters=True)
+
+
+def make_grad_scaler(precision: Precision, device: torch.device) -> torch.amp.GradScaler:
+    """The loss scaler that fp16 needs, and one that does nothing for the others; its state goes into checkpoints."""
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+
+def cosine_lr(step: int, total_steps: int, base_lr: float, min_lr: float = 1e-4, warmup_steps: int = 0) -> float:
+    """The learning rate of a step in [0, total_steps): half a cosine from `base_lr` towards `min_lr`.
+
+    The first `warmup_steps` rise linearly to `base_lr` instead, the first of them at base_lr / warmup_steps.
+    Raises ValueError where the rates or the steps are out of order.
+    """
+    if not 0 <= min_lr <= base_lr:
+        raise ValueError(f"min_lr is {min_lr} and base_lr {base_lr}; 0 <= min_lr <= base_lr is needed")
+    if not 0 <= warmup_steps < total_steps:
+        raise ValueError(f"warmup_steps is {warmup_steps} of {total_steps} steps; 0 <= warmup_steps < total is needed")
+    assert 0 <= step < total_steps, f"step {step} of {total_steps}"
+    if step < warmup_steps:
+        return base_lr * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / (total_steps - warmup_steps)
+    return min_lr + (base_lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every parameter group of `optimizer` the learning rate `lr`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def masked_cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor, *, num_real: int, world_size: int = 1
+) -> torch.Tensor:
+    """A micro-batch's part of the mean cross-entropy over the `num_real` real rows of a global batch.
+
+    The parts add up over micro-batches and average over ranks, as DDP averages gradients, to that mean.
+    logits: (b, c) of any float type. targets: (b,) int64. mask: (b,) bool, False for rows that do not count.
+    Returns a scalar float32.
+    """
+    losses = functional.cross_entropy(logits.float(), targets, reduction="none")
+    return torch.where(mask, losses, 0.0).sum() * (world_size / num_real)
+
+
+def forward_backward(
+    model: nn.Module,
+    images: torch.Tensor,
+    targets: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    num_real: int,
+    is_last: bool,
+    scaler: torch.amp.GradScaler,
+    precision: Precision = "fp32",
+    world_size: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add a micro-batch's gradient to that of its step; ranks exchange gradients with the last one only.
+
+    images: (b, c, h, w) float32; targets, mask, num_real, world_size: see `masked_cross_entropy`.
+    Returns logits (b, num_classes) of the training forward pass and the scalar loss, both detached.
+    """
+    without_exchange = getattr(model, "no_sync", nullcontext)  # DDP has it, compiled or not
+    dtype = AUTOCAST_DTYPES[precision]
+    with nullcontext() if is_last else without_exchange():
+        with torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None):
+            logits = model(images)
+        loss = masked_cross_entropy(logits, targets, mask, num_real=num_real, world_size=world_size)
+        scaler.scale(loss).backward()
+    return logits.detach(), loss.detach()
+
+
+def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+    """Apply the accumulated gradient and drop it; with fp16, skip the step where it overflowed."""
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+
+
+@dataclass(frozen=True)
+class _PendingLoss:
+    value: torch.Tensor
+    copied: torch.cuda.Event | None
+    num_real: int
+    where: str
+
+
+class LossMonitor:
+    """Sums an epoch's losses and stops training at the first that is not finite, without waiting for a GPU each step.
+
+    On a GPU a loss is copied to the host behind the step's own work and looked at once it has arrived, at most 8 steps
+    later; on a CPU at once.
+    """
+
+    def __init__(self) -> None:
+        self._pending: deque[_PendingLoss] = deque()
+        self._sum = 0.0
+        self._num_real = 0
+
+    def add(self, loss: torch.Tensor, *, num_real: int, epoch: int, step: int, lr: float) -> None:
+        """Take a step's scalar loss, the sum over its micro-batches; `num_real` weighs it in the epoch's mean.
+
+        Raises FloatingPointError naming epoch, step and learning rate of the first loss that is NaN or infinite.
+        """
+        where = f"epoch {epoch}, step {step}, learning rate {lr:g}"
+        value, copied = loss.detach(), None
+        if loss.is_cuda:
+            value = torch.empty((), dtype=loss.dtype, pin_memory=True).copy_(value, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+        self._pending.append(_PendingLoss(value, copied, num_real, where))
+        while self._pending and (self._has_arrived(self._pending[0]) or len(self._pending) > _MAX_UNCHECKED_LOSSES):
+            self._check(self._pending.popleft())
+
+    def finish(self) -> float:
+        """The mean loss since the last call, each step weighted by its real rows; raises as `add` does.
+
+        With several ranks the mean of this over ranks is the mean over the epoch's samples.
+        """
+        while self._pending:
+            self._check(self._pending.popleft())
+        mean = self._sum / self._num_real
+        self._sum, self._num_real = 0.0, 0
+        return mean
+
+    @staticmethod
+    def _has_arrived(pending: _PendingLoss) -> bool:
+        return pending.copied is None or pending.copied.query()
+
+    def _check(self, pending: _PendingLoss) -> None:
+        if pending.copied is not None:
+            pending.copied.synchronize()
+        loss = pending.value.item()
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the training loss is {loss} at {pending.where}; lower the learning rate, warm it up, "
+                "or train in fp32 or bf16 if this was fp16"
+            )
+        self._sum += loss * pending.num_real
+        self._num_real += pending.num_real

@@ -1,0 +1,123 @@
+"""Pools in WebDataset tars, uncompressed: members are found once and read in place."""
+
+import io
+import posixpath
+import re
+import tarfile
+from collections.abc import Iterator
+from typing import BinaryIO, cast
+
+import pyarrow as pa
+
+from elfs_ray.pool.files import Unit, is_hidden_path, is_image, rejection
+from elfs_ray.pool.images import BadImage
+from elfs_ray.storage import filesystem, schema
+
+READ_AHEAD_BYTES = 1 << 20
+MEMBER_URI = re.compile(
+    r"(?P<container>.*?\.(?i:tar))#(?P<member>.*)\?offset=(?P<offset>\d+)&size=(?P<size>\d+)", re.DOTALL
+)
+
+
+def list_tar(unit: Unit, with_labels: bool) -> pa.Table:
+    """List one tar as `pool.list_unit` does."""
+    uris, keys, classes = [], [], {}
+    store, tar_path = filesystem.resolve(unit.uri)
+    with store.open_input_file(tar_path) as raw:
+        file = cast(BinaryIO, io.BufferedReader(_Seekable(raw), READ_AHEAD_BYTES))
+        for member in _tar_members(unit.uri, file):
+            path = posixpath.normpath(member.name)
+            if is_hidden_path(path):
+                continue
+            folder, name = posixpath.split(path)
+            key = posixpath.join(folder, name.partition(".")[0])
+            if with_labels and name.endswith(".cls"):
+                classes[key] = _read_class(file, member, unit.uri)
+            elif is_image(name):
+                uris.append(f"{unit.uri}#{member.name}?offset={member.offset_data}&size={member.size}")
+                keys.append(key)
+    labels = pa.array([classes.get(key) for key in keys], pa.int32())
+    return pa.table({schema.URI: pa.array(uris, pa.string()), schema.LABEL: labels})
+
+
+def read_tar_members(container: str, uris: list[str]) -> Iterator[bytes | BadImage]:
+    """The bytes of each member in turn, or why they cannot be had."""
+    try:
+        store, path = filesystem.resolve(container)
+        file = store.open_input_file(path)
+    except (OSError, ValueError) as error:
+        yield from (rejection(error, container) for _ in uris)
+        return
+    with file:
+        for uri in uris:
+            match = MEMBER_URI.fullmatch(uri)
+            assert match is not None, uri
+            yield _read_tar_member(file, int(match["offset"]), int(match["size"]), container)
+
+
+class _Seekable(io.RawIOBase):
+    """A pyarrow file as a raw Python stream, so that io.BufferedReader can read ahead of small reads.
+
+    As in any Python file one may seek beyond the end, where object stores raise an error.
+    """
+
+    def __init__(self, file: pa.NativeFile):
+        self._file, self._size, self._position = file, file.size(), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._position = (0, self._position, self._size)[whence] + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer) -> int:
+        num_bytes = max(0, min(len(buffer), self._size - self._position))
+        buffer[:num_bytes] = self._file.read_at(num_bytes, self._position) if num_bytes else b""
+        self._position += num_bytes
+        return num_bytes
+
+
+def _tar_members(uri: str, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """The regular files of a tar. One that is cut short ends at its last header, whose bytes may be incomplete."""
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            while (member := archive.next()) is not None:
+                # tarfile keeps all, 400 bytes each, for links, which are not followed here.
+                archive.members.clear()  # type: ignore[attr-defined]
+                if member.isfile():
+                    yield member
+    except tarfile.ReadError as error:
+        if "unexpected end of data" not in str(error):
+            raise ValueError(
+                f"{uri} cannot be read as an uncompressed tar: {error}. Mend it or move it out of the pool."
+            ) from error
+
+
+def _read_class(file: BinaryIO, member: tarfile.TarInfo, uri: str) -> int | None:
+    """The class in a .cls member; None where the tar is cut short within it."""
+    file.seek(member.offset_data)
+    data = file.read(member.size)
+    if len(data) < member.size:
+        return None
+    text = data.decode("ascii", "replace").strip()
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{uri}: {member.name} holds {text!r}; needed: the class as an integer") from None
+
+
+def _read_tar_member(file: pa.NativeFile, offset: int, size: int, container: str) -> bytes | BadImage:
+    there = max(0, min(size, file.size() - offset))
+    if there < size:
+        return BadImage(f"{container} is cut short: {there} of {size} bytes are there")
+    try:
+        return file.read_at(size, offset)
+    except OSError as error:
+        return rejection(error, container)

@@ -1,0 +1,1 @@
+"""cluster: pseudo-labels from embeddings."""

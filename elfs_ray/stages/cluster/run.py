@@ -1,0 +1,156 @@
+"""cluster: pseudo-labels from embeddings.
+
+Reads   embeddings/; with cluster.method=file also a table of pseudo-labels made elsewhere
+Writes  clusters/centroids.parquet, clusters/pseudo_labels/ and neighbors/ (a file of each for each of embeddings/)
+
+k-means runs over workers that hold shards (shards.py). cluster.method=temi goes on to the nearest
+neighbours (neighbors.py) and to heads trained on them (temi.py); these give the labels.
+The centroids of k-means are those that samples were assigned to, of unit length where cluster.spherical asks for it;
+those of other labels are the means of their samples. The distance is that to the own centroid.
+"""
+
+import io
+import time
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from elfs_ray.config import Config
+from elfs_ray.methods.clustering_metrics import neighbor_purity
+from elfs_ray.methods.kmeans.lloyd import KMeansResult, KMeansState, kmeans
+from elfs_ray.methods.kmeans.num_clusters import ESTIMATE_ROWS, estimate_num_clusters
+from elfs_ray.runtime.progress import Progress, say
+from elfs_ray.stages.cluster.external_labels import write_external_labels
+from elfs_ray.stages.cluster.neighbors import run_neighbors
+from elfs_ray.stages.cluster.shards import LABELS_DIR, ShardedPoints
+from elfs_ray.stages.cluster.temi import run_temi
+from elfs_ray.storage import filesystem, schema
+from elfs_ray.storage.run_dir import RunDir
+
+STATE_FILE = "kmeans_state.npz"
+SAVE_INTERVAL_S = 2.0
+TEMI_NEIGHBORS = 50
+PURITY_SAMPLES = 20_000
+
+
+def run_cluster(config: Config, run_dir: RunDir) -> dict[str, Any]:
+    """Give every embedding a pseudo-label. Returns num_clusters, sizes and the measures that need no labels.
+
+    Raises ValueError for embeddings that are not finite, of which fewer than num_clusters are distinct, or whose
+    deep clustering collapsed. Driver memory: four copies of the centroids, and 12 bytes a sample for the measures.
+    """
+    cluster = config.cluster
+    if cluster.method == "file":  # before any worker starts: what is given may not fit
+        num_clusters = write_external_labels(cluster, run_dir)
+    points = ShardedPoints(cluster, run_dir)
+    figures: dict[str, Any] = {"rows": points.count, "workers": points.num_shards, "method": cluster.method}
+    if cluster.method != "file":
+        num_clusters, figures["num_clusters_evidence"] = _choose_num_clusters(config, points)
+        result = _fit(config, run_dir, points, num_clusters)
+        figures |= {"objective": result.objective / points.count, "iterations": result.num_iterations}
+    figures["num_clusters"] = num_clusters
+
+    num_neighbors = _num_neighbors(config, points.count)
+    if num_neighbors:
+        points.release()
+        figures["neighbors"] = run_neighbors(cluster, run_dir, num_neighbors, config.seed)
+    if cluster.method == "temi":
+        figures["temi"] = run_temi(config, run_dir, num_clusters, points.count)
+    if cluster.method == "kmeans":
+        centroids = result.centroids
+        sizes = points.write_labels(run_dir, centroids)
+    else:
+        centroids = points.means_of_labels(run_dir, num_clusters)
+        sizes = points.write_labels_and_distances(run_dir, centroids)
+        filesystem.delete(run_dir.path("cluster", LABELS_DIR))
+    points.release()
+    _write_centroids(run_dir, centroids)
+    figures["sizes"] = sizes.tolist()
+    if num_neighbors:
+        figures["neighbor_purity"] = _neighbor_purity(run_dir)
+    return figures
+
+
+def _choose_num_clusters(config: Config, points: ShardedPoints) -> tuple[int, list[dict[str, float]]]:
+    """The number of clusters asked for, or an estimate with its evidence."""
+    asked = config.cluster.num_clusters
+    if not isinstance(asked, str):
+        return int(asked), []
+    estimate = points.on_sample(partial(estimate_num_clusters, seed=config.seed), ESTIMATE_ROWS, config.seed)
+    say(f"cluster   {estimate.num_clusters} clusters, estimated from {min(ESTIMATE_ROWS, points.count):,} embeddings")
+    return estimate.num_clusters, list(estimate.evidence)
+
+
+def _num_neighbors(config: Config, num_samples: int) -> int:
+    asked = config.cluster.num_neighbors
+    if asked is None:
+        return min(TEMI_NEIGHBORS, num_samples - 1) if config.cluster.method == "temi" else 0
+    return asked
+
+
+def _fit(config: Config, run_dir: RunDir, points: ShardedPoints, num_clusters: int) -> KMeansResult:
+    """Run k-means, from the state that an earlier run left and saving it as it goes."""
+    cluster = config.cluster
+    saved_s = time.monotonic()
+    total = cluster.num_tries * cluster.max_iterations
+    with Progress("cluster", total, "iterations at most") as progress:
+
+        def on_iteration(state: KMeansState) -> None:
+            nonlocal saved_s
+            history = state.history or (state.best.history if state.best else ())
+            done = state.attempt * cluster.max_iterations + max(0, len(state.history) - 1)
+            attempt = min(state.attempt + 1, cluster.num_tries)
+            note = f"try {attempt}/{cluster.num_tries}, mean squared distance {history[-1] / points.count:.5f}"
+            progress.update(min(done, total), note)
+            if time.monotonic() - saved_s > SAVE_INTERVAL_S:
+                _save_state(run_dir, state)
+                saved_s = time.monotonic()
+
+        result = kmeans(
+            points,
+            num_clusters,
+            seed=config.seed,
+            max_iterations=cluster.max_iterations,
+            tolerance=cluster.tolerance,
+            num_tries=cluster.num_tries,
+            spherical=cluster.spherical,
+            start=_load_state(run_dir),
+            on_iteration=on_iteration,
+        )
+    _save_state(run_dir, KMeansState(attempt=cluster.num_tries, best=result))
+    return result
+
+
+def _save_state(run_dir: RunDir, state: KMeansState) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **state.to_arrays())
+    filesystem.write_bytes(run_dir.path("cluster", STATE_FILE), buffer.getvalue())
+
+
+def _load_state(run_dir: RunDir) -> KMeansState | None:
+    path = run_dir.path("cluster", STATE_FILE)
+    if not filesystem.exists(path):
+        return None
+    with np.load(io.BytesIO(filesystem.read_bytes(path)), allow_pickle=False) as arrays:
+        return KMeansState.from_arrays(dict(arrays))
+
+
+def _write_centroids(run_dir: RunDir, centroids: np.ndarray) -> None:
+    num_clusters, dim = centroids.shape
+    ids = np.arange(num_clusters, dtype=np.int32)
+    table = pa.table([ids, schema.matrix_column(centroids)], schema=schema.centroids_schema(dim))
+    filesystem.write_table(run_dir.path(schema.CLUSTERS, schema.CENTROIDS_FILE), table)
+
+
+def _neighbor_purity(run_dir: RunDir) -> float:
+    """The mean share of a sample's neighbours that have its pseudo-label, over the first samples of every file."""
+    ids = run_dir.read_column(schema.CLUSTERS, schema.PSEUDO_LABELS_DIR, column=schema.SAMPLE_ID)
+    labels = run_dir.read_column(schema.CLUSTERS, schema.PSEUDO_LABELS_DIR, column=schema.PSEUDO_LABEL)
+    files = run_dir.table_files(schema.NEIGHBORS)
+    sampled = pa.concat_tables(
+        filesystem.read_table(path).slice(0, -(-PURITY_SAMPLES // len(files))).combine_chunks() for path in files
+    )
+    rows = np.searchsorted(ids, sampled[schema.SAMPLE_ID].to_numpy())
+    return neighbor_purity(labels, rows, np.searchsorted(ids, schema.matrix_of(sampled, schema.NEIGHBOR_IDS)))

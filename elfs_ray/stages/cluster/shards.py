@@ -1,0 +1,221 @@
+"""The pool's embeddings in shards on Ray actors, as k-means sees them (methods.kmeans_points.Points).
+
+Each worker reads its own files of embeddings/ once and returns sums, never rows. Sums are exact, so any number of
+workers gives the same bytes. A lost worker starts again, reads its files and repeats its part of one iteration.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+
+from elfs_ray.config import ClusterConfig
+from elfs_ray.methods.kmeans.assignment import add_rows, squared_distances_to
+from elfs_ray.methods.kmeans.points import ArrayPoints, PartialSums, smallest_ids
+from elfs_ray.methods.numeric.exact_arithmetic import to_fixed_point
+from elfs_ray.runtime.cluster import get_result, num_cpus, num_gpus, resolve_device
+from elfs_ray.storage import filesystem, schema
+from elfs_ray.storage.run_dir import RunDir
+
+LABELS_DIR = "labels"
+FAN_IN = 8
+MAX_BYTES_TO_DRIVER = 64 << 20
+
+T = TypeVar("T")
+
+
+class ShardedPoints:
+    """Some files of embeddings/ on each of several actors. Driver memory: one copy of what an iteration returns."""
+
+    def __init__(self, config: ClusterConfig, run_dir: RunDir):
+        self._device = resolve_device(config.device, "cluster.device")
+        self._memory_bytes = int((config.memory_gib or 0) * (1 << 30))
+        num_workers = config.num_workers or (num_gpus() if self._device == "cuda" else num_cpus())
+        self._shares = _share_out(run_dir.counted_files(schema.EMBEDDINGS), num_workers)
+        self._shards: list[Any] = []
+        sizes = self._on_all("size")
+        self.count = sum(count for count, _ in sizes)
+        self.dim = max(dim for _, dim in sizes)
+
+    @property
+    def num_shards(self) -> int:
+        return len(self._shares)
+
+    def on_sample(self, function: Callable[[torch.Tensor], T], num_rows: int, seed: int) -> T:
+        sample_ids = smallest_ids(self._on_all("smallest_hashes", num_rows, seed), num_rows)
+        rows = [shard.rows_among.remote(sample_ids) for shard in self._workers()]
+        # On a worker, so that the rows never come to the driver.
+        return get_result(self._workers()[0].on_rows.remote(function, *rows))
+
+    def assign(self, centroids: np.ndarray) -> PartialSums:
+        reference = ray.put(centroids)
+        return self._total([shard.assign.remote(reference) for shard in self._workers()], centroids.nbytes)
+
+    def write_labels(self, run_dir: RunDir, centroids: np.ndarray) -> np.ndarray:
+        """Write clusters/pseudo_labels/ with each sample's nearest centroid; the sizes of the clusters (k,) int64."""
+        return sum(self._on_all("write_labels", run_dir, ray.put(centroids)))
+
+    def means_of_labels(self, run_dir: RunDir, num_clusters: int) -> np.ndarray:
+        """The mean embedding (k, d) float32 of each label in cluster/labels/; 0 for labels that no sample has."""
+        calls = [shard.sum_labels.remote(run_dir, num_clusters) for shard in self._workers()]
+        totals = self._total(calls, num_clusters * self.dim * 4)
+        return to_fixed_point(totals.sums / np.maximum(totals.counts, 1)[:, None])
+
+    def write_labels_and_distances(self, run_dir: RunDir, centroids: np.ndarray) -> np.ndarray:
+        """Write clusters/pseudo_labels/ with the labels of cluster/labels/; the sizes of the clusters (k,) int64."""
+        return sum(self._on_all("write_labels_and_distances", run_dir, ray.put(centroids)))
+
+    def release(self) -> None:
+        """Let the workers' memory and devices go until they are needed again."""
+        for shard in self._shards:
+            ray.kill(shard)
+        self._shards = []
+
+    def _workers(self) -> list[Any]:
+        if not self._shards:
+            gpus = 1 if self._device == "cuda" else 0
+            options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus, "memory": self._memory_bytes}
+            actor: Any = ray.remote(**options, max_restarts=-1, max_task_retries=-1)(_Shard)
+            self._shards = [actor.remote(files, self._device) for files in self._shares]
+        return self._shards
+
+    def _on_all(self, method: str, *arguments: Any) -> list[Any]:
+        return [get_result(call) for call in [getattr(shard, method).remote(*arguments) for shard in self._workers()]]
+
+    def _total(self, sums: list[Any], centroid_bytes: int) -> PartialSums:
+        """Add up what the shards return: here while it is small, else on workers, by a tree."""
+        if len(sums) * 2 * centroid_bytes > MAX_BYTES_TO_DRIVER:
+            while len(sums) > 1:
+                sums = [_add_up.remote(*sums[i : i + FAN_IN]) for i in range(0, len(sums), FAN_IN)]
+        return _add(*(get_result(partial) for partial in sums))
+
+
+class _Shard:
+    """Some files of embeddings/, given with their rows, in the memory of one actor."""
+
+    def __init__(self, files: list[tuple[str, int]], device: str):
+        torch.set_num_threads(1)
+        self._device = device
+        self._files = [path for path, _ in files]
+        self._names = [path.rsplit("/", 1)[1] for path in self._files]
+        self._ends = np.cumsum([rows for _, rows in files]).tolist()
+
+    @cached_property
+    def _table(self) -> tuple[np.ndarray, np.ndarray]:
+        return read_embeddings(self._files, self._ends[-1])
+
+    @property
+    def _embeddings(self) -> np.ndarray:
+        return self._table[0]
+
+    @property
+    def _sample_ids(self) -> np.ndarray:
+        return self._table[1]
+
+    @cached_property
+    def _points(self) -> ArrayPoints:
+        """Read by the first call, not as the actor starts: the driver gets a call's error as it was raised."""
+        return ArrayPoints(self._embeddings, self._sample_ids, device=self._device)
+
+    def size(self) -> tuple[int, int]:
+        return self._points.count, self._points.dim
+
+    def smallest_hashes(self, num: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        return self._points.smallest_hashes(num, seed)
+
+    def rows_among(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, embeddings) of those ids that this shard holds."""
+        own = sample_ids[np.isin(sample_ids, self._sample_ids)]
+        return own, self._points.rows(own)
+
+    def on_rows(self, function: Callable[[torch.Tensor], T], *parts: tuple[np.ndarray, np.ndarray]) -> T:
+        """Call `function` on the rows of all parts in the order of their ids."""
+        ids = np.concatenate([part[0] for part in parts])
+        rows = np.concatenate([part[1] for part in parts])
+        return function(torch.from_numpy(rows[np.argsort(ids)]))
+
+    def assign(self, centroids: np.ndarray) -> PartialSums:
+        return self._points.assign(centroids)
+
+    def write_labels(self, run_dir: RunDir, centroids: np.ndarray) -> np.ndarray:
+        labels, distances = self._points.label(centroids)
+        self._write(run_dir, labels, distances)
+        return np.bincount(labels, minlength=len(centroids))
+
+    def sum_labels(self, run_dir: RunDir, num_clusters: int) -> PartialSums:
+        labels = torch.from_numpy(self._read_labels(run_dir).astype(np.int64))
+        sums = torch.zeros((num_clusters, self._points.dim), dtype=torch.float64)
+        add_rows(sums, torch.from_numpy(self._embeddings), labels)
+        counts = torch.bincount(labels, minlength=num_clusters).numpy()
+        return PartialSums(sums.numpy(), counts, np.zeros(num_clusters))
+
+    def write_labels_and_distances(self, run_dir: RunDir, centroids: np.ndarray) -> np.ndarray:
+        labels = self._read_labels(run_dir)
+        rows = torch.from_numpy(self._embeddings)
+        squared = squared_distances_to(rows, centroids, torch.from_numpy(labels.astype(np.int64)))
+        self._write(run_dir, labels, np.sqrt(squared.numpy()).astype(np.float32))
+        return np.bincount(labels, minlength=len(centroids))
+
+    def _read_labels(self, run_dir: RunDir) -> np.ndarray:
+        """The labels of cluster/labels/ of this shard's samples, in their order."""
+        tables = [filesystem.read_table(run_dir.path("cluster", LABELS_DIR, name)) for name in self._names]
+        sample_ids = np.concatenate([table[schema.SAMPLE_ID].to_numpy() for table in tables])
+        assert (sample_ids == self._sample_ids).all(), "labels of other samples than the embeddings'"
+        return np.concatenate([table[schema.PSEUDO_LABEL].to_numpy() for table in tables])
+
+    def _write(self, run_dir: RunDir, labels: np.ndarray, distances: np.ndarray) -> None:
+        start = 0
+        for name, end in zip(self._names, self._ends, strict=True):
+            columns = [self._sample_ids[start:end], labels[start:end], distances[start:end]]
+            table = pa.table(columns, schema=schema.PSEUDO_LABELS_SCHEMA)
+            filesystem.write_table(run_dir.path(schema.CLUSTERS, schema.PSEUDO_LABELS_DIR, name), table)
+            start = end
+
+
+def read_embeddings(files: list[str], num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """(embeddings (n, d) float16, sample_ids (n,)) of files with `num_rows` rows together.
+
+    Memory beside these: one file.
+    """
+    embeddings, sample_ids = np.empty((0, 0), np.float16), np.empty(num_rows, np.int64)
+    end = 0
+    for path in files:
+        table = filesystem.read_table(path)
+        rows = schema.matrix_of(table, schema.EMBEDDING)
+        if not end:
+            embeddings = np.empty((num_rows, rows.shape[1]), np.float16)
+        assert rows.shape[1] == embeddings.shape[1], f"{path} has embeddings of another length than the files before it"
+        start, end = end, end + len(rows)
+        embeddings[start:end] = rows
+        sample_ids[start:end] = table[schema.SAMPLE_ID].to_numpy()
+    assert end == num_rows, f"{files[0]} and those after it hold {end} rows, not {num_rows}"
+    return embeddings, sample_ids
+
+
+def write_label_file(run_dir: RunDir, name: str, sample_ids: np.ndarray, labels: np.ndarray) -> None:
+    """Write a file of cluster/labels/, where labels wait for their distances; `name` is that of its embeddings."""
+    table = pa.table({schema.SAMPLE_ID: sample_ids, schema.PSEUDO_LABEL: labels.astype(np.int32)})
+    filesystem.write_table(run_dir.path("cluster", LABELS_DIR, name), table)
+
+
+def _share_out(files: list[tuple[str, int]], num_workers: int) -> list[list[tuple[str, int]]]:
+    """Files, with their rows, in runs of about as many rows each, one for each worker that gets any."""
+    rows = np.array([count for _, count in files])
+    middles = np.cumsum(rows) - rows / 2
+    worker = np.minimum((middles / max(rows.sum(), 1) * num_workers).astype(int), num_workers - 1)
+    shares = [[file for file, w in zip(files, worker, strict=True) if w == number] for number in range(num_workers)]
+    return [share for share in shares if share]
+
+
+def _add(*parts: PartialSums) -> PartialSums:
+    total = PartialSums(parts[0].sums.copy(), parts[0].counts.copy(), parts[0].squared_norms.copy())
+    for part in parts[1:]:
+        total += part
+    return total
+
+
+_add_up: Any = ray.remote(num_cpus=0)(_add)

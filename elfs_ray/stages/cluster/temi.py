@@ -1,0 +1,199 @@
+"""TEMI deep clustering on Ray Train: heads learn to give a sample and its neighbours one cluster.
+
+Reads   embeddings/, neighbors/
+Writes  cluster/labels/ (the best head's), cluster/temi/ (checkpoints and the losses of every epoch)
+
+The embeddings and the neighbours are joined once into the object store; all workers of a node see that one copy. The
+head is picked by its training loss in the last epoch, never by labels. A lost worker costs an epoch, or what began in
+the last minute.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import torch
+from torch import distributed
+
+from elfs_ray.config import Config, TemiConfig, check_temi_workers
+from elfs_ray.methods.clustering_metrics import head_agreement
+from elfs_ray.methods.numeric.hashing import hash_uint64
+from elfs_ray.methods.numeric.pca import fit_pca, project
+from elfs_ray.methods.numeric.precision import AUTOCAST_DTYPES, resolve_precision
+from elfs_ray.methods.temi.heads import CPU_PROFILE, TemiSettings
+from elfs_ray.methods.temi.training import TemiTrainer, check_collapse, pick_head, steps_per_epoch, train_epoch
+from elfs_ray.runtime.cluster import num_cpus, num_gpus, remote_progress, resolve_device
+from elfs_ray.runtime.progress import Progress
+from elfs_ray.stages.cluster.shards import write_label_file
+from elfs_ray.stages.training.checkpoints import CheckpointReporter, load_checkpoint
+from elfs_ray.stages.training.worker_group import WorkerGroup, run_workers
+from elfs_ray.storage import filesystem, schema
+from elfs_ray.storage.run_dir import RunDir
+
+CHECKPOINTS_DIR = "temi"
+RESULT_FILE = "result.json"
+PCA_SAMPLES = 20_000
+AGREEMENT_SAMPLES = 20_000
+ASSIGN_ROWS = 8192
+_PCA_STREAM = 0x706361
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every worker is given. `data` refers to (sample_ids, embeddings (n, d), neighbours as positions (n, k))."""
+
+    settings: TemiSettings
+    precision: str
+    seed: int
+    run_dir: RunDir
+    data: list[ray.ObjectRef]
+    board: Any
+
+
+def temi_settings(config: TemiConfig, num_clusters: int, num_samples: int, num_workers: int) -> TemiSettings:
+    """The hyperparameters: what the config gives, else the profile's, else the paper's.
+
+    A pool smaller than a batch is one batch, as far as the workers can share it evenly. Raises ConfigError for a batch
+    that they cannot.
+    """
+    profile = CPU_PROFILE if config.profile == "cpu" else {}
+    names = {spec.name for spec in dataclasses.fields(TemiSettings)} - {"num_clusters"}
+    given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    chosen = {**profile, **given}
+    chosen["pca_dim"] = chosen.get("pca_dim") or None
+    settings = TemiSettings(num_clusters=num_clusters, **chosen)
+    check_temi_workers(settings.batch_size, num_workers)
+    largest = max(1, num_samples // num_workers) * num_workers
+    return dataclasses.replace(settings, batch_size=min(settings.batch_size, largest))
+
+
+def run_temi(config: Config, run_dir: RunDir, num_clusters: int, num_samples: int) -> dict[str, Any]:
+    """Train the heads and write the labels of the one with the lowest loss. Returns its losses and agreement.
+
+    Raises CollapseError when nearly all samples end in one cluster, RuntimeError when training gives up.
+    """
+    temi = config.cluster.temi
+    device = resolve_device(config.cluster.device, "cluster.device")
+    num_workers = temi.num_workers or (num_gpus() if device == "cuda" else 1)
+    settings = temi_settings(temi, num_clusters, num_samples, num_workers)
+    data = _load(run_dir, settings.pca_dim, config.seed)
+    total = settings.num_epochs * steps_per_epoch(num_samples, settings)
+    with Progress("cluster", total, "TEMI steps") as progress, remote_progress(progress) as board:
+        job = _Job(settings, temi.precision, config.seed, run_dir, [data], board)
+        cpus = 1 if device == "cuda" else max(1, num_cpus() // num_workers)
+        workers = (num_workers, num_workers)
+        group = WorkerGroup(
+            run_dir.path("cluster"), CHECKPOINTS_DIR, workers, cpus, device == "cuda", temi.max_failures
+        )
+        run_workers(group, _train_heads, job)
+    figures = json.loads(filesystem.read_bytes(run_dir.path("cluster", CHECKPOINTS_DIR, RESULT_FILE)))
+    check_collapse(np.array(figures["sizes"]))
+    return figures
+
+
+def _load(run_dir: RunDir, pca_dim: int | None, seed: int) -> ray.ObjectRef:
+    """Join embeddings/ (projected, where asked) and neighbors/ in the object store. Memory there: a copy of each.
+
+    float16 embeddings and 4 bytes a neighbour: 1.28M samples of 768 dimensions with 50 neighbours take 2.2 GB.
+    """
+    names = [path.rsplit("/", 1)[1] for path in run_dir.table_files(schema.EMBEDDINGS)]
+    read = ray.remote(num_cpus=1)(_read_file)
+    parts = [read.remote(run_dir, name) for name in names]
+    return ray.remote(num_cpus=1)(_join).remote(pca_dim, seed, *parts)
+
+
+def _read_file(run_dir: RunDir, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    embedded = filesystem.read_table(run_dir.path(schema.EMBEDDINGS, name))
+    neighbors = filesystem.read_table(run_dir.path(schema.NEIGHBORS, name), [schema.NEIGHBOR_IDS])
+    sample_ids = embedded[schema.SAMPLE_ID].to_numpy()
+    return sample_ids, schema.matrix_of(embedded, schema.EMBEDDING), schema.matrix_of(neighbors, schema.NEIGHBOR_IDS)
+
+
+def _join(
+    pca_dim: int | None, seed: int, *parts: tuple[np.ndarray, np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    sample_ids = np.concatenate([part[0] for part in parts])
+    neighbors = np.concatenate([np.searchsorted(sample_ids, part[2]).astype(np.int32) for part in parts])
+    if pca_dim is None or pca_dim >= parts[0][1].shape[1]:
+        return sample_ids, np.concatenate([part[1] for part in parts]), neighbors
+    embeddings = np.concatenate([part[1] for part in parts])
+    sample = np.sort(np.argsort(hash_uint64(seed, _PCA_STREAM, sample_ids), kind="stable")[:PCA_SAMPLES])
+    mean, components = fit_pca(embeddings[sample].astype(np.float32), pca_dim)
+    return sample_ids, np.concatenate([project(part[1], mean, components) for part in parts]), neighbors
+
+
+def _train_heads(job: _Job) -> None:
+    """One worker of the group: the epochs that are left, and the result."""
+    device = ray.train.torch.get_device()
+    sample_ids, embeddings, neighbors = ray.get(job.data[0])
+    num_steps = steps_per_epoch(len(embeddings), job.settings)
+    world_size = ray.train.get_context().get_world_size()
+    trainer = TemiTrainer(
+        job.settings,
+        embeddings.shape[1],
+        num_steps,
+        job.seed,
+        device=device,
+        autocast_dtype=AUTOCAST_DTYPES[resolve_precision(job.precision, device)],
+        process_group=distributed.group.WORLD if world_size > 1 else None,
+    )
+    rows = torch.from_numpy(embeddings.copy()).to(device) if device.type == "cuda" else embeddings
+    first_epoch, losses = _load_checkpoint(job, trainer)
+    checkpoints = CheckpointReporter(trainer.rank, world_size, device)
+    for epoch in range(first_epoch, job.settings.num_epochs):
+        losses.append(train_epoch(trainer, rows, neighbors, job.seed, epoch).tolist())
+        if trainer.rank == 0:
+            note = f"epoch {epoch + 1}/{job.settings.num_epochs}, lowest head loss {min(losses[-1]):.4f}"
+            job.board.write.remote((epoch + 1) * num_steps, note)
+        checkpoints.end_epoch(
+            {"epoch": epoch},
+            lambda: {"trainer": trainer.state_dict(), "losses": losses},
+            is_last=epoch == job.settings.num_epochs - 1,
+        )
+    if trainer.rank == 0:
+        _write_result(job, trainer, sample_ids, embeddings, losses)
+
+
+def _load_checkpoint(job: _Job, trainer: TemiTrainer) -> tuple[int, list[list[float]]]:
+    """Restore the last reported state, if there is one; the epoch to go on with and the losses before it."""
+    state = load_checkpoint(job.run_dir.path("cluster", CHECKPOINTS_DIR))
+    if state is None:
+        return 0, []
+    trainer.load_state_dict(state["trainer"])
+    return len(state["losses"]), state["losses"]
+
+
+def _write_result(
+    job: _Job, trainer: TemiTrainer, sample_ids: np.ndarray, embeddings: np.ndarray, losses: list[list[float]]
+) -> None:
+    """Label every sample with the best head's teacher, file by file, and say how far the heads agree."""
+    head = pick_head(np.array(losses[-1]))
+    assign = partial(_assign, trainer, embeddings)
+    labels = assign(np.arange(len(embeddings)), head)
+    for path in job.run_dir.table_files(schema.EMBEDDINGS):
+        ids = filesystem.read_table(path, [schema.SAMPLE_ID])[schema.SAMPLE_ID].to_numpy()
+        write_label_file(job.run_dir, path.rsplit("/", 1)[1], ids, labels[np.searchsorted(sample_ids, ids)])
+    sample = np.linspace(0, len(embeddings) - 1, min(AGREEMENT_SAMPLES, len(embeddings))).astype(np.int64)
+    agreement = head_agreement(assign(sample, None), head, job.settings.num_clusters)
+    result = {
+        "settings": dataclasses.asdict(job.settings),
+        "head": head,
+        "head_losses": losses[-1],
+        "loss_history": [min(epoch_losses) for epoch_losses in losses],
+        "head_agreement": agreement.tolist(),
+        "sizes": np.bincount(labels, minlength=job.settings.num_clusters).tolist(),
+    }
+    path = job.run_dir.path("cluster", CHECKPOINTS_DIR, RESULT_FILE)
+    filesystem.write_bytes(path, json.dumps(result).encode())
+
+
+def _assign(trainer: TemiTrainer, embeddings: np.ndarray, rows: np.ndarray, head: int | None) -> np.ndarray:
+    """Labels of some rows by one head (n,), or by all (H, n)."""
+    starts = range(0, len(rows), ASSIGN_ROWS)
+    parts = [trainer.assign(torch.from_numpy(embeddings[rows[s : s + ASSIGN_ROWS]]), head).cpu() for s in starts]
+    return torch.cat(parts, dim=-1).numpy()

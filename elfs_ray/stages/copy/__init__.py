@@ -1,0 +1,1 @@
+"""copy: a small copy of every image, before an encoder is trained on the pool."""

@@ -1,0 +1,72 @@
+"""copy: a small copy of every image, where an encoder trains on the pool before anything is embedded.
+
+Reads   index/, the pool's images
+Writes  proxy_images/, copy/rejected/ (what embed takes over into rejected/), one file of each for a block of ids
+
+The pool is decoded at full size here and nowhere else: stage pretrain learns from the copies and stage embed embeds
+them. Without pretraining there is no such stage, and embed writes proxy_images/ while it decodes. A block's file in
+proxy_images/ is written last, so that it means a block that is done.
+"""
+
+from typing import Any
+
+from elfs_ray.config import Config
+from elfs_ray.runtime.cluster import run_tasks
+from elfs_ray.runtime.metrics import report_rejected
+from elfs_ray.runtime.progress import Progress
+from elfs_ray.stages.embed.blocks import (
+    copy_images,
+    plan_blocks,
+    rejected_by_copy,
+    rows_by_file,
+    write_proxy_images,
+    write_rejected,
+)
+from elfs_ray.storage import schema
+from elfs_ray.storage.run_dir import RunDir
+
+
+def run_copy(config: Config, run_dir: RunDir) -> dict[str, Any]:
+    """Write proxy_images/. Returns rows and rejected. Raises RuntimeError when no image could be copied."""
+    num_samples = int(run_dir.figures("index")["rows"])
+    blocks = plan_blocks(config.embed.block_images, config.embed.proxy_image_size, num_samples)
+    copied, rejected = rows_by_file(run_dir, schema.PROXY_IMAGES), rows_by_file(run_dir, "copy", schema.REJECTED)
+    names = {block: schema.range_file(*block) for block in blocks}
+    pending = [
+        block
+        for block, name in names.items()
+        if copied.get(name, -1) + rejected.get(name, 0) != block[1] - block[0] + 1
+    ]
+    num_done = num_samples - sum(last - first + 1 for first, last in pending)
+    with Progress("copy", num_samples, "images", done=num_done) as progress:
+        num_rejected = 0
+        for position, added in run_tasks(_copy_block, [(config, run_dir, *block) for block in pending]):
+            first, last = pending[position]
+            num_rejected += added
+            report_rejected(num_rejected)
+            progress.advance(last - first + 1, f"{num_rejected:,} rejected" if num_rejected else "")
+    return _closing_figures(run_dir, num_samples)
+
+
+def _copy_block(config: Config, run_dir: RunDir, first: int, last: int) -> int:
+    """Read, decode and copy one block; the number of images that could not be."""
+    name = schema.range_file(first, last)
+    sample_ids: list[int] = []
+    copies: list[bytes] = []
+    rejected: list[dict[str, Any]] = []
+    for sample_id, _, copy in copy_images(config, run_dir, first, last, stage="copy", rejected=rejected):
+        sample_ids.append(sample_id)
+        copies.append(copy)
+    write_rejected(rejected_by_copy(run_dir, name), rejected)
+    write_proxy_images(run_dir, name, sample_ids, copies)
+    return len(rejected)
+
+
+def _closing_figures(run_dir: RunDir, num_samples: int) -> dict[str, Any]:
+    rows = sum(rows_by_file(run_dir, schema.PROXY_IMAGES).values())
+    rejected = sum(rows_by_file(run_dir, "copy", schema.REJECTED).values())
+    assert rows + rejected == num_samples, (rows, rejected, num_samples)
+    if rows == 0:
+        reasons = next(run_dir.read_table("copy", schema.REJECTED))[schema.REASON].unique().to_pylist()
+        raise RuntimeError(f"none of the {num_samples} images could be decoded: {'; '.join(reasons[:3])}")
+    return {"rows": rows, "rejected": rejected}

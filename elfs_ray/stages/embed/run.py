@@ -1,0 +1,306 @@
+"""embed: a unit-length vector for every image, and a small copy for the proxy network.
+
+Reads   index/, the pool's images
+Writes  embeddings/, proxy_images/, rejected/, one file of each for a block of ids
+
+Ray Data streams blocks of ids: the images of a block are read, decoded and resized once for both tables, and embedded
+by an actor pool of encoders. Beside GPUs, CPU tasks decode and a block crosses the object store as one row of uint8
+pixels, so that the two scale apart; encoders on CPUs decode for themselves. A block's embeddings are written last, so
+that a file in embeddings/ means a block that is done: a resumed run skips it, a re-tried block overwrites itself. An
+image that cannot be used is a row in rejected/.
+
+With an encoder that this run has trained on its own pool (stages copy and pretrain) proxy_images/ is there already: its
+images are embedded as they are, and nothing is decoded at full size again.
+"""
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+import torch
+from PIL import Image
+
+from elfs_ray.config import Config, EmbedConfig, worker_range
+from elfs_ray.methods.encoders.encoder import (
+    EncoderInput,
+    describe_weights,
+    encoder_input,
+    fetch_weights,
+    load_encoder,
+    to_unit_float16,
+)
+from elfs_ray.pool.images import describe_bad_copy, open_proxy_image, resize_center_crop
+from elfs_ray.runtime.cluster import num_cpus, num_gpus, resolve_device
+from elfs_ray.runtime.metrics import report_rejected
+from elfs_ray.runtime.progress import Progress, say
+from elfs_ray.stages.embed.blocks import (
+    copy_images,
+    plan_blocks,
+    rejected_by_copy,
+    rows_by_file,
+    write_proxy_images,
+    write_rejected,
+)
+from elfs_ray.storage import filesystem, schema
+from elfs_ray.storage.run_dir import RunDir
+
+MAX_INPUT_BLOCKS = 4096
+UNUSABLE = "its embedding is zero or not finite"
+
+
+@dataclass(frozen=True)
+class EmbedJob:
+    """What every task and encoder is given; `shape` is what the encoder sees."""
+
+    config: Config
+    run_dir: RunDir
+    shape: EncoderInput
+
+    def blocks(self, num_samples: int) -> list[tuple[int, int]]:
+        """(first, last) id of each file; where copies are there already, their blocks."""
+        embed = self.config.embed
+        side = embed.proxy_image_size if self.config.pretrains else self.shape.crop
+        return plan_blocks(embed.block_images, side, num_samples)
+
+
+def run_embed(config: Config, run_dir: RunDir) -> dict[str, Any]:
+    """Embed the pool. Returns rows, rejected, dim and, of a weights file that was given, what it is.
+
+    Raises RuntimeError when no image could be embedded.
+    """
+    num_samples = int(run_dir.figures("index")["rows"])
+    job = make_job(config, run_dir)
+    pending = pending_blocks(run_dir, job.blocks(num_samples))
+    num_done = num_samples - sum(last - first + 1 for first, last in pending)
+    if 0 < num_done < num_samples:
+        say(f"embed: {num_done:,} images were embedded by an earlier run")
+
+    if pending:
+        with _weights(config, run_dir) as weights:
+            fetch_weights(config.embed.encoder, weights)  # here first: a download that fails says so once, in one line
+    rejected = 0
+    with Progress("embed", num_samples, "images", done=num_done) as progress:
+        for summary in _stream(job, pending) if pending else ():
+            rejected += summary["rejected"]
+            report_rejected(rejected)
+            progress.advance(summary["rows"], f"{rejected:,} rejected" if rejected else "")
+    return _closing_figures(run_dir, num_samples) | _weights_given(config)
+
+
+def make_job(config: Config, run_dir: RunDir) -> EmbedJob:
+    """The job that a config asks for."""
+    embed = config.embed
+    with _weights(config, run_dir) as weights:
+        shape = encoder_input(embed.encoder, embed.image_size, embed.resize, weights)
+    return EmbedJob(config, run_dir, shape)
+
+
+@contextlib.contextmanager
+def _weights(config: Config, run_dir: RunDir) -> Iterator[str | None]:
+    """The weights to load, on this machine: what the config says, or what stage pretrain made."""
+    file = run_dir.path("pretrain", schema.ENCODER_FILE) if config.pretrains else config.embed.weights_file
+    with filesystem.local_file(file) if file is not None else contextlib.nullcontext(config.embed.weights) as weights:
+        yield weights
+
+
+def _weights_given(config: Config) -> dict[str, Any]:
+    """The figure that says which file the weights were."""
+    file = config.embed.weights_file
+    if file is None:
+        return {}
+    with filesystem.local_file(file) as path:
+        return {"weights": describe_weights(config.embed.encoder, path)}
+
+
+def pending_blocks(run_dir: RunDir, blocks: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The blocks of which an image is neither embedded nor rejected, or has no copy for the proxy network."""
+    tables = (schema.EMBEDDINGS, schema.REJECTED, schema.PROXY_IMAGES)
+    embedded, rejected, copied = (rows_by_file(run_dir, table) for table in tables)
+
+    def is_done(first: int, last: int) -> bool:
+        name = schema.range_file(first, last)
+        num_embedded = embedded.get(name, -1)
+        # An image whose embedding is of no use has been copied before that is known.
+        return num_embedded + rejected.get(name, 0) == last - first + 1 and copied.get(name, -1) >= num_embedded
+
+    return [block for block in blocks if not is_done(*block)]
+
+
+def _stream(job: EmbedJob, blocks: list[tuple[int, int]]):
+    """Run the blocks through Ray Data; yields each block's row counts as it is written."""
+    config = job.config
+    device = resolve_device(config.embed.device, "embed.device")
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # importing ray.data has set it to INFO
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    rows = [{"first": first, "last": last} for first, last in blocks]
+    todo = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_INPUT_BLOCKS))
+    embed = _embed_on_gpus if device == "cuda" else _embed_on_cpus
+    return embed(todo, job, _encoder_pool(config.embed, device, len(blocks))).iter_rows()
+
+
+def _encoder_pool(config: EmbedConfig, device: str, num_blocks: int) -> dict[str, Any]:
+    """How many encoders, and what each holds, as options of map_batches. All are asked for at once.
+
+    An autoscaling cluster grows by what waits, and work begins on the first that has come.
+    """
+    usual = num_gpus() if device == "cuda" else num_cpus()
+    # An encoder without a block to embed would be loaded for nothing.
+    fewest, most = (
+        min(limit, num_blocks) for limit in worker_range(config.num_workers, "embed.num_workers") or (usual, usual)
+    )
+    options: dict[str, Any] = {"num_gpus": 1} if device == "cuda" else {"num_cpus": config.cpus_per_worker or 1}
+    if device == "cuda" and config.cpus_per_worker:
+        options["num_cpus"] = config.cpus_per_worker
+    if config.memory_gib:
+        options["memory"] = config.memory_gib * (1 << 30)
+    return {"compute": ray.data.ActorPoolStrategy(min_size=fewest, max_size=most, initial_size=most), **options}
+
+
+def _embed_on_gpus(dataset: ray.data.Dataset, job: EmbedJob, encoder_pool: dict[str, Any]) -> ray.data.Dataset:
+    """CPU tasks decode, one encoder a GPU embeds."""
+    decode: Any = _read_block
+    decoded = dataset.map_batches(decode, batch_size=1, num_cpus=1, fn_kwargs={"job": job})
+    encode: Any = _EncodeBlock
+    return decoded.map_batches(encode, batch_size=1, fn_constructor_args=(job, "cuda"), **encoder_pool)
+
+
+def _embed_on_cpus(dataset: ray.data.Dataset, job: EmbedJob, encoder_pool: dict[str, Any]) -> ray.data.Dataset:
+    """One encoder a CPU decodes and embeds: nothing crosses the object store, and no CPU waits for another."""
+    encode: Any = _DecodeAndEncodeBlock
+    return dataset.map_batches(encode, batch_size=1, fn_constructor_args=(job, "cpu"), **encoder_pool)
+
+
+def _decode_block(batch: dict[str, Any], job: EmbedJob) -> dict[str, Any]:
+    """Read and decode one block; write its proxy images; hand on its pixels and the reasons of what is rejected."""
+    torch.set_num_threads(1)
+    first, last = int(batch["first"][0]), int(batch["last"][0])
+    shape = job.shape
+    sample_ids, pixels, copies = [], [], []
+    rejected: list[dict[str, Any]] = []
+    images = copy_images(job.config, job.run_dir, first, last, stage="embed", rejected=rejected, min_size=shape.resize)
+    for sample_id, image, copy in images:
+        sample_ids.append(sample_id)
+        pixels.append(_pixels(image, shape))
+        copies.append(copy)
+    write_proxy_images(job.run_dir, schema.range_file(first, last), sample_ids, copies)
+    return _pack(first, last, shape.crop, sample_ids, pixels, rejected)
+
+
+def _read_copies(batch: dict[str, Any], job: EmbedJob) -> dict[str, Any]:
+    """Hand on one block's copies and what stage copy could not use of it."""
+    torch.set_num_threads(1)
+    first, last = int(batch["first"][0]), int(batch["last"][0])
+    name, shape = schema.range_file(first, last), job.shape
+    path = job.run_dir.path(schema.PROXY_IMAGES, name)
+    copies = filesystem.read_table(path)
+    sample_ids = copies[schema.SAMPLE_ID].to_pylist()
+    pixels = []
+    for sample_id, copy in zip(sample_ids, copies[schema.IMAGE], strict=True):
+        try:
+            image = open_proxy_image(copy.as_py())
+        except Exception as error:  # as of Pillow's decoders in decode_image
+            raise ValueError(describe_bad_copy(sample_id, path, error)) from error
+        pixels.append(_pixels(image, shape))
+    path = rejected_by_copy(job.run_dir, name)
+    rejected = filesystem.read_table(path).to_pylist() if filesystem.exists(path) else []
+    return _pack(first, last, shape.crop, sample_ids, pixels, rejected)
+
+
+def _pixels(image: Image.Image, shape: EncoderInput) -> np.ndarray:
+    """What the encoder sees of an image: (side, side, 3) uint8."""
+    return resize_center_crop(image, resize=shape.resize, crop=shape.crop, interpolation=shape.interpolation)
+
+
+def _read_block(batch: dict[str, Any], job: EmbedJob) -> dict[str, Any]:
+    """One block's pixels, decoded from the pool or from its copies."""
+    return _read_copies(batch, job) if job.config.pretrains else _decode_block(batch, job)
+
+
+def _pack(
+    first: int, last: int, side: int, sample_ids: list[int], pixels: list[np.ndarray], rejected: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """A block as one row, to cross the object store."""
+    images = np.stack(pixels) if pixels else np.empty((0, side, side, 3), np.uint8)
+    return {
+        "first": [first],
+        "last": [last],
+        "sample_ids": [np.array(sample_ids, np.int64).tobytes()],
+        "side": [side],
+        "pixels": [images.tobytes()],
+        "rejected": [json.dumps(rejected)],
+    }
+
+
+class _EncodeBlock:
+    """An encoder held by an actor: embeds a block and writes what it gives."""
+
+    def __init__(self, job: EmbedJob, device: str):
+        torch.set_num_threads(1)
+        self._job, config = job, job.config
+        self._batch_size = config.embed.batch_size
+        with _weights(config, job.run_dir) as weights:
+            self._encoder = load_encoder(
+                config.embed.encoder,
+                weights=weights,
+                weights_sha256=config.embed.weights_sha256,
+                image_size=config.embed.image_size,
+                device=device,
+            )
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        run_dir = self._job.run_dir
+        first, last, side = (int(batch[key][0]) for key in ("first", "last", "side"))
+        sample_ids = np.frombuffer(batch["sample_ids"][0], np.int64)
+        images = np.frombuffer(batch["pixels"][0], np.uint8).reshape(len(sample_ids), side, side, 3)
+        rejected = json.loads(batch["rejected"][0])
+        starts = range(0, len(images), self._batch_size)
+        parts = [self._encoder.encode(images[start : start + self._batch_size]) for start in starts]
+        features = np.concatenate(parts) if parts else np.empty((0, self._encoder.dim), np.float32)
+        embeddings, usable = to_unit_float16(features)
+
+        if not usable.all():
+            uris = run_dir.read_rows(schema.INDEX, sample_ids[~usable], [schema.URI])[schema.URI].to_pylist()
+            one_colour = self._encoder.name == "pixels"
+            reason = "one colour alone, in which pixels differ from nothing" if one_colour else UNUSABLE
+            rejected += [
+                {"sample_id": int(sample_id), "uri": uri, "stage": "embed", "reason": reason}
+                for sample_id, uri in zip(sample_ids[~usable], uris, strict=True)
+            ]
+        name = schema.range_file(first, last)
+        write_rejected(run_dir.path(schema.REJECTED, name), rejected)
+        _write_embeddings(run_dir.path(schema.EMBEDDINGS, name), sample_ids[usable], embeddings[usable])
+        return {"rows": [last - first + 1], "rejected": [len(rejected)]}
+
+
+class _DecodeAndEncodeBlock(_EncodeBlock):
+    """An encoder that decodes its own blocks."""
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return super().__call__(_read_block(batch, self._job))
+
+
+def _write_embeddings(path: str, sample_ids: np.ndarray, embeddings: np.ndarray) -> None:
+    dim = embeddings.shape[1]
+    values = pa.array(np.ascontiguousarray(embeddings).reshape(-1))
+    table = pa.table(
+        [pa.array(sample_ids), pa.FixedSizeListArray.from_arrays(values, dim)], schema=schema.embeddings_schema(dim)
+    )
+    filesystem.write_table(path, table)
+
+
+def _closing_figures(run_dir: RunDir, num_samples: int) -> dict[str, Any]:
+    rows, rejected = (sum(rows_by_file(run_dir, table).values()) for table in (schema.EMBEDDINGS, schema.REJECTED))
+    assert rows + rejected == num_samples, (rows, rejected, num_samples)
+    if rows == 0:
+        reasons = next(run_dir.read_table(schema.REJECTED))[schema.REASON].unique().to_pylist()
+        raise RuntimeError(f"none of the {num_samples} images could be embedded: {'; '.join(reasons[:3])}")
+    dim = filesystem.read_schema(run_dir.table_files(schema.EMBEDDINGS)[0]).field(schema.EMBEDDING).type.list_size
+    return {"rows": rows, "rejected": rejected, "dim": dim}

@@ -1,0 +1,1 @@
+"""evaluate: train on the coreset and on random samples with true labels."""

@@ -1,0 +1,1 @@
+"""index: list the pool and give every image an id."""

@@ -1,0 +1,97 @@
+"""index: list the pool and give every image an id.
+
+Reads   the pool's listing (Parquet footers, tar headers, folders), no image
+Writes  index/ (sample_id, uri, label), one file for each 65,536 ids
+
+Ids are dense, 0..N-1, in the order of the sorted listing. Each unit of the pool (a folder, a Parquet file, a tar) is
+listed by a Ray task into index/_units/.
+
+Memory: of a task, the listing of one unit, about 600 bytes for each of its samples (1.2 KB of a folder in a bucket): a
+pool of many millions should have several folders or files. The driver keeps the name and the count of each unit, and
+no samples; but while it looks for the units of a folder pool in a bucket, about 1 KB for each file that lies beside
+them (on gs://, for every file of the pool: see pool/folder.py).
+"""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from elfs_ray.config import Config, check_against_pool
+from elfs_ray.pool.listing import PoolColumns, Unit, find_units, list_unit
+from elfs_ray.runtime.cluster import run_tasks
+from elfs_ray.runtime.progress import Progress
+from elfs_ray.storage import filesystem, schema
+from elfs_ray.storage.run_dir import RunDir
+
+ROWS_PER_FILE = 65_536
+UNITS_DIR = "_units"
+
+
+def run_index(config: Config, run_dir: RunDir) -> dict[str, Any]:
+    """List the pool. Returns rows and label_names. Raises ConfigError for an empty pool or one too small."""
+    units = find_units(config.pool.uri, config.pool.format)
+    _remove_unfinished(run_dir)
+    columns = PoolColumns(config.pool.image_column, config.pool.label)
+    counts = np.zeros(len(units), dtype=np.int64)
+    names: set[str] = set()
+    with Progress("index", len(units), "units listed") as progress:
+        listings = [(run_dir, position, unit, columns) for position, unit in enumerate(units)]
+        for position, (count, unit_names) in run_tasks(_list_unit, listings):
+            counts[position] = count
+            names |= unit_names
+            progress.advance(1, f"{counts.sum():,} images")
+    num_samples = int(counts.sum())
+    check_against_pool(config, num_samples)
+
+    ends = np.cumsum(counts)
+    label_names = sorted(names)
+    firsts = range(0, num_samples, ROWS_PER_FILE)
+    with Progress("index", num_samples, "images") as progress:
+        parts = [(run_dir, first, min(first + ROWS_PER_FILE, num_samples), ends, label_names) for first in firsts]
+        for _, rows in run_tasks(_write_part, parts):
+            progress.advance(rows)
+    filesystem.delete(run_dir.path(schema.INDEX, UNITS_DIR))
+    return {"rows": num_samples, "units": len(units), "format": units[0].format, "label_names": label_names}
+
+
+def _remove_unfinished(run_dir: RunDir) -> None:
+    """A pool may have changed since a run that was killed: files of two listings must not stand beside each other."""
+    filesystem.delete(run_dir.path(schema.INDEX, UNITS_DIR))
+    for path in run_dir.table_files(schema.INDEX):
+        filesystem.delete(path)
+
+
+def _list_unit(run_dir: RunDir, position: int, unit: Unit, columns: PoolColumns) -> tuple[int, set[str]]:
+    """List one unit into index/_units/; its count and its label names."""
+    listed = list_unit(unit, columns)
+    filesystem.write_table(_unit_file(run_dir, position), listed)
+    labels = listed[schema.LABEL]
+    names = set(pc.unique(labels.drop_null()).to_pylist()) if pa.types.is_string(labels.type) else set()
+    return listed.num_rows, names
+
+
+def _write_part(run_dir: RunDir, first: int, end: int, ends: np.ndarray, label_names: list[str]) -> int:
+    """Write the index of the ids first..end-1 from the units that hold them; `ends` are the units' running counts."""
+    pieces = []
+    for position in range(int(np.searchsorted(ends, first, side="right")), len(ends)):
+        unit_end = int(ends[position])
+        unit_first = int(ends[position - 1]) if position else 0
+        if unit_first >= end:
+            break
+        if unit_end > unit_first:
+            start = max(first - unit_first, 0)
+            pieces.append(filesystem.read_slice(_unit_file(run_dir, position), start, min(end, unit_end) - unit_first))
+    listed = pa.concat_tables(pieces)
+    labels = listed[schema.LABEL]
+    if pa.types.is_string(labels.type):
+        labels = pc.index_in(labels, pa.array(label_names, pa.string()))
+    sample_ids = pa.array(np.arange(first, end, dtype=np.int64))
+    table = pa.table([sample_ids, listed[schema.URI], labels], schema=schema.INDEX_SCHEMA)
+    filesystem.write_table(run_dir.path(schema.INDEX, schema.range_file(first, end - 1)), table)
+    return end - first
+
+
+def _unit_file(run_dir: RunDir, position: int) -> str:
+    return run_dir.path(schema.INDEX, UNITS_DIR, f"unit-{position:08d}.parquet")

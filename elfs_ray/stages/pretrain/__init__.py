@@ -1,0 +1,1 @@
+"""pretrain: train an encoder on the pool itself, without labels."""

@@ -1,0 +1,81 @@
+"""pretrain: an encoder learns from the pool itself, without labels and without weights from elsewhere.
+
+Reads   proxy_images/
+Writes  pretrain/encoder.pt (what embed.weights can name in any later run), pretrain/history/ (one file an epoch),
+        pretrain/checkpoints/, pretrain/reading.txt (how images are read, chosen once)
+
+Runs with embed.encoder=self_supervised, before embed. The method is SimCLR (methods/simclr/loss.py says why). Ray
+Train runs the workers (worker_group.py, worker.py), DDP (gloo or NCCL) joins them, and the batches come from
+the readers of proxy training (training/reader.py). Every random choice is a function of the seed, the epoch, the sample
+and the view, so a resumed run equals an undisturbed one of as many workers. A lost worker costs an epoch, or what began
+in the last minute.
+"""
+
+import dataclasses
+from typing import Any
+
+from elfs_ray.config import Config
+from elfs_ray.methods.simclr.training import simclr_settings
+from elfs_ray.runtime.cluster import num_cpus, num_gpus, remote_progress, resolve_device
+from elfs_ray.runtime.progress import Progress, say
+from elfs_ray.stages.pretrain.worker import PretrainJob, pretrain_worker
+from elfs_ray.stages.training.checkpoints import CHECKPOINTS_DIR
+from elfs_ray.stages.training.epoch_log import read_metrics
+from elfs_ray.stages.training.reader import choose_reading, every_image
+from elfs_ray.stages.training.streamed_reader import load_data
+from elfs_ray.stages.training.worker_group import WorkerGroup, run_workers
+from elfs_ray.storage import schema
+from elfs_ray.storage.run_dir import RunDir
+
+
+def run_pretrain(config: Config, run_dir: RunDir) -> dict[str, Any]:
+    """Train the encoder. Returns rows, epochs, workers, how images were read, the settings and every epoch's metrics.
+
+    Raises RuntimeError with the workers' message when training gives up, at once where a retry would end the same way:
+    a loss that is not finite, a collapsed encoder, a copy that cannot be decoded.
+    """
+    pretrain, proxy_size = config.pretrain, config.embed.proxy_image_size
+    device = resolve_device(pretrain.device, "pretrain.device")
+    num_workers = pretrain.num_workers or (num_gpus() if device == "cuda" else 1)
+    num_samples = int(run_dir.figures("copy")["rows"])
+    reading = choose_reading(run_dir, "pretrain", pretrain.reading, num_samples, proxy_size, needs_whole_images=False)
+    one_cpu = device == "cuda" and reading == "memory"
+    cpus = pretrain.cpus_per_worker or (1 if one_cpu else max(1, num_cpus() // num_workers))
+    image_size = pretrain.image_size or proxy_size
+    settings = simclr_settings(vars(pretrain), image_size)
+    if settings.epochs == 0:
+        say("pretrain  no epochs: the encoder stays untrained")
+
+    with (
+        Progress("pretrain", num_samples * settings.epochs, "images") as progress,
+        remote_progress(progress) as board,
+    ):
+        job = PretrainJob(
+            settings=settings,
+            precision=pretrain.precision,
+            compile=pretrain.compile,
+            seed=config.seed,
+            image_size=image_size,
+            proxy_size=proxy_size,
+            run_dir=run_dir,
+            data=load_data(run_dir, reading, proxy_size, every_image),
+            board=board,
+            num_decoders=cpus,
+        )
+        group = WorkerGroup(
+            *(run_dir.path("pretrain"), CHECKPOINTS_DIR, (num_workers, num_workers), cpus, device == "cuda"),
+            *(pretrain.max_failures, pretrain.memory_gib),
+        )
+        run_workers(group, pretrain_worker, job)
+    encoder = run_dir.path("pretrain", schema.ENCODER_FILE)
+    say(f"pretrain  the encoder is {encoder}")
+    history = [read_metrics(run_dir, "pretrain", epoch) for epoch in range(settings.epochs)]
+    return {
+        "rows": num_samples,
+        "epochs": settings.epochs,
+        "workers": num_workers,
+        "reading": reading,
+        "settings": dataclasses.asdict(settings),
+        "encoder": encoder,
+        "history": history,
+    }

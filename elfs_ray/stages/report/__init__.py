@@ -1,0 +1,1 @@
+"""report: the page and the metrics that a person looks at."""

@@ -1,0 +1,1 @@
+"""select: scores from training dynamics, coresets from scores."""

@@ -1,0 +1,120 @@
+"""select: training dynamics become scores, scores become coresets.
+
+Reads   clusters/pseudo_labels, dynamics/, index/; embeddings/ for zcore, neighbors/ for d2, proxy_images/ for search
+Writes  scores/ (a file for each 262,144 ids; score prototypicality is the distance to the centroid), select/<method>/
+        (the scores of d2 or zcore), select/search/ (trainings that find a hard fraction), and for each budget a
+        coreset, hardest first, a file for each 1,048,576 ranks, and its uris as text: coreset/ and coreset.txt for the
+        first budget, coreset-<budget> for every other
+
+Nothing is sorted as a whole. Each range of ids is scored by one task from all epochs; hard fractions that are not given
+are found (auto.py, search.py); the cuts are found exactly from histograms (windows.py); one pass
+over the scores collects every coreset (coreset.py). The driver holds histograms; a task about 200 bytes for each
+sample of a file, and what it keeps of 16 files or a quarter of a CPU's.
+"""
+
+import posixpath
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from elfs_ray.config import Config
+from elfs_ray.methods.selection.scores import ScoreAccumulator
+from elfs_ray.runtime.cluster import run_tasks
+from elfs_ray.runtime.progress import Progress
+from elfs_ray.stages.select.coreset import write_coresets
+from elfs_ray.stages.select.geometry import GEOMETRY, score_by_geometry
+from elfs_ray.stages.select.hard_fraction import choose_hard_fractions
+from elfs_ray.stages.select.scored_pool import DIRECTIONS, ScoredPool
+from elfs_ray.stages.select.windows import choose
+from elfs_ray.storage import filesystem, schema
+from elfs_ray.storage.run_dir import RunDir
+
+IDS_PER_FILE = 1 << 18
+
+
+def run_select(config: Config, run_dir: RunDir) -> dict[str, Any]:
+    """Score and select. Returns the counts of the first coreset, and under "coresets" the figures of each, by table.
+
+    Raises ValueError when a budget or hard fraction does not fit the samples that have a pseudo-label.
+    """
+    figures = select_coresets(config, run_dir, schema.coreset_tables(config.budget))
+    # They decide nothing where nothing is searched, and are the run's own for a selection after it.
+    search = {key: value for key, value in vars(config.select).items() if key.startswith("search_")}
+    return {**figures, "search": search}
+
+
+def select_coresets(config: Config, run_dir: RunDir, tables: Sequence[str]) -> dict[str, Any]:
+    """Write a coreset for each budget under each name of `tables`; scores/ is written only where it is not complete."""
+    num_ids = int(run_dir.figures("index")["rows"])
+    _write_scores(run_dir, num_ids, num_epochs=int(run_dir.figures("train")["epochs"]))
+    pool = _scored_pool(config, run_dir, num_ids)
+    choices = choose_hard_fractions(config, run_dir, pool)
+    budgets = [choice.budget for choice in choices]
+    if config.select.method in GEOMETRY:
+        pool = score_by_geometry(config, run_dir, pool, max(budget.num_kept for budget in budgets))
+    selections = choose(pool, config.select, config.seed, budgets)
+    coresets = write_coresets(run_dir, pool, dict(zip(tables, selections, strict=True)))
+    for own, choice in zip(coresets.values(), choices, strict=True):
+        own |= {"hard_fraction": choice.budget.hard_fraction, "score": pool.score, "hard_side": pool.direction}
+        own["score_table"] = posixpath.relpath(posixpath.dirname(pool.files[0]), run_dir.uri)
+        if choice.evidence is not None:
+            own["hard_fraction_evidence"] = choice.evidence
+    return {"rows": coresets[tables[0]]["rows"], "samples": pool.num_samples, "coresets": coresets}
+
+
+def _scored_pool(config: Config, run_dir: RunDir, num_ids: int) -> ScoredPool:
+    select = config.select
+    num_groups = int(run_dir.figures("cluster")["num_clusters"]) if select.balance else 1
+    files = tuple(run_dir.table_files(schema.SCORES))
+    score = {"dual_beta": "dual", "prototypicality": schema.PROTOTYPICALITY}.get(select.method, select.score)
+    return ScoredPool(files, score, DIRECTIONS[score], num_ids, num_groups)
+
+
+def _write_scores(run_dir: RunDir, num_ids: int, num_epochs: int) -> None:
+    """Write scores/ for every range of ids that an earlier try has not."""
+    ranges = [(first, min(first + IDS_PER_FILE, num_ids) - 1) for first in range(0, num_ids, IDS_PER_FILE)]
+    done = {path.rsplit("/", 1)[1] for path in run_dir.table_files(schema.SCORES)}
+    tasks = [(run_dir, first, last, num_epochs) for first, last in ranges if schema.range_file(first, last) not in done]
+    with Progress("select", len(ranges), "ranges scored", done=len(ranges) - len(tasks)) as progress:
+        for _ in run_tasks(_score_range, tasks):
+            progress.advance(1)
+
+
+def _score_range(run_dir: RunDir, first: int, last: int, num_epochs: int) -> None:
+    """Score the samples first..last from every epoch's records of them."""
+    clusters = pa.concat_tables(_pseudo_labels(run_dir, first, last), promote_options="default")
+    if not clusters.num_rows:
+        return
+    accumulator = ScoreAccumulator(clusters[schema.SAMPLE_ID].to_numpy())
+    for epoch in range(num_epochs):
+        files = run_dir.table_files(schema.DYNAMICS, schema.epoch_dir(epoch))
+        rows = [filesystem.read_range(path, schema.SAMPLE_ID, first, last) for path in files]
+        if not rows:
+            raise FileNotFoundError(
+                f"{run_dir.path(schema.DYNAMICS, schema.epoch_dir(epoch))} holds no records: run stage train to its end"
+            )
+        columns = pa.concat_tables(rows)
+        names = (schema.SAMPLE_ID, schema.TARGET_PROB, schema.MAX_OTHER_PROB, schema.EL2N)
+        accumulator.add_epoch(epoch, *(columns[name].to_numpy() for name in names))
+    scores: Mapping[str, Any] = accumulator.finish()
+    labels = {name: clusters[name].combine_chunks() for name in (schema.SAMPLE_ID, schema.PSEUDO_LABEL)}
+    table = pa.table({**labels, **scores, schema.PROTOTYPICALITY: clusters[schema.DISTANCE].combine_chunks()})
+    write_scores(run_dir.path(schema.SCORES, schema.range_file(first, last)), table)
+
+
+def write_scores(path: str, table: pa.Table) -> None:
+    """Write a file of scores/, small and quick to read: hardly two scores are the same, a dictionary would hold all."""
+    encodings = {schema.SAMPLE_ID: "DELTA_BINARY_PACKED"} | {
+        field.name: "BYTE_STREAM_SPLIT" for field in table.schema if pa.types.is_float32(field.type)
+    }
+    filesystem.write_table(path, table, encodings=encodings)
+
+
+def _pseudo_labels(run_dir: RunDir, first: int, last: int) -> Iterator[pa.Table]:
+    """The pseudo-labels of the ids first..last, by file, in the order of ids."""
+    yield schema.PSEUDO_LABELS_SCHEMA.empty_table()
+    for path in run_dir.table_files(schema.CLUSTERS, schema.PSEUDO_LABELS_DIR):
+        file_first, file_last = schema.parse_range_file(path.rsplit("/", 1)[1])
+        if file_first <= last and file_last >= first:
+            yield filesystem.read_range(path, schema.SAMPLE_ID, first, last)

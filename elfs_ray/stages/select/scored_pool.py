@@ -1,0 +1,111 @@
+"""The scored samples that a selection chooses from, and how work on them is shared out."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, Protocol
+
+import numpy as np
+
+from elfs_ray.methods.selection.quantiles import Direction, grouped_keys, hardness_keys
+from elfs_ray.methods.selection.scores import SCORES
+from elfs_ray.runtime.cluster import num_cpus, run_tasks
+from elfs_ray.storage import filesystem, schema
+
+MAX_SHARES = 512
+FILES_PER_SHARE = 16
+DIRECTIONS: dict[str, Direction] = {**SCORES, schema.PROTOTYPICALITY: "high"}
+"""The scores in scores/, with the end of the range where hard samples lie."""
+
+
+class ScoredRows:
+    """The rows of one file, each column read when it is first asked for."""
+
+    def __init__(self, path: str, score: str, num_groups: int) -> None:
+        self._file = filesystem.open_parquet(path)
+        self._columns: dict[str, np.ndarray] = {}
+        self._score, self._num_groups = score, num_groups
+
+    def column(self, name: str) -> np.ndarray:
+        """A numeric column, (n,) of its type."""
+        if name not in self._columns:
+            self._columns[name] = self._file.read([name])[name].to_numpy()
+        return self._columns[name]
+
+    @property
+    def num_rows(self) -> int:
+        return self._file.metadata.num_rows
+
+    @property
+    def sample_ids(self) -> np.ndarray:
+        """(n,) int64"""
+        return self.column(schema.SAMPLE_ID)
+
+    @property
+    def scores(self) -> np.ndarray:
+        """(n,) float32 or int32"""
+        return self.column(self._score)
+
+    @cached_property
+    def groups(self) -> np.ndarray:
+        """(n,) int64: the pseudo-labels where there is more than one group, else 0."""
+        if self._num_groups == 1:
+            return np.zeros(self.num_rows, np.int64)
+        return self.column(schema.PSEUDO_LABEL).astype(np.int64)
+
+
+class Order(Protocol):
+    """What a method orders samples by, ties by sample_id: keys (n,) uint32."""
+
+    def keys(self, pool: "ScoredPool", rows: ScoredRows) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class ScoredPool:
+    """The scored samples that a selection chooses from, in files of one range of ids each; a worker gets one."""
+
+    files: tuple[str, ...]
+    score: str
+    direction: Direction
+    num_ids: int
+    num_groups: int
+
+    def read(self, path: str) -> ScoredRows:
+        """The rows of one file."""
+        return ScoredRows(path, self.score, self.num_groups)
+
+    def hardness_keys(self, rows: ScoredRows) -> np.ndarray:
+        return hardness_keys(rows.scores, self.direction)
+
+    def keys(self, order: Order, rows: ScoredRows) -> np.ndarray:
+        """The keys of an order, below the group where there is more than one."""
+        keys = order.keys(self, rows)
+        return grouped_keys(rows.groups, keys) if self.num_groups > 1 else keys
+
+    def shares(self) -> list[tuple[str, ...]]:
+        """The files in about equal runs: enough for every CPU, and for tasks to stay small."""
+        num_shares = min(len(self.files), MAX_SHARES, max(4 * num_cpus(), len(self.files) // FILES_PER_SHARE))
+        ends = [len(self.files) * share // num_shares for share in range(num_shares + 1)]
+        return [self.files[first:last] for first, last in pairwise(ends)]
+
+    def map_shares(self, function: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
+        """`function(pool, files, *arguments)` of every share, in any order."""
+        for _, result in run_tasks(function, [(self, files, *arguments) for files in self.shares()]):
+            yield result
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """Samples of each group, (groups,) int64."""
+        return sum(self.map_shares(_count_groups), np.zeros(self.num_groups, np.int64))
+
+    @property
+    def num_samples(self) -> int:
+        return int(self.counts.sum())
+
+
+def _count_groups(pool: ScoredPool, files: Sequence[str]) -> np.ndarray:
+    if pool.num_groups == 1:
+        return np.array([sum(map(filesystem.num_rows, files))])
+    sizes = (np.bincount(pool.read(path).groups, minlength=pool.num_groups) for path in files)
+    return sum(sizes, np.zeros(pool.num_groups, np.int64))

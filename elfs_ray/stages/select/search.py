@@ -1,0 +1,146 @@
+"""The hard fraction by search: a short training on pseudo-labels for each of a grid (ELFS 2406.04273).
+
+Reads   scores/, proxy_images/
+Writes  select/search/<hash of what decides>/<samples>-<hard fraction>.json, one a training, so that none is repeated
+
+A random share of the pool is held out. For each hard fraction, the coreset that it gives, without what is held out, is
+trained on with its pseudo-labels; the accuracy on the pseudo-labels of the held-out samples decides. The network and
+its settings are those of train. The driver holds 12 bytes for each sample of every coreset that is tried, each training
+the decoded images of its coreset (3·s² bytes for s pixels), the object store those that are held out, at most 10,000.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray
+import torch
+
+from elfs_ray.config import Config, deciding_keys, scaled_lr
+from elfs_ray.methods.numeric.hashing import hash_uniform
+from elfs_ray.methods.numeric.precision import resolve_precision
+from elfs_ray.methods.selection.hard_fraction import fraction_grid
+from elfs_ray.methods.training.from_scratch import LabelledImages, train_and_test
+from elfs_ray.runtime.cluster import resolve_device, run_tasks
+from elfs_ray.runtime.progress import Progress
+from elfs_ray.stages.select.scored_pool import ScoredPool
+from elfs_ray.stages.select.windows import Budget, Selection, choose
+from elfs_ray.stages.training.from_scratch import kept_or_computed, load_proxy_images, training_settings
+from elfs_ray.storage import schema
+from elfs_ray.storage.run_dir import Marker, RunDir
+
+MAX_HELD_OUT = 10_000
+_HELD_OUT_STREAM = 0x686F6C64
+
+
+class _Samples(NamedTuple):
+    """sample_ids (n,) int64 and pseudo_labels (n,) int32."""
+
+    sample_ids: np.ndarray
+    pseudo_labels: np.ndarray
+
+
+def search_hard_fractions(
+    config: Config, run_dir: RunDir, pool: ScoredPool, counts: Sequence[int]
+) -> list[tuple[float, dict[str, Any]]]:
+    """For each number of samples to keep, which are distinct, the hard fraction of highest accuracy, and all "trials".
+
+    Of several as good, the smallest. Raises ValueError for pools and budgets that leave nothing to train or test on.
+    """
+    budgets = [
+        Budget(count, fraction)
+        for count in counts
+        for fraction in fraction_grid(config.select.search_step, count, pool.num_samples)
+    ]
+    held_out, coresets = _divide(config, pool, choose(pool, config.select, config.seed, budgets))
+    smallest = min(len(coreset.sample_ids) for coreset in coresets)
+    if not len(held_out.sample_ids) or smallest < 2:
+        raise ValueError(
+            f"select.hard_fraction=search: of {pool.num_samples} samples, {len(held_out.sample_ids)} are held out, and "
+            f"the smallest coreset has {smallest} of the others; needed are at least 1 and 2: give a number, auto, or "
+            "another select.search_holdout"
+        )
+    test = ray.put(_load(config, run_dir, held_out))
+    folder = run_dir.path("select", "search", _identity(config, run_dir))
+    device = resolve_device(config.train.device, "train.device")
+    tasks = [
+        (config, run_dir, f"{folder}/{budget.num_kept}-{budget.hard_fraction:.6g}.json", coreset, [test], device)
+        for budget, coreset in zip(budgets, coresets, strict=True)
+    ]
+    accuracies = np.zeros(len(tasks))
+    num_gpus = 1 if device == "cuda" else 0
+    with Progress("select", len(tasks), "trainings to find the hard fraction") as progress:
+        for position, figures in run_tasks(_train, tasks, num_gpus_each=num_gpus):
+            accuracies[position] = figures["accuracy"]
+            progress.advance(1)
+    trials: dict[int, list[dict[str, float]]] = {count: [] for count in counts}
+    for budget, accuracy in zip(budgets, accuracies.tolist(), strict=True):
+        trials[budget.num_kept].append({"hard_fraction": budget.hard_fraction, "accuracy": accuracy})
+    return [(_best(own), {"held_out": len(held_out.sample_ids), "trials": own}) for own in trials.values()]
+
+
+def _best(trials: Sequence[Mapping[str, float]]) -> float:
+    return max(trials, key=lambda trial: (trial["accuracy"], -trial["hard_fraction"]))["hard_fraction"]
+
+
+def _divide(config: Config, pool: ScoredPool, selections: Sequence[Selection]) -> tuple[_Samples, list[_Samples]]:
+    """The samples held out, and those of each selection that are not, by ascending id."""
+    share = min(config.select.search_holdout, MAX_HELD_OUT / pool.num_samples)
+    found = sorted(pool.map_shares(_divide_files, tuple(selections), share, config.seed), key=lambda own: own[0])
+    columns = zip(*(samples for _, samples in found), strict=True)
+    held_out, *coresets = (_Samples(*map(np.concatenate, zip(*pieces, strict=True))) for pieces in columns)
+    return held_out, coresets
+
+
+def _divide_files(
+    pool: ScoredPool, files: Sequence[str], selections: Sequence[Selection], share: float, seed: int
+) -> tuple[str, list[_Samples]]:
+    """What some files hold: their first name, and the samples held out, then those of each selection that are not."""
+    pieces: list[list[_Samples]] = [[] for _ in range(len(selections) + 1)]
+    for path in files:
+        rows = pool.read(path)
+        labels = rows.column(schema.PSEUDO_LABEL)
+        is_held_out = hash_uniform(seed, _HELD_OUT_STREAM, rows.sample_ids) < share
+        masks = [is_held_out, *(selection.mask(pool, rows) & ~is_held_out for selection in selections)]
+        for own, mask in zip(pieces, masks, strict=True):
+            own.append(_Samples(rows.sample_ids[mask], labels[mask]))
+    return files[0], [_Samples(*map(np.concatenate, zip(*own, strict=True))) for own in pieces]
+
+
+def _identity(config: Config, run_dir: RunDir) -> str:
+    """A hash of all that decides an accuracy, but the budget and the hard fraction."""
+    select = deciding_keys(config.select)
+    keys = {f"select.{key}": select[key] for key in select if key not in ("hard_fraction", "search_step")}
+    keys |= {f"train.{key}": value for key, value in deciding_keys(config.train).items()}
+    inputs = {stage: run_dir.identity(stage) for stage in ("cluster", "train")}
+    return Marker("search", {"seed": config.seed, **keys}, inputs, {}).identity
+
+
+def _load(config: Config, run_dir: RunDir, samples: _Samples) -> LabelledImages:
+    size = config.train.image_size or config.embed.proxy_image_size
+    images = load_proxy_images(run_dir, samples.sample_ids, size)
+    return LabelledImages(images, samples.pseudo_labels, samples.sample_ids)
+
+
+def _train(
+    config: Config, run_dir: RunDir, path: str, coreset: _Samples, test: list[ray.ObjectRef], device: str
+) -> dict[str, float]:
+    """Train on a coreset with its pseudo-labels and test; what an earlier try has left is not repeated."""
+    torch.set_num_threads(1)
+    train, num_classes = config.train, int(run_dir.figures("cluster")["num_clusters"])
+    settings = training_settings(
+        train,
+        network=train.network,
+        iterations=config.select.search_iterations,
+        batch_size=train.batch_size,
+        lr=scaled_lr(train),
+        num_tests=1,
+        precision=resolve_precision(train.precision, torch.device(device)),
+    )
+
+    def compute() -> dict[str, float]:
+        images = _load(config, run_dir, coreset)
+        accuracies = train_and_test(images, ray.get(test[0]), num_classes, settings, seed=config.seed, device=device)
+        return {"accuracy": accuracies[-1]}
+
+    return kept_or_computed(path, compute)

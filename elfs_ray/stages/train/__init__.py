@@ -1,0 +1,1 @@
+"""train: train the proxy network on pseudo-labels and record its dynamics."""

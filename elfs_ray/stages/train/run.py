@@ -1,0 +1,116 @@
+"""train: a proxy network learns the pseudo-labels; what it makes of every sample in every epoch is recorded.
+
+Reads   clusters/pseudo_labels, proxy_images/ (embeddings/ for train.network=linear)
+Writes  dynamics/epoch=NNN/ (one file a worker), train/history/ (one file an epoch), train/checkpoints/,
+        train/reading.txt (how images are read, chosen once, where any are)
+
+Ray Train runs the workers (worker_group.py, worker.py), DDP (gloo or NCCL) joins them. An epoch's records are
+written before its checkpoint is reported, so a checkpoint means that its epoch's are on disk; an epoch that is trained
+again overwrites its files. Every random choice is a function of the seed, the epoch and the sample, so a resumed run
+equals an undisturbed one of as many workers.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from elfs_ray.config import LINEAR, Config, proxy_workers, worker_range
+from elfs_ray.runtime.cluster import num_cpus, num_gpus, remote_progress, resolve_device
+from elfs_ray.runtime.progress import Progress
+from elfs_ray.stages.train.worker import RANKING, WorkerJob, train_worker
+from elfs_ray.stages.training.checkpoints import CHECKPOINTS_DIR
+from elfs_ray.stages.training.epoch_log import read_metrics
+from elfs_ray.stages.training.reader import choose_reading, load_embeddings
+from elfs_ray.stages.training.streamed_reader import load_data
+from elfs_ray.stages.training.worker_group import WorkerGroup, run_workers
+from elfs_ray.storage import filesystem, schema
+from elfs_ray.storage.run_dir import RunDir
+
+FROM_EMBEDDINGS = "embeddings"  # in place of how images are read
+FOOTER_THREADS = 32
+
+
+def run_train(config: Config, run_dir: RunDir) -> dict[str, Any]:
+    """Train the proxy network. Returns rows an epoch, epochs, workers, how images were read, and every epoch's metrics.
+
+    Raises RuntimeError with the workers' message when training gives up, at once where a retry would end the same way:
+    a loss that is not finite, a proxy image that cannot be decoded. And where records of a finished epoch are gone.
+    """
+    device = resolve_device(config.train.device, "train.device")
+    limits = worker_range(proxy_workers(config.train), "train.num_workers") or (
+        (num_gpus(),) * 2 if device == "cuda" else (1, 1)
+    )
+    num_samples = int(run_dir.figures("cluster")["rows"])
+    reading = FROM_EMBEDDINGS if config.train.network == LINEAR else _choose_reading(config, run_dir, num_samples)
+    one_cpu = device == "cuda" and reading != "streamed"
+    cpus = config.train.cpus_per_worker or (1 if one_cpu else max(1, num_cpus() // limits[1]))
+    if reading == FROM_EMBEDDINGS:
+        data = load_embeddings(run_dir)
+    else:
+        data = load_data(run_dir, reading, config.embed.proxy_image_size)
+
+    total = num_samples * config.train.epochs
+    with Progress("train", total, "images") as progress, remote_progress(progress) as board:
+        job = WorkerJob(
+            config=config.train,
+            seed=config.seed,
+            num_classes=int(run_dir.figures("cluster")["num_clusters"]),
+            proxy_size=config.embed.proxy_image_size,
+            run_dir=run_dir,
+            data=data,
+            board=board,
+            num_decoders=cpus,
+        )
+        group = WorkerGroup(
+            *(run_dir.path("train"), CHECKPOINTS_DIR, limits, cpus, device == "cuda"),
+            *(config.train.max_failures, config.train.memory_gib),
+        )
+        run_workers(group, train_worker, job)
+    history = _finished_history(config, run_dir)
+    _check_records(run_dir, num_samples, len(history))
+    return {
+        "rows": num_samples,
+        "epochs": len(history),
+        "workers": history[-1]["workers"],
+        "reading": reading,
+        "history": history,
+    }
+
+
+def _choose_reading(config: Config, run_dir: RunDir, num_samples: int) -> str:
+    train = config.train
+    return choose_reading(
+        run_dir,
+        "train",
+        train.reading,
+        num_samples,
+        config.embed.proxy_image_size,
+        needs_whole_images=train.augmentation == "resized_crop_flip",
+    )
+
+
+def _finished_history(config: Config, run_dir: RunDir) -> list[dict[str, float]]:
+    """The metrics of each epoch, up to the one that settled the ranking where training stopped at that.
+
+    What a group that was ended had of epochs after it is removed.
+    """
+    threshold = config.train.early_stop_dynamics or 1.0
+    history: list[dict[str, float]] = []
+    while len(history) < config.train.epochs and (not history or history[-1].get(RANKING, 0.0) <= threshold):
+        history.append(read_metrics(run_dir, "train", len(history)))
+    for epoch in range(len(history), config.train.epochs):
+        filesystem.delete(run_dir.path(schema.DYNAMICS, schema.epoch_dir(epoch)))
+    return history
+
+
+def _check_records(run_dir: RunDir, num_samples: int, num_epochs: int) -> None:
+    """Every epoch has as many records as there are samples: a checkpoint says so, files that were deleted do not."""
+    epochs = [run_dir.table_files(schema.DYNAMICS, schema.epoch_dir(epoch)) for epoch in range(num_epochs)]
+    with ThreadPoolExecutor(FOOTER_THREADS) as threads:
+        counts = [sum(threads.map(filesystem.num_rows, paths)) for paths in epochs]
+    for epoch, count in enumerate(counts):
+        if count != num_samples:
+            raise RuntimeError(
+                f"{run_dir.path(schema.DYNAMICS, schema.epoch_dir(epoch))} has {count} records of {num_samples} "
+                f"samples, and training is past that epoch: delete {run_dir.path('train')} and "
+                f"{run_dir.path(schema.DYNAMICS)}, then run again"
+            )

@@ -1,0 +1,58 @@
+"""Trainings from scratch on some samples of the pool: what evaluate and select's search share."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from elfs_ray.config import TrainConfig
+from elfs_ray.methods.numeric.precision import Precision
+from elfs_ray.methods.training.from_scratch import EvaluationSettings
+from elfs_ray.pool.images import decode_proxy_image
+from elfs_ray.storage import filesystem, schema
+from elfs_ray.storage.run_dir import RunDir
+
+
+def training_settings(
+    train: TrainConfig,
+    *,
+    network: str,
+    iterations: int,
+    batch_size: int,
+    lr: float,
+    num_tests: int = 10,
+    precision: Precision = "fp32",
+) -> EvaluationSettings:
+    """Settings of a training from scratch; what is not given is as the proxy was trained."""
+    return EvaluationSettings(
+        network=network,
+        iterations=iterations,
+        batch_size=batch_size,
+        lr=lr,
+        min_lr=min(train.min_lr, lr),
+        momentum=train.momentum,
+        weight_decay=train.weight_decay,
+        nesterov=train.nesterov,
+        crop_padding=train.crop_padding,
+        flip=train.augmentation in ("crop_flip", "resized_crop_flip"),
+        mean=train.mean,
+        std=train.std,
+        num_tests=num_tests,
+        precision=precision,
+    )
+
+
+def load_proxy_images(run_dir: RunDir, sample_ids: np.ndarray, size: int) -> np.ndarray:
+    """The centre squares of samples' proxy images in the order given, decoded: (n, size, size, 3) uint8."""
+    data = run_dir.read_rows(schema.PROXY_IMAGES, sample_ids, [schema.IMAGE])[schema.IMAGE].to_pylist()
+    return np.stack([decode_proxy_image(image, size) for image in data])
+
+
+def kept_or_computed(path: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The figures in a JSON file that an earlier try has left, else what `compute` returns, which is left there."""
+    if filesystem.exists(path):
+        return json.loads(filesystem.read_bytes(path))
+    figures = compute()
+    filesystem.write_bytes(path, json.dumps(figures).encode())
+    return figures

@@ -1,0 +1,287 @@
+"""Training images streamed from proxy_images/: for pools larger than memory, on local disks or in an object store.
+
+A chunk is a row group of a Parquet file, about 1 MiB of encoded images as embed writes them, and the unit of reading.
+The training process works out an epoch's order (`streamed_order` in methods/training/dynamics.py) and hands each
+batch, in parts, to decoder processes of its own; a decoder reads the chunks of its part, ahead of need and each about
+once an epoch, decodes, and crops. Processes, because Python's share of decoding a small image is larger than
+Pillow's, and threads would take it from the training loop.
+
+Memory of a worker: 16 bytes a sample once a node, 8 for an epoch's order (41 while it is made); of its decoders:
+(64 lanes / all decoders + 1) · 6 chunks, and 4 parts of a batch each.
+"""
+
+import multiprocessing
+import warnings
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain, islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from elfs_ray.methods.training.dynamics import NUM_LANES, WINDOW_CHUNKS, BatchPlan, Step, streamed_order
+from elfs_ray.pool.images import decode_proxy_image, describe_bad_copy
+from elfs_ray.runtime.cluster import run_tasks
+from elfs_ray.stages.training.reader import (
+    Augmentation,
+    Batch,
+    InMemoryReader,
+    Reader,
+    TrainingPool,
+    load_images,
+    read_pool,
+    targets_on,
+)
+from elfs_ray.storage import filesystem, schema
+from elfs_ray.storage.run_dir import RunDir
+
+PARTS_AHEAD = 4  # decoded parts of batches that wait for the training process, a decoder
+READ_AHEAD = 8  # parts of batches, a decoder, whose chunks are being read
+READ_THREADS = 4
+MAX_OPEN_FOOTERS = 1024
+PoolOf = Callable[[RunDir, np.ndarray], tuple[TrainingPool, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class ChunkTable:
+    """Where each chunk is: file (k,) int32 among `paths`, its row group (k,) int32; sizes (k,) int64 in samples."""
+
+    paths: list[str]
+    files: np.ndarray
+    row_groups: np.ndarray
+    sizes: np.ndarray
+
+
+class _Part(NamedTuple):
+    """What a decoder makes of a batch: sample_ids, their chunks and the rows in these, each (m,); chunks to read."""
+
+    epoch: int
+    sample_ids: np.ndarray
+    chunks: np.ndarray
+    rows: np.ndarray
+    upcoming: np.ndarray
+
+
+def load_data(run_dir: RunDir, reading: str, proxy_size: int, pool_of: PoolOf = read_pool) -> list[ray.ObjectRef]:
+    """References to what `make_reader` takes: the pool, then decoded images or, for reading=streamed, the chunks.
+
+    pool_of: which samples there are, as `read_pool` gives them for the ids of all images.
+    """
+    if reading == "streamed":
+        pool, chunks = scan_chunks(run_dir, pool_of)
+        return [ray.put(pool), ray.put(chunks)]
+    image_ids, images = load_images(run_dir, proxy_size)
+    return [ray.put(pool_of(run_dir, image_ids)[0]), images]
+
+
+def make_reader(
+    pool: TrainingPool,
+    images: np.ndarray | ChunkTable,
+    augmenter: Augmentation,
+    plan: BatchPlan,
+    device: torch.device,
+    *,
+    proxy_size: int,
+    num_decoders: int,
+) -> Reader:
+    """The reader of what `load_data` or `load_embeddings` left in the object store: `images` may be embeddings."""
+    if isinstance(images, ChunkTable):
+        return StreamedReader(pool, images, augmenter, plan, device, proxy_size=proxy_size, num_decoders=num_decoders)
+    return InMemoryReader(pool, images, augmenter, plan, device)
+
+
+def scan_chunks(run_dir: RunDir, pool_of: PoolOf = read_pool) -> tuple[TrainingPool, ChunkTable]:
+    """The samples to train on and the chunks that have their images, from the files' footers and ids.
+
+    Driver memory: 40 bytes a sample. Raises ValueError for samples without an image.
+    """
+    paths = run_dir.table_files(schema.PROXY_IMAGES)
+    scanned: list[Any] = [None] * len(paths)
+    for position, result in run_tasks(_scan_file, [(path,) for path in paths]):
+        scanned[position] = result
+    num_groups = [len(sizes) for _, sizes in scanned]
+    pool, positions = pool_of(run_dir, np.concatenate([ids for ids, _ in scanned]))
+
+    starts = np.cumsum([0, *chain.from_iterable(sizes for _, sizes in scanned)])
+    chunks = np.searchsorted(starts, positions, side="right") - 1
+    sizes = np.bincount(chunks, minlength=len(starts) - 1)
+    used = np.flatnonzero(sizes)
+    files = np.repeat(np.arange(len(paths), dtype=np.int32), num_groups)
+    row_groups = np.concatenate([np.arange(count, dtype=np.int32) for count in num_groups])
+    rows = (positions - starts[chunks]).astype(np.int32)
+    table = ChunkTable(paths, files[used], row_groups[used], sizes[used])
+    return TrainingPool(pool.sample_ids, pool.targets, rows), table
+
+
+def _scan_file(path: str) -> tuple[np.ndarray, list[int]]:
+    """The ids in a file and the rows of each of its row groups."""
+    with filesystem.open_parquet(path) as file:
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+        return file.read([schema.SAMPLE_ID])[schema.SAMPLE_ID].to_numpy(), sizes
+
+
+class StreamedReader:
+    """Batches decoded by `num_decoders` processes beside the training process, `proxy_size` the images' short side.
+
+    Global batches are the same for any number of workers and decoders.
+    """
+
+    def __init__(
+        self,
+        pool: TrainingPool,
+        chunks: ChunkTable,
+        augmenter: Augmentation,
+        plan: BatchPlan,
+        device: torch.device,
+        *,
+        proxy_size: int,
+        num_decoders: int,
+    ):
+        self._pool, self._chunks, self._augmenter, self._plan = pool, chunks, augmenter, plan
+        self._device, self._num_decoders = device, num_decoders
+        self._chunk_starts = np.cumsum(chunks.sizes) - chunks.sizes
+        self._parts: Iterable[_Part] = ()
+        lanes = -(-NUM_LANES // (plan.world_size * num_decoders)) + 1
+        decoder = _Decoder(chunks, augmenter, proxy_size, max_chunks=lanes * (WINDOW_CHUNKS + 2))
+        self._loader = _make_loader(decoder, _PartsOfTheEpoch(self), num_decoders, pin_memory=device.type == "cuda")
+
+    def steps(self, epoch: int) -> Iterator[tuple[int, list[Batch]]]:
+        order = streamed_order(self._chunks.sizes, self._augmenter.seed, epoch, self._plan.global_batch)
+        self._parts = self._make_parts(order, epoch)
+        decoded = iter(self._loader)
+        for step in self._plan.steps():
+            yield step.num_real, [self._batch(order[m.positions], m.mask, decoded, epoch) for m in step.micro_batches]
+
+    def _batch(self, samples: np.ndarray, mask: np.ndarray, decoded: Iterator[torch.Tensor | str], epoch: int) -> Batch:
+        parts = []
+        for _ in range(self._num_decoders):
+            part = next(decoded)
+            if isinstance(part, str):
+                raise ValueError(part)
+            parts.append(part.to(self._device, non_blocking=True))
+        sample_ids = self._pool.sample_ids[samples]
+        images = self._augmenter.finish(torch.cat(parts), sample_ids, epoch)
+        return Batch(sample_ids, mask, images, targets_on(self._device, self._pool.targets[samples]))
+
+    def _make_parts(self, order: np.ndarray, epoch: int) -> Iterator[_Part]:
+        """Every micro-batch of the epoch in as many parts as there are decoders, each in turn."""
+        parts = self._split(order, self._plan.steps())
+        ahead = deque(islice(parts, READ_AHEAD * self._num_decoders))
+        while ahead:
+            samples, chunks = ahead.popleft()
+            upcoming = np.empty(0, np.int64)
+            following = next(parts, None)  # of the same decoder
+            if following is not None:
+                ahead.append(following)
+                upcoming = np.unique(following[1])
+            yield _Part(epoch, self._pool.sample_ids[samples], chunks, self._pool.rows[samples], upcoming)
+
+    def _split(self, order: np.ndarray, steps: Iterable[Step]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(samples, their chunks) of each part."""
+        for step in steps:
+            for micro_batch in step.micro_batches:
+                for samples in np.array_split(order[micro_batch.positions], self._num_decoders):
+                    yield samples, np.searchsorted(self._chunk_starts, samples, side="right") - 1
+
+
+class _PartsOfTheEpoch:
+    """What the loader asks for the parts of the epoch that its reader is in."""
+
+    def __init__(self, reader: StreamedReader):
+        self._reader = reader
+
+    def __iter__(self) -> Iterator[_Part]:
+        return iter(self._reader._parts)
+
+
+def _make_loader(decoder: "_Decoder", parts: Iterable[_Part], num_decoders: int, *, pin_memory: bool) -> DataLoader:
+    """torch's loader of parts, one each from every decoder in turn."""
+    # A fork of this process, which has threads of Ray, Arrow and torch, may hang; one of a fresh process does not.
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload([__name__])
+    with warnings.catch_warnings(action="ignore"):  # of more processes than CPUs: how many is for the config to say
+        return DataLoader(
+            decoder,
+            batch_size=None,
+            sampler=parts,
+            num_workers=num_decoders,
+            collate_fn=_as_it_is,
+            pin_memory=pin_memory,
+            prefetch_factor=PARTS_AHEAD,
+            persistent_workers=True,
+            multiprocessing_context=processes,
+        )
+
+
+def _as_it_is(part: Any) -> Any:
+    return part
+
+
+class _Decoder(Dataset):
+    """Lives in a decoder process: decodes and crops the images of a part, keeps the chunks that it goes on to need."""
+
+    def __init__(self, chunks: ChunkTable, augmenter: Augmentation, proxy_size: int, max_chunks: int):
+        self._chunks, self._augmenter, self._proxy_size = chunks, augmenter, proxy_size
+        self._max_chunks = max_chunks
+        self._read: OrderedDict[int, Future[pa.Array]] = OrderedDict()
+        self._threads: ThreadPoolExecutor | None = None
+
+    def __getitem__(self, part: _Part) -> torch.Tensor | str:
+        """(m, ..., size, size, 3) uint8, or what is wrong with an image."""
+        needed = self._request(np.unique(part.chunks))
+        self._request(part.upcoming)
+        while len(self._read) > max(self._max_chunks, len(needed) + len(part.upcoming)):
+            self._read.popitem(last=False)
+        images = []
+        for sample_id, chunk, row in zip(part.sample_ids, part.chunks.tolist(), part.rows.tolist(), strict=True):
+            encoded = needed[chunk].result()[row].as_py()
+            try:
+                images.append(self._decode(encoded, sample_id, part.epoch))
+            except Exception as error:
+                return describe_bad_copy(sample_id, self._chunks.paths[self._chunks.files[chunk]], error)
+        if not images:
+            none = torch.empty((0, self._proxy_size, self._proxy_size, 3), dtype=torch.uint8)
+            return self._augmenter.crop(none, part.sample_ids, part.epoch)
+        if self._augmenter.takes_whole_images:
+            return torch.cat(images)
+        return self._augmenter.crop(torch.cat(images), part.sample_ids, part.epoch)
+
+    def _decode(self, encoded: bytes, sample_id: int, epoch: int) -> torch.Tensor:
+        """What is cropped from the whole image, (1, ..., size, size, 3) uint8, or its centre square."""
+        if not self._augmenter.takes_whole_images:
+            return torch.from_numpy(decode_proxy_image(encoded, self._proxy_size)[None].copy())
+        whole = torch.from_numpy(decode_proxy_image(encoded)[None].copy())
+        return self._augmenter.crop(whole, np.array([sample_id]), epoch)
+
+    def _request(self, chunks: np.ndarray) -> "dict[int, Future[pa.Array]]":
+        """Have the chunks read that are not; they become the last to be dropped."""
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(READ_THREADS)
+        for chunk in chunks.tolist():
+            if chunk not in self._read:
+                path = self._chunks.paths[self._chunks.files[chunk]]
+                self._read[chunk] = self._threads.submit(_read_chunk, path, int(self._chunks.row_groups[chunk]))
+            self._read.move_to_end(chunk)
+        return {chunk: self._read[chunk] for chunk in chunks.tolist()}
+
+
+@lru_cache(maxsize=MAX_OPEN_FOOTERS)
+def _footer(path: str) -> pq.FileMetaData:
+    with filesystem.open_parquet(path) as file:
+        return file.metadata
+
+
+def _read_chunk(path: str, row_group: int) -> pa.Array:
+    """The encoded images of a chunk, (rows,) binary."""
+    filesystem_, inner = filesystem.resolve(path)
+    with pq.ParquetFile(inner, filesystem=filesystem_, metadata=_footer(path)) as file:
+        rows = file.read_row_group(row_group, columns=[schema.IMAGE], use_threads=False)
+    return rows[schema.IMAGE].combine_chunks()

@@ -1,0 +1,229 @@
+"""The files in cluster_configs/ are what Ray's launcher takes, and hold what their comments promise."""
+
+import copy
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from jsonschema import ValidationError, validate
+from ray._private.runtime_env.packaging import create_package
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from elfs_ray.version import __version__
+from tests.cluster_configs.kuberay_schema import RAY_JOB
+
+ROOT = Path(__file__).parents[2]
+CLUSTER_CONFIGS = ROOT / "cluster_configs"
+LAUNCHER_FILES = ("aws.yaml", "gcp.yaml")
+SPOT = {
+    "aws.yaml": lambda node: node["InstanceMarketOptions"]["MarketType"] == "spot",
+    "gcp.yaml": lambda node: node["scheduling"]["provisioningModel"] == "SPOT",
+}
+on_each_cloud = pytest.mark.parametrize("name", LAUNCHER_FILES)
+
+
+def load(name: str) -> dict[str, Any]:
+    return yaml.safe_load((CLUSTER_CONFIGS / name).read_text())
+
+
+def launched(name: str) -> dict[str, Any]:
+    """A launcher file as `ray up` sees it, with Ray's defaults filled in."""
+    return prepare_config(load(name))
+
+
+def pinned(package: str) -> str:
+    pin = re.search(rf"^{package}==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert pin is not None, package
+    return pin[1]
+
+
+@pytest.fixture(scope="module")
+def ray_job() -> dict[str, Any]:
+    return load("kuberay-rayjob.yaml")
+
+
+@pytest.fixture(scope="module")
+def ray_cluster_spec(ray_job: dict[str, Any]) -> dict[str, Any]:
+    return ray_job["spec"]["rayClusterSpec"]
+
+
+def containers(ray_cluster_spec: dict[str, Any]) -> list[dict[str, Any]]:
+    groups = [ray_cluster_spec["headGroupSpec"], *ray_cluster_spec["workerGroupSpecs"]]
+    return [container for group in groups for container in group["template"]["spec"]["containers"]]
+
+
+@on_each_cloud
+def test_rays_own_validation_accepts_the_launcher_file(name: str):
+    validate_config(launched(name))
+
+
+@on_each_cloud
+def test_rays_own_validation_refuses_the_launcher_file_with_a_misspelt_key(name: str):
+    config = copy.deepcopy(launched(name))
+    config["idle_timeout_minute"] = config.pop("idle_timeout_minutes")
+    with pytest.raises(ValidationError, match="idle_timeout_minute"):
+        validate_config(config)
+
+
+@on_each_cloud
+def test_no_task_runs_on_the_launchers_head(name: str):
+    config = launched(name)
+    assert config["available_node_types"][config["head_node_type"]]["resources"] == {"CPU": 0, "GPU": 0}
+    assert "--num-cpus=0" in config["head_start_ray_commands"][-1]
+
+
+@on_each_cloud
+def test_the_launchers_workers_are_spot_nodes_with_gpus_and_spot_nodes_with_cpus_alone(name: str):
+    config = launched(name)
+    workers = {key: node for key, node in config["available_node_types"].items() if key != config["head_node_type"]}
+    assert all(SPOT[name](node["node_config"]) for node in workers.values())
+    assert sorted(node["resources"]["GPU"] > 0 for node in workers.values()) == [False, True]
+    for node in workers.values():
+        run_options = node.get("docker", {}).get("worker_run_options", [])
+        assert ("--gpus all" in run_options) == (node["resources"]["GPU"] > 0)
+
+
+@on_each_cloud
+def test_a_launcher_cluster_gives_back_idle_nodes_and_stops_none(name: str):
+    config = launched(name)
+    assert 0 < config["idle_timeout_minutes"] <= 10
+    assert config["provider"]["cache_stopped_nodes"] is False
+    workers = [node for key, node in config["available_node_types"].items() if key != config["head_node_type"]]
+    assert all(node["min_workers"] == 0 for node in workers)
+    assert config["max_workers"] == sum(node["max_workers"] for node in config["available_node_types"].values())
+
+
+@on_each_cloud
+def test_the_launchers_dashboard_listens_on_the_head_alone(name: str):
+    start = launched(name)["head_start_ray_commands"][-1]
+    assert re.findall(r"--dashboard-host=(\S+)", start) == ["127.0.0.1"]
+    assert "security_group" not in launched(name)["provider"]
+
+
+@on_each_cloud
+def test_every_launcher_node_has_the_token_and_asks_for_it(name: str):
+    config = launched(name)
+    assert "--env RAY_AUTH_MODE=token" in config["docker"]["run_options"]
+    assert config["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
+
+
+@on_each_cloud
+def test_launcher_nodes_install_nothing_when_they_start(name: str):
+    config = launched(name)
+    commands = [*config["setup_commands"], *config["head_setup_commands"], *config["worker_setup_commands"]]
+    assert not [command for command in commands if "install" in command]
+
+
+def test_the_rayjob_is_what_kuberays_types_allow(ray_job: dict[str, Any]):
+    validate(ray_job, RAY_JOB)
+
+
+@pytest.mark.parametrize(
+    ("place", "key", "value"),
+    [
+        ("spec", "shutdownAfterJobFinish", True),
+        ("spec.rayClusterSpec", "authOption", {"mode": "token"}),
+        ("spec.rayClusterSpec.authOptions", "mode", "tokens"),
+        ("spec.rayClusterSpec.autoscalerOptions", "version", "2"),
+        ("spec.rayClusterSpec.headGroupSpec.rayStartParams", "num-cpus", 0),
+        ("spec.rayClusterSpec.workerGroupSpecs.0", "maxReplicas", "2"),
+        ("spec.rayClusterSpec.workerGroupSpecs.0.template.spec", "nodeSelectors", {}),
+        ("spec.rayClusterSpec.workerGroupSpecs.0.template.spec.containers.0.resources.limits", "memory", "160 GB"),
+    ],
+)
+def test_a_misspelt_key_or_a_value_of_another_type_in_the_rayjob_is_found(ray_job, place, key, value):
+    changed = copy.deepcopy(ray_job)
+    target: Any = changed
+    for part in place.split("."):
+        target = target[int(part) if part.isdecimal() else part]
+    target[key] = value
+    with pytest.raises(ValidationError):
+        validate(changed, RAY_JOB)
+
+
+def test_the_rayjob_scales_with_autoscaler_v2(ray_cluster_spec: dict[str, Any]):
+    assert ray_cluster_spec["enableInTreeAutoscaling"] is True
+    assert ray_cluster_spec["autoscalerOptions"]["version"] == "v2"
+    assert 0 < ray_cluster_spec["autoscalerOptions"]["idleTimeoutSeconds"] <= 600
+    for group in ray_cluster_spec["workerGroupSpecs"]:
+        assert 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+        # The second autoscaler takes a restarted container for a node that it does not know.
+        assert group["template"]["spec"]["restartPolicy"] == "Never"
+
+
+def test_no_task_runs_on_the_rayjobs_head(ray_cluster_spec: dict[str, Any]):
+    assert ray_cluster_spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+
+
+def test_the_rayjobs_workers_are_spot_pods_with_gpus_and_spot_pods_with_cpus_alone(ray_cluster_spec: dict[str, Any]):
+    pods = [group["template"]["spec"] for group in ray_cluster_spec["workerGroupSpecs"]]
+    assert all(pod["nodeSelector"] == {"cloud.google.com/gke-spot": "true"} for pod in pods)
+    assert sorted("nvidia.com/gpu" in pod["containers"][0]["resources"]["limits"] for pod in pods) == [False, True]
+
+
+def test_the_rayjob_asks_for_a_token_and_opens_no_port_to_the_world(ray_cluster_spec: dict[str, Any]):
+    assert ray_cluster_spec["authOptions"] == {"mode": "token"}
+    assert ray_cluster_spec["headGroupSpec"]["serviceType"] == "ClusterIP"
+    assert not ray_cluster_spec["headGroupSpec"].get("enableIngress")
+
+
+def test_the_rayjob_takes_its_cluster_down_and_tries_a_failed_job_again(ray_job: dict[str, Any]):
+    assert ray_job["spec"]["shutdownAfterJobFinishes"] is True
+    assert ray_job["spec"]["ttlSecondsAfterFinished"] > 0
+    assert ray_job["spec"]["backoffLimit"] > 0
+
+
+def test_the_rayjobs_gpus_come_for_a_stage_and_go_after_it(ray_job: dict[str, Any]):
+    (gpus,) = (
+        group["maxReplicas"] * int(limits["nvidia.com/gpu"])
+        for group in ray_job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+        if "nvidia.com/gpu" in (limits := group["template"]["spec"]["containers"][0]["resources"]["limits"])
+    )
+    asked = dict(word.split("=") for word in ray_job["spec"]["entrypoint"].split() if "=" in word)
+    for stage in ("embed", "cluster", "train"):
+        assert asked[f"{stage}.device"] == "cuda"
+        assert asked[f"{stage}.num_workers"].rpartition("-")[2] == str(gpus)
+    assert all(group["minReplicas"] == 0 for group in ray_job["spec"]["rayClusterSpec"]["workerGroupSpecs"])
+
+
+def test_the_rayjob_runs_a_job_that_the_image_holds_with_keys_that_exist(ray_job: dict[str, Any]):
+    from elfs_ray.config import load_config
+
+    python, option, module, *overrides = ray_job["spec"]["entrypoint"].split()
+    assert (python, option) == ("python", "-m")
+    assert load_config(ROOT / f"{module.replace('.', '/')}.yaml", overrides).pool.uri.startswith("gs://")
+
+
+def test_the_versions_are_those_of_the_constraints_file(ray_cluster_spec: dict[str, Any]):
+    dockerfile = (CLUSTER_CONFIGS / "Dockerfile").read_text()
+    assert re.findall(r"^FROM rayproject/ray:([\d.]+)-py311$", dockerfile, re.MULTILINE) == [pinned("ray")]
+    assert re.findall(r"faiss-gpu==([\d.]+)", dockerfile) == [pinned("faiss-cpu")]
+    assert ray_cluster_spec["rayVersion"] == pinned("ray")
+
+
+def test_every_file_names_the_image_of_this_version(ray_cluster_spec: dict[str, Any]):
+    images = [container["image"] for container in containers(ray_cluster_spec)]
+    images += [load(name)["docker"]["image"] for name in LAUNCHER_FILES]
+    assert {image.rpartition("/")[2] for image in images} == {f"elfs-ray:{__version__}"}
+
+
+@pytest.mark.parametrize("name", ["aws.yaml", "gcp.yaml", "kuberay-rayjob.yaml", "Dockerfile"])
+def test_every_file_says_at_its_top_what_to_edit(name: str):
+    lines = (CLUSTER_CONFIGS / name).read_text().splitlines()
+    comment = lines[: next(position for position, line in enumerate(lines) if not line.startswith("#"))]
+    assert any(line.startswith("# Edit") for line in comment)
+
+
+def test_a_submitted_working_directory_holds_the_jobs_and_no_runs(tmp_path: Path):
+    for folder in (".git", ".venv", "runs", "tests", "jobs", "elfs_ray/methods", "elfs_ray/__pycache__"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "file.py").write_text("")
+    (tmp_path / ".rayignore").write_text((ROOT / ".rayignore").read_text())
+    package = tmp_path / "package.zip"
+    create_package(str(tmp_path), package, include_gitignore=False)
+    with zipfile.ZipFile(package) as archive:
+        files = {name for name in archive.namelist() if name.endswith(".py")}
+    assert files == {"jobs/file.py", "elfs_ray/methods/file.py"}

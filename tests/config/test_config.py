@@ -1,0 +1,287 @@
+"""config: one clear message for every bad value, before any work."""
+
+import contextlib
+import operator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elfs_ray.config import (
+    Config,
+    ConfigError,
+    check_against_pool,
+    deciding_keys,
+    describe_keys,
+    fields_of,
+    load_config,
+    load_keys,
+)
+from elfs_ray.evaluation.keys import ComparisonConfig
+from elfs_ray.pipeline.plan import check_counted, plan_stage
+from elfs_ray.pipeline.stages import STAGES
+from elfs_ray.storage.run_dir import Marker, RunDir
+
+REQUIRED = ["run_dir=/run", "pool.uri=/pool", "budget=0.1", "cluster.num_clusters=10", "select.hard_fraction=0.3"]
+
+SELF_SUPERVISED = "embed.encoder=self_supervised"
+
+
+def message_of(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [*REQUIRED, *overrides])
+    return str(caught.value)
+
+
+def test_overrides_win_over_the_yaml_file_and_the_file_over_defaults(tmp_path):
+    yaml = tmp_path / "job.yaml"
+    yaml.write_text("train: {epochs: 7, lr: 0.5}\nbudget: 0.2\n")
+    config = load_config(yaml, [*REQUIRED, "train.lr=0.25"])
+    assert (config.train.epochs, config.train.lr, config.train.momentum) == (7, 0.25, 0.9)
+
+
+@pytest.mark.parametrize(
+    "typed", ["2024_01_15", "007", "1e3", "on", "0x10", "1:30", "a: b", "[1]", "#2", "*", "'x'", " x"]
+)
+def test_a_text_is_taken_as_it_is_typed(tmp_path, typed):
+    config = load_config(None, [*REQUIRED, f"run_dir={typed}", f"pool.label={typed}"])
+    assert (config.run_dir, config.pool.label) == (typed, typed)
+    if typed[0] not in "[#*' " and ": " not in typed:  # what YAML takes for a text or a number, without quotes
+        (tmp_path / "job.yaml").write_text(f"run_dir: {typed}\npool: {{label: {typed}, uri: x}}\n")
+        for config in (
+            load_config(tmp_path / "job.yaml", REQUIRED[2:]),
+            load_config(None, [*REQUIRED, f"run_dir={typed}", f"pool={{label: {typed}}}"]),
+        ):
+            assert (config.run_dir, config.pool.label) == (typed, typed)
+
+
+def test_only_null_is_no_text(tmp_path):
+    (tmp_path / "job.yaml").write_text("pool: {label: null}\n")
+    for config in (
+        load_config(None, [*REQUIRED, "pool.label=x", "pool.label=null"]),
+        load_config(tmp_path / "job.yaml", REQUIRED),
+    ):
+        assert config.pool.label is None
+    assert "bad value for run_dir" in message_of("run_dir=null")
+
+
+def test_texts_in_a_list_are_taken_as_they_are_typed():
+    config = load_keys(ComparisonConfig, overrides=["runs=[007,2024_01_15,~/x]", "out=no", "test_uri=~/test"])
+    assert config.runs == ["007", "2024_01_15", str(Path.home() / "x")]
+    assert (config.out, config.test_uri) == ("no", str(Path.home() / "test"))
+
+
+def test_the_home_directory_may_be_written_as_the_shell_does(tmp_path):
+    keys = [key for key, spec in fields_of(Config) if spec.metadata["is_path"]]
+    assert {"run_dir", "pool.uri", "embed.weights", "evaluate.test_uri", "cluster.labels_uri"} == set(keys)
+    config = load_config(None, [*REQUIRED, *(f"{key}=~/a/b" for key in keys)])
+    assert {operator.attrgetter(key)(config) for key in keys} == {str(Path.home() / "a" / "b")}
+    assert load_config(None, [*REQUIRED, "pool.uri=s3://b/~/x"]).pool.uri == "s3://b/~/x"
+
+
+def test_an_unknown_key_is_named_with_the_closest_known_ones():
+    assert "no key named 'train.epoch'; did you mean train.epochs" in message_of("train.epoch=3")
+    assert "no key named 'trian'" in message_of("trian.lr=3")
+
+
+def test_missing_keys_are_all_named_at_once():
+    with pytest.raises(ConfigError, match=r"budget, cluster\.num_clusters, pool\.uri, run_dir, select\.hard_fraction"):
+        load_config()
+
+
+@pytest.mark.parametrize(
+    ("override", "needed"),
+    [
+        ("train.lr=-1", "needed is a number > 0"),
+        ("train.lr=fast", "could not be converted to Float"),
+        ("train.epochs=1.5", "could not be converted to Integer"),
+        ("train.momentum=1", "needed is a number >= 0 and < 1"),
+        ("train.augmentation=cutout", "needed is one of crop_flip, crop, resized_crop_flip, none"),
+        ("train.mean=[1,2]", "needed are 3 numbers"),
+        ("train.std=[1,1,0]", "needed are numbers > 0"),
+        ("train.min_lr=1", "is above the learning rate"),
+        ("train.image_size=64", "is above embed.proxy_image_size=32"),
+        ("cluster.temi.batch_size=100 cluster.temi.num_workers=3", "give a multiple of 3"),
+        ("budget=0", "needed is a number > 0"),
+        ("budget=-3", "needed is a number > 0"),
+        ("budget=nan", "bad value for budget"),
+        ("select.hard_fraction=-0.1", "needed is a number >= 0 and < 1"),
+        ("select.hard_fraction=best", "needed is a number >= 0 and < 1 or one of auto, search"),
+        ("select.hard_fraction=[0.1,auto] budget=[0.1,0.2,0.3]", "has 2 values for 3 budgets"),
+        ("select.search_step=0", "needed is a number > 0"),
+        ("cluster.num_clusters=1", "needed is a number >= 2"),
+        ("embed.encoder=", "embed.encoder"),
+        ("until=nothing", "needed is one of index, copy, pretrain, embed"),
+        ("train.network=linear train.reading=streamed", "reads no images"),
+        ("train.network=linear select.hard_fraction=search", "linear sees embeddings: give auto or a number"),
+        ("train.momentum=0", "train.nesterov=true, which needs momentum: give train.nesterov=false"),
+        ("pretrain.momentum=0", "needed is a number > 0 and < 1"),
+        ("cluster.method=temi cluster.num_neighbors=0", "learns from neighbours: give a number, or null for 50"),
+        ("cluster.num_clusters=65537 select.balance=true", "needed are 65,536 at most, or select.balance=false"),
+        (f"{SELF_SUPERVISED} pretrain.epochs=3 pretrain.warmup_epochs=3", "needed are fewer than 3 epochs"),
+        (f"{SELF_SUPERVISED} pretrain.warmup_epochs=400", "needed are fewer than 400 epochs"),
+        (f"{SELF_SUPERVISED} pretrain.profile=cpu pretrain.warmup_epochs=16", "needed are fewer than 16 epochs"),
+        ("train=3", "bad value"),
+        ("pool=null", "bad value"),
+        ("budget", "write key=value"),
+        ("=3", "write key=value"),
+    ],
+)
+def test_a_bad_value_is_refused_with_what_is_needed(override, needed):
+    assert needed in message_of(*override.split(" "))
+
+
+def test_a_config_file_that_is_not_there_or_holds_no_keys_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_config(tmp_path / "none.yaml", REQUIRED)
+    (tmp_path / "list.yaml").write_text("- 1\n- 2\n")
+    with pytest.raises(ConfigError, match="holds a list"):
+        load_config(tmp_path / "list.yaml", REQUIRED)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "train.momentum=0 train.nesterov=false",
+        "cluster.method=temi",
+        "cluster.num_clusters=65536 select.balance=true",
+        f"{SELF_SUPERVISED} pretrain.epochs=0 pretrain.warmup_epochs=5",
+        f"{SELF_SUPERVISED} pretrain.epochs=3",
+        "pretrain.epochs=3 pretrain.warmup_epochs=3",  # of no pretraining
+    ],
+)
+def test_what_looks_like_it_and_can_run_is_not_refused(given):
+    load_config(None, [*REQUIRED, *given.split(" ")])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "num_samples", "needed"),
+    [
+        ([], 0, "holds no images"),
+        (["budget=1", "cluster.num_clusters=2"], 1, "holds one image: needed are at least 2"),
+        (["cluster.num_clusters=11"], 10, "more than the pool's 10 samples"),
+        (["budget=101"], 100, "budget"),
+        (["budget=0.001"], 100, "rounds down to no sample"),
+        (["budget=0.9", "select.hard_fraction=0.2"], 100, "hard_fraction"),
+        (["budget=95", "select.hard_fraction=0.06"], 100, "hard_fraction"),
+    ],
+)
+def test_what_does_not_fit_the_pool_is_refused_once_its_size_is_known(overrides, num_samples, needed):
+    config = load_config(None, [*REQUIRED, *overrides])
+    with pytest.raises(ConfigError, match=needed):
+        check_against_pool(config, num_samples)
+
+
+def test_clusters_of_a_file_are_counted_before_a_selection_has_to_balance_over_them(tmp_path):
+    config = load_config(None, [*REQUIRED, "cluster.method=file", "cluster.labels_uri=/x", "select.balance=true"])
+    for num_clusters in (65536, 65537):
+        RunDir(tmp_path).mark_complete(Marker("cluster", {}, {}, {"num_clusters": num_clusters}))
+        refused = pytest.raises(ConfigError, match=r"select\.balance=true over 65,537 clusters")
+        with refused if num_clusters > 65536 else contextlib.nullcontext():
+            check_counted(config, RunDir(tmp_path), "cluster")
+
+
+def test_beta_may_be_zero_or_all_that_is_pruned():
+    for beta in ("0", "0.9"):
+        check_against_pool(load_config(None, [*REQUIRED, f"select.hard_fraction={beta}"]), 1003)
+
+
+def test_a_hard_fraction_may_be_a_word_alone_or_among_numbers_for_the_methods_that_have_one():
+    for words, expected in (("auto", ["auto"] * 3), ("[search,0.2,auto]", ["search", 0.2, "auto"])):
+        asked = [*REQUIRED, "budget=[0.1,0.3,0.5]", f"select.hard_fraction={words}"]
+        config = load_config(None, asked)
+        assert config.hard_fractions == expected
+        check_against_pool(config, 1003)
+        assert load_config(None, [*asked, "select.method=random"]).hard_fractions == [0.0] * 3
+
+
+def test_numbers_of_workers_do_not_decide_a_result_and_science_does():
+    keys = deciding_keys(load_config(None, REQUIRED).train)
+    assert "num_workers" not in keys and "device" not in keys
+    assert {"epochs", "lr", "network", "augmentation"} <= set(keys)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "searches"),
+    [
+        ([], False),
+        (["select.hard_fraction=auto"], False),
+        (["select.hard_fraction=search"], True),
+        (["select.hard_fraction=search", "select.method=random"], False),
+        (["budget=[0.1,0.2]", "select.hard_fraction=[0.2,search]"], True),
+    ],
+)
+def test_the_keys_of_search_decide_only_where_something_is_searched(overrides, searches):
+    keys = deciding_keys(load_config(None, [*REQUIRED, *overrides]).select)
+    assert {"search_step" in keys, "search_iterations" in keys, "search_holdout" in keys} == {searches}
+    assert {"hard_fraction", "method", "score", "balance"} <= set(keys)
+
+
+@pytest.mark.parametrize(("hard_fraction", "action"), [("0.3", "done"), ("search", "rerun")])
+def test_a_changed_key_of_search_is_refused_only_where_something_is_searched(tmp_path, hard_fraction, action):
+    run_dir, (stage,) = RunDir(tmp_path), (stage for stage in STAGES if stage.name == "select")
+    identities = dict.fromkeys(stage.inputs, "an identity")
+    asked = [*REQUIRED, f"select.hard_fraction={hard_fraction}"]
+    before, after = (load_config(None, [*asked, f"select.search_iterations={steps}"]) for steps in (5, 6))
+    run_dir.mark_complete(Marker("select", stage.deciding_config(before), identities, {}))
+    assert plan_stage(stage, before, run_dir, identities).action == "done"
+    assert plan_stage(stage, after, run_dir, identities).action == action
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "action", "told"),
+    [
+        ("select.hard_fraction=0", "select.hard_fraction=0.0", "done", ()),
+        (
+            *("budget=[0.1,1] select.hard_fraction=[0,0.5]", "budget=[0.1,1] select.hard_fraction=[0.0,0.5]"),
+            *("done", ()),
+        ),
+        ("budget=1", "budget=1.0", "rerun", ("budget: 1 there, 1.0 now",)),
+        ("seed=0", "seed=1", "rerun", ("seed: 0 there, 1 now",)),
+    ],
+)
+def test_what_means_the_same_is_done_and_every_difference_is_shown(tmp_path, before, after, action, told):
+    run_dir, (stage,) = RunDir(tmp_path), (stage for stage in STAGES if stage.name == "select")
+    identities = dict.fromkeys(stage.inputs, "an identity")
+    config, changed = (load_config(None, [*REQUIRED, *given.split(" ")]) for given in (before, after))
+    run_dir.mark_complete(Marker("select", stage.deciding_config(config), identities, {}))
+    planned = plan_stage(stage, changed, run_dir, identities)
+    assert (planned.action, planned.differences) == (action, told)
+
+
+def test_a_difference_in_a_key_of_no_value_or_in_the_inputs_alone_is_shown(tmp_path):
+    run_dir, (stage,) = RunDir(tmp_path), (stage for stage in STAGES if stage.name == "select")
+    config, identities = load_config(None, REQUIRED), dict.fromkeys(stage.inputs, "an identity")
+    keys = stage.deciding_config(config)
+    for found, inputs, told in (
+        ({**keys, "select.gone": None}, identities, "select.gone: null there, none now"),
+        (keys, {**identities, "copy": "another"}, "made from another copy"),
+    ):
+        run_dir.mark_complete(Marker("select", found, inputs, {}))
+        assert plan_stage(stage, config, run_dir, identities).differences == (told,)
+
+
+def test_every_key_is_described_with_its_default_and_meaning():
+    described = {key: (default, meaning) for key, default, meaning in describe_keys()}
+    assert described["train.epochs"][0] == "200 epochs"
+    assert described["run_dir"][0] == "required"
+    assert all(meaning for _, meaning in described.values())
+
+
+KEYS = [key for key, _, _ in describe_keys()]
+VALUES = st.one_of(
+    st.integers(-(10**20), 10**20).map(str),
+    st.floats().map(str),
+    st.sampled_from(["", "null", "true", "[]", "{}", "[1,2]", "{a: 1}", "'x'", "a b", "\x00", "é", "~", "1e400"]),
+    st.text(max_size=20),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(key=st.sampled_from(KEYS) | st.text(max_size=15), value=VALUES)
+def test_whatever_is_typed_gives_a_config_or_one_config_error(key, value):
+    try:
+        load_config(None, [*REQUIRED, f"{key}={value}"])
+    except ConfigError as error:
+        assert str(error)

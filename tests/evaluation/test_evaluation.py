@@ -1,0 +1,322 @@
+"""Evaluations of finished runs: what is selected, what sees labels and test images, what is kept, what is reported."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from sklearn.neighbors import NearestNeighbors
+
+from elfs_ray.config import ConfigError, deciding_keys
+from elfs_ray.evaluation import run as comparison
+from elfs_ray.evaluation.badge import BadgeJob, buy_labels, round_ends
+from elfs_ray.evaluation.chart import draw_chart
+from elfs_ray.evaluation.data import TrueLabels, read_labels
+from elfs_ray.evaluation.plan import describe, load, make_plan
+from elfs_ray.evaluation.published import PUBLISHED
+from elfs_ray.evaluation.report import Line, to_markdown
+from elfs_ray.evaluation.trials import TrialPlace
+from elfs_ray.methods.selection import pruning
+from elfs_ray.stages.select import run as select
+from elfs_ray.storage import filesystem, schema
+from elfs_ray.storage.run_dir import Marker, RunDir
+from tests import selections
+from tests.tables import contents, digit_images, digits_config, png, write_trained
+
+JOB = Path(__file__).parent.parent.parent / "jobs" / "evaluate.py"
+NUM_POOL, NUM_TEST = 1003, 200
+METHODS = "random,prototypicality,d2,aum_hardest,elfs,elfs_auto,elfs+score=el2n+balance=true,dual,badge,full"
+
+
+@pytest.fixture(scope="module")
+def finished(ray_cluster, tmp_path_factory) -> Path:
+    """A folder with a complete run of 1,003 labelled digits, `run`, and 200 others to test on, `test.parquet`."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_run(folder / "run", digit_images(NUM_POOL)[1])
+    images, labels = digit_images(NUM_POOL + NUM_TEST)
+    write_test(folder / "test.parquet", images[NUM_POOL:], labels[NUM_POOL:])
+    return folder
+
+
+def write_run(folder: Path, labels: np.ndarray) -> None:
+    run_dir, config = RunDir(folder), digits_config(folder, "pool.label=label", "budget=[0.1,0.3]")
+    ids = write_trained(run_dir)["sample_id"]
+    (path,) = run_dir.table_files(schema.INDEX)
+    rows = filesystem.read_table(path)
+    filesystem.write_table(path, rows.set_column(2, rows.schema.field(2), pa.array(labels, pa.int32())))
+    write_neighbors(run_dir, ids)
+    keys = {f"pool.{key}": value for key, value in deciding_keys(config.pool).items()}
+    run_dir.mark_complete(Marker("index", keys, {}, {"rows": NUM_POOL, "label_names": []}))
+    for stage in ("embed", "train"):
+        keys = {f"{stage}.{key}": value for key, value in deciding_keys(getattr(config, stage)).items()}
+        run_dir.mark_complete(Marker(stage, keys, {}, run_dir.figures(stage)))
+    figures = select.run_select(config, run_dir)
+    keys = {f"select.{key}": value for key, value in deciding_keys(config.select).items()}
+    run_dir.mark_complete(Marker("select", {"seed": 0, "budget": [0.1, 0.3], **keys}, {}, figures))
+
+
+def write_neighbors(run_dir: RunDir, ids: np.ndarray) -> None:
+    vectors = np.concatenate([schema.matrix_of(rows, "embedding") for rows in run_dir.read_table("embeddings")])
+    found = NearestNeighbors(n_neighbors=11, metric="cosine").fit(vectors.astype(np.float64))
+    distances, places = found.kneighbors(vectors.astype(np.float64))
+    columns = [pa.array(ids), schema.matrix_column(ids[places[:, 1:]])]
+    columns.append(schema.matrix_column((1 - distances[:, 1:]).astype(np.float32)))
+    table = pa.table(columns, schema=schema.neighbors_schema(10))
+    filesystem.write_table(run_dir.path(schema.NEIGHBORS, schema.range_file(0, NUM_POOL - 1)), table)
+
+
+def write_test(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    columns = {"image": [png(image) for image in images], "label": labels.astype(np.int32)}
+    pq.write_table(pa.table(columns), path)
+
+
+def keys(folder: Path, out: Path, *others: str) -> list[str]:
+    return [
+        *(f"runs=[{folder / 'run'}]", f"out={out}", f"test_uri={folder / 'test.parquet'}", "ray_address=local"),
+        *("budgets=[0.1,0.3]", "seeds=2", "network=small_cnn", "lr=0.05", "iterations=12", "batch_size=32"),
+        *("num_tests=3", "badge.rounds=2", f"methods=[{METHODS}]", *others),
+    ]
+
+
+@pytest.fixture(scope="module")
+def judged(finished, tmp_path_factory) -> tuple[Path, list[Line]]:
+    out = tmp_path_factory.mktemp("judged")
+    return out, comparison.run(load(keys(finished, out)))
+
+
+def test_every_method_is_trained_on_at_every_budget_with_every_seed_for_the_same_number_of_steps(judged):
+    out, lines = judged
+    rows = pq.read_table(out / "results.parquet").to_pylist()
+    assert [line.name for line in lines] == METHODS.split(",")
+    for line in lines:
+        own = [row for row in rows if row["selection"] == line.name]
+        budgets = [("all", 1000)] if line.name == "full" else [("0.1", 100), ("0.3", 300)]
+        assert {(row["budget"], row["num_samples"], row["seed"]) for row in own} == {
+            (*budget, seed) for budget in budgets for seed in (0, 1)
+        }
+        assert all((row["iterations"], len(row["accuracies"])) == (12, 3) for row in own)
+        for budget, cell in line.cells.items():
+            last = [row["last_accuracy"] for row in own if row["budget"] == budget]
+            assert cell["mean"] == pytest.approx(np.mean(last)) and cell["spread"] == pytest.approx(
+                np.std(last, ddof=1)
+            )
+            assert cell["best_mean"] >= cell["mean"]
+
+
+def test_selections_are_the_runs_own_and_what_each_method_takes_of_its_tables(finished, judged):
+    config = load(keys(finished, judged[0]))
+    chosen = comparison.select_without_labels(config, make_plan(config), RunDir(judged[0]))
+    ids_of = {(own.entry.name, own.budget, own.seed): own.sample_ids for own in chosen}
+    run_dir = RunDir(finished / "run")
+    for budget, table in (("0.1", "coreset"), ("0.3", "coreset-0.3")):
+        assert np.array_equal(ids_of["elfs", budget, 0], np.sort(run_dir.read_column(table, column="sample_id")))
+    scores = pa.concat_tables(run_dir.read_table("scores"))
+    ids, aum = scores["sample_id"].to_numpy(), scores["aum"].to_numpy()
+    assert np.array_equal(ids_of["aum_hardest", "0.1", 1], np.sort(ids[selections.hardest(aum, ids, 100, "low")]))
+    for seed in (0, 1):
+        drawn = np.sort(ids[pruning.random_selection(ids, 100, seed)])
+        assert np.array_equal(ids_of["random", "0.1", seed], drawn)
+    assert not np.array_equal(ids_of["dual", "0.1", 0], ids_of["dual", "0.1", 1])
+    assert np.array_equal(ids_of["full", "all", 0], ids)
+    labels = scores["pseudo_label"].to_numpy()[np.searchsorted(ids, ids_of["elfs+score=el2n+balance=true", "0.1", 0])]
+    assert np.bincount(labels).tolist() == [10] * 10
+
+
+def test_test_images_never_reach_a_selection(finished, judged, tmp_path, monkeypatch):
+    out, _ = judged
+    images, labels = digit_images(NUM_POOL + NUM_TEST)
+    shutil.copytree(finished / "run", tmp_path / "run")
+    write_test(tmp_path / "test.parquet", 255 - images[NUM_POOL:], (labels[NUM_POOL:] + 1) % 10)
+    other = keys(finished, tmp_path / "out")
+    other[2] = f"test_uri={tmp_path / 'test.parquet'}"
+    config = load(other)
+
+    def refuse(*arguments):
+        os.unlink(tmp_path / "test.parquet")
+        raise FileNotFoundError("every selection is made, and here test images would be read for the first time")
+
+    # Whatever is selected is selected before the test images are read, and they are gone from then on.
+    monkeypatch.setattr("elfs_ray.evaluation.data.load_test_images", refuse)
+    with pytest.raises(FileNotFoundError, match="every selection is made"):
+        comparison.run(config)
+    monkeypatch.undo()
+    selected = contents(out, "selections", "badge")
+    assert selected and contents(tmp_path / "out", "selections", "badge") == selected
+    assert not (tmp_path / "out" / "trials").exists()
+    with pytest.raises(ConfigError, match="test_uri"):
+        comparison.run(config)
+
+
+def test_badge_looks_at_no_label_that_it_has_not_bought(finished, judged, tmp_path):
+    run_dir = RunDir(finished / "run")
+    config = load(keys(finished, tmp_path))
+    plan = make_plan(config)
+    settings = comparison._settings(config, plan.sources[0], "cpu", 6)
+    pool = run_dir.read_column("clusters", "pseudo_labels", column="sample_id")
+    labels = read_labels(run_dir)
+    job = BadgeJob(run_dir, 8, pool, round_ends([60], 3), settings, 0)
+    assert job.round_ends == (20, 40, 60)
+    bought = buy_labels(job, labels, str(tmp_path / "a"), TrialPlace())
+    assert len(set(bought.tolist())) == 60
+    hidden = np.full_like(labels.of_id, 9)
+    hidden[bought] = labels.of_id[bought]
+    again = buy_labels(job, TrueLabels(hidden, ()), str(tmp_path / "b"), TrialPlace())
+    assert np.array_equal(again, bought)
+    os.unlink(tmp_path / "a" / "round-0002.parquet")
+    assert np.array_equal(buy_labels(job, labels, str(tmp_path / "a"), TrialPlace()), bought)
+
+
+def test_an_evaluation_that_lost_some_of_its_work_ends_with_the_same_bytes(finished, judged):
+    out, lines = judged
+    before = contents(out, ".")
+    for path in sorted((out / "trials").iterdir())[::2]:
+        path.unlink()
+    shutil.rmtree(out / "selections" / "elfs")
+    (out / "results.parquet").unlink()
+    assert comparison.run(load(keys(finished, out))) == lines
+    assert contents(out, ".") == before
+
+
+def test_more_methods_and_seeds_repeat_no_training(finished, judged, tmp_path):
+    shutil.copytree(judged[0], tmp_path / "out")
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out" / "trials").iterdir()}
+    comparison.run(load(keys(finished, tmp_path / "out", "methods=[random,elfs+hard_fraction=0.3]", "seeds=3")))
+    now = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out" / "trials").iterdir()}
+    assert now.items() >= kept.items() and len(now) == len(kept) + 2 + 6
+
+
+def test_the_runs_are_left_as_they_were(finished, judged):
+    assert not {path.name for path in (finished / "run").iterdir()} & {"badge", "trials", "selections", "_LOCK.json"}
+    assert sorted(path.name for path in (finished / "run").glob("coreset*")) == [
+        *("coreset", "coreset-0.3", "coreset-0.3.txt", "coreset.txt")
+    ]
+
+
+def test_published_numbers_are_marked_and_stand_beside_the_measured_ones(finished, judged):
+    out, lines = judged
+    config = load(keys(finished, out, "published=cifar10"))
+    plan = make_plan(config)
+    rows = [line for line in to_markdown(config, plan, lines, {}).splitlines() if line.startswith("|")]
+    published = [row for row in rows if "published" in row]
+    assert "| elfs, published | 87.0 | 93.3 | – |" in published and "| full, published | – | – | 95.5 |" in published
+    numbers = {f"{value:.1f}" for own in PUBLISHED["cifar10"].values() for share, value in own.items() if share == 0.1}
+    assert all(any(f"| {number} |" in row for row in published) for number in numbers)
+    assert "read off its figures" in to_markdown(config, plan, lines, {})
+    plain = load(keys(finished, out))
+    assert "published" not in to_markdown(plain, plan, lines, {}).lower()
+    chart = draw_chart(config, plan, lines)
+    assert "elfs, published" in chart and "published" not in draw_chart(plain, plan, lines).replace(".published", "")
+    assert chart.count("class='band'") == len(lines) and ElementTree.fromstring(chart) is not None
+
+
+def test_the_plan_says_what_would_be_done_and_does_nothing(finished, tmp_path):
+    said = describe(load(keys(finished, tmp_path / "out")))
+    assert "38 trainings of small_cnn, 12 steps each" in said and "0.3: 300 images" in said
+    assert "elfs: what the run selects by" in said and "hard fraction 0.1" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "needed"),
+    [
+        (["runs=[/no/such]"], "no complete stage"),
+        (["methods=[elf]"], "'elf' is none of elfs"),
+        (["methods=[elfs,elfs]"], "names one twice"),
+        (["methods=[elfs+scor=aum]"], "did you mean select.score"),
+        (["methods=[badge+score=aum]"], "badge is not made by select"),
+        (["methods=[elfs+hard_fraction=0.8]"], "select.hard_fraction=0.8 of it"),
+        (["methods=[d2+d2_neighbors=40]"], r"give cluster\.num_neighbors=40 to .*/run, run again with on_change=rerun"),
+        (["budgets=[0.0001]"], "rounds down to no sample"),
+        (["budgets=[1]"], "at least 2 samples"),
+        (["budgets=[2000]"], "between 1 and the size of the pool"),
+        (["hard_fraction=[0.1]"], "give one for each"),
+        (["test_uri=/no/such"], "test_uri='/no/such' does not exist"),
+        (["pool.label=digit"], "digit"),
+        (["network=resnet"], "needed is one of"),
+        (["network=linear"], "needed is one of"),
+        (["iteration=3"], "did you mean iterations"),
+        (["seeds=0"], "needed is a number >= 1"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_before_any_work(finished, tmp_path, changed, needed):
+    with pytest.raises(ConfigError, match=needed):
+        comparison.run(load([*keys(finished, tmp_path / "out"), *changed]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_test_images_of_the_pool_itself_are_refused(finished, tmp_path):
+    (path,) = RunDir(finished / "run").table_files(schema.INDEX)
+    shutil.copytree(finished / "run", tmp_path / "run")
+    rows = filesystem.read_table(path)
+    uris = rows["uri"].to_pylist()
+    uris[7] = f"{finished / 'test.parquet'}#row=3"
+    own = tmp_path / "run" / "index" / Path(path).name
+    filesystem.write_table(str(own), rows.set_column(1, "uri", pa.array(uris)))
+    with pytest.raises(ConfigError, match="shares 1 images with the pool"):
+        make_plan(load(keys(finished, tmp_path / "out", f"runs=[{tmp_path / 'run'}]")))
+
+
+def test_runs_without_labels_or_of_another_pool_are_refused(finished, tmp_path):
+    shutil.copytree(finished / "run", tmp_path / "run")
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.mark_complete(Marker("index", {"pool.uri": "/other", "pool.label": None}, {}, run_dir.figures("index")))
+    with pytest.raises(ConfigError, match=r"no true labels, as its pool.label was null: give pool.label="):
+        make_plan(load(keys(finished, tmp_path / "out", f"runs=[{tmp_path / 'run'}]")))
+    with pytest.raises(ConfigError, match="a run of another pool"):
+        make_plan(load(keys(finished, tmp_path / "out", f"runs=[{finished / 'run'},{tmp_path / 'run'}]")))
+
+
+def test_two_runs_of_one_pool_have_a_line_each_and_share_what_needs_no_pseudo_label(finished, tmp_path):
+    shutil.copytree(finished / "run", tmp_path / "other")
+    other = RunDir(tmp_path / "other")
+    index = other.success_marker("index")
+    other.mark_complete(Marker("index", {**index.config, "pool.label": None}, {}, index.figures))
+    other.mark_complete(Marker("cluster", {}, {}, {**other.figures("cluster"), "method": "temi"}))
+    runs = f"runs=[{finished / 'run'},{tmp_path / 'other'}]"
+    plan = make_plan(load(keys(finished, tmp_path / "out", runs, "methods=[random,d2,elfs,dual]")))
+    assert [entry.name for entry in plan.entries] == [
+        "random",
+        "d2",
+        "elfs-file",
+        "elfs-temi",
+        "dual-file",
+        "dual-temi",
+    ]
+
+
+@pytest.mark.slow
+def test_a_job_that_is_killed_half_way_ends_with_the_bytes_of_an_undisturbed_one(finished, judged, tmp_path):
+    command = [sys.executable, str(JOB), *keys(finished, tmp_path)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        while len(list(tmp_path.glob("trials/*.json"))) < 5:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.kill()
+    assert not (tmp_path / "results.parquet").exists()
+    again = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert again.returncode == 0, again.stderr
+    assert f"results  {tmp_path}/results.parquet" in again.stdout
+    results = ("results.parquet", "results.md", "results.svg")
+    assert [(tmp_path / name).read_bytes() for name in results] == [(judged[0] / name).read_bytes() for name in results]
+
+
+@pytest.mark.slow
+def test_supervised_rivals_score_a_proxy_that_learned_the_true_labels_and_leave_the_run_alone(finished, tmp_path):
+    before = contents(finished / "run", "clusters", "dynamics", "scores", "train")
+    lines = comparison.run(load(keys(finished, tmp_path, "methods=[aum_ccs,el2n,forgetting]")))
+    assert [line.name for line in lines] == ["aum_ccs", "el2n", "forgetting"]
+    (folder,) = (tmp_path / "supervised").iterdir()
+    own = RunDir(folder)
+    ids, labels = (own.read_column("clusters", "pseudo_labels", column=name) for name in ("sample_id", "pseudo_label"))
+    assert np.array_equal(labels, digit_images(NUM_POOL)[1][ids])
+    assert own.figures("train")["epochs"] == 2
+    coresets = [path.name for path in folder.glob("coreset-*") if path.is_dir() and path.name.endswith("-0.3")]
+    assert [len(own.read_column(name, column="sample_id")) for name in coresets] == [300] * 4  # CCS draws for each seed
+    assert contents(finished / "run", "clusters", "dynamics", "scores", "train") == before

@@ -1,0 +1,324 @@
+"""What kills, deletions and accidents leave in a run directory is told, and mended when asked; it is never a result."""
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import ray
+
+from elfs_ray import cli
+from elfs_ray.config import ConfigError, load_config
+from elfs_ray.pipeline.plan import check
+from elfs_ray.pipeline.resources import Request, check_same_workers
+from elfs_ray.pipeline.runner import run as run_pipeline
+from elfs_ray.storage.run_dir import RunDir
+from tests.faults.chaos import Fault, Run
+from tests.faults.chaos_places import Place
+from tests.tables import contents, digit_images, png
+
+TABLES = ("index", "embeddings", "proxy_images", "rejected", "clusters", "dynamics", "scores", "coreset")
+STAGES = ("index", "embed", "cluster", "train", "select", "report")
+YAML = Path(__file__).parents[2] / "jobs" / "cifar10.yaml"
+HOLDER = (
+    "import sys, time; from elfs_ray.storage.run_lock import RunLock\n"
+    "with RunLock(sys.argv[1], print): print('held', flush=True); time.sleep(250)"
+)
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory) -> Path:
+    """A folder of 150 digits and one broken image."""
+    folder = tmp_path_factory.mktemp("pool")
+    images, _ = digit_images(150)
+    for number, image in enumerate(images):
+        (folder / f"{number:03d}.png").write_bytes(png(image))
+    (folder / "broken.png").write_bytes(b"")
+    return folder
+
+
+def overrides(pool: Path, run_dir: Path, *more: str) -> list[str]:
+    given = ["budget=0.2", "embed.encoder=pixels", "embed.image_size=8", "embed.proxy_image_size=8"]
+    given += ["embed.block_images=64", "embed.num_workers=2", "cluster.method=kmeans", "cluster.num_workers=2"]
+    given += ["train.network=small_cnn", "train.epochs=2", "train.batch_size=32", "train.augmentation=none"]
+    given += ["train.num_workers=1", "train.cpus_per_worker=1", "select.hard_fraction=0.2"]
+    return [f"pool.uri={pool}", f"run_dir={run_dir}", *given, *more]
+
+
+def config_of(pool: Path, run_dir: Path, *more: str):
+    return load_config(YAML, overrides(pool, run_dir, *more))
+
+
+@pytest.fixture(scope="module")
+def finished(ray_cluster, pool, tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    run_pipeline(config_of(pool, run_dir))
+    return run_dir
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    """The finished run in a folder of its own, to be damaged."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def refusal(pool: Path, run_dir: Path, *more: str) -> str:
+    """The message with which a run is refused; nothing in the run directory changes."""
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    with pytest.raises(ConfigError) as caught:
+        run_pipeline(config_of(pool, run_dir, *more))
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("lost", "told"),
+    [
+        ("index/part-*.parquet", "index: index has 0 files of 0 bytes, 1 of "),
+        ("embeddings", "embed: embeddings has 0 files"),
+        ("embeddings/part-000000000064-*.parquet", "embed: embeddings has 2 files"),
+        ("proxy_images/part-000000000000-*.parquet", "embed: proxy_images has 2 files"),
+        ("rejected", "embed: rejected has 0 files"),
+        ("clusters/centroids.parquet", "cluster: clusters has 3 files"),
+        ("clusters/pseudo_labels", "cluster: clusters has 1 files"),
+        ("dynamics/epoch=001", "train: dynamics has 1 files"),
+        ("scores", "select: scores has 0 files"),
+        ("coreset.txt", "select: coreset.txt has 0 files"),
+        ("report.html", "report: report.html has 0 files"),
+    ],
+)
+def test_a_marker_whose_tables_are_gone_is_told_and_nothing_goes_on(pool, copy, lost, told):
+    for path in copy.glob(lost):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    message = refusal(pool, copy)
+    stage = told.partition(":")[0]
+    assert f"{copy} is damaged:\n  {told}" in message and f"on_change=rerun to make it again in {stage}." in message
+
+
+def test_a_table_cut_short_is_told(pool, copy):
+    (path,) = (copy / "coreset").glob("*.parquet")
+    os.truncate(path, 100)
+    assert "select: coreset has 1 files of 100 bytes, 1 of " in refusal(pool, copy)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'{"stage": "embed"}', "cut", "changed"])
+@pytest.mark.parametrize("marker", ["_SUCCESS.json", "_STARTED.json"])
+def test_a_marker_that_cannot_be_read_is_named_with_what_to_do(pool, copy, content, marker, capsys):
+    path = copy / "embed" / marker
+    whole = path.read_bytes()
+    changes = {"cut": whole[: len(whole) // 2], "changed": whole.replace(b'"pixels"', b'"pixels "')}
+    path.write_bytes(changes[content] if isinstance(content, str) else content)
+    message = refusal(pool, copy)
+    assert f"{path} cannot be read: " in message and "Restore it, or " in message and "delete " in message
+    assert cli.run_job("a job", YAML, ["--dry-run", *overrides(pool, copy)]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_tables_without_a_marker_are_not_taken_for_a_result(pool, copy, stage):
+    """As when somebody deletes a stage's folder, to have it made again with another config."""
+    if stage == "index":
+        for marker in (copy / "index").glob("_*.json"):
+            marker.unlink()
+    else:
+        shutil.rmtree(copy / stage)
+    plan = {planned.stage.name: planned for planned in _plan(pool, copy)}
+    if stage == "report":
+        assert plan[stage].action == "run", "its files are written whole, whatever was there"
+    else:
+        assert plan[stage].action == "rerun" and "no marker says how it was made" in plan[stage].differences[0]
+        assert f"  {stage}: " in refusal(pool, copy)
+
+
+def _plan(pool: Path, run_dir: Path):
+    return check(config_of(pool, run_dir, "on_change=rerun"), RunDir(run_dir))
+
+
+@pytest.mark.slow
+def test_damage_is_mended_to_the_same_bytes_when_told_to(ray_cluster, pool, finished, copy, capsys):
+    """In every stage at once, with files that killed writers left."""
+    for lost in ("index/part-*", "embeddings/part-000000000064-*", "dynamics/epoch=001/*", "coreset.txt"):
+        (path,) = copy.glob(lost)
+        path.unlink()
+    (copy / "clusters" / "centroids.parquet").write_bytes(b"half")
+    os.truncate(next((copy / "proxy_images").glob("part-000000000128-*")), 200)
+    kept = copy / "embeddings" / "part-000000000000-000000000063.parquet"
+    time_before = kept.stat().st_mtime_ns
+    half_written = copy / "embeddings" / f"part-000000000064-000000000127.parquet.{'0' * 32}.tmp"
+    half_written.write_bytes(b"half")
+    assert refusal(pool, copy).count("\n  ") == 6
+    run_pipeline(config_of(pool, copy, "on_change=rerun"))
+    assert contents(copy, *TABLES) == contents(finished, *TABLES)
+    assert (copy / "coreset.txt").read_bytes() == (finished / "coreset.txt").read_bytes()
+    assert kept.stat().st_mtime_ns == time_before, "embeddings that are whole are not made again"
+    said = capsys.readouterr().err
+    assert "1 half-written file of a killed run removed" in said and not half_written.exists()
+    assert "embed     damaged: what is missing of its tables is made again" in said
+    assert not (copy / "_LOCK.json").exists()
+    assert all(planned.action == "done" for planned in _plan(pool, copy))
+
+
+def test_tables_made_again_of_a_pool_that_has_changed_are_not_passed_off_as_the_lost_ones(
+    ray_cluster, pool, finished, tmp_path
+):
+    """Later stages were made from the lost ones."""
+    own = shutil.copytree(pool, tmp_path / "pool")
+    run_dir = tmp_path / "run"
+    run_pipeline(config_of(own, run_dir, "until=embed"))
+    next((run_dir / "embeddings").glob("part-000000000064-*")).unlink()
+    (own / "100.png").write_bytes(b"")
+    for more in ("on_change=rerun", "on_change=refuse"):
+        with pytest.raises(RuntimeError, match="made again are not those that were lost"):
+            run_pipeline(config_of(own, run_dir, "until=embed", more))
+    assert not (run_dir / "embed" / "_SUCCESS.json").exists()
+    # As the message says: the pool restored, and what was made of the other one deleted.
+    shutil.copy(pool / "100.png", own / "100.png")
+    for table in ("embeddings", "proxy_images", "rejected"):
+        shutil.rmtree(run_dir / table)
+    run_pipeline(config_of(own, run_dir, "until=embed"))
+    assert contents(run_dir, "embeddings", "proxy_images") == contents(finished, "embeddings", "proxy_images")
+
+
+def test_lost_records_of_training_are_made_again_by_as_many_workers_and_a_failed_try_spoils_nothing(
+    ray_cluster, pool, finished, copy
+):
+    shutil.rmtree(copy / "dynamics" / "epoch=001")
+    asked = ("on_change=rerun", "until=train")
+    message = refusal(pool, copy, *asked, "train.num_workers=2")
+    assert "were made by 1 worker, and 2 workers of 1 CPU would make others: give train.num_workers=1" in message
+    # Of a marker that does not tell the number of workers.
+    own = RunDir(copy)
+    marker = own.success_marker("train")
+    assert marker is not None
+    own.mark_complete(replace(marker, figures={key: marker.figures[key] for key in marker.figures if key != "history"}))
+    for more in (asked, ("until=train",)):
+        with pytest.raises(
+            RuntimeError, match=r"they were .*what was made is removed; the same command tries once more"
+        ):
+            run_pipeline(config_of(pool, copy, *more, "train.num_workers=2"))
+        assert not (copy / "dynamics").exists() and [path.name for path in (copy / "train").iterdir()] == [
+            "_STARTED.json"
+        ]
+    run_pipeline(config_of(pool, copy, "until=train"))
+    assert contents(copy, "dynamics") == contents(finished, "dynamics")
+
+
+def test_a_number_of_workers_that_changed_cannot_make_lost_records_again():
+    request = Request("train", "worker", 1, 4, 1, 0, None)
+    check_same_workers(request, [3])
+    with pytest.raises(ConfigError, match=r"a number of workers that changed \(1, 2\), and cannot be made again"):
+        check_same_workers(request, [1, 2])
+
+
+def test_a_proxy_image_that_cannot_be_decoded_is_made_again_as_the_message_says(ray_cluster, pool, finished, tmp_path):
+    run_dir = tmp_path / "run"
+    run_pipeline(config_of(pool, run_dir, "until=cluster"))
+    path = run_dir / "proxy_images" / "part-000000000064-000000000127.parquet"
+    data = path.read_bytes()
+    start = data.index(b"IHDR")
+    path.write_bytes(data[:start] + b"XXXX" + data[start + 4 :])
+    with pytest.raises(
+        Exception, match=f"in {path} cannot be decoded: .*Delete that file; the same command with on_ch"
+    ):
+        run_pipeline(config_of(pool, run_dir, "until=train"))
+    path.unlink()
+    run_pipeline(config_of(pool, run_dir, "until=train", "on_change=rerun"))
+    assert contents(run_dir, "proxy_images", "dynamics") == contents(finished, "proxy_images", "dynamics")
+
+
+def test_one_driver_at_a_time(pool, copy, capsys):
+    """A second one is refused; looking at a finished run, and a dry run, need no lock."""
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(copy)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        assert cli.run_job("a job", YAML, ["--dry-run", *overrides(pool, copy)]) == 0
+        assert cli.run_job("a job", YAML, overrides(pool, copy)) == 0
+        (copy / "report.html").unlink()
+        message = refusal(pool, copy, "on_change=rerun")
+        assert f"{copy} is being written by another driver: pid {holder.pid} of " in message
+        assert cli.run_job("a job", YAML, overrides(pool, copy, "on_change=rerun")) == 2
+    finally:
+        holder.kill()
+        holder.wait()
+    capsys.readouterr()
+    assert cli.run_job("a job", YAML, overrides(pool, copy, "on_change=rerun")) == 0
+    said = capsys.readouterr().err
+    assert f"is gone (pid {holder.pid} of " in said and "watching" not in said, (
+        "it does not wait for the lock to expire"
+    )
+    assert (copy / "report.html").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of its own, of 64 KiB, where root may make one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root can mount a file system that is small")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def remount(place: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", str(place)], check=True)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_again_and_again_costs_no_byte(ray_cluster, pool, finished, small_disk, capsys):
+    """The same command fails clearly until there is room, stage after stage, and goes on each time."""
+    stopped_in = set()
+    for kilobytes in (64, 110, 170, 260, 400, 600, 900, 1400, 2200, 4000, 8000, 16_000):
+        remount(small_disk, f"size={kilobytes}k")
+        code = cli.run_job("a job", YAML, overrides(pool, small_disk / "run", "train.max_failures=0"))
+        said = capsys.readouterr().err
+        if code == 0:
+            break
+        assert code in (1, 2) and "No space left on device" in said, said
+        assert "Traceback" not in said, said
+        stopped_in.add(next((s for s in STAGES if not (small_disk / "run" / s / "_SUCCESS.json").exists()), "end"))
+    assert code == 0 and len(stopped_in) >= 3, stopped_in
+    assert contents(small_disk / "run", *TABLES) == contents(finished, *TABLES)
+
+
+def test_a_directory_that_cannot_be_written_is_refused_before_any_work(ray_cluster, pool, copy, small_disk):
+    remount(small_disk, "size=16m,ro")
+    message = "cannot be written: .*Read-only file system.*give another run_dir"
+    with pytest.raises(ConfigError, match=message):
+        run_pipeline(config_of(pool, small_disk / "run"))
+    remount(small_disk, "rw")
+    shutil.copytree(copy, small_disk / "run")
+    remount(small_disk, "ro")
+    run_pipeline(config_of(pool, small_disk / "run"))
+    assert cli.run_job("a job", YAML, ["--dry-run", *overrides(pool, small_disk / "run")]) == 0
+
+
+def test_six_kinds_of_faults_in_one_run_change_no_byte(finished, pool, small_disk):
+    """As tests/faults/chaos.py does it at random: here at moments that are always met."""
+    remount(small_disk, "size=32m")
+    address = ray.get_runtime_context().gcs_address
+    place = Place(str(small_disk), small_disk.parent, disk=small_disk)
+    faults = [
+        Fault("sigkill", "index", 0),
+        Fault("actor", "embed", 0),
+        Fault("full disk", "cluster", 0),
+        Fault("ctrl-c", "train", 0),
+        Fault("train worker", "train", 0),
+        Fault("sigterm", "select", 0),
+    ]
+    own = [*overrides(pool, small_disk / "struck"), f"ray_address={address}"]
+    struck = Run(place, "struck", own, random.Random(0), yaml=YAML)
+    try:
+        for fault in faults:
+            struck.strike(fault, seconds=0)
+        struck.finish(faults)
+    finally:
+        struck.end()
+    assert [fault.kind for fault in faults if not fault.hit] == []
+    assert contents(small_disk / "struck", *TABLES) == contents(finished, *TABLES)

@@ -1,0 +1,91 @@
+"""Training from scratch: as many steps for every budget, and the same result when it goes on from a saved state."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+
+from elfs_ray.evaluation import trials as evaluate_trials
+from elfs_ray.methods.training.from_scratch import EvaluationSettings, LabelledImages, Training, train_and_test
+from tests.tables import digit_images
+
+SETTINGS = EvaluationSettings(
+    network="small_cnn",
+    iterations=24,
+    batch_size=16,
+    lr=0.05,
+    min_lr=1e-4,
+    momentum=0.9,
+    weight_decay=5e-4,
+    nesterov=True,
+    crop_padding=1,
+    flip=False,
+    mean=(0.3,) * 3,
+    std=(0.35,) * 3,
+    num_tests=4,
+)
+
+
+def digits(rows: slice) -> LabelledImages:
+    images, labels = digit_images(1200)
+    return LabelledImages(np.repeat(images[rows][..., None], 3, axis=3), labels[rows], np.arange(1200)[rows])
+
+
+@pytest.mark.parametrize("num_samples", [2, 10, 16, 100, 1000])
+def test_every_budget_trains_for_the_same_number_of_iterations(num_samples):
+    training = Training(10, SETTINGS, seed=0)
+    due = [step for step in training.steps(digits(slice(num_samples))) if training.is_test_due()]
+    assert training.num_steps == SETTINGS.iterations
+    assert due == [6, 12, 18, 24]
+
+
+def test_a_training_that_goes_on_from_its_state_ends_with_the_same_weights():
+    train, test = digits(slice(40)), digits(slice(1000, 1200))
+    whole = Training(10, SETTINGS, seed=3)
+    for _ in whole.steps(train):
+        pass
+    first = Training(10, SETTINGS, seed=3)
+    for step in first.steps(train):
+        if step == 11:
+            break
+    saved = io.BytesIO()
+    torch.save(first.state(), saved)
+    second = Training(10, SETTINGS, seed=3)
+    second.restore(torch.load(io.BytesIO(saved.getvalue()), weights_only=True))
+    assert next(iter(second.steps(train))) == 12
+    for _ in second.steps(train):
+        pass
+    assert second.num_steps == SETTINGS.iterations and second.accuracy(test) == whole.accuracy(test)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, second.model.state_dict()[name]), name
+
+
+def test_a_trial_that_is_killed_goes_on_from_its_file_and_has_the_accuracies_of_an_undisturbed_one(tmp_path):
+    train, test = digits(slice(40)), digits(slice(1000, 1200))
+    path = str(tmp_path / "trial.unfinished.pt")
+
+    class Killed(Training):
+        def accuracy(self, test):
+            if self.num_steps >= 18:
+                raise KeyboardInterrupt
+            return super().accuracy(test)
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_trials._train_in_parts(Killed(10, SETTINGS, seed=1), train, test, path, save_every_s=0)
+    saved = torch.load(path, weights_only=True)
+    assert (saved["num_steps"], len(saved["accuracies"])) == (17, 2)
+    resumed = evaluate_trials._train_in_parts(Training(10, SETTINGS, seed=1), train, test, path, save_every_s=0)
+    assert resumed == train_and_test(train, test, 10, SETTINGS, seed=1)
+
+
+def test_features_and_probabilities_are_those_of_the_network():
+    training = Training(10, SETTINGS, seed=0)
+    for _ in training.steps(digits(slice(100))):
+        pass
+    test = digits(slice(0, 600))
+    features, probs = training.features_and_probs(test.images)
+    assert features.shape == (600, 256) and probs.shape == (600, 10)
+    with torch.inference_mode():
+        assert torch.allclose(torch.softmax(training.model.classifier(features), dim=1), probs, atol=1e-5)
+    assert float((probs.argmax(1).numpy() == test.labels).mean()) == pytest.approx(training.accuracy(test))

@@ -1,0 +1,350 @@
+"""The pipeline as a whole, on real digits: skip, refuse, rerun, and a driver killed on the way."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import elfs_ray
+from elfs_ray.config import ConfigError, load_config
+from elfs_ray.pipeline import reselect
+from elfs_ray.pipeline.dry_run import describe_plan
+from elfs_ray.storage import filesystem
+from elfs_ray.storage.run_dir import RunDir
+from tests.tables import contents, digit_images, png
+
+TABLES = ("index", "rejected", "embeddings", "proxy_images", "clusters", "dynamics", "scores", "coreset")
+JOB = Path(__file__).parents[2] / "jobs" / "cifar10.py"
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory) -> Path:
+    """A folder of 200 real digits, one empty file and one text among them."""
+    folder = tmp_path_factory.mktemp("pool")
+    images, labels = digit_images(200)
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        (folder / str(label)).mkdir(exist_ok=True)
+        (folder / str(label) / f"{number:03d}.png").write_bytes(png(image))
+    (folder / "3" / "empty.png").write_bytes(b"")
+    (folder / "7" / "text.jpg").write_text("not an image")
+    return folder
+
+
+def overrides(pool: Path | str, run_dir: Path | str, *more: str) -> list[str]:
+    return [
+        f"pool.uri={pool}",
+        f"run_dir={run_dir}",
+        "budget=0.25",
+        "embed.encoder=pixels",
+        "embed.image_size=8",
+        "embed.proxy_image_size=8",
+        "cluster.method=kmeans",
+        "cluster.num_clusters=10",
+        "train.network=small_cnn",
+        "train.epochs=3",
+        "train.batch_size=32",
+        "train.augmentation=crop",
+        "train.crop_padding=1",
+        "train.num_workers=1",
+        "train.cpus_per_worker=1",
+        "select.hard_fraction=0.2",
+        *more,
+    ]
+
+
+def run(pool: Path | str, run_dir: Path | str, *more: str) -> RunDir:
+    return elfs_ray.run(load_config(JOB.with_suffix(".yaml"), overrides(pool, run_dir, *more)))
+
+
+@pytest.fixture(scope="module")
+def finished(ray_cluster, pool, tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("finished")
+    run(pool, run_dir)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def labelled(ray_cluster, pool, tmp_path_factory) -> Path:
+    """As `finished`, of the same pool with the labels that its folders are."""
+    run_dir = tmp_path_factory.mktemp("labelled")
+    run(pool, run_dir, "pool.label=folder")
+    return run_dir
+
+
+def test_every_stage_leaves_its_tables_and_marker(finished):
+    assert {path.name for path in finished.iterdir()} >= {*TABLES, "report.html", "metrics.json"}
+    for stage in ("index", "embed", "cluster", "train", "select", "report"):
+        marker = RunDir(finished).success_marker(stage)
+        assert marker is not None and marker.figures["seconds"] > 0 and marker.figures["versions"]["ray"]
+
+
+def test_embeddings_and_rejected_are_the_index_and_the_coreset_is_the_budget(finished):
+    def ids(table: str) -> list[int]:
+        return pq.ParquetDataset(RunDir(finished).table_files(table)).read()["sample_id"].to_pylist()
+
+    assert sorted(ids("embeddings") + ids("rejected")) == ids("index") == list(range(202))
+    assert len(ids("rejected")) == 2
+    assert len(ids("coreset")) == len(set(ids("coreset"))) == 50
+    assert set(ids("coreset")) <= set(ids("embeddings"))
+
+
+def test_a_second_run_does_nothing_and_says_so(finished, pool, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    run(pool, finished)
+    assert "nothing to do: every stage is complete" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_a_changed_key_is_refused_with_the_difference_and_what_to_do(finished, pool):
+    with pytest.raises(ConfigError) as caught:
+        run(pool, finished, "train.epochs=2")
+    message = str(caught.value)
+    assert "train: train.epochs: 3 there, 2 now" in message
+    assert "on_change=rerun to replace train, select, report" in message
+
+
+def test_a_key_that_decides_nothing_may_change(finished, pool, capsys):
+    run(pool, finished, "embed.num_workers=3", "cluster.num_workers=2")
+    assert "nothing to do" in capsys.readouterr().err
+
+
+def test_labels_change_nothing_but_the_label_column(finished, labelled):
+    labels = pq.ParquetDataset(RunDir(labelled).table_files("index")).read()["label"].to_pylist()
+    assert set(labels) == set(range(10))
+    tables = [table for table in TABLES if table != "index"]
+    assert contents(labelled, *tables) == contents(finished, *tables)
+
+
+def test_a_changed_key_reruns_only_what_depends_on_it_when_told_to(labelled, pool, capsys):
+    kept = contents(labelled, "index", "embeddings", "clusters", "dynamics")
+    first_coreset = contents(labelled, "coreset")
+    run(pool, labelled, "pool.label=folder", "select.hard_fraction=0.5", "on_change=rerun")
+    said = capsys.readouterr().err
+    assert "train     complete, skipped" in said
+    assert "select    made with another config: its tables scores, coreset are replaced" in said
+    assert contents(labelled, "index", "embeddings", "clusters", "dynamics") == kept
+    assert contents(labelled, "coreset") != first_coreset
+
+
+def test_a_coreset_made_by_a_reselection_is_neither_overwritten_nor_doubled_by_the_run(
+    ray_cluster, finished, pool, tmp_path
+):
+    own = RunDir(shutil.copytree(finished, tmp_path / "run"))
+    reselect.run(*reselect.load([f"run_dir={own.uri}", "name=0.3", "budget=0.5"]))
+    before = contents(tmp_path / "run", "coreset", "coreset-0.3", "scores")
+    both = ["budget=[0.25,0.3]", "on_change=rerun"]
+    with pytest.raises(ConfigError, match=r"coreset-0\.3 is a coreset that jobs/reselect\.py wrote with name=0\.3"):
+        run(pool, own.uri, *both)
+    assert contents(tmp_path / "run", "coreset", "coreset-0.3", "scores") == before
+    run(pool, own.uri, "budget=[0.25,0.4]", "on_change=rerun")
+    assert len(own.read_column("coreset-0.4", column="sample_id")) == 80
+    with pytest.raises(ConfigError, match=r"coreset-0\.4 is a coreset of the run itself.*give another name"):
+        reselect.run(*reselect.load([f"run_dir={own.uri}", "name=0.4", "on_change=rerun"]))
+    shutil.rmtree(tmp_path / "run" / "coreset-0.3")
+    run(pool, own.uri, *both)
+    assert len(own.read_column("coreset-0.3", column="sample_id")) == 60
+    assert not (tmp_path / "run" / "coreset-0.4").exists(), "what the run made with other budgets is replaced"
+
+
+def test_files_where_a_further_budget_is_to_be_written_are_told_and_replaced_when_asked(
+    finished, pool, tmp_path, capsys
+):
+    """As when somebody deletes the markers of stage select, or copies a coreset there."""
+    own = RunDir(shutil.copytree(finished, tmp_path / "run"))
+    shutil.copytree(tmp_path / "run" / "coreset", tmp_path / "run" / "coreset-0.3")
+    both = ["budget=[0.25,0.3]"]
+    with pytest.raises(ConfigError, match=r"select: coreset-0\.3/ is there, no marker says how it was made"):
+        run(pool, own.uri, *both)
+    shutil.rmtree(tmp_path / "run" / "select")
+    run(pool, own.uri, *both, "on_change=rerun")
+    assert "its tables scores, coreset, coreset-0.3 are replaced" in capsys.readouterr().err
+    ids = own.read_column("coreset-0.3", column="sample_id")
+    assert len(ids) == len(set(ids.tolist())) == 60
+
+
+def test_a_proxy_on_the_embeddings_leaves_its_records_and_a_coreset(finished, pool, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    kept = contents(tmp_path / "run", "index", "embeddings", "proxy_images", "clusters")
+    run(pool, tmp_path / "run", "train.network=linear", "train.num_workers=null", "on_change=rerun")
+    own = RunDir(tmp_path / "run")
+    assert (own.figures("train")["reading"], own.figures("train")["workers"]) == ("embeddings", 1)
+    assert contents(tmp_path / "run", "index", "embeddings", "proxy_images", "clusters") == kept
+    assert contents(tmp_path / "run", "dynamics") != contents(finished, "dynamics")
+    assert own.figures("select")["rows"] == RunDir(finished).figures("select")["rows"]
+
+
+def test_an_unfinished_stage_is_not_continued_with_another_config(ray_cluster, pool, tmp_path):
+    run(pool, tmp_path, "until=embed")
+    (tmp_path / "embed" / "_SUCCESS.json").unlink()
+    with pytest.raises(ConfigError, match=r"embed\.proxy_image_size: 8 there, 9 now"):
+        run(pool, tmp_path, "until=embed", "embed.proxy_image_size=9")
+
+
+@pytest.mark.parametrize(
+    ("override", "needed"),
+    [
+        ("pool.uri=/no/such/place", "does not exist"),
+        ("embed.encoder=resnet", "encoder"),
+        ("embed.encoder=swav_resnet50", "weights"),
+        ("train.network=resnet19", "needed is one of"),
+        ("cluster.num_clusters=203", "more than the pool's 202 samples"),
+        ("budget=203", "budget"),
+        ("budget=0.0001", "rounds down to no sample"),
+        (
+            "select.hard_fraction=0.95",
+            r"leaves 0\.\d+ of the pool to drop.* give select\.hard_fraction=auto, or 0\.\d+",
+        ),
+    ],
+)
+def test_what_cannot_run_is_refused_before_any_work(pool, tmp_path, override, needed):
+    with pytest.raises(ConfigError, match=needed):
+        run(pool, tmp_path / "new", override)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_directory_that_is_a_file_or_in_the_pool_is_refused(pool, tmp_path):
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(ConfigError, match=r"run_dir=.*/file is a file: give a folder"):
+        run(pool, tmp_path / "file")
+    for place in (pool, Path(pool) / "run"):
+        with pytest.raises(ConfigError, match=r"is in the pool.*Give a folder that is elsewhere"):
+            run(pool, place)
+        assert not (place / "index").exists()
+
+
+@pytest.mark.slow
+def test_weights_that_cannot_be_downloaded_end_a_job_in_one_line(pool, tmp_path):
+    offline = {
+        "TORCH_HOME": str(tmp_path / "hub"),
+        "https_proxy": "http://127.0.0.1:9",
+        "HTTPS_PROXY": "http://127.0.0.1:9",
+    }
+    keys = [f"pool.uri={pool}", f"run_dir={tmp_path / 'run'}", "ray_address=local", "cluster.num_clusters=2"]
+    job = [sys.executable, "jobs/cifar10.py", *keys, "embed.encoder=torchvision/resnet18", "embed.image_size=64"]
+    done = subprocess.run([*job, "until=embed"], env=os.environ | offline, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1
+    assert done.stderr.count("Could not download the encoder's weights") == 1
+    assert "embed.weights" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("sizes", "budget"), [((1, 20), 500), ((0, 1), 50)])
+def test_a_pool_of_many_folders_is_refused_on_no_estimate_of_its_size(tmp_path, sizes, budget):
+    """Of 130 folders every other one is counted, and those hold the fewest images."""
+    image = png(digit_images(1)[0][0])
+    for number in range(130):
+        folder = tmp_path / "pool" / f"{number:03d}"
+        folder.mkdir(parents=True)
+        for name in range(sizes[number % 2]):
+            (folder / f"{name}.png").write_bytes(image)
+    for asked, fits in ((budget, True), (1, True), (5000, False)):
+        config = load_config(
+            JOB.with_suffix(".yaml"), overrides(tmp_path / "pool", tmp_path / "run", f"budget={asked}")
+        )
+        plan = describe_plan(config)
+        assert f"in {tmp_path / 'pool'}, an estimate from 65 of its 130 folders" in plan
+        if not fits:
+            assert "budget    5000 does not fit the estimate; stage index counts every image" in plan
+
+
+def test_an_image_that_cannot_be_used_counts_against_the_budget_before_anything_is_clustered(ray_cluster, tmp_path):
+    images, _ = digit_images(12)
+    (tmp_path / "pool").mkdir()
+    for number, image in enumerate(images):
+        (tmp_path / "pool" / f"{number:02d}.png").write_bytes(png(image) if number else b"broken")
+    asked = ["budget=12", "select.hard_fraction=0", "cluster.num_clusters=2"]
+    for _ in range(2):  # as embed ends, and from then on before anything starts
+        with pytest.raises(
+            ConfigError, match=r"budget is 12 for a pool of 11 .*1 more could not be used, see rejected/"
+        ):
+            run(tmp_path / "pool", tmp_path / "run", *asked)
+        assert (tmp_path / "run" / "embed" / "_SUCCESS.json").exists() and not (tmp_path / "run" / "cluster").exists()
+    config = load_config(JOB.with_suffix(".yaml"), overrides(tmp_path / "pool", tmp_path / "run", *asked, "budget=0.5"))
+    plan = describe_plan(config)
+    assert "pool      12 images" in plan and "budget    5 images" in plan
+
+
+def test_another_pool_is_measured_itself_where_an_older_one_was_indexed(ray_cluster, pool, tmp_path):
+    (tmp_path / "few").mkdir()
+    (tmp_path / "few" / "0.png").write_bytes(png(digit_images(1)[0][0]))
+    run(pool, tmp_path / "run", "until=index")
+    with pytest.raises(ConfigError, match="holds one image: needed are at least 2"):
+        run(tmp_path / "few", tmp_path / "run", "until=index", "on_change=rerun", "budget=1", "select.hard_fraction=0")
+
+
+def test_an_empty_pool_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="holds no images"):
+        run(tmp_path / "empty", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_pool_and_a_run_directory_in_a_bucket_give_the_same_tables(finished, pool, s3_bucket):
+    for path in pool.rglob("*.*"):
+        filesystem.write_bytes(f"{s3_bucket}{path}", path.read_bytes())
+    run_dir = f"{s3_bucket}/runs/first"
+    run(f"{s3_bucket}{pool}", run_dir)
+    written = {
+        info.path.removeprefix(run_dir.removeprefix("s3://") + "/"): filesystem.read_bytes(f"s3://{info.path}")
+        for info in filesystem.list_files(run_dir, recursive=True)
+    }
+    with_uris = ("index", "rejected", "coreset")
+    without = [table for table in TABLES if table not in with_uris]
+    assert {name: data for name, data in written.items() if name.startswith(tuple(without))} == contents(
+        finished, *without
+    )
+    for table in with_uris:
+        own, local = (pa.concat_tables(RunDir(place).read_table(table)) for place in (run_dir, finished))
+        assert [uri.removeprefix(s3_bucket) for uri in own["uri"].to_pylist()] == local["uri"].to_pylist()
+        assert own.drop_columns("uri").equals(local.drop_columns("uri"))
+    assert filesystem.read_bytes(f"{run_dir}/report.html")
+    assert any(name.startswith("train/checkpoints/") for name in written)
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_training_ends_in_one_line_and_no_process_and_goes_on_to_the_same_tables(finished, pool, tmp_path):
+    """The job runs as users run it, in a terminal's process group and on a Ray of its own."""
+    run_dir = tmp_path / "run"
+    command = [sys.executable, str(JOB), *overrides(pool, run_dir, "ray_address=local")]
+    environment = {**os.environ, "RAY_ADDRESS": ""}
+    with (tmp_path / "said").open("wb") as said:
+        job = subprocess.Popen(command, start_new_session=True, env=environment, stdout=said, stderr=said)
+    deadline = time.monotonic() + 200
+    while not list(run_dir.glob("dynamics/epoch=000/*.parquet")) and job.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(job.pid, signal.SIGINT)
+    assert job.wait(timeout=100) == 130
+    last = (tmp_path / "said").read_text().splitlines()[-1]
+    assert last == (
+        f"interrupted: stopped in stage train, what it has saved and every stage before it are in {run_dir}; the same "
+        "command goes on from there"
+    )
+    while processes_of_session(job.pid):
+        assert time.monotonic() < deadline, processes_of_session(job.pid)
+        time.sleep(0.1)
+    assert not (run_dir / "train" / "_SUCCESS.json").exists() and not (run_dir / "_LOCK.json").exists()
+    resumed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "train     started before, goes on" in resumed.stderr
+    assert "coreset  " in resumed.stdout
+    assert contents(run_dir, *TABLES) == contents(finished, *TABLES)
+
+
+def processes_of_session(session: int) -> list[int]:
+    """The processes of a terminal's session that run."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if folder.name.isdigit():
+                state, _, _, own = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+                if int(own) == session and state not in "ZX":
+                    found.append(int(folder.name))
+    return found

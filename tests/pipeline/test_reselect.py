@@ -1,0 +1,166 @@
+"""jobs/reselect.py as a person types it: another coreset beside the first, which stays as it was."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from elfs_ray.config import ConfigError, deciding_keys
+from elfs_ray.pipeline import reselect
+from elfs_ray.stages.select import run as select
+from elfs_ray.storage.run_dir import Marker, RunDir
+from tests.tables import contents, digits_config, write_trained
+
+JOB = Path(__file__).parent.parent.parent / "jobs" / "reselect.py"
+
+
+def type_job(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(JOB), *arguments], capture_output=True, text=True, timeout=100)
+
+
+@pytest.fixture(scope="module")
+def finished(ray_cluster, tmp_path_factory) -> Path:
+    """A run directory of which stage select is complete."""
+    folder = tmp_path_factory.mktemp("finished")
+    run_dir, config = RunDir(folder), digits_config(folder, "select.search_iterations=7")
+    write_trained(run_dir)
+    run_dir.mark_complete(Marker("index", {"pool.uri": "/no/pool"}, {}, {"rows": 1003}))
+    keys = {f"select.{key}": value for key, value in deciding_keys(config.select).items()}
+    for stage in ("embed", "train"):
+        own = {f"{stage}.{key}": value for key, value in deciding_keys(getattr(config, stage)).items()}
+        run_dir.mark_complete(Marker(stage, own, {}, run_dir.figures(stage)))
+    figures = select.run_select(config, run_dir)
+    run_dir.mark_complete(Marker("select", {"seed": 0, "budget": 0.2, **keys}, {}, figures))
+    return folder
+
+
+def test_a_named_coreset_is_what_a_run_with_those_keys_selects_and_the_first_one_stays(finished, tmp_path):
+    before = contents(finished, "coreset", "scores")
+    asked = ["select.score=el2n", "budget=[0.1,0.3]", "select.balance=true"]
+    result = type_job(f"run_dir={finished}", "name=el2n", "ray_address=local", *asked)
+    assert result.returncode == 0, result.stderr
+    assert f"coreset  {finished}/coreset-el2n.txt  (100 images)" in result.stdout
+    assert contents(finished, "coreset", "scores") == before
+    write_trained(RunDir(tmp_path))
+    select.run_select(digits_config(tmp_path, *asked), RunDir(tmp_path))
+    for named, own in (("coreset-el2n", "coreset"), ("coreset-el2n-0.3", "coreset-0.3")):
+        assert list(contents(finished, named).values()) == list(contents(tmp_path, own).values())
+
+    again = type_job(f"run_dir={finished}", "name=el2n", *asked)
+    assert again.returncode == 0 and "nothing to do" in again.stderr
+    other = type_job(f"run_dir={finished}", "name=el2n", "budget=0.1")
+    assert other.returncode == 2 and "give another name, or on_change=rerun" in other.stderr
+
+
+def select_again(run_dir: Path, *asked: str) -> None:
+    reselect.run(*reselect.load([f"run_dir={run_dir}", *asked]))
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def test_a_coreset_of_another_name_is_never_written_over(copy):
+    select_again(copy, "name=x-0.3", "budget=50")
+    before = contents(copy, "coreset-x-0.3")
+    for more in ((), ("on_change=rerun",)):
+        with pytest.raises(
+            ConfigError, match=r"coreset-x-0\.3 is a coreset that .* wrote with name=x-0\.3, .*another name"
+        ):
+            select_again(copy, "name=x", "budget=[0.1,0.3]", *more)
+    assert contents(copy, "coreset-x-0.3") == before and not (copy / "coreset-x").exists()
+    select_again(copy, "name=y", "budget=[0.1,0.3]")
+    with pytest.raises(ConfigError, match=r"coreset-y-0\.3 is a coreset that .* wrote with name=y, .*another name"):
+        select_again(copy, "name=y-0.3", "on_change=rerun")
+    shutil.copytree(copy / "coreset", copy / "coreset-mine")
+    with pytest.raises(ConfigError, match="coreset-mine is there, and no marker says how it was made: delete it"):
+        select_again(copy, "name=mine", "on_change=rerun")
+
+
+@pytest.mark.parametrize("lost", ["coreset-x/part-*", "coreset-x-0.3/part-*", "coreset-x-0.3.txt"])
+def test_a_coreset_of_which_files_are_lost_is_told_and_made_again_when_asked(copy, lost):
+    asked = ("name=x", "budget=[0.1,0.3]")
+    select_again(copy, *asked)
+    whole = {path: path.read_bytes() for path in copy.glob("coreset-x*/part-*")}
+    next(copy.glob(lost)).unlink()
+    with pytest.raises(ConfigError, match=r"coreset-x is damaged: coreset-x\S* has 0 files.*on_change=rerun"):
+        select_again(copy, *asked)
+    select_again(copy, *asked, "on_change=rerun")
+    assert {path: path.read_bytes() for path in copy.glob("coreset-x*/part-*")} == whole
+    assert len((copy / "coreset-x-0.3.txt").read_text().splitlines()) == 300
+
+
+def test_a_replaced_coreset_leaves_nothing_of_its_other_budgets(copy):
+    select_again(copy, "name=x", "budget=[0.1,0.3,50]")
+    select_again(copy, "name=x", "budget=[0.2,50]", "on_change=rerun")
+    assert sorted(path.name for path in copy.glob("coreset-x*")) == [
+        *("coreset-x", "coreset-x-50", "coreset-x-50.txt", "coreset-x.txt")
+    ]
+    assert len(RunDir(copy).read_column("coreset-x", column="sample_id")) == 200
+
+
+def test_what_another_driver_has_made_in_between_is_not_made_again(copy, monkeypatch, capsys):
+    """It ends between the first look and the lock."""
+    asked = ("name=x", "budget=0.1")
+    is_done = reselect._is_done
+
+    def other_driver_first(*arguments):
+        monkeypatch.setattr(reselect, "_is_done", is_done)
+        select_again(copy, *asked)
+        return False
+
+    monkeypatch.setattr(reselect, "_is_done", other_driver_first)
+    select_again(copy, *asked)
+    said = capsys.readouterr().err
+    assert said.count("select    complete in") == 1 and "nothing to do" in said
+
+
+def test_the_hard_fraction_may_be_found_by_either_way_with_the_network_of_the_run(finished):
+    asked = ["budget=[0.1,0.3]", "select.hard_fraction=[auto,search]", "select.search_step=0.4"]
+    arguments = [f"run_dir={finished}", "name=found", "ray_address=local", *asked, "select.search_iterations=3"]
+    plan = type_job("--dry-run", *arguments)
+    assert plan.returncode == 0, plan.stderr
+    assert "100 images (10.00%), after a share of the hardest that the run's own records choose" in plan.stdout
+    assert "300 images (30.00%), after a share of the hardest that 2 trainings of 3 steps choose" in plan.stdout
+    result = type_job(*arguments)
+    assert result.returncode == 0, result.stderr
+    first, second = RunDir(finished).figures("coreset-found")["coresets"].values()
+    assert first["hard_fraction_evidence"]["found_by"] == "auto" and 0 <= first["hard_fraction"] <= 0.9
+    assert [trial["hard_fraction"] for trial in second["hard_fraction_evidence"]["trials"]] == [0.0, 0.4]
+    assert (first["rows"], second["rows"]) == (100, 300)
+
+
+def test_what_a_run_without_search_was_told_of_search_is_not_lost(finished):
+    config, _ = reselect.load([f"run_dir={finished}", "name=later", "select.hard_fraction=search"])
+    assert (config.select.search_iterations, config.select.search_step) == (7, 0.1)
+
+
+def test_dry_run_says_what_would_be_written_and_writes_nothing(finished):
+    result = type_job("--dry-run", f"run_dir={finished}", "name=dry", "budget=50")
+    assert result.returncode == 0, result.stderr
+    assert "coreset-dry would be written: by double_end, 50 images (5.00%)" in result.stdout
+    assert not (finished / "coreset-dry").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needed"),
+    [
+        (["name=x"], "no value for run_dir"),
+        (["run_dir={run}"], "no value for name"),
+        (["run_dir={run}", "name=../x"], "becomes a folder's name"),
+        (["run_dir={run}", "name=x", "train.epochs=3"], "train.epochs cannot be given here"),
+        (["run_dir={run}", "name=x", "select.scor=aum"], "did you mean select.score"),
+        (["run_dir={run}", "name=x", "budget=0.9", "select.hard_fraction=0.5"], "or 0.1 at most"),
+        (["run_dir={run}", "name=x", "budget=2000"], "between 1 and the size of the pool"),
+        (["run_dir={run}", "name=x", "select.method=d2"], "give cluster.num_neighbors=10"),
+        (["run_dir=/no/such", "name=x"], "no complete stage select"),
+        (["--fast"], "unknown option --fast"),
+    ],
+)
+def test_a_bad_command_ends_with_one_message_and_exit_code_2(finished, arguments, needed):
+    result = type_job(*(argument.format(run=finished) for argument in arguments))
+    assert result.returncode == 2
+    assert needed in result.stderr and "Traceback" not in result.stderr

@@ -1,0 +1,64 @@
+"""What a run reports to Ray's metrics, and the dashboard that asks for it."""
+
+import json
+import re
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from elfs_ray.runtime import metrics
+from elfs_ray.runtime.progress import Progress, listen
+
+DASHBOARD = Path(__file__).parents[2] / "cluster_configs" / "grafana-dashboard.json"
+
+
+def queries() -> list[str]:
+    dashboard = json.loads(DASHBOARD.read_text())
+    variables = [variable["query"] for variable in dashboard["templating"]["list"] if variable["type"] == "query"]
+    return variables + [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+
+
+def test_the_dashboard_asks_for_every_metric_and_for_no_other():
+    asked = {name for query in queries() for name in re.findall(r"ray_\w+", query)}
+    assert asked == {f"ray_{name}" for name in metrics.GAUGES}
+
+
+def test_the_dashboard_asks_for_labels_that_its_metrics_have():
+    own = {"SessionName"} | {label for _, labels in metrics.GAUGES.values() for label in labels}
+    dashboard = json.loads(DASHBOARD.read_text())
+    legends = [target["legendFormat"] for panel in dashboard["panels"] for target in panel["targets"]]
+    labels = {label for query in queries() for label in re.findall(r"\{(\w+)=", query)}
+    assert labels | {label for legend in legends for label in re.findall(r"\{\{(\w+)\}\}", legend)} <= own
+    assert len({tuple(panel["gridPos"][key] for key in "xy") for panel in dashboard["panels"]}) == len(
+        dashboard["panels"]
+    )
+
+
+@pytest.mark.slow
+def test_a_node_exports_under_the_dashboards_names_and_labels_what_was_reported(ray_cluster):
+    import ray
+
+    listen(metrics.report_progress)
+    metrics.report_rejected(3)
+    for stage in ("train", "pretrain"):
+        prefix = f"elfs_{stage}_"
+        metrics.report_epoch(stage, {name.removeprefix(prefix): 0.5 for name in metrics.GAUGES if prefix in name})
+    with Progress("embed", 200, "images") as progress:
+        progress.advance(150)
+        exported = ""
+        deadline = time.monotonic() + 90
+        (node,) = ray.nodes()
+        while "ray_elfs_pretrain_epoch" not in exported or "ray_elfs_done{" not in exported:
+            assert time.monotonic() < deadline, exported[-2000:]
+            time.sleep(1)
+            address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+            with urllib.request.urlopen(address, timeout=10) as response:
+                exported = response.read().decode()
+    found = dict(re.findall(r"^(ray_elfs_\w+)\{(.*)\} \S+$", exported, re.MULTILINE))
+    assert set(found) == {f"ray_{name}" for name in metrics.GAUGES}
+    for name, (_, labels) in metrics.GAUGES.items():
+        assert all(f'{label}="' in found[f"ray_{name}"] for label in (*labels, "SessionName")), found
+    assert re.search(r'ray_elfs_total\{.*stage="embed".*\} 200', exported)
+    assert re.search(r"ray_elfs_rejected\{.*\} 3", exported)

@@ -1,0 +1,32 @@
+"""progress: what a person reads in a terminal and in a log."""
+
+import pytest
+
+from elfs_ray.runtime import progress
+from elfs_ray.runtime.progress import Progress, count, format_duration
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(7.24, "7.2 s"), (245, "4:05"), (3723, "1:02:03")])
+def test_durations_are_written_as_people_write_them(seconds, text):
+    assert format_duration(seconds) == text
+
+
+def test_one_is_singular():
+    assert (count(1, "image"), count(2000, "image"), count(3, "try", "tries")) == ("1 image", "2,000 images", "3 tries")
+
+
+def test_a_log_has_the_end_once_however_often_it_is_reported(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LOG_INTERVAL_S", 0.0)
+    with Progress("train", total=10, unit="images") as shown:
+        shown.update(5)
+        shown.update(10, "epoch 2/2")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("train") and "5/10 images" in lines[0] and "left" in lines[0]
+    assert "10/10 images 100%" in lines[1] and lines[1].endswith("epoch 2/2")
+
+
+def test_a_stage_that_fails_does_not_claim_its_end(capsys):
+    with pytest.raises(RuntimeError), Progress("train", total=10, unit="images"):
+        raise RuntimeError
+    assert capsys.readouterr().err == ""

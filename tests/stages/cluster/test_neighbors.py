@@ -1,0 +1,139 @@
+"""cluster's neighbours: the exact ones, and what the inverted file finds of them, for any number of workers."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from elfs_ray.methods.neighbors.exact import recall
+from elfs_ray.stages.cluster import neighbors as cluster_neighbors
+from elfs_ray.stages.cluster.neighbors import run_neighbors
+from elfs_ray.storage import filesystem, schema
+from elfs_ray.storage.run_dir import RunDir
+from tests.methods.neighbors.test_exact import brute_force, unit
+from tests.tables import contents, digits_config, write_embedded
+
+NUM_FILES = 6
+
+
+def write_embeddings(run_dir: RunDir, rows: np.ndarray) -> None:
+    for ids in np.array_split(np.arange(len(rows)), NUM_FILES):
+        table = pa.table([ids, schema.matrix_column(rows[ids])], schema=schema.embeddings_schema(rows.shape[1]))
+        path = run_dir.path(schema.EMBEDDINGS, schema.range_file(int(ids[0]), int(ids[-1])))
+        filesystem.write_table(path, table)
+
+
+def search(run_dir: RunDir, num_neighbors: int, *overrides: str) -> dict:
+    """Make neighbors/ anew; the figures."""
+    filesystem.delete(run_dir.path(schema.NEIGHBORS))
+    return run_neighbors(digits_config(Path("/run"), *overrides).cluster, run_dir, num_neighbors, seed=0)
+
+
+def found_in(run_dir: RunDir) -> np.ndarray:
+    tables = [filesystem.read_table(path) for path in run_dir.table_files(schema.NEIGHBORS)]
+    return np.concatenate([schema.matrix_of(table, schema.NEIGHBOR_IDS) for table in tables])
+
+
+def uneven_pool() -> np.ndarray:
+    """4,000 embeddings in tight groups of exponential sizes, and a few far from all of them."""
+    random = np.random.default_rng(5)
+    sizes = random.exponential(size=150)
+    sizes = np.maximum(1, np.floor(sizes / sizes.sum() * 4000)).astype(int)
+    rows = np.repeat(random.normal(size=(150, 16)), sizes, axis=0)
+    return random.permutation(unit(rows + 0.02 * random.normal(size=rows.shape)))
+
+
+def test_neighbours_equal_brute_force_for_any_number_of_tasks(ray_cluster, tmp_path, monkeypatch):
+    tables = []
+    for max_queries in (10_000, 200):
+        monkeypatch.setattr(cluster_neighbors, "MAX_QUERIES", max_queries)
+        run_dir = RunDir(tmp_path / str(max_queries))
+        write_embedded(run_dir)
+        search(run_dir, 7)
+        tables.append(contents(tmp_path / str(max_queries), "neighbors"))
+    assert tables[0] == tables[1]
+
+    embedded = pq.ParquetDataset(run_dir.table_files("embeddings")).read()
+    ids, rows = embedded["sample_id"].to_numpy(), schema.matrix_of(embedded, schema.EMBEDDING)
+    np.testing.assert_array_equal(found_in(run_dir), brute_force(rows, ids, rows, ids, 7).neighbor_ids)
+
+
+def test_the_inverted_file_finds_the_share_of_neighbours_that_was_asked_for(ray_cluster, tmp_path):
+    run_dir = RunDir(tmp_path)
+    write_embedded(run_dir)
+    search(run_dir, 7, "cluster.neighbor_search=exact")
+    exact = found_in(run_dir)
+    figures = search(run_dir, 7, "cluster.neighbor_search=ivf", "cluster.neighbor_recall=0.9")
+    assert figures["recall"] == recall(found_in(run_dir), exact) >= 0.9, "all of this pool is the sample"
+
+
+def test_the_inverted_file_gives_every_sample_of_uneven_groups_its_neighbours(ray_cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster_neighbors, "RECALL_QUERIES", 100)
+    run_dir, rows = RunDir(tmp_path), uneven_pool()
+    write_embeddings(run_dir, rows)
+    options = ("cluster.neighbor_search=ivf", "cluster.neighbor_recall=0.8")
+    tables = []
+    for num_workers in (1, 3):
+        figures = search(run_dir, 30, *options, f"cluster.num_workers={num_workers}")
+        tables.append(contents(tmp_path, "neighbors"))
+    assert tables[0] == tables[1]
+    found = found_in(run_dir)
+    assert figures["nprobe"] < figures["num_lists"] and (found >= 0).all()
+    exact = brute_force(rows, np.arange(len(rows)), rows, np.arange(len(rows)), 30).neighbor_ids
+    assert recall(found, exact) >= 0.8
+
+
+def test_the_inverted_file_has_no_more_lists_than_a_pool_of_duplicates_has_distinct_embeddings(ray_cluster, tmp_path):
+    run_dir, random = RunDir(tmp_path), np.random.default_rng(6)
+    rows = unit(random.normal(size=(25, 16)))[random.integers(25, size=3000)]
+    rows[:, 3] = np.where(random.integers(2, size=3000), np.float16(0.0), np.float16(-0.0))
+    write_embeddings(run_dir, unit(rows))
+    figures = search(run_dir, 10, "cluster.neighbor_search=ivf")
+    assert figures["num_lists"] == 25 and figures["recall"] >= 0.95
+    assert (found_in(run_dir) >= 0).all()
+
+
+@pytest.mark.parametrize("num_workers", [1, 50])
+def test_the_inverted_file_needs_no_more_than_one_free_cpu(ray_cluster, tmp_path, monkeypatch, num_workers):
+    run_dir = RunDir(tmp_path)
+    write_embedded(run_dir)
+    held = ray.remote(num_cpus=int(ray.available_resources()["CPU"]) - 1)(_Idle).remote()
+    ray.get(held.ready.remote())
+    monkeypatch.setattr(cluster_neighbors, "num_cpus", lambda: 1)
+    search(run_dir, 7, "cluster.neighbor_search=ivf", f"cluster.num_workers={num_workers}")
+    ray.kill(held)
+    assert (found_in(run_dir) >= 0).all()
+
+
+class _Idle:
+    """Holds CPUs of the cluster without using them."""
+
+    def ready(self) -> None:
+        pass
+
+
+def test_as_many_neighbours_as_samples_are_refused(ray_cluster, tmp_path):
+    run_dir = RunDir(tmp_path)
+    write_embedded(run_dir)
+    with pytest.raises(ValueError, match=r"cluster\.num_neighbors=1000 of 1000 samples: needed are fewer"):
+        search(run_dir, 1000)
+
+
+def test_every_file_of_a_bucket_is_counted_once(ray_cluster, s3_server, s3_bucket):
+    run_dir, rows = RunDir(f"{s3_bucket}/run"), uneven_pool()[:600]
+    write_embeddings(run_dir, rows)
+    path = run_dir.table_files(schema.EMBEDDINGS)[0]
+
+    def requests_of(function, *arguments) -> int:
+        before = s3_server.num_requests()
+        function(*arguments)
+        return s3_server.num_requests() - before
+
+    table = filesystem.read_table(path)
+    counting, reading = (requests_of(function, path) for function in (filesystem.num_rows, filesystem.read_table))
+    writing = requests_of(filesystem.write_table, f"{s3_bucket}/x/y", table)
+    tasks = NUM_FILES * ((1 + NUM_FILES) * reading + writing)
+    assert requests_of(search, run_dir, 5) <= tasks + (NUM_FILES + 1) * counting + 10

@@ -1,0 +1,319 @@
+"""select against NumPy: the scores' formulas and double-end pruning written out."""
+
+import itertools
+from fractions import Fraction
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from elfs_ray.methods.selection import geometry, pruning
+from elfs_ray.stages.select import coreset as select_coreset
+from elfs_ray.stages.select import run as select
+from elfs_ray.stages.select import scored_pool as select_pool
+from elfs_ray.stages.select import windows as select_windows
+from elfs_ray.stages.select.coreset import escape_line_breaks, write_coresets
+from elfs_ray.stages.select.scored_pool import ScoredPool
+from elfs_ray.stages.select.windows import Budget, choose
+from elfs_ray.storage import filesystem, schema
+from elfs_ray.storage.run_dir import RunDir
+from tests import selections
+from tests.tables import contents, digit_images, digits_config, write_trained
+
+
+def plain_scores(records: dict) -> dict[str, np.ndarray]:
+    """The scores of REFERENCE's formulas, a line each."""
+    target, other = records["target_prob"].astype(float), records["max_other_prob"].astype(float)
+    right = target > other
+    forgotten = (right[:-1] & ~right[1:]).sum(0)
+    return {
+        "aum": (target - other).sum(0),
+        "forgetting": np.where(right.any(0), forgotten, len(target)),
+        "el2n": records["el2n"].astype(float)[:10].sum(0),
+        "correctness": right.sum(0),
+    }
+
+
+HARD_IS_LOW = {"aum": True, "forgetting": False, "el2n": False, "correctness": True}
+
+
+def read(run_dir: RunDir, table: str) -> dict[str, np.ndarray]:
+    rows = pq.read_table(run_dir.path(table)) if table == "scores" else None
+    rows = rows or pq.ParquetDataset(run_dir.table_files(table)).read()
+    return {name: rows[name].to_numpy() for name in rows.column_names}
+
+
+@pytest.mark.parametrize("score", ["aum", "forgetting", "el2n", "correctness"])
+@pytest.mark.parametrize("hard_fraction", [0.0, 0.25, 0.8])
+def test_coreset_equals_sort_and_slice_for_every_score_and_at_both_ends_of_beta(
+    ray_cluster, tmp_path, monkeypatch, score, hard_fraction
+):
+    monkeypatch.setattr(select, "IDS_PER_FILE", 300)
+    monkeypatch.setattr(select_windows, "RANKS_PER_FILE", 70)
+    run_dir = RunDir(tmp_path)
+    records = write_trained(run_dir)
+    config = digits_config(tmp_path, f"select.score={score}", f"select.hard_fraction={hard_fraction}")
+    figures = select.run_select(config, run_dir)
+
+    ids, plain = records["sample_id"], plain_scores(records)[score]
+    hardness = plain.astype(np.float32) * (1 if HARD_IS_LOW[score] else -1)
+    order = ids[np.lexsort((ids, hardness))]
+    start, count = int(hard_fraction * len(ids)), len(ids) // 5
+    coreset = read(run_dir, "coreset")
+    np.testing.assert_array_equal(coreset["sample_id"], order[start : start + count])
+    np.testing.assert_array_equal(coreset["rank"], np.arange(count))
+    assert figures["rows"] == count
+    first = figures["coresets"]["coreset"]
+    assert (first["num_hard"], first["num_easy"]) == (start, len(ids) - start - count)
+    assert (tmp_path / "coreset.txt").read_text().splitlines() == [f"/digits/{i}.png" for i in coreset["sample_id"]]
+
+
+def test_scores_equal_the_plain_formulas_to_1e_6_and_cover_every_pseudo_labelled_sample(ray_cluster, tmp_path):
+    run_dir = RunDir(tmp_path)
+    records = write_trained(run_dir, num_epochs=12)
+    select.run_select(digits_config(tmp_path), run_dir)
+    scores = read(run_dir, "scores")
+    np.testing.assert_array_equal(scores["sample_id"], records["sample_id"])
+    for name, plain in plain_scores(records).items():
+        np.testing.assert_allclose(scores[name], plain, rtol=1e-6, atol=1e-6)
+
+
+def test_a_second_try_after_half_of_the_scores_gives_the_same_bytes(ray_cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(select, "IDS_PER_FILE", 300)
+    run_dir = RunDir(tmp_path)
+    write_trained(run_dir)
+    select.run_select(digits_config(tmp_path), run_dir)
+    first = contents(tmp_path, "scores", "coreset")
+    next((tmp_path / "scores").iterdir()).unlink()
+    for path in (tmp_path / "coreset").iterdir():
+        path.unlink()
+    select.run_select(digits_config(tmp_path), run_dir)
+    assert contents(tmp_path, "scores", "coreset") == first
+
+
+def test_missing_records_are_an_error_that_names_the_samples(ray_cluster, tmp_path):
+    run_dir = RunDir(tmp_path)
+    write_trained(run_dir)
+    (tmp_path / "dynamics" / "epoch=003" / "rank-00001-of-00003.parquet").unlink()
+    with pytest.raises(ValueError, match=r"epoch 3 has no record of \d+ samples"):
+        select.run_select(digits_config(tmp_path), run_dir)
+
+
+def test_line_breaks_in_names_are_escaped_so_that_a_uri_stays_on_its_line():
+    assert escape_line_breaks("/pool/50% off.png") == "/pool/50% off.png"
+    assert escape_line_breaks("https://host/a%20b.png") == "https://host/a%20b.png"
+    assert escape_line_breaks("/pool/a\nb%.png") == "/pool/a%0Ab%25.png"
+
+
+def test_the_uri_of_a_line_is_known_whatever_it_holds():
+    parts = ("a", "\n", "\r", "%", "%0A", "%0D", "%25", "0A", "25")
+    uris = {"".join(chosen) for length in range(5) for chosen in itertools.product(parts, repeat=length)}
+    for uri in uris:
+        line = escape_line_breaks(uri)
+        assert not {"\n", "\r"} & set(line)
+        assert line.replace("%0A", "\n").replace("%0D", "\r").replace("%25", "%") == uri
+
+
+@pytest.mark.parametrize("in_bucket", [False, True])
+def test_the_text_of_a_coreset_has_the_uris_of_all_its_files_in_order(request, tmp_path, monkeypatch, in_bucket):
+    monkeypatch.setattr(select_coreset, "TEXT_ROWS", 7)
+    run_dir = RunDir(request.getfixturevalue("s3_bucket") if in_bucket else tmp_path)
+    uris = [f"/pool/{number}.png" for number in range(50)]
+    for first in (0, 20):
+        path = run_dir.path("coreset", schema.range_file(first, first + 19))
+        filesystem.write_table(path, pa.table({"uri": uris[first : first + 20]}))
+    select_coreset._write_text(run_dir, "coreset")
+    assert filesystem.read_bytes(run_dir.path("coreset.txt")).decode() == "".join(f"{uri}\n" for uri in uris[:40])
+
+
+LABELS = digit_images(1003)[1]
+
+
+def kept_by_class(ids: np.ndarray, scores: np.ndarray, hard_fraction: float, shares: dict[int, int]) -> set[int]:
+    """Double-end pruning of each class alone, by sorting."""
+    kept: set[int] = set()
+    for label, share in shares.items():
+        own = np.flatnonzero(LABELS[ids] == label)
+        order = own[np.lexsort((ids[own], scores[own]))]
+        start = min(int(hard_fraction * len(own)), len(own) - share)
+        kept |= set(ids[order[start : start + share]].tolist())
+    return kept
+
+
+@pytest.mark.parametrize("hard_fraction", [0.0, 0.45])
+def test_balance_keeps_an_equal_window_of_every_pseudo_class(ray_cluster, tmp_path, monkeypatch, hard_fraction):
+    monkeypatch.setattr(select, "IDS_PER_FILE", 300)
+    monkeypatch.setattr(select_windows, "RANKS_PER_FILE", 70)
+    run_dir = RunDir(tmp_path)
+    records = write_trained(run_dir)
+    ids, aum = records["sample_id"], plain_scores(records)["aum"].astype(np.float32)
+    config = digits_config(tmp_path, "select.balance=true", f"select.hard_fraction={hard_fraction}")
+    select.run_select(config, run_dir)
+    coreset = read(run_dir, "coreset")
+    assert set(coreset["sample_id"].tolist()) == kept_by_class(ids, aum, hard_fraction, dict.fromkeys(range(10), 20))
+    place = {sample_id: at for at, sample_id in enumerate(ids.tolist())}
+    at = [place[sample_id] for sample_id in coreset["sample_id"].tolist()]
+    np.testing.assert_array_equal(np.lexsort((ids[at], aum[at])), np.arange(200))
+    np.testing.assert_array_equal(coreset["pseudo_label"], LABELS[coreset["sample_id"]])
+
+
+def in_memory(method: str, balance: bool, ids: np.ndarray, scores: dict, count: int) -> np.ndarray:
+    """The sample ids of the in-memory method, by class where it is balanced."""
+    if balance:
+        groups = [np.flatnonzero(LABELS[ids] == label) for label in range(10)]
+        shares = pruning.allocate_evenly(np.array([len(own) for own in groups]), count)
+    else:
+        groups, shares = [np.arange(len(ids))], [count]
+    kept = []
+    for own, share in zip(groups, shares, strict=True):
+        aum, dual, prob, own_ids = scores["aum"][own], scores["dual"][own], scores["dual_mean_prob"][own], ids[own]
+        positions = {
+            "hardest": selections.hardest(aum, own_ids, int(share), "low"),
+            "easiest": selections.easiest(aum, own_ids, int(share), "low"),
+            "random": pruning.random_selection(own_ids, int(share), seed=4),
+            "stratified": selections.stratified(aum, own_ids, int(share), 0.1, "low", seed=4, num_strata=7),
+            "dual_beta": selections.dual_beta(dual, prob, own_ids, int(share), seed=4),
+        }
+        kept.append(own_ids[positions[method]])
+    return np.sort(np.concatenate(kept))
+
+
+@pytest.mark.parametrize("balance", [False, True])
+@pytest.mark.parametrize("method", ["hardest", "easiest", "random", "stratified", "dual_beta"])
+def test_every_method_over_files_keeps_what_it_keeps_in_memory(ray_cluster, tmp_path, monkeypatch, method, balance):
+    monkeypatch.setattr(select, "IDS_PER_FILE", 300)
+    monkeypatch.setattr(select_windows, "RANKS_PER_FILE", 70)
+    run_dir = RunDir(tmp_path)
+    ids = write_trained(run_dir)["sample_id"]
+    overrides = [f"select.method={method}", f"select.balance={balance}", "seed=4", "select.num_strata=7"]
+    figures = select.run_select(digits_config(tmp_path, *overrides), run_dir)
+    coreset = read(run_dir, "coreset")
+    np.testing.assert_array_equal(
+        np.sort(coreset["sample_id"]), in_memory(method, balance, ids, read(run_dir, "scores"), 200)
+    )
+    assert figures["rows"] == 200
+    np.testing.assert_array_equal(coreset["rank"], np.arange(200))
+
+
+@pytest.mark.parametrize("method", ["double_end", "stratified", "dual_beta"])
+def test_several_budgets_at_once_are_the_coresets_of_each_alone(ray_cluster, tmp_path, method):
+    write_trained(RunDir(tmp_path / "all"))
+    together = [f"select.method={method}", "budget=[0.1,0.3,50]", "select.hard_fraction=[0.4,0.2,0.1]"]
+    select.run_select(digits_config(tmp_path / "all", *together), RunDir(tmp_path / "all"))
+    for table, budget, beta in (("coreset", "0.1", 0.4), ("coreset-0.3", "0.3", 0.2), ("coreset-50", "50", 0.1)):
+        alone = RunDir(tmp_path / table)
+        write_trained(alone)
+        overrides = [f"select.method={method}", f"budget={budget}", f"select.hard_fraction={beta}"]
+        select.run_select(digits_config(tmp_path / table, *overrides), alone)
+        own = {path.rsplit("/", 1)[1]: data for path, data in contents(tmp_path / "all", table).items()}
+        assert own == {path.rsplit("/", 1)[1]: data for path, data in contents(tmp_path / table, "coreset").items()}
+
+
+def write_neighbors(run_dir: RunDir, num_neighbors: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """neighbors/ by brute force; (sample_ids, positions of neighbours, similarity)."""
+    tables = list(run_dir.read_table("embeddings"))
+    ids = np.concatenate([table["sample_id"].to_numpy() for table in tables])
+    vectors = np.concatenate([schema.matrix_of(table, "embedding") for table in tables]).astype(np.float32)
+    cosine = vectors @ vectors.T
+    np.fill_diagonal(cosine, -2)
+    nearest = np.argsort(-cosine, axis=1, kind="stable")[:, :num_neighbors]
+    similarity = np.take_along_axis(cosine, nearest, axis=1)
+    columns = [ids, schema.matrix_column(ids[nearest]), schema.matrix_column(similarity)]
+    table = pa.table(columns, schema=schema.neighbors_schema(num_neighbors))
+    filesystem.write_table(run_dir.path("neighbors", schema.range_file(0, int(ids[-1]))), table)
+    return ids, nearest, similarity
+
+
+def test_d2_over_files_is_d2_in_memory_and_a_missing_graph_names_its_stage(ray_cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(select, "IDS_PER_FILE", 300)
+    run_dir = RunDir(tmp_path)
+    write_trained(run_dir)
+    config = digits_config(tmp_path, "select.method=d2", "select.d2_neighbors=5", "cluster.num_neighbors=8")
+    with pytest.raises(ValueError, match=r"run stage cluster with cluster\.num_neighbors=5"):
+        select.run_select(config, run_dir)
+    ids, nearest, similarity = write_neighbors(run_dir, 8)
+    select.run_select(config, run_dir)
+    expected = ids[geometry.d2_selection(nearest[:, :5], similarity[:, :5], 200)]
+    np.testing.assert_array_equal(read(run_dir, "coreset")["sample_id"], expected)
+
+
+def test_zcore_over_files_is_zcore_in_memory(ray_cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(select, "IDS_PER_FILE", 300)
+    monkeypatch.setattr(geometry, "_DRAWS", 40)
+    run_dir = RunDir(tmp_path)
+    ids = write_trained(run_dir)["sample_id"]
+    select.run_select(digits_config(tmp_path, "select.method=zcore", "select.zcore_draws=100"), run_dir)
+    vectors = np.concatenate([schema.matrix_of(table, "embedding") for table in run_dir.read_table("embeddings")])
+    scores = geometry.zcore_scores(vectors, ids, seed=0, num_draws=100)
+    np.testing.assert_array_equal(read(run_dir, "coreset")["sample_id"], ids[np.lexsort((ids, -scores))][:200])
+
+
+def test_prototypicality_keeps_what_is_farthest_from_its_centroid(ray_cluster, tmp_path):
+    run_dir = RunDir(tmp_path)
+    write_trained(run_dir)
+    for path in run_dir.table_files("clusters", "pseudo_labels"):
+        rows = filesystem.read_table(path)
+        far = pa.array((rows["sample_id"].to_numpy() * 7919 % 1003).astype(np.float32))
+        filesystem.write_table(path, rows.set_column(2, "distance", far))
+    select.run_select(digits_config(tmp_path, "select.method=prototypicality"), run_dir)
+    coreset = read(run_dir, "coreset")
+    np.testing.assert_array_equal(coreset["score"], np.sort(coreset["score"])[::-1])
+    np.testing.assert_array_equal(coreset["score"], coreset["sample_id"] * 7919 % 1003)
+    assert coreset["score"].min() >= 1003 - 200 - 3
+
+
+@pytest.mark.parametrize("overrides", [[], ["select.balance=true"], ["select.method=stratified", "budget=[0.2,0.05]"]])
+def test_the_number_of_files_in_a_task_changes_nothing(ray_cluster, tmp_path, monkeypatch, overrides):
+    monkeypatch.setattr(select, "IDS_PER_FILE", 150)
+    run_dir = RunDir(tmp_path)
+    write_trained(run_dir)
+    found = []
+    for max_shares in (1, 4, 7):
+        monkeypatch.setattr(select_pool, "MAX_SHARES", max_shares)
+        select.run_select(digits_config(tmp_path, *overrides), run_dir)
+        found.append(contents(tmp_path, "coreset", "coreset-0.05"))
+    assert found[0] == found[1] == found[2]
+
+
+def write_scored(folder, scores: np.ndarray, num_files: int) -> ScoredPool:
+    """scores/ and index/ of samples 0..n-1, as many in each file."""
+    run_dir, ids = RunDir(folder), np.arange(len(scores))
+    for own in np.array_split(ids, num_files):
+        name = schema.range_file(int(own[0]), int(own[-1]))
+        labels = np.zeros(len(own), np.int32)
+        columns = {"sample_id": own, "pseudo_label": labels, "aum": scores[own]}
+        filesystem.write_table(run_dir.path("scores", name), pa.table(columns))
+        uris = [f"/{i}.png" for i in own.tolist()]
+        index = pa.table([own, uris, pa.nulls(len(own), pa.int32())], schema=schema.INDEX_SCHEMA)
+        filesystem.write_table(run_dir.path("index", name), index)
+    return ScoredPool(tuple(run_dir.table_files("scores")), "aum", "low", len(scores), 1)
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "num_files", "num_workers"),
+    [(1, 1, 1), (10, 7, 4), (999, 3, 2), (1000, 1, 1), (1000, 5, 4), (100_000, 7, 3), (100_000, 2, 2)],
+)
+def test_double_end_is_sort_and_slice_for_every_rate_and_beta(
+    ray_cluster, tmp_path, monkeypatch, num_samples, num_files, num_workers
+):
+    """All windows of a grid at once, over any number of files, dealt to any number of workers; many scores tie."""
+    monkeypatch.setattr(select_pool, "MAX_SHARES", num_workers)
+    monkeypatch.setattr(select_windows, "RANKS_PER_FILE", 30_000)
+    rng = np.random.default_rng(num_samples)
+    scores = (rng.integers(-40, 200, num_samples) / 8).astype(np.float32)
+    pool = write_scored(tmp_path, scores, num_files)
+    budgets = [
+        Budget(pruning.budget_count(1 - pruned / 10, num_samples), hard / 10)
+        for pruned in range(10)
+        for hard in range(pruned + 1)
+        if (10 - pruned) * num_samples >= 10
+    ]
+    selections = choose(pool, digits_config(tmp_path).select, 0, budgets)
+    tables = {f"coreset-{place}": selection for place, selection in enumerate(selections)}
+    write_coresets(RunDir(tmp_path), pool, tables)
+    order = np.lexsort((np.arange(num_samples), scores))
+    for table, budget in zip(tables, budgets, strict=True):
+        start = int(Fraction(str(budget.hard_fraction)) * num_samples)
+        kept = read(RunDir(tmp_path), table)["sample_id"]
+        np.testing.assert_array_equal(kept, order[start : start + budget.num_kept])

@@ -1,0 +1,78 @@
+"""How often a worker group reports an epoch with its checkpoint."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import distributed
+from torch.multiprocessing import spawn
+
+from elfs_ray.stages.training import checkpoints
+from elfs_ray.stages.training.checkpoints import CheckpointReporter
+
+
+class Reports:
+    """Ray Train's side, with a clock: which epochs were reported, with what state, and how long each report takes."""
+
+    def __init__(self, report_s: float):
+        self.now_s, self.report_s, self.states = 0.0, report_s, {}
+
+    def take(self, metrics, checkpoint=None):
+        self.now_s += self.report_s
+        with checkpoint.as_directory() as folder:
+            self.states[metrics["epoch"]] = torch.load(Path(folder, checkpoints.STATE_FILE))
+
+
+@pytest.fixture
+def make_reports(monkeypatch):
+    def make(report_s: float) -> Reports:
+        reports = Reports(report_s)
+        monkeypatch.setattr(checkpoints, "time", SimpleNamespace(monotonic=lambda: reports.now_s))
+        monkeypatch.setattr(checkpoints.ray.train, "report", reports.take)
+        return reports
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("epoch_s", "report_s", "reported"),
+    [(40.0, 1.0, [0, 1, 2, 3, 4, 5, 6, 7]), (8.0, 0.5, [0, 3, 6, 7]), (10.0, 1.0, [0, 4, 7])],
+)
+def test_reports_take_3_percent_of_the_time_at_most_and_the_last_epoch_is_always_there(
+    make_reports, epoch_s, report_s, reported
+):
+    reports = make_reports(report_s)
+    reporter = CheckpointReporter(0, 1, torch.device("cpu"))
+    for epoch in range(8):
+        reports.now_s += epoch_s
+        reporter.end_epoch({"epoch": epoch}, lambda: {"next": epoch + 1}, is_last=epoch == 7)  # noqa: B023
+    assert reports.states == {epoch: {"next": epoch + 1} for epoch in reported}
+    assert (len(reported) - 2) * report_s <= 0.03 * reports.now_s  # but for the latest and the one at the end
+
+
+def test_one_slow_report_leaves_no_more_than_a_minute_without(make_reports):
+    reports = make_reports(100.0)
+    reporter = CheckpointReporter(0, 1, torch.device("cpu"))
+    for epoch, passed_s in enumerate([0.0, checkpoints.MAX_UNREPORTED_S - 1, 1.0]):
+        reports.now_s += passed_s
+        reporter.end_epoch({"epoch": epoch}, dict, is_last=False)
+    assert list(reports.states) == [0, 2]
+
+
+def _end_epochs(rank: int, folder: str) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    answers = []
+    checkpoints.ray.train.report = lambda metrics, checkpoint=None: answers.append((metrics, checkpoint is not None))
+    reporter = CheckpointReporter(rank, 2, torch.device("cpu"))
+    for epoch, slow_rank in enumerate((0, 1)):
+        reporter._cost_s = 1e6 if rank == slow_rank else 0.0
+        reporter.end_epoch({"epoch": epoch}, dict, is_last=False)
+    Path(folder, str(rank)).write_text(str(answers))
+    distributed.destroy_process_group()
+
+
+def test_workers_whose_reports_took_unequal_times_agree_and_rank_0_alone_saves(tmp_path):
+    spawn(_end_epochs, args=(str(tmp_path),), nprocs=2)
+    answers = [Path(tmp_path, str(rank)).read_text() for rank in range(2)]
+    assert answers == ["[({'epoch': 1}, True)]", "[({'epoch': 1}, False)]"]

@@ -1,0 +1,63 @@
+"""A group of workers: which errors a retry may mend, and which are final."""
+
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from elfs_ray.stages.training.worker_group import WorkerGroup, run_workers
+from elfs_ray.storage import filesystem
+
+
+def group(folder: Path, max_failures: int) -> WorkerGroup:
+    return WorkerGroup(str(folder), "group", (1, 1), cpus_per_worker=1, use_gpu=False, max_failures=max_failures)
+
+
+def write_torn(path: Path) -> bytes:
+    """Write the beginning of a Parquet file; the whole file."""
+    pq.write_table(pa.table({"sample_id": range(10_000)}), path)
+    whole = path.read_bytes()
+    os.truncate(path, len(whole) // 2)
+    return whole
+
+
+def test_a_torn_read_uses_a_retry(ray_cluster, tmp_path):
+    path = tmp_path / "rows.parquet"
+    whole = write_torn(path)
+
+    def work(marks: Path) -> None:
+        (marks / f"try-{len(list(marks.glob('try-*')))}").touch()
+        try:
+            (marks / "rows").write_text(str(filesystem.read_table(str(path)).num_rows))
+        except pa.ArrowInvalid:
+            path.write_bytes(whole)
+            raise
+
+    run_workers(group(tmp_path, max_failures=1), work, tmp_path)
+    assert (tmp_path / "rows").read_text() == "10000"
+    assert len(list(tmp_path.glob("try-*"))) == 2
+
+
+def test_a_damaged_file_ends_training_after_its_retries_and_is_named(ray_cluster, tmp_path):
+    path = tmp_path / "rows.parquet"
+    write_torn(path)
+
+    def work(marks: Path) -> None:
+        (marks / f"try-{len(list(marks.glob('try-*')))}").touch()
+        filesystem.num_rows(str(path))
+
+    with pytest.raises(RuntimeError, match=rf"gave up after 1 retries: .*{path} cannot be read: Parquet magic bytes"):
+        run_workers(group(tmp_path, max_failures=1), work, tmp_path)
+    assert len(list(tmp_path.glob("try-*"))) == 2
+
+
+def test_another_value_error_ends_training_at_once(ray_cluster, tmp_path):
+    def work(marks: Path) -> None:
+        (marks / f"try-{len(list(marks.glob('try-*')))}").touch()
+        raise ValueError("sample_id 7 has no image")
+
+    with pytest.raises(RuntimeError, match="training stopped: sample_id 7 has no image"):
+        run_workers(group(tmp_path, max_failures=-1), work, tmp_path)
+    assert len(list(tmp_path.glob("try-*"))) == 1
