@@ -24,7 +24,7 @@ from elfs_ray import load_config
 from elfs_ray.config import Config
 from elfs_ray.methods.selection import pruning
 from elfs_ray.methods.selection.hard_fraction import fraction_grid
-from elfs_ray.methods.training.from_scratch import LabelledImages, train_and_test
+from elfs_ray.methods.training.classifier import LabelledImages, train_and_test
 from elfs_ray.pipeline import runner as pipeline
 from elfs_ray.pool.images import decode_proxy_image
 from elfs_ray.runtime.cluster import connect, run_tasks
@@ -32,7 +32,7 @@ from elfs_ray.stages.select.auto import estimate_hard_fractions
 from elfs_ray.stages.select.scored_pool import ScoredPool
 from elfs_ray.stages.select.search import search_hard_fractions
 from elfs_ray.stages.select.windows import Budget, choose
-from elfs_ray.stages.training.from_scratch import kept_or_computed, load_proxy_images, training_settings
+from elfs_ray.stages.training.classifier_inputs import kept_or_computed, load_proxy_images, training_settings
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 

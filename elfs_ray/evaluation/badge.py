@@ -20,10 +20,10 @@ from elfs_ray.evaluation.data import TrueLabels
 from elfs_ray.evaluation.trials import TrialPlace
 from elfs_ray.methods.selection.badge import badge_selection
 from elfs_ray.methods.selection.pruning import random_selection
-from elfs_ray.methods.training.from_scratch import EvaluationSettings, LabelledImages, Training
+from elfs_ray.methods.training.classifier import Classifier, ClassifierSettings, LabelledImages
 from elfs_ray.runtime.cluster import get_result, remote_progress
 from elfs_ray.runtime.progress import Progress
-from elfs_ray.stages.training.from_scratch import load_proxy_images
+from elfs_ray.stages.training.classifier_inputs import load_proxy_images
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
@@ -36,7 +36,7 @@ class BadgeJob:
     image_size: int
     sample_ids: np.ndarray
     round_ends: tuple[int, ...]
-    settings: EvaluationSettings
+    settings: ClassifierSettings
     seed: int
 
 
@@ -93,7 +93,7 @@ def _next_round(
     chosen = np.sort(bought)
     positions = np.searchsorted(job.sample_ids, chosen)
     train = LabelledImages(images[positions], labels.of(chosen), chosen)
-    training = Training(labels.num_classes, job.settings, seed=job.seed + number, device=device)
+    training = Classifier(labels.num_classes, job.settings, seed=job.seed + number, device=device)
     for _ in training.steps(train):
         pass
     left = np.ones(len(job.sample_ids), bool)

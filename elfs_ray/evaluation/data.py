@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 
 from elfs_ray.config import EmbedConfig
-from elfs_ray.methods.training.from_scratch import LabelledImages
+from elfs_ray.methods.training.classifier import LabelledImages
 from elfs_ray.pool.images import BadImage, decode_image, decode_proxy_image, encode_proxy_image
 from elfs_ray.pool.listing import PoolColumns, find_units, list_unit, read_images
-from elfs_ray.stages.training.from_scratch import load_proxy_images
+from elfs_ray.stages.training.classifier_inputs import load_proxy_images
 from elfs_ray.storage import schema
 from elfs_ray.storage.run_dir import RunDir
 

@@ -24,7 +24,7 @@ from elfs_ray.evaluation.chart import draw_chart
 from elfs_ray.evaluation.keys import ComparisonConfig
 from elfs_ray.evaluation.plan import SUPERVISED, Entry, Plan, Source, make_plan
 from elfs_ray.evaluation.report import Line, to_markdown
-from elfs_ray.methods.training.from_scratch import EvaluationSettings
+from elfs_ray.methods.training.classifier import ClassifierSettings
 from elfs_ray.pipeline import reselect
 from elfs_ray.pipeline.runner import locked
 from elfs_ray.runtime.progress import format_duration, say
@@ -216,12 +216,12 @@ def _labels(plan: Plan) -> Any:
     return list_labels(run_dir, plan.pool_uri, plan.pool_format, plan.columns)
 
 
-def _settings(config: ComparisonConfig, source: Source, device: str, iterations: int) -> EvaluationSettings:
+def _settings(config: ComparisonConfig, source: Source, device: str, iterations: int) -> ClassifierSettings:
     """How every training of a config runs; what it does not say is as the first run's proxy was trained."""
     import torch
 
     from elfs_ray.methods.numeric.precision import resolve_precision
-    from elfs_ray.stages.training.from_scratch import training_settings
+    from elfs_ray.stages.training.classifier_inputs import training_settings
 
     return training_settings(
         load_config(None, [f"run_dir={source.run_dir.uri}"], base=source.base).train,

@@ -17,10 +17,10 @@ import ray
 import torch
 
 from elfs_ray.evaluation.data import TrueLabels, digest, load_samples
-from elfs_ray.methods.training.from_scratch import EvaluationSettings, LabelledImages, Training
+from elfs_ray.methods.training.classifier import Classifier, ClassifierSettings, LabelledImages
 from elfs_ray.runtime.cluster import run_tasks
 from elfs_ray.runtime.progress import Progress
-from elfs_ray.stages.training.from_scratch import kept_or_computed
+from elfs_ray.stages.training.classifier_inputs import kept_or_computed
 from elfs_ray.storage import filesystem
 from elfs_ray.storage.run_dir import RunDir
 
@@ -60,7 +60,7 @@ class TrialData:
 
 
 def run_trials(
-    trials: Sequence[Trial], data: TrialData, settings: EvaluationSettings, folder: str, place: TrialPlace
+    trials: Sequence[Trial], data: TrialData, settings: ClassifierSettings, folder: str, place: TrialPlace
 ) -> list[dict[str, Any]]:
     """Train on each selection and test; the figures of each trial, in their order.
 
@@ -110,7 +110,7 @@ def _run_trial(
     image_size: int,
     num_classes: int,
     references: list[ray.ObjectRef],
-    settings: EvaluationSettings,
+    settings: ClassifierSettings,
     place: TrialPlace,
     trial: Trial,
     path: str,
@@ -121,7 +121,7 @@ def _run_trial(
     def train() -> dict[str, Any]:
         labels, test = ray.get(references)
         samples = load_samples(run_dir, labels, trial.sample_ids, image_size)
-        training = Training(num_classes, settings, seed=trial.seed, device=place.device)
+        training = Classifier(num_classes, settings, seed=trial.seed, device=place.device)
         accuracies = _train_in_parts(training, samples, test, path.removesuffix(".json") + UNFINISHED)
         return {
             "seed": trial.seed,
@@ -137,7 +137,11 @@ def _run_trial(
 
 
 def _train_in_parts(
-    training: Training, samples: LabelledImages, test: LabelledImages, path: str, save_every_s: float = SAVE_EVERY_S
+    training: Classifier,
+    samples: LabelledImages,
+    test: LabelledImages,
+    path: str,
+    save_every_s: float = SAVE_EVERY_S,
 ) -> list[float]:
     """The accuracies of a training that goes on from the file at `path` and leaves its state there now and then."""
     accuracies: list[float] = []

@@ -24,7 +24,7 @@ from elfs_ray.methods.numeric.precision import resolve_precision
 from elfs_ray.methods.selection.pruning import random_selection
 from elfs_ray.pool.listing import PoolColumns
 from elfs_ray.runtime.cluster import resolve_device
-from elfs_ray.stages.training.from_scratch import training_settings
+from elfs_ray.stages.training.classifier_inputs import training_settings
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 

@@ -20,12 +20,12 @@ from elfs_ray.config import Config, deciding_keys, scaled_lr
 from elfs_ray.methods.numeric.hashing import hash_uniform
 from elfs_ray.methods.numeric.precision import resolve_precision
 from elfs_ray.methods.selection.hard_fraction import fraction_grid
-from elfs_ray.methods.training.from_scratch import LabelledImages, train_and_test
+from elfs_ray.methods.training.classifier import LabelledImages, train_and_test
 from elfs_ray.runtime.cluster import resolve_device, run_tasks
 from elfs_ray.runtime.progress import Progress
 from elfs_ray.stages.select.scored_pool import ScoredPool
 from elfs_ray.stages.select.windows import Budget, Selection, choose
-from elfs_ray.stages.training.from_scratch import kept_or_computed, load_proxy_images, training_settings
+from elfs_ray.stages.training.classifier_inputs import kept_or_computed, load_proxy_images, training_settings
 from elfs_ray.storage import schema
 from elfs_ray.storage.run_dir import Marker, RunDir
 

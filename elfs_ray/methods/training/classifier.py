@@ -1,4 +1,4 @@
-"""Training from scratch on a coreset with true labels, and testing (ELFS Section 5.1).
+"""Train a classifier from scratch on labelled images, a coreset or a whole pool, and test it (ELFS, section 5.1).
 
 Every coreset is trained for the same number of iterations, whatever its size.
 """
@@ -30,8 +30,8 @@ _TEST_BATCH = 512
 
 
 @dataclass(frozen=True)
-class EvaluationSettings:
-    """How every coreset is trained: `iterations` steps of `batch_size`, SGD with a cosine to `min_lr`."""
+class ClassifierSettings:
+    """Describe how every classifier is trained: `iterations` steps of `batch_size`, SGD with a cosine to `min_lr`."""
 
     network: str
     iterations: int
@@ -51,20 +51,20 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """images (n, s, s, 3) uint8, labels (n,) integers, sample_ids (n,) that random choices are functions of."""
+    """Hold images (n, s, s, 3) uint8, labels (n,) integers, and the sample_ids (n,) that random choices depend on."""
 
     images: np.ndarray
     labels: np.ndarray
     sample_ids: np.ndarray
 
 
-class Training:
-    """A network being trained from scratch: its weights, what SGD remembers, and how many steps are done.
+class Classifier:
+    """A network that is trained from scratch: its weights, the state of SGD, and the number of steps done.
 
     `state` is plain data from which `restore` goes on exactly, on the same device with as many threads.
     """
 
-    def __init__(self, num_classes: int, settings: EvaluationSettings, *, seed: int, device: str = "cpu") -> None:
+    def __init__(self, num_classes: int, settings: ClassifierSettings, *, seed: int, device: str = "cpu") -> None:
         self.settings, self.seed, self.device = settings, seed, torch.device(device)
         torch.manual_seed(int(hash_uint64(seed, _INIT_STREAM)) >> 1)
         self.model = build_proxy_model(settings.network, num_classes).to(self.device)
@@ -80,7 +80,7 @@ class Training:
         self.num_steps = 0
 
     def state(self) -> dict[str, Any]:
-        """What a later process needs to go on."""
+        """Return what a later process needs to go on."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -89,14 +89,14 @@ class Training:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave."""
+        """Go on from what `state` returned."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.num_steps = state["num_steps"]
 
     def steps(self, train: LabelledImages) -> Iterator[int]:
-        """Train on `train`, every step that is left; the number of steps done after each.
+        """Train on `train` for every step that is left; yield the number of steps done after each.
 
         Raises FloatingPointError when the loss is not finite.
         """
@@ -135,13 +135,13 @@ class Training:
             yield self.num_steps
 
     def is_test_due(self) -> bool:
-        """Whether another of `num_tests` equal parts of the iterations is done."""
+        """Return whether another of `num_tests` equal parts of the iterations is done."""
         total, parts = self.settings.iterations, self.settings.num_tests
         return self.num_steps in {round(total * (part + 1) / parts) for part in range(parts)}
 
     @torch.inference_mode()
     def accuracy(self, test: LabelledImages) -> float:
-        """The share of the test images that the network, as it is now, gives the right label."""
+        """Return the share of the test images that the network, as it is now, labels correctly."""
         self.model.eval()
         num_right = 0
         for start in range(0, len(test.labels), _TEST_BATCH):
@@ -153,9 +153,10 @@ class Training:
 
     @torch.inference_mode()
     def features_and_probs(self, images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the network makes of images (n, s, s, 3) uint8, on its device, in float32.
+        """Return features and class probabilities of images (n, s, s, 3) uint8, on the network's device, in float32.
 
-        Returns the input of its last layer (n, d) and probabilities (n, classes). Memory: 4 · n · (d + classes) bytes.
+        The features are the input of the last layer (n, d); probabilities are (n, classes). Memory: 4 · n · (d +
+        classes) bytes.
         """
         self.model.eval()
         features, probs = [], []
@@ -172,22 +173,22 @@ def train_and_test(
     train: LabelledImages,
     test: LabelledImages,
     num_classes: int,
-    settings: EvaluationSettings,
+    settings: ClassifierSettings,
     *,
     seed: int,
     device: str = "cpu",
 ) -> list[float]:
-    """Train from scratch on `train`; the accuracies on `test` after each of `num_tests` equal parts of the iterations.
+    """Train from scratch on `train`; return the accuracies on `test` at `num_tests` evenly spaced iterations.
 
     The last one is the accuracy at the end; the paper reports the best. A function of the seed on one device and
     thread count. Raises FloatingPointError when the loss is not finite.
     """
-    training = Training(num_classes, settings, seed=seed, device=device)
+    training = Classifier(num_classes, settings, seed=seed, device=device)
     return [training.accuracy(test) for _ in training.steps(train) if training.is_test_due()]
 
 
 def _batches(num_samples: int, batch_size: int, steps: range, seed: int) -> Iterator[tuple[int, int, np.ndarray]]:
-    """(step, epoch, rows) of some steps: whole shuffled epochs one after another, tails dropped, small sets whole."""
+    """Yield (step, epoch, rows): whole shuffled epochs one after another, tails dropped, small sets whole."""
     size = min(batch_size, num_samples)
     per_epoch = num_samples // size
     order_of, order = -1, np.empty(0, np.int64)

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from elfs_ray.evaluation import trials as evaluate_trials
-from elfs_ray.methods.training.from_scratch import EvaluationSettings, LabelledImages, Training, train_and_test
+from elfs_ray.methods.training.classifier import Classifier, ClassifierSettings, LabelledImages, train_and_test
 from tests.tables import digit_images
 
-SETTINGS = EvaluationSettings(
+SETTINGS = ClassifierSettings(
     network="small_cnn",
     iterations=24,
     batch_size=16,
@@ -34,7 +34,7 @@ def digits(rows: slice) -> LabelledImages:
 
 @pytest.mark.parametrize("num_samples", [2, 10, 16, 100, 1000])
 def test_every_budget_trains_for_the_same_number_of_iterations(num_samples):
-    training = Training(10, SETTINGS, seed=0)
+    training = Classifier(10, SETTINGS, seed=0)
     due = [step for step in training.steps(digits(slice(num_samples))) if training.is_test_due()]
     assert training.num_steps == SETTINGS.iterations
     assert due == [6, 12, 18, 24]
@@ -42,16 +42,16 @@ def test_every_budget_trains_for_the_same_number_of_iterations(num_samples):
 
 def test_a_training_that_goes_on_from_its_state_ends_with_the_same_weights():
     train, test = digits(slice(40)), digits(slice(1000, 1200))
-    whole = Training(10, SETTINGS, seed=3)
+    whole = Classifier(10, SETTINGS, seed=3)
     for _ in whole.steps(train):
         pass
-    first = Training(10, SETTINGS, seed=3)
+    first = Classifier(10, SETTINGS, seed=3)
     for step in first.steps(train):
         if step == 11:
             break
     saved = io.BytesIO()
     torch.save(first.state(), saved)
-    second = Training(10, SETTINGS, seed=3)
+    second = Classifier(10, SETTINGS, seed=3)
     second.restore(torch.load(io.BytesIO(saved.getvalue()), weights_only=True))
     assert next(iter(second.steps(train))) == 12
     for _ in second.steps(train):
@@ -65,7 +65,7 @@ def test_a_trial_that_is_killed_goes_on_from_its_file_and_has_the_accuracies_of_
     train, test = digits(slice(40)), digits(slice(1000, 1200))
     path = str(tmp_path / "trial.unfinished.pt")
 
-    class Killed(Training):
+    class Killed(Classifier):
         def accuracy(self, test):
             if self.num_steps >= 18:
                 raise KeyboardInterrupt
@@ -75,12 +75,12 @@ def test_a_trial_that_is_killed_goes_on_from_its_file_and_has_the_accuracies_of_
         evaluate_trials._train_in_parts(Killed(10, SETTINGS, seed=1), train, test, path, save_every_s=0)
     saved = torch.load(path, weights_only=True)
     assert (saved["num_steps"], len(saved["accuracies"])) == (17, 2)
-    resumed = evaluate_trials._train_in_parts(Training(10, SETTINGS, seed=1), train, test, path, save_every_s=0)
+    resumed = evaluate_trials._train_in_parts(Classifier(10, SETTINGS, seed=1), train, test, path, save_every_s=0)
     assert resumed == train_and_test(train, test, 10, SETTINGS, seed=1)
 
 
 def test_features_and_probabilities_are_those_of_the_network():
-    training = Training(10, SETTINGS, seed=0)
+    training = Classifier(10, SETTINGS, seed=0)
     for _ in training.steps(digits(slice(100))):
         pass
     test = digits(slice(0, 600))

@@ -1,4 +1,4 @@
-"""Trainings from scratch on some samples of the pool: what evaluate and select's search share."""
+"""Read what the training of a classifier needs of a run: settings, proxy images, and results of an earlier try."""
 
 import json
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import numpy as np
 
 from elfs_ray.config import TrainConfig
 from elfs_ray.methods.numeric.precision import Precision
-from elfs_ray.methods.training.from_scratch import EvaluationSettings
+from elfs_ray.methods.training.classifier import ClassifierSettings
 from elfs_ray.pool.images import decode_proxy_image
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
@@ -23,9 +23,9 @@ def training_settings(
     lr: float,
     num_tests: int = 10,
     precision: Precision = "fp32",
-) -> EvaluationSettings:
-    """Settings of a training from scratch; what is not given is as the proxy was trained."""
-    return EvaluationSettings(
+) -> ClassifierSettings:
+    """Return the settings of a classifier; those that are not arguments are the proxy's."""
+    return ClassifierSettings(
         network=network,
         iterations=iterations,
         batch_size=batch_size,
@@ -44,15 +44,15 @@ def training_settings(
 
 
 def load_proxy_images(run_dir: RunDir, sample_ids: np.ndarray, size: int) -> np.ndarray:
-    """The centre squares of samples' proxy images in the order given, decoded: (n, size, size, 3) uint8."""
+    """Decode the centre squares of samples' proxy images, in the order of `sample_ids`: (n, size, size, 3) uint8."""
     data = run_dir.read_rows(schema.PROXY_IMAGES, sample_ids, [schema.IMAGE])[schema.IMAGE].to_pylist()
     return np.stack([decode_proxy_image(image, size) for image in data])
 
 
 def kept_or_computed(path: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The figures in a JSON file that an earlier try has left, else what `compute` returns, which is left there."""
+    """Return the metrics in a JSON file that an earlier try wrote, else compute them and write the file."""
     if filesystem.exists(path):
         return json.loads(filesystem.read_bytes(path))
-    figures = compute()
-    filesystem.write_bytes(path, json.dumps(figures).encode())
-    return figures
+    metrics = compute()
+    filesystem.write_bytes(path, json.dumps(metrics).encode())
+    return metrics
