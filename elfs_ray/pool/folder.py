@@ -1,15 +1,15 @@
 """Pools in folders: walked name by name. A local folder is read in a stream, a bucket's folder from its listing.
 
-What begins with "." is passed over, and folders that begin with "_". Links are followed: to files and to folders,
-wherever they are, and a folder that two links lead to is there twice, as a copy of it would be. A link to a folder that
-holds the link is passed over: it leads to nothing new, and has no end. A link that leads nowhere stays in the listing
-as the file that it names, so that its image is rejected by name.
+Names that begin with "." are skipped, and folders whose names begin with "_". Symlinks to files and folders are
+followed, wherever they lead, and loops are skipped. A folder that is also reachable through a link is listed twice. A
+link whose target is missing is listed as the file that it names, so that its image is rejected by name.
 """
 
 import os
 import posixpath
 from collections.abc import Iterator
 from functools import cached_property
+from pathlib import PurePath
 
 import pyarrow as pa
 from pyarrow import fs
@@ -19,34 +19,28 @@ from elfs_ray.storage import filesystem, schema
 
 
 class Folder:
-    """A folder of a pool. What is hidden is not there.
+    """A folder of a pool, without what is hidden in it."""
 
-    held_by: of a local one, the real paths of the folders that it was reached through: of each that a link leaves, and
-    of itself, which is the last.
-    """
-
-    def __init__(self, uri: str, held_by: tuple[str, ...] | None = None):
+    def __init__(self, uri: str):
         self.uri = uri
         store, self._path = filesystem.resolve(uri)
         self._is_local = isinstance(store, fs.LocalFileSystem)
-        self._held_by = _holders(self._path) if held_by is None and self._is_local else held_by or ()
 
     def entries(self) -> Iterator[tuple[str, bool]]:
-        """(name, whether it is a folder) of what lies directly in it, in no order; nothing where it does not exist.
+        """Yield (name, whether it is a folder) of each direct entry, in no order; none if the folder does not exist.
 
-        Memory: of a bucket the whole listing, about 1 KB a file (on gs:// of all files below it, too).
-        Raises ValueError for a local name that is not UTF-8.
+        Memory: none that grows for a local folder; for a bucket the whole listing, about 1 KB a file (on gs:// all
+        files below it, too). Raises ValueError for a local name that is not UTF-8.
         """
-        found = self._local_entries() if self._is_local else iter(self._listed)
-        return ((name, is_dir) for name, is_dir in found if not is_hidden(name, is_dir))
+        entries = self._local_entries() if self._is_local else iter(self._listed)
+        return ((name, is_dir) for name, is_dir in entries if not is_hidden(name, is_dir))
 
     def child(self, name: str) -> "Folder":
-        """A folder in it."""
-        path = os.path.join(self._path, name)
-        return Folder(filesystem.join(self.uri, name), _enter(self._held_by, path) if self._is_local else ())
+        """Return a folder in this one."""
+        return Folder(filesystem.join(self.uri, name))
 
     def walk(self) -> Iterator[str]:
-        """The names, relative to it, of all files in it and below it, in no order. Memory: as `entries`."""
+        """Yield the relative names of all files in it and below it, in no order. Memory: as `entries`."""
         if not self._is_local:
             for info in filesystem.list_files(self.uri, recursive=True):
                 name = posixpath.relpath(info.path, self._path)
@@ -75,59 +69,53 @@ class Folder:
             for entry in scan:
                 _refuse_other_than_utf8(entry.name)
                 kind = _kind(entry)
-                if kind is fs.FileType.Directory and entry.is_symlink() and self._is_held_by(entry.path):
+                if kind is fs.FileType.Directory and entry.is_symlink() and self._is_loop(entry.path):
                     continue
                 if kind is not None:
                     yield entry.name, kind is fs.FileType.Directory
 
-    def _is_held_by(self, link: str) -> bool:
-        """Whether a link in it leads to a folder that holds it."""
-        target = os.path.realpath(link).rstrip("/") + "/"
-        return any(f"{holder}/".startswith(target) for holder in self._held_by)
+    @cached_property
+    def _real_ancestors(self) -> list[PurePath]:
+        """The real paths of this folder and of every folder on the path by which it was reached."""
+        path = PurePath(self._path)
+        return [PurePath(os.path.realpath(folder)) for folder in (path, *path.parents)]
+
+    def _is_loop(self, link: str) -> bool:
+        """Return whether a link in this folder leads to a folder that contains it.
+
+        All folders on the path count, not those of this walk alone: each unit of a pool is walked by itself, and a link
+        out of the pool may reach a link back to it.
+        """
+        target = os.path.realpath(link)
+        return any(ancestor.is_relative_to(target) for ancestor in self._real_ancestors)
 
 
 def list_folder(unit: Unit, with_labels: bool) -> pa.Table:
-    """List one folder as `pool.list_unit` does."""
+    """List one folder as `listing.list_unit` does."""
     uris = [filesystem.join(unit.uri, name) for name in sorted(_images(unit))]
     labels = [posixpath.basename(posixpath.dirname(uri)) if with_labels else None for uri in uris]
     return pa.table({schema.URI: pa.array(uris, pa.string()), schema.LABEL: pa.array(labels, pa.string())})
 
 
 def count_folder(unit: Unit) -> int:
-    """The number of images in a folder. Memory: of a local one none that grows."""
+    """Count the images in a folder. Memory: none that grows for a local folder."""
     return sum(1 for _ in _images(unit))
 
 
 def _images(unit: Unit) -> Iterator[str]:
-    """The names of the images of a unit, relative to it, in no order."""
+    """Yield the relative names of the images of a unit, in no order."""
     folder = Folder(unit.uri)
     names = folder.walk() if unit.recursive else (name for name, is_dir in folder.entries() if not is_dir)
     return (name for name in names if is_image(posixpath.basename(name)))
 
 
-def _holders(path: str) -> tuple[str, ...]:
-    """`Folder`'s held_by of a local path."""
-    held_by: tuple[str, ...] = ("/",)
-    parts = path.strip("/").split("/")
-    for end in range(len(parts)):
-        held_by = _enter(held_by, "/" + "/".join(parts[: end + 1]))
-    return held_by
-
-
-def _enter(held_by: tuple[str, ...], path: str) -> tuple[str, ...]:
-    """held_by of a folder at `path`, from that of the folder that it is in."""
-    if os.path.islink(path):
-        return *held_by, os.path.realpath(path)
-    return *held_by[:-1], os.path.join(held_by[-1], os.path.basename(path))
-
-
 def _kind(entry: os.DirEntry) -> fs.FileType | None:
-    """Directory, or File also for a link that leads nowhere; None for a pipe, a socket or a device."""
+    """Return Directory or File, which a link without a target counts as; None for a pipe, a socket or a device."""
     try:
         if entry.is_dir():
             return fs.FileType.Directory
-        leads_nowhere = entry.is_symlink() and not os.path.exists(entry.path)
-        return fs.FileType.File if entry.is_file() or leads_nowhere else None
+        is_dangling = entry.is_symlink() and not os.path.exists(entry.path)
+        return fs.FileType.File if entry.is_file() or is_dangling else None
     except OSError:  # a link to itself, or into a folder that may not be read: reading it says so
         return fs.FileType.File
 

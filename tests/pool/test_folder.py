@@ -1,4 +1,4 @@
-"""Pools in folders: links are followed to an end, what leads nowhere keeps its name, counting holds no names."""
+"""Pools in folders: links are followed, loops are skipped, dangling links keep their names, counting holds no names."""
 
 import os
 import socket
@@ -28,7 +28,7 @@ def names(pool: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("target", ["..", ".", "../..", "../../.."])
-def test_a_link_to_a_folder_that_holds_it_adds_no_sample(tmp_path, target):
+def test_a_link_to_a_folder_that_contains_it_adds_no_sample(tmp_path, target):
     pool = tmp_path / "data" / "pool"
     write(pool, "a/1.png", "b/2.png", "b/deep/3.png")
     expected = names(pool)
@@ -37,7 +37,7 @@ def test_a_link_to_a_folder_that_holds_it_adds_no_sample(tmp_path, target):
     assert names(pool) == expected == ["a/1.png", "b/2.png", "b/deep/3.png"]
 
 
-def test_folders_that_link_to_one_another_are_entered_once_on_each_way(tmp_path):
+def test_folders_that_link_to_each_other_are_listed_twice(tmp_path):
     pool = tmp_path / "pool"
     write(pool, "a/1.png", "b/2.png")
     (pool / "a" / "x").symlink_to("../b")
@@ -45,7 +45,7 @@ def test_folders_that_link_to_one_another_are_entered_once_on_each_way(tmp_path)
     assert names(pool) == ["a/1.png", "a/x/2.png", "b/2.png", "b/y/1.png"]
 
 
-def test_a_link_in_a_linked_folder_back_to_the_pool_or_above_itself_is_passed_over(tmp_path):
+def test_links_in_a_linked_folder_back_to_the_pool_or_up_are_skipped(tmp_path):
     write(tmp_path / "elsewhere", "photos/1.png", "other/2.png")
     (tmp_path / "elsewhere" / "photos" / "up").symlink_to("..")
     (tmp_path / "elsewhere" / "photos" / "back").symlink_to(tmp_path / "pool")
@@ -54,7 +54,16 @@ def test_a_link_in_a_linked_folder_back_to_the_pool_or_above_itself_is_passed_ov
     assert names(tmp_path / "pool") == ["a/1.png", "z/3.png"]
 
 
-def test_links_to_folders_elsewhere_are_followed_each_by_its_own_name(tmp_path):
+def test_a_pool_given_by_a_link_skips_links_to_the_folder_of_that_link(tmp_path):
+    write(tmp_path / "data" / "pool", "a/1.png")
+    write(tmp_path / "home", "2.png")
+    (tmp_path / "home" / "link").symlink_to(tmp_path / "data" / "pool")
+    (tmp_path / "data" / "pool" / "a" / "home").symlink_to(tmp_path / "home")
+    assert names(tmp_path / "home" / "link") == ["a/1.png"]
+    assert names(tmp_path / "data" / "pool") == ["a/1.png", "a/home/2.png"]
+
+
+def test_two_links_to_one_folder_list_it_twice(tmp_path):
     write(tmp_path / "elsewhere", "1.png", "deep/2.png")
     write(tmp_path / "pool", "c/3.png")
     for name in ("a", "b"):
@@ -66,7 +75,7 @@ def test_links_to_folders_elsewhere_are_followed_each_by_its_own_name(tmp_path):
     assert names(tmp_path / "link") == expected
 
 
-def test_links_alone_without_an_image_are_no_pool_and_have_an_end(tmp_path):
+def test_a_folder_of_loops_without_an_image_is_no_pool(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         for number in range(3):
@@ -75,19 +84,19 @@ def test_links_alone_without_an_image_are_no_pool_and_have_an_end(tmp_path):
         find_units(str(tmp_path))
 
 
-def test_a_link_that_leads_nowhere_is_a_sample_rejected_by_name(tmp_path):
+def test_a_dangling_link_is_a_sample_rejected_by_name(tmp_path):
     write(tmp_path, "a/1.png", "b/2.png")
     (tmp_path / "a" / "gone.png").symlink_to("nowhere.png")
     (tmp_path / "a" / "itself.png").symlink_to("itself.png")
     (tmp_path / "a" / "folder").symlink_to("nowhere")
     assert names(tmp_path) == ["a/1.png", "a/gone.png", "a/itself.png", "b/2.png"]
-    found = read_images([f"{tmp_path}/a/{name}.png" for name in ("gone", "itself")], PoolColumns())
-    for name, reason in zip(("gone", "itself"), found, strict=True):
+    reasons = read_images([f"{tmp_path}/a/{name}.png" for name in ("gone", "itself")], PoolColumns())
+    for name, reason in zip(("gone", "itself"), reasons, strict=True):
         assert isinstance(reason, BadImage) and str(reason).startswith("cannot be read: ") and name in str(reason)
 
 
 @pytest.mark.parametrize("name", ["gone.parquet", "gone.tar"])
-def test_a_container_that_is_a_link_to_nowhere_is_an_error_that_names_it(tmp_path, name):
+def test_a_container_that_is_a_dangling_link_is_an_error_that_names_it(tmp_path, name):
     (tmp_path / name).symlink_to("nowhere")
     (unit,) = find_units(str(tmp_path))
     with pytest.raises((ValueError, OSError), match=name):
@@ -121,7 +130,7 @@ def test_units_are_found_and_counted_without_holding_names(tmp_path):
     tracemalloc.stop()
 
 
-def test_a_folder_of_a_bucket_is_listed_once_to_tell_the_format_and_the_units(s3_server, s3_bucket):
+def test_a_folder_of_a_bucket_is_listed_once_to_find_its_units(s3_server, s3_bucket):
     for name in ("a/1.png", "b/deep/2.png", "_hidden/3.png", "b/.thumbs/4.png", "5.png"):
         filesystem.write_bytes(f"{s3_bucket}/{name}", b"x")
     before = s3_server.num_requests()
@@ -137,7 +146,7 @@ def test_a_folder_of_a_bucket_is_listed_once_to_tell_the_format_and_the_units(s3
 
 
 @pytest.mark.parametrize("kind", ["s3", "gcs"])
-def test_what_lies_in_a_folder_of_a_bucket_is_told_from_what_lies_below_it(request, kind):
+def test_entries_of_a_bucket_folder_are_told_from_those_below_it(request, kind):
     root = request.getfixturevalue(f"{kind}_bucket") + "/pool"
     for name in ("1.png", "_a.png", "a/2.png", "a/b/3.png", ".c/4.png", "_c/5.png"):
         filesystem.write_bytes(f"{root}/{name}", b"x")
