@@ -4,7 +4,7 @@ import math
 
 from elfs_ray.config import LINEAR, USES_HARD_FRACTION, Config
 from elfs_ray.pipeline.plan import PlannedStage, PoolCount, check, count_pool, is_done
-from elfs_ray.pipeline.resources import advice_on, check_request, requests_of
+from elfs_ray.pipeline.resources import advice_on, check_request, describe_shortage, requests_of
 from elfs_ray.runtime.cluster import Devices, find_devices
 from elfs_ray.runtime.progress import count
 from elfs_ray.storage import schema
@@ -75,13 +75,15 @@ def describe_budgets(config: Config, num_samples: int, about: str = "") -> list[
 
 
 def _describe_requests(stage: str, config: Config, devices: Devices) -> str:
-    """What a stage asks for. Raises ConfigError for what the cluster can never have."""
+    """What a stage asks for, and waits for. Raises ConfigError for what the cluster cannot have."""
     if stage == "report":
         return "the driver"
     requests = requests_of(stage, config, devices)
     for request in requests:
         check_request(request, devices)
-    return ", ".join([*(request.describe() for request in requests), "tasks of 1 CPU"])
+    asks = ", ".join([*(request.describe() for request in requests), "tasks of 1 CPU"])
+    shortages = filter(None, (describe_shortage(request, devices) for request in requests))
+    return "; waits for nodes: ".join([asks, *shortages])
 
 
 def _describe_work(config: Config, num_samples: int) -> dict[str, str]:

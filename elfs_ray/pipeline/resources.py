@@ -41,7 +41,7 @@ def requests_of(stage: str, config: Config, devices: Devices) -> list[Request]:
     Raises ConfigError for a GPU where there can be none, and for a number of workers that only the user can give.
     """
     embed, cluster, train, temi = config.embed, config.cluster, config.train, config.cluster.temi
-    cpus = devices.usual_cpus
+    cpus = devices.num_cpus
     if stage == "embed":
         each = (embed.cpus_per_worker or 1, embed.memory_gib)
         return [_request(devices, "embed", "encoder", embed.device, embed.num_workers, cpus, *each)]
@@ -82,13 +82,16 @@ def _request(
 ) -> Request:
     """`usual` is the number of workers on CPUs where the config names none."""
     gpus = int(devices.resolve(device, f"{key.partition('.')[0]}.device") == "cuda")
-    if gpus:
-        usual = devices.usual_gpus
-    fewest, most = worker_range(num_workers, f"{key}.num_workers") or (usual, usual)
-    if most == 0:
-        raise ConfigError(
-            f"{key}.num_workers=null takes the GPUs that are there, and there is none {devices.where}: give a number"
-        )
+    workers = worker_range(num_workers, f"{key}.num_workers")
+    if workers is None:
+        if not (devices.num_gpus if gpus else devices.num_cpus):
+            raise ConfigError(
+                f"{key}.num_workers=null takes what is there, and there is no {'GPU' if gpus else 'CPU'} "
+                f"{devices.where}: give {key}.num_workers=..., and {key.partition('.')[0]}.device=cuda where GPUs are "
+                "to come"
+            )
+        workers = (devices.num_gpus if gpus else usual,) * 2
+    fewest, most = workers
     return Request(key, noun, fewest, most, cpus, gpus, memory_gib)
 
 
@@ -107,24 +110,30 @@ def check_same_workers(request: Request, workers: list[int]) -> None:
 
 
 def check_request(request: Request, devices: Devices) -> None:
-    """Raise ConfigError for what the cluster has not and can never have."""
-    limits = devices.limits
-    if limits.node_cpus is not None and request.cpus > limits.node_cpus:
-        raise ConfigError(
-            f"{request.key}.cpus_per_worker={request.cpus} is more than the {count(limits.node_cpus, 'CPU')} of the "
-            f"largest node {devices.where}: lower it"
+    """Raise ConfigError for more than the cluster has, unless it may grow."""
+    shortage = describe_shortage(request, devices)
+    if shortage and not devices.may_grow:
+        raise ConfigError(f"{shortage}: lower it, or use a larger cluster (ray_address)")
+
+
+def describe_shortage(request: Request, devices: Devices) -> str:
+    """Say what a request needs that the cluster does not have now; empty where it has all."""
+    if request.cpus > devices.node_cpus:
+        return (
+            f"{request.key}.cpus_per_worker={request.cpus} is more than the {count(devices.node_cpus, 'CPU')} of the "
+            f"largest node {devices.where}"
         )
-    memory = limits.node_memory_bytes
+    memory = devices.node_memory_bytes
     if memory is not None and (request.memory_gib or 0) * GIB > memory:
-        raise ConfigError(
+        return (
             f"{request.key}.memory_gib={request.memory_gib:g} is more than the {memory / GIB:.1f} GiB that Ray gives "
-            f"to workers on the largest node {devices.where}: lower it"
+            f"to workers on the largest node {devices.where}"
         )
-    asked = {"CPU": request.fewest * request.cpus, "GPU": request.fewest * request.gpus}
-    for noun, limit in (("CPU", limits.num_cpus), ("GPU", limits.num_gpus)):
-        if limit is not None and asked[noun] > limit:
-            raise ConfigError(
-                f"{request.key} asks for {request.describe()}: {count(asked[noun], noun)} in all, and there "
-                f"{'can never be more than' if devices.growth else 'are'} {limit:,} {devices.where}: lower "
-                f"{request.key}.num_workers, or add nodes"
+    needed = {"CPU": request.fewest * request.cpus, "GPU": request.fewest * request.gpus}
+    for noun, number in (("CPU", devices.num_cpus), ("GPU", devices.num_gpus)):
+        if needed[noun] > number:
+            return (
+                f"{request.key}.num_workers asks for {request.describe()}: {count(needed[noun], noun)} in all, and "
+                f"there are {number:,} {devices.where}"
             )
+    return ""

@@ -117,8 +117,14 @@ def _connect(config: Config) -> None:
 
 
 def _ask(plan: list[PlannedStage], config: Config, run_dir: RunDir) -> None:
-    """Say what each stage that is to run will ask of the cluster. Raises ConfigError for what it can never have."""
-    from elfs_ray.pipeline.resources import advice_on, check_request, check_same_workers, requests_of
+    """Say what each stage that is to run will ask of the cluster. Raises ConfigError for what it cannot have."""
+    from elfs_ray.pipeline.resources import (
+        advice_on,
+        check_request,
+        check_same_workers,
+        describe_shortage,
+        requests_of,
+    )
     from elfs_ray.runtime.cluster import devices_of_cluster
 
     devices = devices_of_cluster()
@@ -130,6 +136,8 @@ def _ask(plan: list[PlannedStage], config: Config, run_dir: RunDir) -> None:
     for name, own in requests.items():
         if own:
             say(f"{name:<9} will ask for {', '.join(request.describe() for request in own)}")
+        for shortage in filter(None, (describe_shortage(request, devices) for request in own)):
+            say(f"{name:<9} will wait for nodes: {shortage}")
         for line in advice_on(name, config, devices):
             say(f"{name:<9} {line}")
     for planned in plan:

@@ -14,7 +14,6 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elfs_ray.config import ConfigError
-from elfs_ray.runtime.growth import Growth, find_growth
 from elfs_ray.runtime.progress import Progress, count
 
 # Before a worker imports numpy or torch: one thread for each CPU that it was given, not one for each of the machine's.
@@ -53,48 +52,26 @@ def connect(address: str | None, *, show_worker_logs: bool = False, **init_optio
 
 @dataclass(frozen=True)
 class Devices:
-    """What stages can run on now, and `where` that is, for people. `growth` is that of an autoscaling cluster."""
+    """What stages can run on now, and `where` that is, for people. `may_grow`: nodes may come while a stage waits."""
 
     num_cpus: int
     num_gpus: int
     where: str
     node_cpus: int
     node_memory_bytes: int | None = None
-    growth: Growth | None = None
-
-    @property
-    def limits(self) -> Growth:
-        """What there can ever be."""
-        if self.growth is None:
-            return Growth(self.num_cpus, self.num_gpus, self.node_cpus, self.node_memory_bytes)
-        return self.growth
-
-    @property
-    def usual_cpus(self) -> int:
-        """What a stage takes that is not told: the CPUs that are there, else those that there can be."""
-        return self.num_cpus or self.limits.num_cpus or 1
-
-    @property
-    def usual_gpus(self) -> int:
-        """The GPUs that are there, else those that there can be."""
-        return self.num_gpus or self.limits.num_gpus or 0
+    may_grow: bool = False
 
     def resolve(self, device: str, key: str) -> str:
-        """cpu or cuda for a config value of auto, cpu or cuda. Raises ConfigError for a GPU where there can be none."""
-        if device == "cuda" and self.limits.num_gpus == 0:
+        """Turn auto, cpu or cuda into cpu or cuda. Raises ConfigError for a GPU where there can be none."""
+        if device == "cuda" and not self.num_gpus and not self.may_grow:
             raise ConfigError(f"{key}=cuda, but there is no GPU {self.where}: add one, or set {key}=cpu")
         if device == "auto":
-            return "cuda" if self.usual_gpus > 0 else "cpu"
+            return "cuda" if self.num_gpus else "cpu"
         return device
 
     def describe(self) -> str:
-        """Devices now, and how far they can grow."""
-        has = f"{count(self.num_cpus, 'CPU')} and {count(self.num_gpus, 'GPU')} {self.where}"
-        if self.growth is None:
-            return has
-        if self.growth.num_cpus is None or self.growth.num_gpus is None:
-            return f"{has}; it grows, how far is not known here"
-        return f"{has}; it can grow to {count(self.growth.num_cpus, 'CPU')} and {count(self.growth.num_gpus, 'GPU')}"
+        """Return a line such as: 8 CPUs and 1 GPU that the Ray cluster has now."""
+        return f"{count(self.num_cpus, 'CPU')} and {count(self.num_gpus, 'GPU')} {self.where}"
 
 
 def find_devices(address: str | None) -> Devices:
@@ -118,27 +95,30 @@ def find_devices(address: str | None) -> Devices:
 
 
 def devices_of_cluster() -> Devices:
-    """The devices of the cluster that this process is connected to."""
+    """Return the devices of the cluster that this process is connected to."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    # Ray has no public way to tell whether this process started the cluster, which then is this machine and stays so,
+    # or joined one, which may have an autoscaler.
+    driver: Any = ray._private.worker._global_node
     return Devices(
         num_cpus=int(sum(node.get("CPU", 0) for node in nodes)),
         num_gpus=int(sum(node.get("GPU", 0) for node in nodes)),
         where="that the Ray cluster has now",
         node_cpus=int(max(node.get("CPU", 0) for node in nodes)),
         node_memory_bytes=int(max(node.get("memory", 0) for node in nodes)),
-        growth=find_growth(ray.get_runtime_context().gcs_address),
+        may_grow=not driver.is_head(),
     )
 
 
 def num_cpus() -> int:
-    """CPUs that the cluster has now; where it has none yet, those that it can have; at least 1."""
-    return devices_of_cluster().usual_cpus
+    """Return the CPUs that the cluster has now; at least 1, as a task that waits brings nodes where it can grow."""
+    return max(1, devices_of_cluster().num_cpus)
 
 
 def num_gpus() -> int:
-    """GPUs that the cluster has now; where it has none yet, those that it can have, 1 where that is not known."""
+    """Return the GPUs that the cluster has now; at least 1 where it may grow."""
     devices = devices_of_cluster()
-    return devices.usual_gpus or int(devices.limits.num_gpus is None)
+    return devices.num_gpus or int(devices.may_grow)
 
 
 def resolve_device(device: str, key: str) -> str:
@@ -154,10 +134,10 @@ def run_tasks(
     Raises what the first failed task raised.
     """
     remote = ray.remote(num_cpus=num_cpus_each, num_gpus=num_gpus_each, max_retries=3)(function)
-    limit = TASKS_PER_CPU * num_cpus()
     in_flight: dict[ray.ObjectRef, int] = {}
     for position, argument in enumerate(arguments):
-        if len(in_flight) >= limit:
+        # Counted anew each time: the tasks that wait make a cluster grow, and its new CPUs take more of them.
+        if len(in_flight) >= TASKS_PER_CPU * num_cpus():
             yield _next_result(in_flight)
         in_flight[remote.remote(*argument)] = position
     while in_flight:

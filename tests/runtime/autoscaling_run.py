@@ -120,7 +120,7 @@ def main() -> None:
     time.sleep(1)
     run_dir = f"run_dir={folder / 'run'}"
     try:
-        pipeline.run(load_config(JOB, [*overrides, run_dir, "cluster.num_workers=5"]))
+        pipeline.run(load_config(JOB, [*overrides, run_dir, "embed.num_workers=null"]))
     except ConfigError as error:
         print(f"refused {error}", flush=True)
     pipeline.run(load_config(JOB, [*overrides, run_dir, "until=embed"]))

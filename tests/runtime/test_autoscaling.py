@@ -41,14 +41,19 @@ def test_a_cluster_without_workers_grows_for_embed_shrinks_and_grows_for_the_res
         *("embed.proxy_image_size=8", "embed.block_images=64", "cluster.method=kmeans", "cluster.num_clusters=10"),
         *("train.network=small_cnn", "train.epochs=3", "train.batch_size=32", "train.augmentation=crop"),
         *("train.crop_padding=1", "train.num_workers=1", "train.cpus_per_worker=1", "select.hard_fraction=0.2"),
+        *("embed.num_workers=4", "cluster.num_workers=4"),
     ]
     script = f"ip link set lo up && exec {sys.executable} {SCRIPT} {folder} {' '.join(overrides)}"
     result = subprocess.run([*NAMESPACES, "sh", "-c", script], capture_output=True, text=True, timeout=800)
     said = result.stdout.splitlines()
     assert result.returncode == 0, result.stdout + result.stderr[-5000:]
-    assert said[0].endswith("0 CPUs and 0 GPUs that the Ray cluster has now; it can grow to 4 CPUs and 0 GPUs")
+    assert said[0].endswith("0 CPUs and 0 GPUs that the Ray cluster has now")
     (refused,) = (line for line in said if line.startswith("refused "))
-    assert "5 CPUs in all, and there can never be more than 4" in refused
+    assert "there is no CPU that the Ray cluster has now: give embed.num_workers=" in refused
+    waits = (
+        "embed     will wait for nodes: embed.num_workers asks for 4 encoders of 1 CPU: 4 CPUs in all, and there are 0"
+    )
+    assert waits in result.stderr
 
     before, after = said[: said.index("embedded")], said[said.index("embedded") : said.index("finished")]
     has_grown = {"workers 1", "workers 2"}.intersection
