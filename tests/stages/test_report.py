@@ -5,39 +5,65 @@ import re
 from html.parser import HTMLParser
 
 import numpy as np
+import pyarrow as pa
 
 from elfs_ray.stages.report.run import run_report
 from elfs_ray.stages.select.run import run_select
+from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 from tests.tables import digits_config, mark, write_trained
 
 
 class Page(HTMLParser):
-    """Tags, attributes and texts of a page."""
+    """Tags, links, names of images, texts, and the rows of tables, as a browser reads them."""
 
     def __init__(self, text: str):
         super().__init__()
         self.tags: list[str] = []
         self.links: list[str] = []
+        self.image_names: list[str] = []
         self.texts: list[str] = []
+        self.rows: list[list[str]] = []
+        self._is_in_cell = False
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
         self.links += [value for name, value in attributes if name in ("src", "href")]
+        if tag == "img":
+            self.image_names.append(dict(attributes)["alt"])
+        elif tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+            self._is_in_cell = True
+
+    def handle_endtag(self, tag):
+        self._is_in_cell = self._is_in_cell and tag not in ("td", "th")
 
     def handle_data(self, data):
         self.texts.append(data)
+        if self._is_in_cell:
+            self.rows[-1][-1] += data
 
 
-def make_report(tmp_path, *overrides: str) -> tuple[Page, dict]:
-    run_dir = RunDir(tmp_path)
+def write_run(run_dir: RunDir) -> None:
+    """Write what the stages before select leave, with a training that has no epochs to show."""
     write_trained(run_dir)
     mark(run_dir, "train", rows=1000, epochs=5, history=[])
-    config = digits_config(tmp_path, *overrides)
+
+
+def select_and_report(folder, *overrides: str) -> tuple[Page, dict]:
+    """Select from the tables in a run directory and report on them; the page and the metrics."""
+    run_dir, config = RunDir(folder), digits_config(folder, *overrides)
     mark(run_dir, "select", **run_select(config, run_dir))
     run_report(config, run_dir)
-    return Page((tmp_path / "report.html").read_text()), json.loads((tmp_path / "metrics.json").read_text())
+    return Page((folder / "report.html").read_text()), json.loads((folder / "metrics.json").read_text())
+
+
+def make_report(folder, *overrides: str) -> tuple[Page, dict]:
+    write_run(RunDir(folder))
+    return select_and_report(folder, *overrides)
 
 
 def test_the_page_refers_to_nothing_outside_itself(ray_cluster, tmp_path):
@@ -55,7 +81,7 @@ def test_each_group_has_as_many_images_as_were_asked_for(ray_cluster, tmp_path):
 def test_an_end_that_was_not_pruned_shows_none(ray_cluster, tmp_path):
     page, metrics = make_report(tmp_path, "select.hard_fraction=0", "report.images_per_grid=5")
     assert metrics["counts"]["pruned_hard"] == 0
-    assert page.tags.count("img") == 10 and "none" in page.texts
+    assert page.tags.count("img") == 10 and "None were left out at this end." in page.texts
 
 
 def test_counts_sizes_and_histogram_add_up(ray_cluster, tmp_path):
@@ -71,8 +97,8 @@ def test_counts_sizes_and_histogram_add_up(ray_cluster, tmp_path):
     assert edges[0] <= cuts[0] <= cuts[1] <= edges[-1]
 
 
-def test_clustering_and_training_are_told_to_the_reader(ray_cluster, tmp_path):
-    run_dir, config = RunDir(tmp_path), digits_config(tmp_path)
+def test_clustering_and_training_are_described(ray_cluster, tmp_path):
+    run_dir = RunDir(tmp_path)
     write_trained(run_dir)
     temi = {"head": 1, "head_losses": [-1.25, -1.75], "head_agreement": [0.625, 1.0], "loss_history": [-1.0, -1.75]}
     mark(
@@ -89,49 +115,65 @@ def test_clustering_and_training_are_told_to_the_reader(ray_cluster, tmp_path):
     names = ("loss", "accuracy", "images_per_s", "data_wait_share", "recorder_share")
     history = [{"epoch": epoch, **dict.fromkeys(names, 0.5 + epoch / 1000)} for epoch in range(100)]
     mark(run_dir, "train", rows=1000, epochs=5, history=history)
-    mark(run_dir, "select", **run_select(config, run_dir))
-    run_report(config, run_dir)
-    rows = re.findall(r"<tr>(.*?)</tr>", (tmp_path / "report.html").read_text())
-    cells = [re.findall(r"<t[dh]>(.*?)</t[dh]>", row) for row in rows]
-    assert ["10", "0.3750", "chosen"] in cells and ["20", "0.2500", ""] in cells
-    assert ["1", "-1.7500", "100.0%", "chosen"] in cells and ["0", "-1.2500", "62.5%", ""] in cells
-    assert ["nearest neighbours", "50 each, ivf, 97.5% of the exact ones found"] in cells
-    assert ["neighbours that share a sample&#x27;s pseudo-label", "87.5%"] in cells
-    epochs = [row for row in cells if len(row) == 6][1:]
+    page, metrics = select_and_report(tmp_path)
+    assert ["10", "0.3750", "chosen"] in page.rows and ["20", "0.2500", ""] in page.rows
+    assert ["1", "-1.7500", "100.0%", "chosen"] in page.rows and ["0", "-1.2500", "62.5%", ""] in page.rows
+    assert ["Nearest neighbours of each image", "50, ivf search (97.5% of the true ones found)"] in page.rows
+    assert ["Neighbours that are in the same group as the image", "87.5%"] in page.rows
+    epochs = [row for row in page.rows if len(row) == 6][1:]
     assert len(epochs) == 20 and epochs[0][0] == "1" and epochs[-1][:3] == ["100", "0.5990", "59.9%"]
-    assert json.loads((tmp_path / "metrics.json").read_text())["stages"]["cluster"]["temi"] == temi
+    assert metrics["stages"]["cluster"]["temi"] == temi
 
 
-def test_the_training_of_an_encoder_is_told_where_there_was_one(ray_cluster, tmp_path):
+def test_an_encoder_trained_by_the_run_is_described(ray_cluster, tmp_path):
     run_dir = RunDir(tmp_path)
-    write_trained(run_dir)
-    mark(run_dir, "train", rows=1000, epochs=5, history=[])
+    write_run(run_dir)
     names = ("loss", "spread", "effective_rank", "images_per_s", "data_wait_share")
     history = [{"epoch": epoch, **dict.fromkeys(names, 0.5 + epoch / 1000)} for epoch in range(50)]
     mark(run_dir, "copy", rows=1000)
     mark(run_dir, "pretrain", rows=1000, history=history)
     for encoder in ("self_supervised", "pixels"):
-        config = digits_config(tmp_path, f"embed.encoder={encoder}")
-        mark(run_dir, "select", **run_select(config, run_dir))
-        run_report(config, run_dir)
-        page, metrics = (tmp_path / "report.html").read_text(), json.loads((tmp_path / "metrics.json").read_text())
-        told = encoder == "self_supervised"
-        assert ("Training the encoder" in page and "<td>50</td><td>0.5490</td><td>0.549</td>" in page) == told
-        assert metrics["stages"].get("pretrain", {}).get("history") == (history if told else None)
+        page, metrics = select_and_report(tmp_path, f"embed.encoder={encoder}")
+        is_described = "Training the encoder" in page.texts
+        assert is_described == any(row[:3] == ["50", "0.5490", "0.549"] for row in page.rows)
+        assert is_described == (encoder == "self_supervised")
+        assert metrics["stages"].get("pretrain", {}).get("history") == (history if is_described else None)
 
 
-def test_names_are_escaped(ray_cluster, tmp_path):
-    page, _ = make_report(tmp_path, "pool.uri=/<script>alert(1)</script>")
-    assert "script" not in page.tags
+def test_hostile_names_are_shown_as_they_are(ray_cluster, tmp_path):
+    """Uris, the pool and the run directory are text of strangers: shown letter by letter, never read as HTML."""
+    hostile = """<script>alert("1")</script>&amp;'><img src=x onerror=alert(1)>"""
+    folder = tmp_path / "<b>&amp;run"
+    run_dir = RunDir(folder)
+    write_run(run_dir)
+    uris = [f'/{i}/{hostile}\n"{i}.png' for i in range(1003)]
+    index = pa.table([np.arange(1003), uris, pa.nulls(1003, pa.int32())], schema=schema.INDEX_SCHEMA)
+    filesystem.write_table(run_dir.path(schema.INDEX, schema.range_file(0, 1002)), index)
+    page, _ = select_and_report(folder, "pool.uri=/<script>alert(1)</script>&amp;", "report.images_per_grid=9")
+    assert len(page.image_names) == 27 and set(page.image_names) <= set(uris)
+    assert "script" not in page.tags and page.tags.count("img") == 27
+    assert "/<script>alert(1)</script>&amp;" in page.texts and str(folder) in page.texts
 
 
-def test_what_speaks_for_a_hard_fraction_that_was_found_is_shown_and_kept(ray_cluster, tmp_path):
+def test_images_that_were_not_sampled_are_counted_and_explained(ray_cluster, tmp_path):
+    page, metrics = make_report(tmp_path, "select.method=random")
+    counts = metrics["counts"]
+    assert counts["not_sampled"] == counts["embedded"] - counts["coreset"] > 0
+    (row,) = [row for row in page.rows if row and row[0].startswith("Not sampled")]
+    assert row[1:] == [f"{counts['not_sampled']:,}", f"{counts['not_sampled'] / counts['pool']:.2%}"]
+    assert "Hard fraction (β)" not in "".join(page.texts)
+
+
+def test_the_choice_of_the_hard_fraction_is_explained(ray_cluster, tmp_path):
     search = ("select.search_iterations=2", "select.search_step=0.4")
     page, metrics = make_report(tmp_path, "budget=[0.2,0.1]", "select.hard_fraction=[search,auto]", *search)
     first, second = metrics["coresets"].values()
-    trials = first["hard_fraction_evidence"]["trials"]
-    assert [trial["hard_fraction"] for trial in trials] == [0.0, 0.4, 0.8]
-    assert all(f"{trial['accuracy']:.1%}" in page.texts for trial in trials)
-    assert f"Hard fraction of coreset: {first['hard_fraction']:g}, by select.hard_fraction=search" in page.texts
-    assert f"Hard fraction of coreset-0.1: {second['hard_fraction']:g}, by select.hard_fraction=auto" in page.texts
-    assert f"{second['hard_fraction_evidence']['risks'][0]['risk']:.4f}" in page.texts
+    assert [trial["hard_fraction"] for trial in first["hard_fraction_evidence"]["trials"]] == [0.0, 0.4, 0.8]
+    for trial in first["hard_fraction_evidence"]["trials"]:
+        mark = "chosen" if trial["hard_fraction"] == first["hard_fraction"] else ""
+        assert [f"{trial['hard_fraction']:g}", f"{trial['accuracy']:.1%}", mark] in page.rows
+    assert f"Why the hard fraction (β) of coreset is {first['hard_fraction']:g}" in page.texts
+    assert f"Why the hard fraction (β) of coreset-0.1 is {second['hard_fraction']:g}" in page.texts
+    risk = second["hard_fraction_evidence"]["risks"][0]
+    assert ["0", *(f"{risk[name]:.4f}" for name in ("bias", "variance", "risk"))] in page.rows
+    assert f"Hard fraction (β): {first['hard_fraction']:.3g}" in page.texts

@@ -1,0 +1,62 @@
+"""The report's page: metrics and images become one HTML file that opens offline."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from elfs_ray.config.select import USES_HARD_FRACTION
+from elfs_ray.runtime.progress import format_duration
+from elfs_ray.stages.report.charts import CHART_HEIGHT, CHART_WIDTH, LINE_HEIGHT, line_chart, score_chart, size_chart
+from elfs_ray.storage import schema
+
+TEMPLATE = Path(__file__).with_name("page.html.j2")
+MAX_EPOCHS_SHOWN = 20
+
+
+def render_page(metrics: Mapping[str, Any], images: Mapping[str, Sequence[Mapping[str, str]]], run_uri: str) -> str:
+    """Return the page as HTML.
+
+    metrics: what metrics.json holds; images: for "hardest", "kept" and "easiest", the images to show, each with its
+    "uri" and its "source", a data: address.
+    """
+    # Uris and paths are a stranger's text, so everything is escaped; a figure that is missing raises UndefinedError.
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATE.parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "duration": format_duration,
+        "thousands": lambda number: f"{number:,}",
+        "percent": lambda share, digits=1: f"{share:.{digits}%}",
+        "fixed": lambda number, digits: f"{number:,.{digits}f}",
+        "shown_epochs": _shown_epochs,
+    }
+    return environment.get_template(TEMPLATE.name).render(
+        metrics=metrics,
+        images=images,
+        run_uri=run_uri,
+        text_files={table: schema.coreset_text_file(table) for table in metrics["coresets"]},
+        uses_hard_fraction=metrics["method"] in USES_HARD_FRACTION,
+        score_chart=score_chart(metrics["score_histogram"]),
+        size_chart=size_chart(metrics["pseudo_label_sizes"]),
+        line_chart=line_chart,
+        ranked_heads=_ranked_heads(metrics["stages"]["cluster"].get("temi")),
+        chart={"width": CHART_WIDTH, "height": CHART_HEIGHT, "line_height": LINE_HEIGHT},
+    )
+
+
+def _shown_epochs(history: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
+    """Return at most 20 epochs, evenly spread, the first and the last among them."""
+    positions = np.unique(np.linspace(0, len(history) - 1, MAX_EPOCHS_SHOWN).round().astype(int))
+    return [history[position] for position in positions.tolist()]
+
+
+def _ranked_heads(temi: Mapping[str, Any] | None) -> list[tuple[float, int]]:
+    """Return (loss, head) of every head of TEMI, the lowest loss first."""
+    return sorted((loss, head) for head, loss in enumerate(temi["head_losses"])) if temi else []
