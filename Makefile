@@ -1,5 +1,5 @@
 # make demo   the whole pipeline on real images, then an evaluation beside random
-# make test   lint, types and tests
+# make test   lint, types, documentation and tests; make docs  the documentation alone, in site/
 # make chaos  the pipeline struck by faults, and its bytes compared; make audit  known holes of the dependencies
 # All make .venv first, and again when pyproject.toml or constraints.txt is newer.
 
@@ -7,16 +7,20 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := elfs_ray jobs benchmarks tests
 
-.PHONY: demo test test-slow test-gpu chaos audit format clean
+.PHONY: demo test docs test-slow test-gpu chaos audit format clean
 
 demo: .venv/ready
 	$(BIN)/python jobs/quickstart.py
 
-test: .venv/ready
+test: docs
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/pytest --numprocesses 2 --dist loadfile
+
+# Strict: a page that is not listed or a link that leads nowhere fails.
+docs: .venv/ready
+	$(BIN)/mkdocs build --quiet --strict
 
 test-slow: .venv/ready
 	$(BIN)/pytest -m "slow and not gpu" --timeout 3600
@@ -44,4 +48,4 @@ format: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build site *.egg-info .pytest_cache .mypy_cache .ruff_cache
