@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "config": ("config", "methods", "storage"),
     "runtime": ("config", "runtime"),
     "pool": ("pool", "storage"),
-    "datasets": ("datasets", "pool", "runtime", "storage"),
+    "datasets": ("datasets", "methods", "runtime", "storage"),
     "stages": ("config", "evaluation", "methods", "pool", "runtime", "stages", "storage", "version"),
     "pipeline": ("config", "methods", "pipeline", "pool", "runtime", "stages", "storage"),
     "evaluation": ("config", "evaluation", "methods", "pipeline", "pool", "runtime", "stages", "storage"),

@@ -1,6 +1,8 @@
-"""The paper's five benchmarks, from the form in which their owners publish them to pools. No ray, no config.
+"""Turn the paper's five benchmarks, as their owners publish them, into pools. No ray, no config.
 
-published.py holds what is known of each: archives, hashes, counts, addresses. source.py finds, checks and reads what a
-person gives; cifar.py, stl10.py, cinic10.py and imagenet.py know the layouts; pool_writer.py writes Parquet; prepare.py
-puts them together. Nothing is unpacked to disk, so no path in an archive leads anywhere, and no pickle is ever read.
+benchmarks.py says what each is and how torchvision reads it, source.py finds, downloads, checks and unpacks what is
+published, pool_writer.py writes Parquet, prepare.py puts them together.
 """
+
+# Here, so that it runs before any module of this package imports torchvision.
+from elfs_ray.methods.training import torchvision_compat  # noqa: F401

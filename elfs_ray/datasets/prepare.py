@@ -1,53 +1,43 @@
-"""A published benchmark as pools: <out>/train, <out>/test and, for CINIC10, <out>/valid, beside dataset.json.
+"""Write a benchmark as pools: <out>/train, <out>/test and, for CINIC10, <out>/valid, beside dataset.json.
 
-They are written to <out>.part, which becomes <out> when all is there and counted. A split that is finished is kept when
-the command is interrupted and typed again with the same source; one that is not begins anew.
+All is written to <out>.part, which becomes <out> when it is whole and counted. Where the command is interrupted and
+typed again with the same source, what was unpacked and the splits that were finished are kept.
 """
 
 import dataclasses
-import fcntl
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from elfs_ray.datasets.cifar import open_cifar
-from elfs_ray.datasets.cinic10 import open_cinic10
-from elfs_ray.datasets.contents import Contents
-from elfs_ray.datasets.download import download
-from elfs_ray.datasets.imagenet import open_imagenet
-from elfs_ray.datasets.pool_writer import PoolWriter, check_counts
-from elfs_ray.datasets.published import Benchmark, SourceError
-from elfs_ray.datasets.stl10 import open_stl10
+import numpy as np
+from filelock import FileLock, Timeout
+
+from elfs_ray.datasets.benchmarks import Benchmark, SourceError
+from elfs_ray.datasets.pool_writer import write_split
+from elfs_ray.datasets.source import Source, find_source, unpack
 from elfs_ray.runtime.progress import say
 from elfs_ray.storage import filesystem, schema
 
-DOWNLOAD = "download"
 LOCK_FILE = ".lock"
-OPEN: dict[str, Callable[[Benchmark, Path], Contents]] = {
-    "cifar10": open_cifar,
-    "cifar100": open_cifar,
-    "stl10": open_stl10,
-    "cinic10": open_cinic10,
-    "imagenet": open_imagenet,
-}
+UNPACKED = "unpacked"
 
 
 @dataclass
 class Facts:
-    """What dataset.json says. splits: for each, `images`, `images_of_class` and `files` with their bytes."""
+    """Hold what dataset.json says. splits: for each, `images`, `images_of_class` and `files` with their bytes."""
 
     dataset: str
     source: dict[str, str]
-    label_names: list[str]
+    label_names: list[str] = field(default_factory=list)
     splits: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> "Facts | None":
-        """None where there are none, or no whole ones."""
+        """Return the facts of a folder; None where there are none, or no whole ones."""
         try:
             return cls(**json.loads((folder / schema.DATASET_FILE).read_bytes()))
         except (OSError, ValueError, TypeError):
@@ -59,39 +49,34 @@ class Facts:
 
 
 def prepare(benchmark: Benchmark, source: str, out: Path) -> Facts:
-    """Check `source` (a path, or "download"), and write its pools to `out` unless they are there already.
+    """Write the pools of a benchmark to `out`, from a path or from "download", unless they are there already.
 
-    Raises SourceError for a source that is not what was published, for an `out` that holds something else, and where
-    another process writes to it.
+    Memory: at most 350 MB for CIFAR and STL10, else about 300 bytes an image. Disk: the pools, and
+    of an archive its contents until the pools are whole. Raises SourceError for a source that is not what was
+    published, for an `out` that holds something else, and where another process writes to it.
     """
     finished = find_finished(benchmark, out)
     if finished is not None:
         say(f"{out} has {benchmark.name} already")
         return finished
+    origin = find_source(benchmark, source, out.parent)
     part = out.with_name(f"{out.name}.part")
-    part.mkdir(parents=True, exist_ok=True)
-    with _lock(part):
-        given = download(benchmark, out.parent) if source == DOWNLOAD else Path(source).expanduser()
-        contents = OPEN[benchmark.name](benchmark, given)
-        if len(contents.label_names) != benchmark.num_classes:
-            raise SourceError(
-                f"{given} names {len(contents.label_names)} classes, {benchmark.name} has {benchmark.num_classes}; "
-                f"{benchmark.needed()}"
-            )
-        facts = _begin(part, benchmark, contents)
-        for split in benchmark.splits.keys() - facts.splits.keys():
-            shutil.rmtree(part / split, ignore_errors=True)
-        for split in benchmark.splits:
-            if split not in facts.splits:
-                facts.splits[split] = _write_split(part / split, split, benchmark, contents)
-                facts.write(part)
+    with _locked(part):
+        facts = _begin(part, Facts(benchmark.name, origin.identity))
+        try:
+            _write_pools(part, benchmark, origin, facts)
+        except SourceError:
+            # Nothing from a wrong source is worth keeping.
+            shutil.rmtree(part)
+            raise
+        shutil.rmtree(part / UNPACKED, ignore_errors=True)
         part.rename(out)
         (out / LOCK_FILE).unlink()
     return facts
 
 
 def find_finished(benchmark: Benchmark, out: Path) -> Facts | None:
-    """What is known of `out` where the benchmark is there as a whole; None where nothing is.
+    """Return what is known of `out` where the whole benchmark is there; None where nothing is.
 
     Raises SourceError where something else is there, or files are missing or cut short.
     """
@@ -99,7 +84,7 @@ def find_finished(benchmark: Benchmark, out: Path) -> Facts | None:
         return None
     facts = Facts.read(out) if out.is_dir() else None
     if facts is None or facts.dataset != benchmark.name or facts.splits.keys() != benchmark.splits.keys():
-        raise SourceError(f"out={out} holds something else than {benchmark.name}: give another folder, or remove it")
+        raise SourceError(f"out={out} holds something other than {benchmark.name}: name another folder, or remove it")
     for split, known in facts.splits.items():
         for name, num_bytes in known["files"].items():
             if filesystem.file_size(str(out / split / name)) != num_bytes:
@@ -107,35 +92,63 @@ def find_finished(benchmark: Benchmark, out: Path) -> Facts | None:
     return facts
 
 
-def _begin(part: Path, benchmark: Benchmark, contents: Contents) -> Facts:
-    """The facts of an interrupted command with the same source, else new ones."""
+def _begin(part: Path, new: Facts) -> Facts:
+    """Return the facts of an interrupted command with the same source; else remove what another one left."""
     facts = Facts.read(part)
-    new = Facts(benchmark.name, contents.identity, contents.label_names)
-    return facts if facts is not None and dataclasses.replace(facts, splits={}) == new else new
+    if facts is not None and (facts.dataset, facts.source) == (new.dataset, new.source):
+        return facts
+    for path in part.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+    new.write(part)
+    return new
 
 
-def _write_split(folder: Path, split: str, benchmark: Benchmark, contents: Contents) -> dict[str, Any]:
-    known = benchmark.splits[split]
-    writer = PoolWriter(folder, split, contents.label_names)
+def _write_pools(part: Path, benchmark: Benchmark, origin: Source, facts: Facts) -> None:
+    """Write the splits that are not finished."""
+    root = origin.root
+    if root is None:
+        root = part / UNPACKED
+        unpack(benchmark, origin, root)
+    for split in benchmark.splits:
+        if split not in facts.splits:
+            dataset, counts = _open_checked(benchmark, root, split)
+            shutil.rmtree(part / split, ignore_errors=True)
+            files = write_split(part / split, split, dataset)
+            facts.label_names = dataset.classes
+            facts.splits[split] = {"images": len(dataset), "images_of_class": counts.tolist(), "files": files}
+            facts.write(part)
+
+
+def _open_checked(benchmark: Benchmark, root: Path, split: str) -> tuple[Any, np.ndarray]:
+    """Return a split and the images of each class. Raises SourceError where they are not as many as published."""
     try:
-        writer.write(contents.read(split), known.num_images)
-        check_counts(split, writer.counts, known, benchmark.needed())
-    except SourceError:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    return {"images": known.num_images, "images_of_class": writer.counts.tolist(), "files": writer.files}
+        dataset = benchmark.open_split(root, split)
+    except (RuntimeError, FileNotFoundError) as error:
+        raise SourceError(
+            f"{root} has no whole {split}: a file is missing, cut short or not the published one; {benchmark.needed}"
+        ) from error
+    known, counts = benchmark.splits[split], np.bincount(dataset.targets, minlength=len(dataset.classes))
+    if len(counts) != benchmark.num_classes:
+        problem = f"{len(counts):,} classes; there must be {benchmark.num_classes:,}"
+    elif counts.sum() != known.num_images:
+        problem = f"{counts.sum():,} images; there must be {known.num_images:,}"
+    elif counts.min() < known.fewest_of_class or counts.max() > known.most_of_class:
+        problem = (
+            f"{counts.min():,} to {counts.max():,} images of a class; there must be {known.fewest_of_class:,} to "
+            f"{known.most_of_class:,}"
+        )
+    else:
+        return dataset, counts
+    raise SourceError(f"{split} in {root} has {problem}; {benchmark.needed}")
 
 
 @contextmanager
-def _lock(part: Path) -> Iterator[None]:
-    """Keep a second process out of a folder; the lock goes with the process, however it ends."""
-    with (part / LOCK_FILE).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SourceError(f"another process writes to {part}: wait for it") from None
-        try:
+def _locked(part: Path) -> Iterator[None]:
+    """Keep a second process out of a folder, which is made; the lock goes with the process, however it ends."""
+    part.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(part / LOCK_FILE, blocking=False):
             yield
-        finally:
-            if part.exists() and not any(path.name != LOCK_FILE for path in part.iterdir()):
-                shutil.rmtree(part)
+    except Timeout as error:
+        raise SourceError(f"another process writes to {part}: wait for it") from error

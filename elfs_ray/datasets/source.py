@@ -1,122 +1,108 @@
-"""What a person gives as source: an archive whose MD5 is checked, or the folder that it unpacks to; and its files.
+"""Find what a user names as source, download it, check its MD5 and unpack it for torchvision."""
 
-Members of an archive are read in place. Only regular files whose path is looked for count: links, absolute paths and
-paths with .. are passed over, and nothing is unpacked.
-"""
-
-import hashlib
-import tarfile
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import http.client
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from elfs_ray.datasets.published import Archive, Benchmark, SourceError
-from elfs_ray.runtime.progress import Progress
+from torchvision.datasets.utils import check_integrity, download_url
 
-CHUNK_BYTES = 4 << 20
-MAX_MEMBER_BYTES = 1 << 30  # the largest that is read, STL10's test_X.bin, has 221 MB
+from elfs_ray.datasets.benchmarks import Archive, Benchmark, SourceError
+from elfs_ray.runtime.progress import say
+
+DOWNLOAD = "download"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A tar (gzip) or a folder. identity: what tells it from another, for a run that goes on."""
+    """Name an unpacked benchmark by the folder around it, or else its archives, which may have to be downloaded.
 
-    path: Path
-    folder: str  # the name of the folder in an archive that its paths begin with
-    needed: str
+    identity: tells this source from another one, for a command that goes on after an interruption.
+    """
+
+    root: Path | None
+    archives: tuple[Path, ...]
     identity: dict[str, str]
-
-    def read(self, wanted: Callable[[str], object]) -> Iterator[tuple[str, bytes]]:
-        """(path below the set's folder, bytes) of the files that are wanted, sorted by path.
-
-        Memory: a file of a folder; all that is wanted of an archive, whose members come in any order. Raises
-        SourceError where the source cannot be read, or has two files of one path.
-        """
-        return self._read_folder(wanted) if self.path.is_dir() else self._read_tar(wanted)
-
-    def _read_folder(self, wanted: Callable[[str], object]) -> Iterator[tuple[str, bytes]]:
-        with read_errors(self.path, self.needed):
-            paths = ((path.relative_to(self.path).as_posix(), path) for path in self.path.rglob("*"))
-            for name, path in sorted((name, path) for name, path in paths if wanted(name)):
-                yield name, path.read_bytes()
-
-    def _read_tar(self, wanted: Callable[[str], object]) -> Iterator[tuple[str, bytes]]:
-        found: dict[str, bytes] = {}
-        with read_errors(self.path, self.needed), tarfile.open(self.path, "r|gz") as archive:
-            for member in archive:
-                name = self._below_folder(member.name)
-                if not member.isfile() or not wanted(name):
-                    continue
-                if name in found or member.size > MAX_MEMBER_BYTES:
-                    raise SourceError(f"{self.path}: {member.name} is there twice or too large; {self.needed}")
-                found[name] = read_member(archive, member)
-        yield from sorted(found.items())
-
-    def _below_folder(self, name: str) -> str:
-        name = name.removeprefix("./")
-        return name.removeprefix(f"{self.folder}/") if self.folder else name
+    downloads: bool = False
 
 
-def open_source(benchmark: Benchmark, given: Path) -> Source:
-    """The source of a benchmark of one archive, which is checked. Raises SourceError for any other."""
-    archive = benchmark.archives[0]
-    if given.is_dir() and (given / archive.name).is_file():
-        given = given / archive.name
-    if given.is_file():
-        check_md5(given, archive, benchmark)
-        return Source(given, benchmark.folder, benchmark.needed(), {archive.name: archive.md5})
-    if not given.is_dir():
-        raise SourceError(f"source={given} does not exist; {benchmark.needed()}")
-    folder = given / benchmark.folder if (given / benchmark.folder).is_dir() else given
-    pickled = benchmark.pickled_folder
-    if pickled and folder == given and (given.name == pickled or (given / pickled).exists()):
-        raise SourceError(_of_pickles(given, benchmark))
-    return Source(folder, benchmark.folder, benchmark.needed(), {"folder": str(folder.resolve())})
+def find_source(benchmark: Benchmark, source: str, folder: Path) -> Source:
+    """Return the folder or the archives that `source` names; with source=download, an archive to be in `folder`.
+
+    Raises SourceError where nothing of the benchmark is there, and for a download that needs a login.
+    """
+    if source == DOWNLOAD:
+        if any(archive.url is None for archive in benchmark.archives):
+            raise SourceError(f"{benchmark.name} cannot be downloaded without a login; {benchmark.needed}")
+        return _archives(benchmark, [folder / archive.name for archive in benchmark.archives], downloads=True)
+    path = Path(source).expanduser().absolute()
+    if not path.exists():
+        raise SourceError(f"source={source} does not exist; {benchmark.needed}")
+    if path.is_file() and len(benchmark.archives) == 1:
+        return _archives(benchmark, [path])
+    # torchvision wants the folder around the one that an archive unpacks to.
+    for root in (path, path.parent) if path.name in benchmark.folders else (path,):
+        if all((root / name).is_dir() for name in benchmark.folders):
+            return Source(root, (), {"folder": str(root.resolve())})
+    paths = [path / archive.name for archive in benchmark.archives]
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise SourceError(f"source={source} has no {', '.join(missing)}; {benchmark.needed}")
+    return _archives(benchmark, paths)
 
 
-def check_md5(path: Path, archive: Archive, benchmark: Benchmark) -> None:
-    """Raise SourceError for a file that is not the archive that was published."""
-    found = md5_of(path)
-    if benchmark.pickled and found == benchmark.pickled.md5:
-        raise SourceError(_of_pickles(path, benchmark))
-    if found != archive.md5:
-        raise SourceError(
-            f"{path} ({path.stat().st_size:,} bytes) has MD5 {found} and {archive.name} has {archive.md5}: it is cut "
-            f"short, damaged or another file; {benchmark.needed()}"
-        )
+def unpack(benchmark: Benchmark, source: Source, root: Path) -> None:
+    """Download the archives where the source says so, check them, and unpack them to `root` unless it is there.
+
+    `root` appears when all is whole; what an interrupted call left is made again. Disk: the archives' contents. Raises
+    SourceError where a download fails, and for an archive that is not the published one.
+    """
+    if root.exists():
+        return
+    part = root.with_name(f"{root.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    for archive, path in zip(benchmark.archives, source.archives, strict=True):
+        if source.downloads and not check_integrity(path, archive.md5):
+            _download(benchmark, archive, part)
+            (part / archive.name).replace(path)
+        say(f"checking and unpacking {path}")
+        if not _unpack_published(archive, path, part):
+            raise SourceError(
+                f"{path} ({path.stat().st_size:,} bytes) does not have the MD5 of {archive.name}, {archive.md5}: it is "
+                f"cut short, damaged or another file; {benchmark.needed}"
+            )
+    part.rename(root)
 
 
-def md5_of(path: Path) -> str:
-    """The MD5 of a file, in hexadecimal."""
-    digest = hashlib.md5(usedforsecurity=False)
-    with Progress("check", path.stat().st_size >> 20, "MiB") as progress, path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-            progress.update(file.tell() >> 20)
-    return digest.hexdigest()
-
-
-def read_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """The bytes of a regular file in a tar. Raises tarfile.ReadError where the tar is cut short within it."""
-    file = archive.extractfile(member)
-    assert file is not None, member.name
-    with file:
-        data = file.read()
-    if len(data) < member.size:
-        raise tarfile.ReadError(f"{member.name} has {len(data):,} of {member.size:,} bytes")
-    return data
-
-
-@contextmanager
-def read_errors(path: Path, needed: str) -> Iterator[None]:
-    """Turn what reading raises into a SourceError that says what is needed."""
+def _download(benchmark: Benchmark, archive: Archive, folder: Path) -> None:
+    say(f"downloading {archive.url}")
     try:
-        yield
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise SourceError(f"{path} cannot be read: {error}; {needed}") from error
+        download_url(str(archive.url), folder, archive.name, archive.md5)
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        raise SourceError(
+            f"{archive.url} cannot be downloaded: {error}. Try again, or get it by hand; {benchmark.needed}"
+        ) from error
 
 
-def _of_pickles(path: Path, benchmark: Benchmark) -> str:
-    return f"{path} holds Python pickles, which can run code and are not read; {benchmark.needed()}"
+def _unpack_published(archive: Archive, path: Path, folder: Path) -> bool:
+    """Unpack an archive unless its MD5 is another; return whether it was the published one."""
+    if archive.unpack is None:
+        if not check_integrity(path, archive.md5):
+            return False
+        shutil.unpack_archive(path, folder, "gztar", filter="data")
+        return True
+    # torchvision unpacks an archive into the folder where it lies. The user's may be read-only or hold other things, so
+    # a link to the archive is put into ours. It checks the MD5, too: doing that here would read 138 GB once more.
+    link = folder / archive.name
+    link.symlink_to(path)
+    try:
+        archive.unpack(str(folder))
+    except RuntimeError:
+        return False
+    link.unlink()
+    return True
+
+
+def _archives(benchmark: Benchmark, paths: list[Path], *, downloads: bool = False) -> Source:
+    return Source(None, tuple(paths), {archive.name: archive.md5 for archive in benchmark.archives}, downloads)

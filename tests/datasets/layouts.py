@@ -1,24 +1,39 @@
 """The five benchmarks in the layouts in which their owners publish them, with a few real pixels in them.
 
 Each builder writes an archive (ImageNet: a folder of three) and the folder that it unpacks to, and returns the small
-benchmark that describes them.
+benchmark that describes them: torchvision's reader with the MD5s and counts of these files.
 """
 
 import dataclasses
 import hashlib
 import io
+import pickle
 import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import scipy.io
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from elfs_ray.datasets.published import BENCHMARKS, Archive, Benchmark, Split
+from elfs_ray.datasets.benchmarks import (
+    ARCHIVE_META,
+    CIFAR10,
+    CIFAR100,
+    CINIC10,
+    IMAGENET,
+    STL10,
+    Archive,
+    Benchmark,
+    Split,
+)
+from elfs_ray.datasets.benchmarks import cifar as describe_cifar
+from elfs_ray.datasets.benchmarks import stl10 as describe_stl10
 
+CINIC10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 WNIDS = ("n02119789", "n01440764", "n03014705")  # in the order of the development kit's numbers, not of the ids
 
 
@@ -64,7 +79,7 @@ def write_tar(path: Path, files: Mapping[str, bytes], prefix: str = "", mode: st
             member = tarfile.TarInfo(prefix + name)
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
-    return hashlib.md5(path.read_bytes()).hexdigest()
+    return md5_of(path.read_bytes())
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -73,81 +88,98 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
         (folder / name).write_bytes(data)
 
 
-def _finish(
-    name: str, root: Path, files: Mapping[str, bytes], splits: Mapping[str, Split], images, prefix: str, **fields
-) -> Built:
-    known = BENCHMARKS[name]
-    archive = root / known.archives[0].name
-    md5 = write_tar(archive, files, prefix)
-    folder = root / "unpacked" / known.folder
+def md5_of(data: bytes) -> str:
+    return hashlib.md5(data).hexdigest()
+
+
+def write_both(root: Path, archive: str, files: Mapping[str, bytes], prefix: str) -> tuple[Path, Path, str]:
+    """Write an archive and what it unpacks to; return both paths and the archive's MD5."""
+    md5 = write_tar(root / archive, files, prefix)
+    folder = root / "unpacked" / prefix
     write_folder(folder, files)
-    archives = (dataclasses.replace(known.archives[0], md5=md5),)
-    benchmark = dataclasses.replace(known, archives=archives, splits=dict(splits), **fields)
-    return Built(benchmark, archive, folder, images)
+    return root / archive, folder, md5
+
+
+def with_md5(dataset: type, files: Mapping[str, bytes], tgz_md5: str) -> type:
+    """Return torchvision's class for a set of these files."""
+    fields = {
+        name: [[file, md5_of(files[file])] for file, _ in getattr(dataset, name)]
+        for name in ("train_list", "test_list")
+    }
+    if hasattr(dataset, "meta"):
+        fields["meta"] = dataset.meta | {"md5": md5_of(files[dataset.meta["filename"]])}
+    return type(f"Small{dataset.__name__}", (dataset,), {"tgz_md5": tgz_md5, **fields})
+
+
+def with_archive_md5(archive: Archive, key: str, md5: str) -> Archive:
+    """Return an archive of ImageNet that torchvision checks by this MD5 instead of the published one."""
+
+    def unpack(root: str) -> None:
+        with mock.patch.dict(ARCHIVE_META, {key: (archive.name, md5)}):
+            archive.unpack(root)
+
+    return dataclasses.replace(archive, md5=md5, unpack=unpack)
 
 
 def cifar(name: str, root: Path) -> Built:
     """cifar10: five batches of four images of each class; cifar100: one file of one image of each."""
-    num_classes, batches = (10, 5) if name == "cifar10" else (100, 1)
+    dataset, num_classes, batches = {"cifar10": (CIFAR10, 10, 5), "cifar100": (CIFAR100, 100, 1)}[name]
     each = {"train": 4 * batches, "test": 2} if name == "cifar10" else {"train": 1, "test": 1}
-    files, images = {}, {}
-    for seed, split in enumerate(("train", "test")):
+    key = "labels" if name == "cifar10" else "fine_labels"
+    names = dataset.meta["key"]
+    files = {dataset.meta["filename"]: pickle.dumps({names: [f"class {i}" for i in range(num_classes)]}, 2)}
+    images = {}
+    for seed, (split, listed) in enumerate({"train": dataset.train_list, "test": dataset.test_list}.items()):
         labels = shuffled_labels(num_classes, each[split], seed)
-        pixels = crops(len(labels), 32, seed)
-        images[split] = list(zip(pixels, labels, strict=True))
-        records = [
-            bytes([label] if name == "cifar10" else [label // 5, label]) + image.transpose(2, 0, 1).tobytes()
-            for image, label in images[split]
-        ]
-        names = {
-            ("cifar10", "train"): [f"data_batch_{number}.bin" for number in range(1, 6)],
-            ("cifar10", "test"): ["test_batch.bin"],
-        }.get((name, split), [f"{split}.bin"])
-        size = len(records) // len(names)
-        files |= {file: b"".join(records[i * size : (i + 1) * size]) for i, file in enumerate(names)}
-    class_names = "".join(f"class {label}\n" for label in range(num_classes)).encode()
-    files |= (
-        {"batches.meta.txt": class_names + b"\n", "readme.html": b"<html/>"}
-        if name == "cifar10"
-        else {"coarse_label_names.txt": b"a\nb\n", "fine_label_names.txt": class_names}
-    )
-    splits = {split: Split.even(num_classes, number) for split, number in each.items()}
+        images[split] = list(zip(crops(len(labels), 32, seed), labels, strict=True))
+        size = len(labels) // len(listed)
+        for number, (file, _) in enumerate(listed):
+            part = images[split][number * size : (number + 1) * size]
+            rows = np.stack([pixels.transpose(2, 0, 1).reshape(-1) for pixels, _ in part])
+            entry = {
+                "data": rows,
+                key: [label for _, label in part],
+                "coarse_labels": [label // 5 for _, label in part],
+            }
+            files[file] = pickle.dumps(entry, 2)
     # Not in the order of the batches: an archive's members have none.
-    return _finish(
-        name, root, dict(reversed(files.items())), splits, images, prefix=f"{BENCHMARKS[name].folder}/", pickled=None
-    )
+    files = dict(reversed(files.items()))
+    archive, folder, md5 = write_both(root, dataset.filename, files, f"{dataset.base_folder}/")
+    benchmark = describe_cifar(with_md5(dataset, files, md5), num_classes, **each)
+    return Built(benchmark, archive, folder, images)
 
 
 def stl10(name: str, root: Path) -> Built:
     """Two and three images of each class, and some without a label."""
-    files = {"class_names.txt": "\n".join(f"class {label}" for label in range(10)).encode()}
-    images, splits = {}, {"train": Split.even(10, 2), "test": Split.even(10, 3)}
-    for seed, (split, known) in enumerate(splits.items()):
-        labels = shuffled_labels(10, known.most_of_class, seed)
+    files = {"class_names.txt": "".join(f"class {label}\n" for label in range(10)).encode()}
+    images, each = {}, {"train": 2, "test": 3}
+    for seed, split in enumerate(each):
+        labels = shuffled_labels(10, each[split], seed)
         images[split] = list(zip(crops(len(labels), 96, seed), labels, strict=True))
         files[f"{split}_X.bin"] = b"".join(pixels.transpose(2, 1, 0).tobytes() for pixels, _ in images[split])
         files[f"{split}_y.bin"] = bytes(label + 1 for label in labels)
     files |= {"unlabeled_X.bin": files["test_X.bin"], "fold_indices.txt": b"0 1 2\n"}
-    known = BENCHMARKS[name].file_md5
-    md5 = {file: hashlib.md5(files[file]).hexdigest() for file in known}
-    return _finish(name, root, files, splits, images, prefix=f"{BENCHMARKS[name].folder}/", file_md5=md5)
+    archive, folder, md5 = write_both(root, STL10.filename, files, f"{STL10.base_folder}/")
+    return Built(describe_stl10(with_md5(STL10, files, md5), **each), archive, folder, images)
 
 
 def cinic10(name: str, root: Path) -> Built:
     """Two PNGs of each class in every split; members in no order, no folder around them."""
-    from elfs_ray.datasets.cinic10 import CLASSES
-
     files = {"README.md": b"CINIC-10", "imagenet-contributors.csv": b"", "train/cat/._cifar10-train-7.png": b"of a Mac"}
     images = {}
     splits = {split: Split.even(10, 2) for split in ("train", "valid", "test")}
     for seed, split in enumerate(splits):
-        own = [image_file(pixels, "PNG") for pixels in crops(20, 32, seed)]
-        images[split] = [(data, number // 2) for number, data in enumerate(own)]
-        paths = [f"{split}/{CLASSES[number // 2]}/cifar10-{split}-{number}.png" for number in range(20)]
+        pngs = [image_file(pixels, "PNG") for pixels in crops(20, 32, seed)]
+        images[split] = [(data, number // 2) for number, data in enumerate(pngs)]
+        paths = [f"{split}/{CINIC10_CLASSES[number // 2]}/cifar10-{split}-{number}.png" for number in range(20)]
         order = np.random.default_rng(seed).permutation(20)
-        files |= {paths[number]: own[number] for number in order}
+        files |= {paths[number]: pngs[number] for number in order}
         images[split] = [images[split][number] for number in np.argsort(paths)]
-    return _finish(name, root, files, splits, images, prefix="./")
+    archive, folder, md5 = write_both(root, CINIC10.archives[0].name, files, "./")
+    benchmark = dataclasses.replace(
+        CINIC10, archives=(dataclasses.replace(CINIC10.archives[0], md5=md5),), splits=splits
+    )
+    return Built(benchmark, archive, folder, images)
 
 
 def imagenet(name: str, root: Path) -> Built:
@@ -155,30 +187,33 @@ def imagenet(name: str, root: Path) -> Built:
     label_of = {wnid: sorted(WNIDS).index(wnid) for wnid in WNIDS}
     inner, folder, train = {}, {}, []
     for number, wnid in enumerate(WNIDS):
-        own = {f"{wnid}_{i * 7}.JPEG": image_file(p, "JPEG") for i, p in enumerate(crops(2 + number, 80, number))}
-        write_tar(root / f"{wnid}.tar", dict(reversed(own.items())), mode="w:")
+        jpegs = {f"{wnid}_{i * 7}.JPEG": image_file(p, "JPEG") for i, p in enumerate(crops(2 + number, 80, number))}
+        write_tar(root / f"{wnid}.tar", dict(reversed(jpegs.items())), mode="w:")
         inner[f"{wnid}.tar"] = (root / f"{wnid}.tar").read_bytes()
-        folder |= {f"train/{wnid}/{file}": data for file, data in own.items()}
-        train += [(label_of[wnid], file, data) for file, data in own.items()]
+        folder |= {f"train/{wnid}/{file}": data for file, data in jpegs.items()}
+        train += [(label_of[wnid], file, data) for file, data in jpegs.items()]
     truth = [1, 3, 2, 2, 1, 3]
     val = {f"ILSVRC2012_val_{i + 1:08d}.JPEG": image_file(p, "JPEG") for i, p in enumerate(crops(6, 80, 9))}
     wnid_of = dict(zip(val, [WNIDS[number - 1] for number in truth], strict=True))
     folder |= {f"val/{wnid_of[file]}/{file}": data for file, data in val.items()}
     devkit = {"data/meta.mat": _meta_mat(), "data/ILSVRC2012_validation_ground_truth.txt": _lines(truth)}
-    known = [archive.name for archive in BENCHMARKS[name].archives]
-    md5 = [
-        write_tar(root / "archives" / known[0], inner, mode="w:"),
-        write_tar(root / "archives" / known[1], dict(reversed(val.items())), mode="w:"),
-        write_tar(root / "archives" / known[2], devkit, prefix="ILSVRC2012_devkit_t12/"),
-    ]
+    contents = {
+        "devkit": {"files": devkit, "prefix": "ILSVRC2012_devkit_t12/"},
+        "train": {"files": inner, "mode": "w:"},
+        "val": {"files": dict(reversed(val.items())), "mode": "w:"},
+    }
+    archives = []
+    for key, archive in zip(contents, IMAGENET.archives, strict=True):
+        md5 = write_tar(root / "archives" / archive.name, **contents[key])
+        archives.append(with_archive_md5(archive, key, md5))
     write_folder(root / "unpacked", folder)
     images = {
         "train": [(data, label) for label, _, data in sorted(train)],
         "test": [(data, label) for label, _, data in sorted((label_of[wnid_of[f]], f, d) for f, d in val.items())],
     }
     benchmark = dataclasses.replace(
-        BENCHMARKS[name],
-        archives=tuple(Archive(*pair) for pair in zip(known, md5, strict=True)),
+        IMAGENET,
+        archives=tuple(archives),
         num_classes=3,
         splits={"train": Split(9, 2, 4), "test": Split.even(3, 2)},
     )

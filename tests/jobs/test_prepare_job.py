@@ -1,4 +1,4 @@
-"""prepare as a person types it: its keys, what it asks for, and the command that it ends with."""
+"""jobs/prepare.py as a user types it: its keys, what it asks for, and the command that it ends with."""
 
 import subprocess
 import sys
@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from elfs_ray.config import load_config
+from elfs_ray.datasets.benchmarks import BENCHMARKS
 from elfs_ray.datasets.prepare import prepare
-from elfs_ray.datasets.published import BENCHMARKS
 from tests.datasets.layouts import BUILD
 from tests.jobs.test_jobs import JOBS, type_job
 
 
 def command_of(tmp_path: Path) -> list[str]:
-    """What the job says to type next, once a small CIFAR10 is there."""
+    """Return the command that the job prints once a small CIFAR10 is there."""
     from jobs.prepare import describe
 
     built = BUILD["cifar10"]("cifar10", tmp_path / "published")
@@ -32,7 +32,7 @@ def test_the_command_at_the_end_names_a_job_and_keys_that_it_takes(tmp_path):
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_without_a_source_it_asks_for_one_with_the_address_of_its_owners_page(name, tmp_path):
+def test_without_a_source_it_asks_for_one_and_names_the_page(name, tmp_path):
     from jobs.prepare import main
 
     with pytest.raises(ValueError, match="no source for") as error:
@@ -45,10 +45,10 @@ def test_without_a_source_it_asks_for_one_with_the_address_of_its_owners_page(na
 @pytest.mark.parametrize(
     ("arguments", "needed"),
     [
-        (["dataset=mnist"], "is none of cifar10, cifar100"),
-        ([], "is none of"),
-        (["dataset=cifar10", "folder=x"], "needed are dataset=..., source=..."),
-        (["cifar10"], "needed are dataset=..., source=..."),
+        (["dataset=mnist"], "must be one of cifar10, cifar100"),
+        ([], "must be one of"),
+        (["dataset=cifar10", "folder=x"], "must be dataset=..., source=..."),
+        (["cifar10"], "must be dataset=..., source=..."),
         (["dataset=cifar10", "source=x", "out=s3://bucket/x"], "copy it to the bucket"),
         (["--fast", "dataset=cifar10"], "unknown option --fast"),
     ],
@@ -61,11 +61,11 @@ def test_a_bad_command_is_refused(arguments, needed):
 
 
 def test_a_wrong_archive_ends_with_one_message_and_exit_code_2(tmp_path):
-    (tmp_path / "cifar-10-binary.tar.gz").write_bytes(b"cut short")
-    command = [sys.executable, str(JOBS / "prepare.py"), "dataset=cifar10", "source=cifar-10-binary.tar.gz"]
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"cut short")
+    command = [sys.executable, str(JOBS / "prepare.py"), "dataset=cifar10", "source=cifar-10-python.tar.gz"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
     assert result.returncode == 2 and "cut short, damaged or another file" in result.stderr
     assert "Traceback" not in result.stderr and {path.name for path in tmp_path.rglob("*")} <= {
-        "cifar-10-binary.tar.gz",
+        "cifar-10-python.tar.gz",
         "pools",
     }
