@@ -1,4 +1,4 @@
-"""source=download, from a server of this machine."""
+"""Where the archives come from: source=download, from a server of this machine."""
 
 import dataclasses
 import functools
