@@ -118,7 +118,8 @@ def check_request(request: Request, devices: Devices) -> None:
 
 def describe_shortage(request: Request, devices: Devices) -> str:
     """Say what a request needs that the cluster does not have now; empty where it has all."""
-    if request.cpus > devices.node_cpus:
+    # Where there is no node yet, its size says nothing: the totals below do.
+    if 0 < devices.node_cpus < request.cpus:
         return (
             f"{request.key}.cpus_per_worker={request.cpus} is more than the {count(devices.node_cpus, 'CPU')} of the "
             f"largest node {devices.where}"
