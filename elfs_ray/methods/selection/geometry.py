@@ -1,7 +1,7 @@
-"""Label-free baselines that need no training: prototypicality, D2 and ZCore, over embeddings and neighbours in memory.
+"""D2 and ZCore: label-free baselines that need no training, over neighbours and embeddings in memory.
 
-They are rivals to stand beside ELFS, made for pools of 50,000 to about a million samples. Prototypicality can be scored
-in pieces of the pool, ZCore in pieces of its draws against the whole pool; D2 takes one sample after another.
+Both are made for pools of 50,000 to about a million samples. ZCore can be shared out in ranges of its draws, each
+against the whole pool; D2 takes one sample after another.
 """
 
 import heapq
@@ -11,55 +11,22 @@ import numpy as np
 
 from elfs_ray.methods.numeric.hashing import hash_uniform
 
-_ROWS = 4096  # samples compared with all centroids at a time
+ZCORE_NEIGHBORS, ZCORE_EXPONENT = 1000, 4.0  # the authors'
 _DRAWS = 50_000  # draws in a range of votes
 _PROBE = 2048  # distances looked at to guess a bound
 _DIMS_STREAM, _POINT_STREAM, _START_STREAM = 1, 2, 3
 
 
-def prototypicality(embeddings: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-    """Return each sample's cosine distance to its nearest centroid, (n,) float32; far is hard (2206.14486, section 5).
+def d2_selection(neighbors: np.ndarray, similarity: np.ndarray, budget_count: int) -> np.ndarray:
+    """Return D2's choice (2310.07931) in the form without labels, in which the k-NN graph alone decides.
 
-    embeddings: (n, d) float16 or float32, unit length; centroids: (k, d) float32 of k-means over them, any length > 0.
-    The nearest centroid is found in float32, its distance then taken in float64. The farthest
-    are kept. Memory: 4 · (d + k) · min(n, 4096) bytes.
-    Raises ValueError for shapes that do not fit and centroids of length 0.
-    """
-    if embeddings.ndim != 2 or centroids.ndim != 2 or embeddings.shape[1] != centroids.shape[1]:
-        raise ValueError(f"embeddings {embeddings.shape} and centroids {centroids.shape} must be (n, d) and (k, d)")
-    lengths = np.linalg.norm(centroids.astype(np.float64), axis=1)
-    if not (lengths > 0).all():
-        raise ValueError(
-            f"centroids {np.flatnonzero(~(lengths > 0))[:5].tolist()} have no direction; fit k-means again"
-        )
-    prototypes = centroids / lengths[:, None]
-    columns = prototypes.T.astype(np.float32)
-    distances = np.empty(len(embeddings), np.float32)
-    for begin in range(0, len(embeddings), _ROWS):
-        rows = embeddings[begin : begin + _ROWS]
-        nearest = (rows.astype(np.float32) @ columns).argmax(axis=1)
-        distances[begin : begin + _ROWS] = 1 - np.einsum("ij,ij->i", rows.astype(np.float64), prototypes[nearest])
-    return distances
-
-
-def d2_selection(
-    neighbors: np.ndarray,
-    similarity: np.ndarray,
-    budget_count: int,
-    difficulty: np.ndarray | None = None,
-    gamma_forward: float = 1.0,
-    gamma_reverse: float = 1.0,
-) -> np.ndarray:
-    """D2 pruning (2310.07931): spread difficulty over the k-NN graph, then take the top sample and discount around it.
-
-    forward: x_i ← x_i + Σ_j exp(-γ_f d_ij²) x_j over i's neighbours; then, until the budget is met, the sample i of
-    highest x is taken and each of its neighbours loses exp(-γ_r d_ij²) x_i. d² = 2 - 2 · cosine, the squared distance
-    of unit vectors (the authors' code has d for d², the paper's equations are followed here).
+    forward: x_i = 1 + Σ_j exp(-d_ij²) over i's neighbours; then, until the budget is met, the sample i of highest x is
+    taken and each of its neighbours loses exp(-d_ij²) x_i. d² = 2 - 2 · cosine, the squared distance of unit vectors
+    (the authors' code has d for d², the paper's equations are followed here).
 
     neighbors: (n, k) int, positions of each sample's nearest, self excluded; similarity: (n, k) float32 cosine; the
-    paper uses k of 5 to 15, so give the first columns. difficulty: (n,) not negative; by default 1 for all, the form
-    without labels, in which the graph alone decides. Returns positions (budget_count,) int64 in the order taken; equal
-    samples by position. Raises ValueError for shapes, positions and budgets that do not fit.
+    paper uses k of 5 to 15, so pass the first columns. Returns positions (budget_count,) int64 in the order taken;
+    ties go to the lowest position. Raises ValueError for shapes, positions and budgets that do not fit.
 
     Time O(n log n + budget · k log n), on one core: seconds at 50,000 samples, a minute or two at a million, and no
     workers to share it, since each choice depends on the one before. Memory: 24 · n · k bytes, and about 150 a sample.
@@ -72,13 +39,9 @@ def d2_selection(
             f"neighbors must hold positions 0 to {n - 1}; they hold {neighbors.min()} to {neighbors.max()}"
         )
     if not 1 <= budget_count <= n:
-        raise ValueError(f"budget is {budget_count} samples of a pool of {n}; needed: 1 to the whole pool")
-    start = np.ones(n) if difficulty is None else difficulty.astype(np.float64)
-    if start.shape != (n,) or not (start >= 0).all():
-        raise ValueError(f"difficulty must hold {n} values, none negative or NaN; shift it if it is a margin")
-    squared = np.maximum(2 - 2 * similarity.astype(np.float64), 0)
-    spread = start + (np.exp(-gamma_forward * squared) * start[neighbors]).sum(axis=1)
-    return _take_and_discount(spread, neighbors, np.exp(-gamma_reverse * squared), budget_count)
+        raise ValueError(f"budget is {budget_count} samples of a pool of {n}; it must be 1 to the whole pool")
+    weights = np.exp(-np.maximum(2 - 2 * similarity.astype(np.float64), 0))
+    return _take_and_discount(1 + weights.sum(axis=1), neighbors, weights, budget_count)
 
 
 def _take_and_discount(
@@ -106,61 +69,42 @@ def _take_and_discount(
     return np.array(order, np.int64)
 
 
-def zcore_scores(
-    embeddings: np.ndarray,
-    sample_ids: np.ndarray,
-    seed: int,
-    num_draws: int = 1_000_000,
-    num_neighbors: int = 1000,
-    exponent: float = 4.0,
-) -> np.ndarray:
-    """ZCore (2411.15349): reward samples that cover random 2-d subspaces, penalise those that repeat a covering one.
-
-    Scores start uniform in [0, 1) by (seed, sample_id), gain the votes of `zcore_votes` and are scaled to [0, 1].
-    High is kept.
-
-    embeddings: (n, d) float16 or float32, n and d at least 2; sample_ids: (n,) int64; num_draws, num_neighbors and
-    exponent are the authors' by default. Returns (n,) float32. Raises ValueError for smaller shapes, settings below 1.
-    Time: 0.2 to 0.3 ms a draw at 50,000 samples on one core, linear in n: 4 minutes for the published million, a minute
-    for 250,000, whose choice of samples is noisier. The work can be shared out: the votes of the `zcore_draws` ranges,
-    made anywhere and added in their order, give the same scores.
-    """
-    votes = (zcore_votes(embeddings, draws, seed, num_neighbors, exponent) for draws in zcore_draws(num_draws))
-    return zcore_sum(sample_ids, votes, seed)
-
-
 def zcore_sum(sample_ids: np.ndarray, votes: Iterable[np.ndarray], seed: int) -> np.ndarray:
-    """Add the votes of `zcore_votes`, in the order of `zcore_draws`, to the uniform start; scaled, (n,) float32."""
+    """Return ZCore's scores (2411.15349), (n,) float32 from 0 to 1, of which high ones are kept.
+
+    ZCore rewards samples that cover random 2-d subspaces and penalises those that repeat a covering one. Scores start
+    uniform in [0, 1) by (seed, sample_id), gain the votes and are scaled. sample_ids: (n,) int64. votes: those of
+    `zcore_votes` for each of `zcore_draws`, made anywhere and passed in their order, which decides the rounding.
+    """
     scores = hash_uniform(seed, _START_STREAM, sample_ids)
-    for own in votes:
-        scores += own
+    for range_votes in votes:
+        scores += range_votes
     lowest, highest = scores.min(), scores.max()
     return ((scores - lowest) / (highest - lowest)).astype(np.float32)
 
 
 def zcore_draws(num_draws: int) -> list[range]:
-    """Divide the draws into the ranges whose votes `zcore_scores` adds, of 50,000 each."""
+    """Divide the draws into the ranges whose votes `zcore_sum` adds, of 50,000 each."""
     if num_draws < 1:
         raise ValueError(f"num_draws is {num_draws}; ZCore needs at least 1, and has a million in the paper")
     return [range(begin, min(begin + _DRAWS, num_draws)) for begin in range(0, num_draws, _DRAWS)]
 
 
-def zcore_votes(
-    embeddings: np.ndarray, draws: range, seed: int, num_neighbors: int = 1000, exponent: float = 4.0
-) -> np.ndarray:
+def zcore_votes(embeddings: np.ndarray, draws: range, seed: int) -> np.ndarray:
     """Sum the coverage rewards and redundancy penalties of some of ZCore's draws, (n,) float64.
 
     Each draw picks two dimensions and a point in them, triangular between each dimension's minimum, median and maximum.
-    The sample nearest to the point (L1) gains 1. Its `num_neighbors` nearest samples in the subspace share a loss of 1
-    in proportion to distance**-exponent; if one coincides with it, that one (the first) loses 1 alone. Dimensions and
-    points are hashes of (seed, draw); distances are float32, ties go to the lowest position.
-    Memory: 4 · n · d + 20 · n + 64 · draws bytes.
+    The sample nearest to the point (L1) gains 1. Its 1,000 nearest samples in the subspace share a loss of 1 in
+    proportion to distance⁻⁴; if one coincides with it, that one (the first) loses 1 alone. Dimensions and points are
+    hashes of (seed, draw); distances are float32, ties go to the lowest position.
+
+    embeddings: (n, d) float16 or float32, n and d at least 2; raises ValueError for smaller ones.
+    Time: 0.2 to 0.3 ms a draw at 50,000 samples on one core, linear in n: 4 minutes for the published million draws, a
+    minute for 250,000, whose choice of samples is noisier. Memory: 4 · n · d + 20 · n + 64 · draws bytes.
     """
     n, num_dims = embeddings.shape
     if n < 2 or num_dims < 2:
         raise ValueError(f"embeddings are {embeddings.shape}; ZCore needs at least 2 samples and 2 dimensions")
-    if num_neighbors < 1:
-        raise ValueError(f"num_neighbors is {num_neighbors}; ZCore needs at least 1 to measure redundancy")
     columns = np.ascontiguousarray(embeddings.T, np.float32)
     votes = np.zeros(n)
     work = np.empty((2, n), np.float32)
@@ -170,8 +114,8 @@ def zcore_votes(
         votes[covering] += 1
         distances = _l1_distances(x, y, x[covering], y[covering], work)
         distances[covering] = np.inf
-        near = _nearest(distances, min(num_neighbors, n - 1))
-        _share_penalty(votes, near, distances[near], exponent)
+        near = _nearest(distances, min(ZCORE_NEIGHBORS, n - 1))
+        _share_penalty(votes, near, distances[near])
     return votes
 
 
@@ -225,11 +169,12 @@ def _nearest(distances: np.ndarray, count: int) -> np.ndarray:
     return inside
 
 
-def _share_penalty(votes: np.ndarray, near: np.ndarray, distances: np.ndarray, exponent: float) -> None:
-    """Take 1 from the neighbours' votes, by distance**-exponent, or all of it from the first that coincides."""
+def _share_penalty(votes: np.ndarray, near: np.ndarray, distances: np.ndarray) -> None:
+    """Take 1 from the neighbours' votes, by distance⁻⁴, or all of it from the first that coincides."""
     nearest = distances.min()
     if nearest == 0:
         votes[near[distances == 0].min()] -= 1
         return
-    weights = (float(nearest) / distances.astype(np.float64)) ** exponent
+    # Divided by the nearest, so that no power of a tiny distance overflows.
+    weights = (float(nearest) / distances.astype(np.float64)) ** ZCORE_EXPONENT
     votes[near] -= weights / weights.sum()

@@ -14,7 +14,6 @@ import numpy as np
 from elfs_ray.methods.numeric.hashing import hash_uint64, hash_uniform
 from elfs_ray.methods.selection.quantiles import Direction, hard_first_order, hardness_keys
 
-NUM_STRATA = 50
 DUAL_CONCENTRATION = 15.0
 DUAL_NUM_ANCHORS = 10
 
@@ -92,7 +91,7 @@ def strata_of(
     lowest: float | np.ndarray,
     highest: float | np.ndarray,
     direction: Direction,
-    num_strata: int = NUM_STRATA,
+    num_strata: int,
 ) -> np.ndarray:
     """Return the stratum of each score, 0 the hardest: (n,) int64. All strata have the width (highest - lowest) / k.
 
@@ -142,7 +141,7 @@ def dual_beta_keys(
     anchor_mean: float | np.ndarray,
     pruning_rate: float | np.ndarray,
     seed: int,
-    exponent: float = 4.0,
+    exponent: float,
 ) -> np.ndarray:
     """Return keys (n,) uint32 whose first m, ascending, are m draws without replacement by DUAL's weights.
 

@@ -141,7 +141,7 @@ def test_strata_have_equal_width_and_number_from_the_hard_end():
     scores = np.array([0.0, 0.99, 1.0, 2.5, 9.9, 10.0], np.float32)
     np.testing.assert_array_equal(strata_of(scores, 0.0, 10.0, "low", 10), [0, 0, 1, 2, 9, 9])
     np.testing.assert_array_equal(strata_of(scores, 0.0, 10.0, "high", 10), [9, 9, 8, 7, 0, 0])
-    np.testing.assert_array_equal(strata_of(np.full(3, 2.0, np.float32), 2.0, 2.0, "low"), [0, 0, 0])
+    np.testing.assert_array_equal(strata_of(np.full(3, 2.0, np.float32), 2.0, 2.0, "low", 10), [0, 0, 0])
 
 
 @pytest.mark.parametrize("direction", ["low", "high"])
@@ -162,7 +162,7 @@ def test_stratified_drops_the_hardest_and_meets_the_allocation_of_every_stratum(
 def test_stratified_keys_choose_the_same_samples_over_shards():
     rng = np.random.default_rng(3)
     scores, ids = rng.standard_normal(2000).astype(np.float32), rng.permutation(5000)[:2000]
-    strata = strata_of(scores, float(scores.min()), float(scores.max()), "low")
+    strata = strata_of(scores, float(scores.min()), float(scores.max()), "low", 50)
     counts = np.bincount(strata, minlength=50)
     keys, starts = stratified_keys(strata, ids, seed=9), np.cumsum(counts) - counts
     allocation = allocate_evenly(counts, 300)

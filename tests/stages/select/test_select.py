@@ -245,7 +245,8 @@ def test_zcore_over_files_is_zcore_in_memory(ray_cluster, tmp_path, monkeypatch)
     ids = write_trained(run_dir)["sample_id"]
     select.run_select(digits_config(tmp_path, "select.method=zcore", "select.zcore_draws=100"), run_dir)
     vectors = np.concatenate([schema.matrix_of(table, "embedding") for table in run_dir.read_table("embeddings")])
-    scores = geometry.zcore_scores(vectors, ids, seed=0, num_draws=100)
+    votes = [geometry.zcore_votes(vectors, draws, 0) for draws in (range(40), range(40, 80), range(80, 100))]
+    scores = geometry.zcore_sum(ids, votes, seed=0)
     np.testing.assert_array_equal(read(run_dir, "coreset")["sample_id"], ids[np.lexsort((ids, -scores))][:200])
 
 
