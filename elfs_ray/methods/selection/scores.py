@@ -55,10 +55,7 @@ class ScoreAccumulator:
 
     def __init__(self, sample_ids: np.ndarray | range) -> None:
         ids = np.asarray(sample_ids, np.int64)
-        if ids.size == 0:
-            raise ValueError("no sample ids were given; a worker without samples has nothing to score")
-        if (ids[1:] <= ids[:-1]).any():
-            raise ValueError("sample_ids must increase strictly; sort them and remove duplicates")
+        assert (ids[1:] > ids[:-1]).all(), "sample_ids must increase strictly"
         self.sample_ids = ids
         self.num_epochs = 0
         self._aum = np.zeros(ids.size)
@@ -72,37 +69,29 @@ class ScoreAccumulator:
         self._window = np.zeros((DUAL_WINDOW, ids.size), np.float32)
 
     def add_epoch(
-        self,
-        epoch: int,
-        sample_ids: np.ndarray,
-        target_prob: np.ndarray,
-        max_other_prob: np.ndarray,
-        el2n: np.ndarray,
+        self, sample_ids: np.ndarray, target_prob: np.ndarray, max_other_prob: np.ndarray, el2n: np.ndarray
     ) -> None:
-        """Add all records of one epoch, in any order of samples; epochs come in order from 0.
+        """Add all records of the next epoch, in any order of samples.
 
         sample_ids: (n,) integers, exactly the accumulator's; the others: (n,) float32.
-        Raises ValueError, and adds nothing, for a missing or repeated epoch; samples that are missing, unknown or given
-        twice; values that are not finite or not probabilities. The message names them.
+        Raises ValueError, and adds nothing, for values that are not finite, as a training that diverged records them.
         """
-        self._check_epoch(epoch)
-        positions = self._positions(epoch, sample_ids)
-        columns = {"target_prob": target_prob, "max_other_prob": max_other_prob, "el2n": el2n}
-        for name, column in columns.items():
-            self._check_column(epoch, name, sample_ids, column)
-        source = np.empty(positions.size, np.int64)
-        source[positions] = np.arange(positions.size)
+        source = np.argsort(sample_ids)
+        assert np.array_equal(sample_ids[source], self.sample_ids), f"epoch {self.num_epochs} has other samples"
+        for name, column in (("target_prob", target_prob), ("max_other_prob", max_other_prob), ("el2n", el2n)):
+            num_bad = column.size - np.count_nonzero(np.isfinite(column))
+            if num_bad:
+                raise ValueError(
+                    f"epoch {self.num_epochs}: {name} is NaN or infinite for {num_bad} of {column.size} samples: "
+                    "training diverged; lower train.lr and train again"
+                )
+        for prob in (target_prob, max_other_prob):
+            assert prob.min() >= 0 and prob.max() <= 1 + _PROBABILITY_ROUNDING, "not probabilities"
         self._update(np.minimum(target_prob[source], 1), np.minimum(max_other_prob[source], 1), el2n[source])
 
     def finish(self) -> dict[str, np.ndarray]:
-        """Return the scores by name, each (n,) in the order of the accumulator's sample_ids; see the top of the file.
-
-        Raises ValueError when no epoch was added.
-        """
-        if self.num_epochs == 0:
-            raise ValueError(
-                "no epoch was added; scores need the records of at least one (stage train writes dynamics/)"
-            )
+        """Return the scores by name, each (n,) in the order of sample_ids; see the top of the file."""
+        assert self.num_epochs, "scores need at least one epoch"
         never_learned = self._correctness == 0
         return {
             "aum": self._aum.astype(np.float32),
@@ -141,54 +130,6 @@ class ScoreAccumulator:
             _add_window_dual(dual, self._window[: self.num_epochs])
         return dual
 
-    def _check_epoch(self, epoch: int) -> None:
-        if epoch < self.num_epochs:
-            raise ValueError(f"epoch {epoch} was given twice or out of order; the next one to add is {self.num_epochs}")
-        if epoch > self.num_epochs:
-            missing = ", ".join(map(str, range(self.num_epochs, min(epoch, self.num_epochs + 5))))
-            raise ValueError(
-                f"epoch {epoch} was given, but {epoch - self.num_epochs} before it are missing ({missing}); "
-                "scores need every epoch: run stage train to its end"
-            )
-
-    def _positions(self, epoch: int, sample_ids: np.ndarray) -> np.ndarray:
-        """Return where each record belongs, after checking that every sample has exactly one."""
-        positions = np.searchsorted(self.sample_ids, sample_ids)
-        positions[positions == self.sample_ids.size] = 0
-        unknown = self.sample_ids[positions] != sample_ids
-        if unknown.any():
-            raise ValueError(
-                f"epoch {epoch} has {_name(sample_ids[unknown])} which {self._describe()} does not score; "
-                "give each worker the records of its own samples"
-            )
-        records = np.bincount(positions, minlength=self.sample_ids.size)
-        if (records > 1).any():
-            raise ValueError(f"epoch {epoch} has more than one record of {_name(self.sample_ids[records > 1])}")
-        if (records == 0).any():
-            raise ValueError(
-                f"epoch {epoch} has no record of {_name(self.sample_ids[records == 0])}; every sample is "
-                "recorded once an epoch: look for a missing file in dynamics/"
-            )
-        return positions
-
-    def _check_column(self, epoch: int, name: str, sample_ids: np.ndarray, column: np.ndarray) -> None:
-        if column.shape != sample_ids.shape:
-            raise ValueError(f"epoch {epoch} has {sample_ids.size} sample ids, but {name} has shape {column.shape}")
-        if not np.isfinite(column).all():
-            raise ValueError(
-                f"epoch {epoch}: {name} is NaN or infinite for {_name(sample_ids[~np.isfinite(column)])}; "
-                "training diverged: lower the learning rate of stage train"
-            )
-        outside = (column < 0) | (column > 1 + _PROBABILITY_ROUNDING)
-        if name != "el2n" and outside.any():
-            raise ValueError(
-                f"epoch {epoch}: {name} lies outside [0, 1] for {_name(sample_ids[outside])}; "
-                "give probabilities, not logits"
-            )
-
-    def _describe(self) -> str:
-        return f"the accumulator of {self.sample_ids.size} samples from {self.sample_ids[0]} to {self.sample_ids[-1]}"
-
 
 def _add_window_dual(dual: np.ndarray, window: np.ndarray) -> None:
     """Add 10 · std(p_y) · (1 - mean p_y) of a window, (epochs, n) float32 with epochs in any order, to dual."""
@@ -202,8 +143,3 @@ def _coarse_entropy(target_prob: np.ndarray, max_other_prob: np.ndarray) -> np.n
     known = np.clip(np.stack([target_prob, max_other_prob]).astype(np.float64), 0.0, 1.0)
     probs = np.concatenate([known, np.clip(1 - known.sum(axis=0, keepdims=True), 0.0, 1.0)])
     return -(probs * np.log(np.where(probs > 0, probs, 1.0))).sum(axis=0)
-
-
-def _name(sample_ids: np.ndarray) -> str:
-    shown = ", ".join(map(str, sample_ids[:5].tolist()))
-    return f"{sample_ids.size} samples ({shown}{', …' if sample_ids.size > 5 else ''})"

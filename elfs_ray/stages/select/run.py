@@ -90,13 +90,14 @@ def _score_range(run_dir: RunDir, first: int, last: int, num_epochs: int) -> Non
     for epoch in range(num_epochs):
         files = run_dir.table_files(schema.DYNAMICS, schema.epoch_dir(epoch))
         rows = [filesystem.read_range(path, schema.SAMPLE_ID, first, last) for path in files]
-        if not rows:
-            raise FileNotFoundError(
-                f"{run_dir.path(schema.DYNAMICS, schema.epoch_dir(epoch))} holds no records: run stage train to its end"
+        records = pa.concat_tables([schema.DYNAMICS_SCHEMA.empty_table(), *rows])
+        if records.num_rows != clusters.num_rows:
+            raise RuntimeError(
+                f"{run_dir.path(schema.DYNAMICS, schema.epoch_dir(epoch))} has {records.num_rows} records of the "
+                f"{clusters.num_rows} samples from sample_id {first} to {last}, and must have one of each: delete "
+                f"{run_dir.path('train')} and {run_dir.path(schema.DYNAMICS)}, then run again"
             )
-        columns = pa.concat_tables(rows)
-        names = (schema.SAMPLE_ID, schema.TARGET_PROB, schema.MAX_OTHER_PROB, schema.EL2N)
-        accumulator.add_epoch(epoch, *(columns[name].to_numpy() for name in names))
+        accumulator.add_epoch(*(records[name].to_numpy() for name in schema.DYNAMICS_SCHEMA.names))
     scores: Mapping[str, Any] = accumulator.finish()
     labels = {name: clusters[name].combine_chunks() for name in (schema.SAMPLE_ID, schema.PSEUDO_LABEL)}
     table = pa.table({**labels, **scores, schema.PROTOTYPICALITY: clusters[schema.DISTANCE].combine_chunks()})

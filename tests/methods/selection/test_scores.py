@@ -11,8 +11,8 @@ from elfs_ray.methods.selection.scores import SCORES, ScoreAccumulator
 def compute_scores(target_prob, max_other_prob, el2n, sample_ids=None):
     """The scores of a whole table, (epochs, n) each."""
     accumulator = ScoreAccumulator(range(target_prob.shape[1]) if sample_ids is None else sample_ids)
-    for epoch, columns in enumerate(zip(target_prob, max_other_prob, el2n, strict=True)):
-        accumulator.add_epoch(epoch, accumulator.sample_ids, *columns)
+    for columns in zip(target_prob, max_other_prob, el2n, strict=True):
+        accumulator.add_epoch(accumulator.sample_ids, *columns)
     return accumulator.finish()
 
 
@@ -127,7 +127,7 @@ def test_dual_of_short_runs_is_one_window_and_zero_for_a_single_epoch():
     assert sequence([0.7])["dual"] == 0
 
 
-def test_coarse_entropy_is_the_entropy_of_the_last_epoch_and_at_most_the_true_one():
+def test_coarse_entropy_is_that_of_the_last_epoch_and_a_lower_bound():
     assert sequence([0.9, 0.5], [0.1, 0.5])["coarse_entropy"] == pytest.approx(math.log(2))
     assert sequence([0.1, 1.0], [0.5, 0.0])["coarse_entropy"] == 0
     rng = np.random.default_rng(3)
@@ -140,7 +140,7 @@ def test_coarse_entropy_is_the_entropy_of_the_last_epoch_and_at_most_the_true_on
     assert (coarse + rest * math.log(8) >= true - 1e-6).all()
 
 
-def test_workers_with_shares_of_the_ids_and_shuffled_records_score_as_the_whole_table():
+def test_shares_of_shuffled_records_score_as_the_whole_table():
     tables = random_table(33, 500)
     ids = np.flatnonzero(np.random.default_rng(1).random(700) < 0.9)[:500].astype(np.int64)  # gaps: rejected samples
     whole = compute_scores(*tables, sample_ids=ids)
@@ -149,7 +149,7 @@ def test_workers_with_shares_of_the_ids_and_shuffled_records_score_as_the_whole_
         accumulator = ScoreAccumulator(ids[begin:end])
         for epoch in range(33):
             at = begin + rng.permutation(end - begin)
-            accumulator.add_epoch(epoch, ids[at], *(table[epoch, at] for table in tables))
+            accumulator.add_epoch(ids[at], *(table[epoch, at] for table in tables))
         for name, column in accumulator.finish().items():
             np.testing.assert_array_equal(column, whole[name][begin:end])
 
@@ -173,52 +173,24 @@ def test_a_probability_above_one_by_rounding_counts_as_one():
     assert sequence([1 + 1e-6] * 3, [0.0] * 3)["dual"] == 0
 
 
-def accumulate(epoch=0, ids=(3, 4, 7), target=(0.1, 0.2, 0.3), accumulator=None):
-    accumulator = accumulator or ScoreAccumulator(np.array([3, 4, 7]))
-    column = np.full(len(ids), 0.5, np.float32)
-    accumulator.add_epoch(epoch, np.array(ids), np.array(target, np.float32), column, column)
-    return accumulator
+def test_values_that_are_not_finite_are_refused_and_nothing_is_added():
+    ids, column = np.array([3, 4, 7]), np.full(3, 0.5, np.float32)
+    accumulator, once = ScoreAccumulator(ids), ScoreAccumulator(ids)
+    for each in (accumulator, once):
+        each.add_epoch(ids, column, column, column)
+    for bad in (np.nan, np.inf):
+        diverged = np.array([0.1, bad, 0.3], np.float32)
+        with pytest.raises(ValueError, match=r"epoch 1: target_prob is NaN or infinite for 1 of 3 .* lower train\.lr"):
+            accumulator.add_epoch(ids, diverged, column, column)
+        with pytest.raises(ValueError, match=r"epoch 1: el2n is NaN or infinite for 1 of 3 .* lower train\.lr"):
+            accumulator.add_epoch(ids, column, column, diverged)
+    untouched, expected = accumulator.finish(), once.finish()
+    for name in expected:
+        np.testing.assert_array_equal(untouched[name], expected[name])
 
 
-def test_missing_and_repeated_epochs_are_named():
-    with pytest.raises(ValueError, match=r"epoch 2 was given, but 2 before it are missing \(0, 1\)"):
-        accumulate(epoch=2)
-    accumulator = accumulate()
-    with pytest.raises(ValueError, match="epoch 0 was given twice"):
-        accumulate(epoch=0, accumulator=accumulator)
-
-
-def test_samples_that_are_missing_repeated_or_unknown_are_named():
-    with pytest.raises(ValueError, match=r"epoch 0 has no record of 1 samples \(4\)"):
-        accumulate(ids=(3, 7), target=(0.1, 0.2))
-    with pytest.raises(ValueError, match=r"epoch 0 has more than one record of 1 samples \(4\)"):
-        accumulate(ids=(3, 4, 4, 7), target=(0.1, 0.2, 0.2, 0.3))
-    for unknown in (0, 5, 8):
-        with pytest.raises(ValueError, match=rf"epoch 0 has 1 samples \({unknown}\) which"):
-            accumulate(ids=(3, 4, 7, unknown), target=(0.1, 0.2, 0.3, 0.4))
-
-
-def test_values_that_are_not_finite_probabilities_are_named_and_nothing_is_added():
-    accumulator = accumulate()
-    for bad, message in ((np.nan, "NaN or infinite"), (np.inf, "NaN or infinite"), (-0.1, "outside"), (3.0, "logits")):
-        with pytest.raises(ValueError, match=rf"epoch 1: target_prob .*{message}") as error:
-            accumulate(epoch=1, target=(0.1, bad, 0.3), accumulator=accumulator)
-        assert "1 samples (4)" in str(error.value)
-    untouched, once = accumulator.finish(), accumulate().finish()
-    for name in once:
-        np.testing.assert_array_equal(untouched[name], once[name])
-
-
-def test_a_column_of_another_length_is_refused():
-    with pytest.raises(ValueError, match="3 sample ids, but target_prob has shape"):
-        accumulate(target=(0.1, 0.2))
-
-
-def test_no_epochs_no_samples_and_unsorted_samples_are_refused():
-    with pytest.raises(ValueError, match="no epoch was added"):
-        ScoreAccumulator(range(3)).finish()
-    with pytest.raises(ValueError, match="no sample ids"):
-        ScoreAccumulator(range(0))
-    for ids in ([1, 1], [2, 1]):
-        with pytest.raises(ValueError, match="increase strictly"):
-            ScoreAccumulator(np.array(ids))
+def test_records_of_other_samples_are_never_scored():
+    column = np.full(3, 0.5, np.float32)
+    for other in ([3, 4, 8], [3, 4, 4]):
+        with pytest.raises(AssertionError, match="other samples"):
+            ScoreAccumulator(np.array([3, 4, 7])).add_epoch(np.array(other), column, column, column)
