@@ -66,8 +66,9 @@ def write_embedded(run_dir: RunDir, num_samples: int = 1003) -> np.ndarray:
     embeddings = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
     for first, own in files_of(num_samples):
         name = schema.range_file(first, min(first + ROWS_PER_FILE, num_samples) - 1)
-        column = pa.FixedSizeListArray.from_arrays(pa.array(embeddings[own].reshape(-1)), embeddings.shape[1])
-        table = pa.table([own, column], schema=schema.embeddings_schema(embeddings.shape[1]))
+        table = pa.table(
+            [own, schema.matrix_column(embeddings[own])], schema=schema.embeddings_schema(embeddings.shape[1])
+        )
         filesystem.write_table(run_dir.path(schema.EMBEDDINGS, name), table)
         table = pa.table([own, [png(images[i]) for i in own]], schema=schema.PROXY_IMAGES_SCHEMA)
         filesystem.write_table(run_dir.path(schema.PROXY_IMAGES, name), table)

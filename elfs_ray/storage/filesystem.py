@@ -59,6 +59,11 @@ def join(uri: str, *parts: str) -> str:
     return posixpath.join(uri, *parts)
 
 
+def basename(uri: str) -> str:
+    """Return the last part of a path or URI: the name of the file or folder."""
+    return posixpath.basename(uri)
+
+
 @explained
 def exists(uri: str) -> bool:
     filesystem, path = resolve(uri)

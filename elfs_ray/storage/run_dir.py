@@ -160,7 +160,7 @@ class RunDir:
         files = self.table_files(table)
         found = []
         for path in files:
-            first, last = schema.parse_range_file(path.rsplit("/", 1)[1])
+            first, last = schema.parse_range_file(path)
             low, high = np.searchsorted(wanted, [first, last + 1])
             if low < high:
                 rows = filesystem.read_table(path, names)
@@ -174,6 +174,13 @@ class RunDir:
             raise KeyError(f"{self.path(table)} has no sample_id {missing[:5].tolist()} ({len(missing)} missing)")
         order = np.argsort(have)
         return rows.take(order[np.searchsorted(have[order], sample_ids)])
+
+    def read_range(self, *parts: str, first: int, last: int) -> Iterator[pa.Table]:
+        """Yield the rows of a table in range files with first <= sample_id <= last, by file, in the order of ids."""
+        for path in self.table_files(*parts):
+            file_first, file_last = schema.parse_range_file(path)
+            if file_first <= last and file_last >= first:
+                yield filesystem.read_range(path, schema.SAMPLE_ID, first, last)
 
     def _read_marker(self, stage: str, name: str) -> Marker | None:
         path = self.path(stage, name)

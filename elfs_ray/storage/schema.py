@@ -1,5 +1,7 @@
 """Every table of a run directory: its name, columns, types and file names, in one place."""
 
+import posixpath
+
 import numpy as np
 import pyarrow as pa
 
@@ -104,12 +106,12 @@ def neighbors_schema(num_neighbors: int) -> pa.Schema:
 
 
 def matrix_column(rows: np.ndarray) -> pa.FixedSizeListArray:
-    """An (n, k) array as a column of fixed-size lists."""
+    """Return an (n, k) array as a column of fixed-size lists."""
     return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(rows).reshape(-1)), rows.shape[1])
 
 
 def matrix_of(table: pa.Table, column: str) -> np.ndarray:
-    """A column of fixed-size lists as an (n, k) array."""
+    """Return a column of fixed-size lists as an (n, k) array."""
     lists = table[column].combine_chunks()
     return lists.flatten().to_numpy().reshape(len(lists), lists.type.list_size)
 
@@ -129,9 +131,9 @@ def range_file(first_id: int, last_id: int) -> str:
     return f"part-{first_id:012d}-{last_id:012d}.parquet"
 
 
-def parse_range_file(name: str) -> tuple[int, int]:
-    """The (first, last) sample id that a file made by `range_file` holds."""
-    first, last = name.removeprefix("part-").removesuffix(".parquet").split("-")
+def parse_range_file(path: str) -> tuple[int, int]:
+    """Return the (first, last) sample id that the file at a path holds, whose name `range_file` made."""
+    first, last = posixpath.basename(path).removeprefix("part-").removesuffix(".parquet").split("-")
     return int(first), int(last)
 
 

@@ -41,7 +41,7 @@ def write_external_labels(config: ClusterConfig, run_dir: RunDir) -> int:
     if len(missing):
         raise ValueError(f"{config.labels_uri} has no pseudo_label of {_named(missing)}: label every embedded sample")
     for path, sample_ids in zip(files, own, strict=True):
-        write_label_file(run_dir, path.rsplit("/", 1)[1], sample_ids, label_of[sample_ids])
+        write_label_file(run_dir, filesystem.basename(path), sample_ids, label_of[sample_ids])
     return int(label_of[embedded].max()) + 1
 
 

@@ -61,10 +61,10 @@ def run_neighbors(config: ClusterConfig, run_dir: RunDir, num_neighbors: int, se
     if search == "auto":
         search = "exact" if device == "cuda" or num_samples <= MAX_EXACT_ON_CPU else "ivf"
 
-    done = {path.rsplit("/", 1)[1] for path in run_dir.table_files(schema.NEIGHBORS)}
+    done = {filesystem.basename(path) for path in run_dir.table_files(schema.NEIGHBORS)}
     num_workers = num_gpus() if device == "cuda" else num_cpus()
     groups = _group(files, min(MAX_QUERIES, -(-num_samples // (MIN_TASKS_PER_WORKER * num_workers))))
-    pending = [group for group in groups if any(path.rsplit("/", 1)[1] not in done for path, _ in group)]
+    pending = [group for group in groups if any(filesystem.basename(path) not in done for path, _ in group)]
     figures: dict[str, Any] = {"search": search, "num_neighbors": num_neighbors}
     with Progress("cluster", num_samples, "neighbours found") as progress:
         if search == "exact":
@@ -211,6 +211,6 @@ def _write(run_dir: RunDir, group: Files, query_ids: np.ndarray, found: Neighbor
             schema.matrix_column(found.similarity[start:end]),
         ]
         table = pa.table(columns, schema=schema.neighbors_schema(found.neighbor_ids.shape[1]))
-        filesystem.write_table(run_dir.path(schema.NEIGHBORS, path.rsplit("/", 1)[1]), table)
+        filesystem.write_table(run_dir.path(schema.NEIGHBORS, filesystem.basename(path)), table)
         start = end
     return len(query_ids)

@@ -101,7 +101,7 @@ class _Shard:
         torch.set_num_threads(1)
         self._device = device
         self._files = [path for path, _ in files]
-        self._names = [path.rsplit("/", 1)[1] for path in self._files]
+        self._names = [filesystem.basename(path) for path in self._files]
         self._ends = np.cumsum([rows for _, rows in files]).tolist()
 
     @cached_property

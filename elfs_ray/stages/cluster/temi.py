@@ -101,7 +101,7 @@ def _load(run_dir: RunDir, pca_dim: int | None, seed: int) -> ray.ObjectRef:
 
     float16 embeddings and 4 bytes a neighbour: 1.28M samples of 768 dimensions with 50 neighbours take 2.2 GB.
     """
-    names = [path.rsplit("/", 1)[1] for path in run_dir.table_files(schema.EMBEDDINGS)]
+    names = [filesystem.basename(path) for path in run_dir.table_files(schema.EMBEDDINGS)]
     read = ray.remote(num_cpus=1)(_read_file)
     parts = [read.remote(run_dir, name) for name in names]
     return ray.remote(num_cpus=1)(_join).remote(pca_dim, seed, *parts)
@@ -177,7 +177,7 @@ def _write_result(
     labels = assign(np.arange(len(embeddings)), head)
     for path in job.run_dir.table_files(schema.EMBEDDINGS):
         ids = filesystem.read_table(path, [schema.SAMPLE_ID])[schema.SAMPLE_ID].to_numpy()
-        write_label_file(job.run_dir, path.rsplit("/", 1)[1], ids, labels[np.searchsorted(sample_ids, ids)])
+        write_label_file(job.run_dir, filesystem.basename(path), ids, labels[np.searchsorted(sample_ids, ids)])
     sample = np.linspace(0, len(embeddings) - 1, min(AGREEMENT_SAMPLES, len(embeddings))).astype(np.int64)
     agreement = head_agreement(assign(sample, None), head, job.settings.num_clusters)
     result = {

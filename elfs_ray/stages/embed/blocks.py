@@ -36,7 +36,7 @@ def rows_by_file(run_dir: RunDir, *table: str) -> dict[str, int]:
     """The rows of each file of a table, from their footers; -1 for a file that has none, and is made again."""
     paths = run_dir.table_files(*table)
     counts = filesystem.map_files(_num_rows, paths)
-    return {path.rsplit("/", 1)[1]: count for path, count in zip(paths, counts, strict=True)}
+    return {filesystem.basename(path): count for path, count in zip(paths, counts, strict=True)}
 
 
 def _num_rows(path: str) -> int:

@@ -288,12 +288,8 @@ class _DecodeAndEncodeBlock(_EncodeBlock):
 
 
 def _write_embeddings(path: str, sample_ids: np.ndarray, embeddings: np.ndarray) -> None:
-    dim = embeddings.shape[1]
-    values = pa.array(np.ascontiguousarray(embeddings).reshape(-1))
-    table = pa.table(
-        [pa.array(sample_ids), pa.FixedSizeListArray.from_arrays(values, dim)], schema=schema.embeddings_schema(dim)
-    )
-    filesystem.write_table(path, table)
+    columns = [pa.array(sample_ids), schema.matrix_column(embeddings)]
+    filesystem.write_table(path, pa.table(columns, schema=schema.embeddings_schema(embeddings.shape[1])))
 
 
 def _closing_figures(run_dir: RunDir, num_samples: int) -> dict[str, Any]:

@@ -139,16 +139,10 @@ def _coreset_rows(run_dir: RunDir, rows: ScoredRows, keys: np.ndarray, kept: np.
 
 
 def _uris(run_dir: RunDir, sample_ids: np.ndarray) -> pa.ChunkedArray:
-    """The uris of samples in increasing order."""
+    """Return the uris of samples, whose ids increase."""
     if not sample_ids.size:
         return pa.chunked_array([], pa.string())
-    first, last = int(sample_ids[0]), int(sample_ids[-1])
-    found = []
-    for path in run_dir.table_files(schema.INDEX):
-        file_first, file_last = schema.parse_range_file(path.rsplit("/", 1)[1])
-        if file_first <= last and file_last >= first:
-            found.append(filesystem.read_range(path, schema.SAMPLE_ID, first, last))
-    index = pa.concat_tables(found)
+    index = pa.concat_tables(run_dir.read_range(schema.INDEX, first=int(sample_ids[0]), last=int(sample_ids[-1])))
     return index[schema.URI].take(np.searchsorted(index[schema.SAMPLE_ID].to_numpy(), sample_ids))
 
 

@@ -41,7 +41,7 @@ def score_by_geometry(config: Config, run_dir: RunDir, pool: ScoredPool, max_cou
         rows = filesystem.read_table(path, [schema.SAMPLE_ID, schema.PSEUDO_LABEL])
         own = pa.array(scores[start : start + rows.num_rows])
         start += rows.num_rows
-        files.append(run_dir.path("select", method, path.rsplit("/", 1)[1]))
+        files.append(run_dir.path("select", method, filesystem.basename(path)))
         filesystem.write_table(files[-1], rows.append_column(schema.SCORE, own))
     return replace(pool, files=tuple(files), score=schema.SCORE, direction=GEOMETRY[method])
 

@@ -13,7 +13,7 @@ sample of a file, and what it keeps of 16 files or a quarter of a CPU's.
 """
 
 import posixpath
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -74,7 +74,7 @@ def _scored_pool(config: Config, run_dir: RunDir, num_ids: int) -> ScoredPool:
 def _write_scores(run_dir: RunDir, num_ids: int, num_epochs: int) -> None:
     """Write scores/ for every range of ids that an earlier try has not."""
     ranges = [(first, min(first + IDS_PER_FILE, num_ids) - 1) for first in range(0, num_ids, IDS_PER_FILE)]
-    done = {path.rsplit("/", 1)[1] for path in run_dir.table_files(schema.SCORES)}
+    done = {filesystem.basename(path) for path in run_dir.table_files(schema.SCORES)}
     tasks = [(run_dir, first, last, num_epochs) for first, last in ranges if schema.range_file(first, last) not in done]
     with Progress("select", len(ranges), "ranges scored", done=len(ranges) - len(tasks)) as progress:
         for _ in run_tasks(_score_range, tasks):
@@ -83,7 +83,8 @@ def _write_scores(run_dir: RunDir, num_ids: int, num_epochs: int) -> None:
 
 def _score_range(run_dir: RunDir, first: int, last: int, num_epochs: int) -> None:
     """Score the samples first..last from every epoch's records of them."""
-    clusters = pa.concat_tables(_pseudo_labels(run_dir, first, last), promote_options="default")
+    labelled = run_dir.read_range(schema.CLUSTERS, schema.PSEUDO_LABELS_DIR, first=first, last=last)
+    clusters = pa.concat_tables([schema.PSEUDO_LABELS_SCHEMA.empty_table(), *labelled], promote_options="default")
     if not clusters.num_rows:
         return
     accumulator = ScoreAccumulator(clusters[schema.SAMPLE_ID].to_numpy())
@@ -110,12 +111,3 @@ def write_scores(path: str, table: pa.Table) -> None:
         field.name: "BYTE_STREAM_SPLIT" for field in table.schema if pa.types.is_float32(field.type)
     }
     filesystem.write_table(path, table, encodings=encodings)
-
-
-def _pseudo_labels(run_dir: RunDir, first: int, last: int) -> Iterator[pa.Table]:
-    """The pseudo-labels of the ids first..last, by file, in the order of ids."""
-    yield schema.PSEUDO_LABELS_SCHEMA.empty_table()
-    for path in run_dir.table_files(schema.CLUSTERS, schema.PSEUDO_LABELS_DIR):
-        file_first, file_last = schema.parse_range_file(path.rsplit("/", 1)[1])
-        if file_first <= last and file_last >= first:
-            yield filesystem.read_range(path, schema.SAMPLE_ID, first, last)

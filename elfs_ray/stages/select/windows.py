@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from elfs_ray.config import SelectConfig
+from elfs_ray.config import USES_HARD_FRACTION, SelectConfig
 from elfs_ray.methods.selection import pruning
 from elfs_ray.methods.selection.quantiles import (
     KEY_BITS,
@@ -137,7 +137,7 @@ def choose(pool: ScoredPool, config: SelectConfig, seed: int, budgets: Sequence[
 
 def group_windows(counts: np.ndarray, budget: Budget, method: str) -> tuple[np.ndarray, np.ndarray]:
     """(samples before the window, samples in it) of each group, (groups,) int64."""
-    hard_fraction = budget.hard_fraction if method in ("double_end", "stratified") else 0.0
+    hard_fraction = budget.hard_fraction if method in USES_HARD_FRACTION else 0.0
     starts, shares = pruning.balanced_windows(counts, budget.num_kept, hard_fraction)
     return (counts - shares if method == "easiest" else starts), shares
 

@@ -285,7 +285,7 @@ class Worker:
         if self.rank == 0:
             current = {schema.rank_file(rank, self.world_size) for rank in range(self.world_size)}
             for path in run_dir.table_files(schema.DYNAMICS, schema.epoch_dir(epoch)):
-                if path.rsplit("/", 1)[1] not in current:
+                if filesystem.basename(path) not in current:
                     filesystem.delete(path)
 
     def _state(self, next_epoch: int) -> dict[str, Any]:

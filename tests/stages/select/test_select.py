@@ -208,8 +208,8 @@ def test_several_budgets_at_once_are_the_coresets_of_each_alone(ray_cluster, tmp
         write_trained(alone)
         overrides = [f"select.method={method}", f"budget={budget}", f"select.hard_fraction={beta}"]
         select.run_select(digits_config(tmp_path / table, *overrides), alone)
-        own = {path.rsplit("/", 1)[1]: data for path, data in contents(tmp_path / "all", table).items()}
-        assert own == {path.rsplit("/", 1)[1]: data for path, data in contents(tmp_path / table, "coreset").items()}
+        own = {filesystem.basename(path): data for path, data in contents(tmp_path / "all", table).items()}
+        assert own == {filesystem.basename(path): data for path, data in contents(tmp_path / table, "coreset").items()}
 
 
 def write_neighbors(run_dir: RunDir, num_neighbors: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
