@@ -32,6 +32,7 @@ from PIL import Image
 
 from elfs_ray.config import Config, load_config
 from elfs_ray.pipeline import runner as pipeline
+from elfs_ray.pool.images import encode_png
 from elfs_ray.runtime.cluster import connect
 from elfs_ray.runtime.progress import say
 from elfs_ray.storage import filesystem
@@ -177,9 +178,7 @@ def _write_file(path: Path, images: Path | None, first: int, end: int) -> None:
             rng = np.random.default_rng(number)
             turn, (x, y) = rng.uniform(-1, 1) * MAX_TURN_DEGREES, rng.integers(-MAX_SHIFT, MAX_SHIFT + 1, 2).tolist()
             source = source.rotate(turn, Image.Resampling.BILINEAR, translate=(x, y))
-        buffer = io.BytesIO()
-        source.save(buffer, "PNG", compress_level=1)
-        rows.append(buffer.getvalue())
+        rows.append(encode_png(source, compress_level=1))
     filesystem.write_table(str(path), pa.table({"image": pa.array(rows, pa.binary())}), rows_per_group=1000)
 
 

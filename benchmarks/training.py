@@ -4,7 +4,6 @@ Not in reporting.py, because torch in a process would add to the peaks of memory
 """
 
 import argparse
-import io
 import json
 import statistics
 import time
@@ -17,6 +16,7 @@ import torch
 from PIL import Image
 from ray.train.torch import TorchTrainer
 
+from elfs_ray.pool.images import encode_png
 from elfs_ray.runtime.cluster import connect, num_cpus
 from elfs_ray.storage import filesystem
 from elfs_ray.storage.run_dir import RunDir
@@ -51,9 +51,7 @@ def _write_result(config: dict[str, Any]) -> None:
 
 def smooth_png(coarse: np.ndarray, size: int) -> bytes:
     """A few pixels (h, w, 3) uint8 made an image of `size` pixels without edges: it compresses as photographs do."""
-    buffer = io.BytesIO()
-    Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
+    return encode_png(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC), compress_level=1)
 
 
 def ceiling(device: torch.device, precision: str) -> float:

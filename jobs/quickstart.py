@@ -4,7 +4,6 @@ The pool goes through every stage on a Ray of its own with 2 workers. Then a net
 the coreset and on random digits of the same number, and tested on 1,000 others.
 """
 
-import io
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from elfs_ray.config import load_config
 from elfs_ray.pipeline import runner as pipeline
 from elfs_ray.pipeline.dry_run import describe_plan
 from elfs_ray.pipeline.plan import PoolCount
+from elfs_ray.pool.images import encode_png
 from elfs_ray.runtime.progress import say
 from elfs_ray.stages.evaluate.run import format_results
 from elfs_ray.storage import filesystem
@@ -38,15 +38,9 @@ def write_digits(folder: Path) -> None:
     for name, rows in (("test", order[:NUM_TEST]), ("pool", order[NUM_TEST:])):
         if (folder / f"{name}.parquet").exists():
             continue
-        images = [_png(pixels[row].reshape(28, 28).astype(np.uint8)) for row in rows]
+        images = [encode_png(Image.fromarray(pixels[row].reshape(28, 28).astype(np.uint8))) for row in rows]
         table = pa.table({"image": pa.array(images, pa.binary()), "label": pa.array(labels[rows], pa.int32())})
         filesystem.write_table(str(folder / f"{name}.parquet"), table)
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def main() -> None:

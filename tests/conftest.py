@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from elfs_ray.pool.images import encode_png
 from tests import gcs, s3
 from tests.gcs import gcs_bucket, gcs_server  # noqa: F401  (fixtures)
 from tests.s3 import s3_bucket, s3_server  # noqa: F401  (fixtures)
@@ -88,7 +89,7 @@ def digit_pools(tmp_path_factory) -> DigitPools:
     rows = np.concatenate([np.flatnonzero(labels == label)[:DIGITS_PER_CLASS] for label in range(10)])
     images, labels = pixels[rows].reshape(-1, 28, 28).astype(np.uint8), labels[rows]
     names = [f"{label}/{number:03d}.png" for number, label in enumerate(labels)]
-    files = [_png(image) for image in images]
+    files = [encode_png(Image.fromarray(image)) for image in images]
     root = tmp_path_factory.mktemp("digits")
     for name, data in zip(names, files, strict=True):
         path = root / "folder" / name
@@ -117,12 +118,6 @@ def photographs() -> list[Image.Image]:
     from sklearn.datasets import load_sample_images
 
     return [Image.fromarray(pixels) for pixels in load_sample_images().images]
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _image_structs(files: list[bytes], names: list[str], part: range) -> pa.Array:

@@ -1,6 +1,5 @@
 """Run directories with real digits in them, as the earlier stages leave them, for tests of one stage alone."""
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from elfs_ray.config import Config, load_config
+from elfs_ray.pool.images import encode_png
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import Marker, RunDir
 
@@ -120,9 +120,7 @@ def mark(run_dir: RunDir, stage: str, **figures) -> None:
 
 
 def png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).convert("RGB").save(buffer, "PNG")
-    return buffer.getvalue()
+    return encode_png(Image.fromarray(pixels).convert("RGB"))
 
 
 def contents(folder: Path, *tables: str) -> dict[str, bytes]:

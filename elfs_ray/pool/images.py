@@ -93,12 +93,18 @@ def encode_proxy_image(image: Image.Image, *, short_side: int, jpeg_quality: int
         image = image.resize(
             size, Image.Resampling.BICUBIC, box=(left, top, left + box_width, top + box_height), reducing_gap=3.0
         )
-    buffer = io.BytesIO()
     if short_side <= LOSSLESS_MAX_SIZE:
-        # Pillow would add the original's colour profile, which can be a hundred times the pixels.
-        image.save(buffer, "PNG", compress_level=1, icc_profile=None)
-    else:
-        image.save(buffer, "JPEG", quality=jpeg_quality)
+        return encode_png(image, compress_level=1)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=jpeg_quality)
+    return buffer.getvalue()
+
+
+def encode_png(image: Image.Image, *, compress_level: int = -1) -> bytes:
+    """Encode an image as PNG, which keeps every pixel. compress_level: zlib's, 0 to 9, or -1 for its default."""
+    buffer = io.BytesIO()
+    # Pillow would add the original's colour profile, which can be a hundred times the pixels.
+    image.save(buffer, "PNG", compress_level=compress_level, icc_profile=None)
     return buffer.getvalue()
 
 

@@ -18,6 +18,7 @@ from PIL import Image, features
 
 from elfs_ray.pool.images import BadImage, decode_image, encode_proxy_image, resize_center_crop
 from elfs_ray.pool.listing import PoolColumns, find_units, list_unit, read_images
+from tests.image_files import grey_png
 
 MAX_PIXELS = 25_000_000
 SECRET = b"outside of the tar"
@@ -91,11 +92,7 @@ def png_of_zeros(width: int, height: int) -> bytes:
     """A whole, valid grey PNG, compressed a thousandfold."""
     packer = zlib.compressobj(9)
     rows = b"".join(packer.compress(b"\0" * (width + 1)) for _ in range(height)) + packer.flush()
-    data = b"\x89PNG\r\n\x1a\n"
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    for kind, content in ((b"IHDR", header), (b"IDAT", rows), (b"IEND", b"")):
-        data += struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-    return data
+    return grey_png(width, height, rows)
 
 
 def bomb(form: str) -> bytes:

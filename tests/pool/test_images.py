@@ -13,6 +13,7 @@ from PIL import Image
 
 from elfs_ray.pool import images
 from elfs_ray.pool.images import BadImage, decode_image, decode_proxy_image, encode_proxy_image, resize_center_crop
+from tests.image_files import encode, grey_png
 
 NO_LIMIT = 10**9
 FULL_SIZE = 10_000  # a min_size above every image here: nothing is decoded at a smaller scale
@@ -28,24 +29,10 @@ UPRIGHT = {
 }
 
 
-def encode(image: Image.Image, form: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)
-    return buffer.getvalue()
-
-
 def decode(data: bytes, max_pixels: int = NO_LIMIT, min_size: int = FULL_SIZE) -> np.ndarray:
     image = decode_image(data, max_pixels=max_pixels, min_size=min_size)
     assert image.mode == "RGB"
     return np.asarray(image)
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that says it has this many grey pixels and holds none of them."""
-    fields = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    chunk = struct.pack(">I", 13) + fields + struct.pack(">I", zlib.crc32(fields))
-    data = b"IDAT" + zlib.compress(b"\0" * 1000)
-    return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", len(data) - 4) + data + struct.pack(">I", zlib.crc32(data))
 
 
 def mean_difference(a: np.ndarray, b: np.ndarray) -> float:
@@ -153,7 +140,7 @@ def test_an_animation_is_its_first_frame(photographs):
         (lambda photo: encode(photo.convert("F"), "TIFF"), "floating-point pixels have no known white"),
         (lambda photo: encode(Image.fromarray(np.full((4, 4), -1, np.int32)), "TIFF"), r"outside 0\.\.65535"),
         (lambda photo: encode(Image.fromarray(np.full((4, 4), 65536, np.int32)), "TIFF"), r"outside 0\.\.65535"),
-        (lambda photo: png_header(200_000, 200_000), "^200000x200000 pixels, more than embed.max_image_pixels="),
+        (lambda photo: grey_png(200_000, 200_000, b""), "^200000x200000 pixels, more than embed.max_image_pixels="),
     ],
 )
 def test_what_cannot_be_used_says_why(photographs, make, reason):

@@ -1,10 +1,8 @@
 """embed: images embedded right or rejected with a reason; the same bytes for any number of encoders, killed or not."""
 
-import io
 import os
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import zlib
@@ -23,6 +21,7 @@ from elfs_ray.stages.embed import run as embed
 from elfs_ray.stages.index import run as index
 from elfs_ray.storage import schema
 from elfs_ray.storage.run_dir import RunDir
+from tests.image_files import encode, grey_png
 from tests.tables import contents, digits_config, mark
 
 SIZE = 16
@@ -40,21 +39,6 @@ REASONS = {
     "truncated.png": "OSError: image file is truncated",
     "white.bmp": "one colour alone, in which pixels differ from nothing",  # with the encoder `pixels`
 }
-
-
-def encode(image: Image.Image, form: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)
-    return buffer.getvalue()
-
-
-def decompression_bomb() -> bytes:
-    """A PNG of a few bytes that says it has 40 billion pixels."""
-    data = b"\x89PNG\r\n\x1a\n"
-    header = struct.pack(">IIBBBBB", 200_000, 200_000, 8, 0, 0, 0, 0)
-    for kind, content in ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 100_000)), (b"IEND", b"")):
-        data += struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-    return data
 
 
 def good_files(photographs: list[Image.Image]) -> dict[str, tuple[bytes, Image.Image]]:
@@ -88,7 +72,7 @@ def good_files(photographs: list[Image.Image]) -> dict[str, tuple[bytes, Image.I
 def bad_files(photographs: list[Image.Image]) -> dict[str, bytes]:
     photograph = photographs[1]
     return {
-        "bomb.png": decompression_bomb(),
+        "bomb.png": grey_png(200_000, 200_000, zlib.compress(b"\0" * 100_000)),
         "empty.png": b"",
         "floats.tiff": encode(photograph.convert("F"), "TIFF"),
         "huge.png": encode(photograph.resize((700, 700)), "PNG"),

@@ -1,6 +1,5 @@
 """Readers: every sample once an epoch, the same global batches for any number of workers, in memory and streamed."""
 
-import io
 import tracemalloc
 from itertools import chain
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from elfs_ray.methods.training import augmentation
 from elfs_ray.methods.training.dynamics import BatchPlan, streamed_order
+from elfs_ray.pool.images import encode_png
 from elfs_ray.stages.training.reader import Augmenter, InMemoryReader, load_images, read_pool
 from elfs_ray.stages.training.streamed_reader import StreamedReader, scan_chunks
 from elfs_ray.storage.run_dir import RunDir
@@ -125,9 +125,7 @@ def test_photographs_of_any_shape_are_cropped_as_wholes(ray_cluster, tmp_path, p
             shape = (8 + sample_id % 9, 8) if sample_id % 2 else (8, 8 + sample_id % 20)
             image = photographs[sample_id % 2].resize(shape)
             wholes[sample_id] = np.asarray(image)
-            buffer = io.BytesIO()
-            image.save(buffer, "PNG")
-            files.append(buffer.getvalue())
+            files.append(encode_png(image))
         pq.write_table(rows.set_column(1, "image", [files]), path, row_group_size=7)
     reader = streamed(RunDir(str(tmp_path)), "train.augmentation=resized_crop_flip", num_decoders=2)
     _, images, _ = epoch_of(reader, 2)
