@@ -28,10 +28,10 @@ from elfs_ray.methods.training.classifier import LabelledImages, train_and_test
 from elfs_ray.pipeline import runner as pipeline
 from elfs_ray.pool.images import decode_proxy_image
 from elfs_ray.runtime.cluster import connect, run_tasks
-from elfs_ray.stages.select.auto import estimate_hard_fractions
+from elfs_ray.stages.select.hard_fraction import estimate_hard_fractions
+from elfs_ray.stages.select.hard_fraction_search import search_hard_fractions
 from elfs_ray.stages.select.scored_pool import ScoredPool
-from elfs_ray.stages.select.search import search_hard_fractions
-from elfs_ray.stages.select.windows import Budget, choose
+from elfs_ray.stages.select.selection import Budget, choose
 from elfs_ray.stages.training.classifier_inputs import kept_or_computed, load_proxy_images, training_settings
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir

@@ -28,7 +28,7 @@ from elfs_ray.config import SelectConfig
 from elfs_ray.runtime.cluster import connect, run_tasks
 from elfs_ray.stages.select.run import IDS_PER_FILE, write_scores
 from elfs_ray.stages.select.scored_pool import ScoredPool
-from elfs_ray.stages.select.windows import Budget, Selection, choose
+from elfs_ray.stages.select.selection import Budget, Selection, choose
 from elfs_ray.storage import schema
 
 KEPT, HARD_FRACTION = 0.1, 0.4

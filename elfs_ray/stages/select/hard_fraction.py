@@ -1,43 +1,90 @@
-"""The hard fraction of each budget: the number given, or what `auto` and `search` find, with what speaks for it."""
+"""The hard fraction β of each budget: a number that the config gives, or what `auto` or `search` finds.
 
-from collections.abc import Mapping
+`auto` estimates β from the records of training, in two passes over scores/ (methods/selection/hard_fraction.py);
+`search` tries values of it by short trainings (hard_fraction_search.py).
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from elfs_ray.config import Config
+from elfs_ray.methods.selection.hard_fraction import count_difficulty, estimate_risks, least_risk
 from elfs_ray.methods.selection.pruning import budget_count
-from elfs_ray.stages.select.auto import estimate_hard_fractions
+from elfs_ray.runtime.progress import say
+from elfs_ray.stages.select.hard_fraction_search import search_hard_fractions
 from elfs_ray.stages.select.scored_pool import ScoredPool
-from elfs_ray.stages.select.search import search_hard_fractions
-from elfs_ray.stages.select.windows import Budget
+from elfs_ray.stages.select.selection import Budget
 from elfs_ray.storage.run_dir import RunDir
+
+PROBABILITY = "dual_mean_prob"
+SHOWN_EVERY = 5
+MIN_SAMPLES_PER_CLASS = 10  # measured, BENCHMARKS.md
 
 
 class Choice(NamedTuple):
-    """A budget with its hard fraction, and the figures it was found by; none where it was given."""
+    """A budget with its hard fraction, and the metrics that spoke for it; None for a number from the config."""
 
     budget: Budget
     evidence: Mapping[str, Any] | None
 
 
 def choose_hard_fractions(config: Config, run_dir: RunDir, pool: ScoredPool) -> list[Choice]:
-    """The number of samples and the hard fraction of each budget, in their order.
+    """Return the number of samples and the hard fraction of each budget, in their order.
 
     Raises ValueError for budgets that do not fit the pool.
     """
-    asked = config.hard_fractions
+    settings = config.hard_fractions
     counts = [budget_count(budget, pool.num_samples) for budget in config.budgets]
-    found: dict[tuple[str, int], tuple[float, Mapping[str, Any]]] = {}
+    results: dict[tuple[str, int], tuple[float, Mapping[str, Any]]] = {}
     for word, find in (("auto", estimate_hard_fractions), ("search", search_hard_fractions)):
-        own = list(dict.fromkeys(count for count, other in zip(counts, asked, strict=True) if other == word))
-        if own:
-            found |= {
-                (word, count): result for count, result in zip(own, find(config, run_dir, pool, own), strict=True)
-            }
+        # Two budgets may come to the same number of samples: each number is worked out once.
+        open_counts = list(dict.fromkeys(count for count, each in zip(counts, settings, strict=True) if each == word))
+        if open_counts:
+            keys = [(word, count) for count in open_counts]
+            results |= zip(keys, find(config, run_dir, pool, open_counts), strict=True)
     choices = []
-    for count, given in zip(counts, asked, strict=True):
-        if isinstance(given, str):
-            hard_fraction, evidence = found[given, count]
-            choices.append(Choice(Budget(count, hard_fraction), {"found_by": given, **evidence}))
+    for count, setting in zip(counts, settings, strict=True):
+        if isinstance(setting, str):
+            hard_fraction, evidence = results[setting, count]
+            choices.append(Choice(Budget(count, hard_fraction), {"found_by": setting, **evidence}))
         else:
-            choices.append(Choice(Budget(count, float(given)), None))
+            choices.append(Choice(Budget(count, float(setting)), None))
     return choices
+
+
+def estimate_hard_fractions(
+    config: Config, run_dir: RunDir, pool: ScoredPool, counts: Sequence[int]
+) -> list[tuple[float, dict[str, Any]]]:
+    """Return, for each number of samples to keep, the one of least risk and the "risks" at every 0.05."""
+    ranges = list(pool.map_shares(_score_range))
+    score_range = min(low for low, _ in ranges), max(high for _, high in ranges)
+    sums = sum(pool.map_shares(_count_difficulty, score_range))
+    num_classes = int(run_dir.figures("cluster")["num_clusters"])
+    results = []
+    for count in counts:
+        if count < MIN_SAMPLES_PER_CLASS * num_classes:
+            say(
+                f"select    {count:,} images are {count / num_classes:.1f} a cluster: auto needs about "
+                f"{MIN_SAMPLES_PER_CLASS}; with fewer, set select.hard_fraction to a number or to search"
+            )
+        risks = estimate_risks(sums, count, num_classes)
+        best = least_risk(risks)
+        shown = [risk._asdict() | {"risk": risk.risk} for risk in risks[::SHOWN_EVERY]]
+        results.append((best, {"risks": shown}))
+    return results
+
+
+def _score_range(pool: ScoredPool, files: Sequence[str]) -> tuple[float, float]:
+    scores = [pool.read(path).scores for path in files]
+    return min(float(column.min()) for column in scores), max(float(column.max()) for column in scores)
+
+
+def _count_difficulty(pool: ScoredPool, files: Sequence[str], score_range: tuple[float, float]) -> np.ndarray:
+    sums: np.ndarray | int = 0
+    for path in files:
+        rows = pool.read(path)
+        probs = rows.column(PROBABILITY)
+        sums += count_difficulty(rows.scores, rows.groups, probs, score_range, pool.direction, pool.num_groups)
+    return np.asarray(sums)

@@ -6,10 +6,10 @@ Writes  scores/ (a file for each 262,144 ids; score prototypicality is the dista
         coreset, hardest first, a file for each 1,048,576 ranks, and its uris as text: coreset/ and coreset.txt for the
         first budget, coreset-<budget> for every other
 
-Nothing is sorted as a whole. Each range of ids is scored by one task from all epochs; hard fractions that are not given
-are found (auto.py, search.py); the cuts are found exactly from histograms (windows.py); one pass
-over the scores collects every coreset (coreset.py). The driver holds histograms; a task about 200 bytes for each
-sample of a file, and what it keeps of 16 files or a quarter of a CPU's.
+The pool is never sorted as a whole. Each range of ids is scored by one task from all epochs; hard fractions that the
+config leaves open are found (hard_fraction.py); the cuts around the kept samples are found exactly from histograms
+(selection.py); one pass over the scores collects every coreset (coreset_files.py). Memory: the driver holds histograms;
+a task about 200 bytes for each sample of a file, and what it keeps of 16 files or a quarter of a CPU's.
 """
 
 import posixpath
@@ -22,11 +22,11 @@ from elfs_ray.config import Config
 from elfs_ray.methods.selection.scores import ScoreAccumulator
 from elfs_ray.runtime.cluster import run_tasks
 from elfs_ray.runtime.progress import Progress
-from elfs_ray.stages.select.coreset import write_coresets
-from elfs_ray.stages.select.geometry import GEOMETRY, score_by_geometry
+from elfs_ray.stages.select.coreset_files import write_coresets
+from elfs_ray.stages.select.d2_zcore import WHOLE_POOL_METHODS, score_whole_pool
 from elfs_ray.stages.select.hard_fraction import choose_hard_fractions
 from elfs_ray.stages.select.scored_pool import DIRECTIONS, ScoredPool
-from elfs_ray.stages.select.windows import choose
+from elfs_ray.stages.select.selection import choose
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
@@ -39,27 +39,27 @@ def run_select(config: Config, run_dir: RunDir) -> dict[str, Any]:
     Raises ValueError when a budget or hard fraction does not fit the samples that have a pseudo-label.
     """
     figures = select_coresets(config, run_dir, schema.coreset_tables(config.budget))
-    # They decide nothing where nothing is searched, and are the run's own for a selection after it.
+    # Not part of the stage's config where nothing is searched, but a reselection that searches must know them.
     search = {key: value for key, value in vars(config.select).items() if key.startswith("search_")}
     return {**figures, "search": search}
 
 
 def select_coresets(config: Config, run_dir: RunDir, tables: Sequence[str]) -> dict[str, Any]:
-    """Write a coreset for each budget under each name of `tables`; scores/ is written only where it is not complete."""
+    """Write a coreset for each budget as the table of that place in `tables`, and scores/ where it is incomplete."""
     num_ids = int(run_dir.figures("index")["rows"])
     _write_scores(run_dir, num_ids, num_epochs=int(run_dir.figures("train")["epochs"]))
     pool = _scored_pool(config, run_dir, num_ids)
     choices = choose_hard_fractions(config, run_dir, pool)
     budgets = [choice.budget for choice in choices]
-    if config.select.method in GEOMETRY:
-        pool = score_by_geometry(config, run_dir, pool, max(budget.num_kept for budget in budgets))
+    if config.select.method in WHOLE_POOL_METHODS:
+        pool = score_whole_pool(config, run_dir, pool, max(budget.num_kept for budget in budgets))
     selections = choose(pool, config.select, config.seed, budgets)
     coresets = write_coresets(run_dir, pool, dict(zip(tables, selections, strict=True)))
-    for own, choice in zip(coresets.values(), choices, strict=True):
-        own |= {"hard_fraction": choice.budget.hard_fraction, "score": pool.score, "hard_side": pool.direction}
-        own["score_table"] = posixpath.relpath(posixpath.dirname(pool.files[0]), run_dir.uri)
+    for coreset, choice in zip(coresets.values(), choices, strict=True):
+        coreset |= {"hard_fraction": choice.budget.hard_fraction, "score": pool.score, "hard_side": pool.direction}
+        coreset["score_table"] = posixpath.relpath(posixpath.dirname(pool.files[0]), run_dir.uri)
         if choice.evidence is not None:
-            own["hard_fraction_evidence"] = choice.evidence
+            coreset["hard_fraction_evidence"] = choice.evidence
     return {"rows": coresets[tables[0]]["rows"], "samples": pool.num_samples, "coresets": coresets}
 
 
@@ -72,7 +72,7 @@ def _scored_pool(config: Config, run_dir: RunDir, num_ids: int) -> ScoredPool:
 
 
 def _write_scores(run_dir: RunDir, num_ids: int, num_epochs: int) -> None:
-    """Write scores/ for every range of ids that an earlier try has not."""
+    """Write scores/ for every range of ids that has no file yet."""
     ranges = [(first, min(first + IDS_PER_FILE, num_ids) - 1) for first in range(0, num_ids, IDS_PER_FILE)]
     done = {filesystem.basename(path) for path in run_dir.table_files(schema.SCORES)}
     tasks = [(run_dir, first, last, num_epochs) for first, last in ranges if schema.range_file(first, last) not in done]
@@ -106,7 +106,8 @@ def _score_range(run_dir: RunDir, first: int, last: int, num_epochs: int) -> Non
 
 
 def write_scores(path: str, table: pa.Table) -> None:
-    """Write a file of scores/, small and quick to read: hardly two scores are the same, a dictionary would hold all."""
+    """Write a file of scores/ in encodings that are small and quick to read."""
+    # No dictionaries: hardly two scores are the same, so one would hold them all.
     encodings = {schema.SAMPLE_ID: "DELTA_BINARY_PACKED"} | {
         field.name: "BYTE_STREAM_SPLIT" for field in table.schema if pa.types.is_float32(field.type)
     }

@@ -8,14 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from elfs_ray.methods.selection import geometry, pruning
-from elfs_ray.stages.select import coreset as select_coreset
+from elfs_ray.methods.selection import d2, pruning, zcore
+from elfs_ray.stages.select import coreset_files, scored_pool, selection
 from elfs_ray.stages.select import run as select
-from elfs_ray.stages.select import scored_pool as select_pool
-from elfs_ray.stages.select import windows as select_windows
-from elfs_ray.stages.select.coreset import escape_line_breaks, write_coresets
+from elfs_ray.stages.select.coreset_files import escape_line_breaks, write_coresets
 from elfs_ray.stages.select.scored_pool import ScoredPool
-from elfs_ray.stages.select.windows import Budget, choose
+from elfs_ray.stages.select.selection import Budget, choose
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 from tests import selections
@@ -50,7 +48,7 @@ def test_coreset_equals_sort_and_slice_for_every_score_and_beta(
     ray_cluster, tmp_path, monkeypatch, score, hard_fraction
 ):
     monkeypatch.setattr(select, "IDS_PER_FILE", 300)
-    monkeypatch.setattr(select_windows, "RANKS_PER_FILE", 70)
+    monkeypatch.setattr(selection, "RANKS_PER_FILE", 70)
     run_dir = RunDir(tmp_path)
     records = write_trained(run_dir)
     config = digits_config(tmp_path, f"select.score={score}", f"select.hard_fraction={hard_fraction}")
@@ -119,13 +117,13 @@ def test_the_uri_of_a_line_is_known_whatever_it_holds():
 
 @pytest.mark.parametrize("in_bucket", [False, True])
 def test_the_text_of_a_coreset_has_the_uris_of_all_its_files_in_order(request, tmp_path, monkeypatch, in_bucket):
-    monkeypatch.setattr(select_coreset, "TEXT_ROWS", 7)
+    monkeypatch.setattr(coreset_files, "TEXT_ROWS", 7)
     run_dir = RunDir(request.getfixturevalue("s3_bucket") if in_bucket else tmp_path)
     uris = [f"/pool/{number}.png" for number in range(50)]
     for first in (0, 20):
         path = run_dir.path("coreset", schema.range_file(first, first + 19))
         filesystem.write_table(path, pa.table({"uri": uris[first : first + 20]}))
-    select_coreset._write_text(run_dir, "coreset")
+    coreset_files._write_text(run_dir, "coreset")
     assert filesystem.read_bytes(run_dir.path("coreset.txt")).decode() == "".join(f"{uri}\n" for uri in uris[:40])
 
 
@@ -146,7 +144,7 @@ def kept_by_class(ids: np.ndarray, scores: np.ndarray, hard_fraction: float, sha
 @pytest.mark.parametrize("hard_fraction", [0.0, 0.45])
 def test_balance_keeps_an_equal_window_of_every_pseudo_class(ray_cluster, tmp_path, monkeypatch, hard_fraction):
     monkeypatch.setattr(select, "IDS_PER_FILE", 300)
-    monkeypatch.setattr(select_windows, "RANKS_PER_FILE", 70)
+    monkeypatch.setattr(selection, "RANKS_PER_FILE", 70)
     run_dir = RunDir(tmp_path)
     records = write_trained(run_dir)
     ids, aum = records["sample_id"], plain_scores(records)["aum"].astype(np.float32)
@@ -185,7 +183,7 @@ def in_memory(method: str, balance: bool, ids: np.ndarray, scores: dict, count: 
 @pytest.mark.parametrize("method", ["hardest", "easiest", "random", "stratified", "dual_beta"])
 def test_every_method_over_files_keeps_what_it_keeps_in_memory(ray_cluster, tmp_path, monkeypatch, method, balance):
     monkeypatch.setattr(select, "IDS_PER_FILE", 300)
-    monkeypatch.setattr(select_windows, "RANKS_PER_FILE", 70)
+    monkeypatch.setattr(selection, "RANKS_PER_FILE", 70)
     run_dir = RunDir(tmp_path)
     ids = write_trained(run_dir)["sample_id"]
     overrides = [f"select.method={method}", f"select.balance={balance}", "seed=4", "select.num_strata=7"]
@@ -236,19 +234,19 @@ def test_d2_over_files_is_d2_in_memory_and_a_missing_graph_is_named(ray_cluster,
         select.run_select(config, run_dir)
     ids, nearest, similarity = write_neighbors(run_dir, 8)
     select.run_select(config, run_dir)
-    expected = ids[geometry.d2_selection(nearest[:, :5], similarity[:, :5], 200)]
+    expected = ids[d2.d2_selection(nearest[:, :5], similarity[:, :5], 200)]
     np.testing.assert_array_equal(read(run_dir, "coreset")["sample_id"], expected)
 
 
 def test_zcore_over_files_is_zcore_in_memory(ray_cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(select, "IDS_PER_FILE", 300)
-    monkeypatch.setattr(geometry, "_DRAWS", 40)
+    monkeypatch.setattr(zcore, "_DRAWS", 40)
     run_dir = RunDir(tmp_path)
     ids = write_trained(run_dir)["sample_id"]
     select.run_select(digits_config(tmp_path, "select.method=zcore", "select.zcore_draws=100"), run_dir)
     vectors = np.concatenate([schema.matrix_of(table, "embedding") for table in run_dir.read_table("embeddings")])
-    votes = [geometry.zcore_votes(vectors, draws, 0) for draws in (range(40), range(40, 80), range(80, 100))]
-    scores = geometry.zcore_sum(ids, votes, seed=0)
+    votes = [zcore.zcore_votes(vectors, draws, 0) for draws in (range(40), range(40, 80), range(80, 100))]
+    scores = zcore.zcore_sum(ids, votes, seed=0)
     np.testing.assert_array_equal(read(run_dir, "coreset")["sample_id"], ids[np.lexsort((ids, -scores))][:200])
 
 
@@ -273,7 +271,7 @@ def test_the_number_of_files_in_a_task_changes_nothing(ray_cluster, tmp_path, mo
     write_trained(run_dir)
     found = []
     for max_shares in (1, 4, 7):
-        monkeypatch.setattr(select_pool, "MAX_SHARES", max_shares)
+        monkeypatch.setattr(scored_pool, "MAX_SHARES", max_shares)
         select.run_select(digits_config(tmp_path, *overrides), run_dir)
         found.append(contents(tmp_path, "coreset", "coreset-0.05"))
     assert found[0] == found[1] == found[2]
@@ -301,8 +299,8 @@ def test_double_end_is_sort_and_slice_for_every_rate_and_beta(
     ray_cluster, tmp_path, monkeypatch, num_samples, num_files, num_workers
 ):
     """All windows of a grid at once, over any number of files, dealt to any number of workers; many scores tie."""
-    monkeypatch.setattr(select_pool, "MAX_SHARES", num_workers)
-    monkeypatch.setattr(select_windows, "RANKS_PER_FILE", 30_000)
+    monkeypatch.setattr(scored_pool, "MAX_SHARES", num_workers)
+    monkeypatch.setattr(selection, "RANKS_PER_FILE", 30_000)
     rng = np.random.default_rng(num_samples)
     scores = (rng.integers(-40, 200, num_samples) / 8).astype(np.float32)
     pool = write_scored(tmp_path, scores, num_files)

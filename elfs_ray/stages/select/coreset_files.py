@@ -17,7 +17,7 @@ from elfs_ray.methods.selection.quantiles import Cut, assign_parts, hard_first_o
 from elfs_ray.runtime.cluster import run_tasks
 from elfs_ray.runtime.progress import Progress
 from elfs_ray.stages.select.scored_pool import ScoredPool, ScoredRows
-from elfs_ray.stages.select.windows import Selection, find_part_cuts, num_parts
+from elfs_ray.stages.select.selection import Selection, find_part_cuts, num_parts
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
@@ -78,7 +78,7 @@ def _figures(
     """Counts, scores at the ends, and examples of each group: pruned as too hard, kept, pruned as too easy."""
     of_all, of_pruned = ends
     num_left = pool.num_samples - selection.count - selection.num_hard
-    num_easy = 0 if selection.is_drawn else num_left
+    num_easy = 0 if selection.is_sampled else num_left
     low, high = sorted((of_all.hardest[0][2], of_all.easiest[0][2]))
     return {
         "rows": selection.count,

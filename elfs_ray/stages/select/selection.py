@@ -1,10 +1,9 @@
-"""Which samples a selection keeps: windows over integer keys that every worker makes of its own rows.
+"""Choose the samples that a selection keeps: windows of ranks over integer keys that every worker makes of its rows.
 
 A method orders the samples (by hardness, by a random draw, ...) and keeps one window of ranks in each group: of the
 whole pool, or of each pseudo-class. The cuts around the windows are found from histograms
 (methods/selection/quantiles.py), those of all groups and all budgets that share an order in one search. The driver
-holds histograms, at most 64 MiB, and a few
-numbers for each pseudo-class.
+holds histograms, at most 64 MiB, and a few numbers for each pseudo-class.
 """
 
 from collections.abc import Iterable, Sequence
@@ -33,15 +32,15 @@ LAST_KEY = np.uint32(2**KEY_BITS - 1)
 
 @dataclass(frozen=True)
 class ByHardness:
-    """The hardest first."""
+    """Order by hardness, the hardest first."""
 
     def keys(self, pool: ScoredPool, rows: ScoredRows) -> np.ndarray:
         return pool.hardness_keys(rows)
 
 
 @dataclass(frozen=True)
-class ByDraw:
-    """At random."""
+class ByRandom:
+    """Order at random."""
 
     seed: int
 
@@ -51,7 +50,7 @@ class ByDraw:
 
 @dataclass(frozen=True)
 class ByStratum:
-    """By stratum of the score, at random inside one; what lies before its group's cut comes last."""
+    """Order by stratum of the score, at random inside one; samples before their group's cut come last."""
 
     seed: int
     num_strata: int
@@ -70,7 +69,7 @@ class ByStratum:
 
 @dataclass(frozen=True)
 class ByDualWeight:
-    """By a race with DUAL's Beta weights; `anchors` and `rates` are those of each group."""
+    """Order by a race with DUAL's Beta weights; `anchors` and `rates` have a number for each group."""
 
     seed: int
     exponent: float
@@ -94,8 +93,8 @@ class Budget(NamedTuple):
 class Selection:
     """The samples between each two `cuts` (lower, upper, lower, upper, ...) of an order.
 
-    num_hard: samples that were dropped from the hard end. part_cuts: where a window by hardness is cut into files, when
-    the search has found that already.
+    num_hard: samples dropped from the hard end. part_cuts: where a window by hardness is cut into files, if the search
+    for `cuts` found these, too.
     """
 
     order: Order
@@ -105,29 +104,29 @@ class Selection:
     part_cuts: tuple[Cut, ...] = ()
 
     @property
-    def is_drawn(self) -> bool:
-        """Whether what is kept is drawn at random, not a window by hardness."""
+    def is_sampled(self) -> bool:
+        """Return whether the kept samples are a random sample, not a window by hardness."""
         return not isinstance(self.order, ByHardness)
 
     def mask(self, pool: ScoredPool, rows: ScoredRows) -> np.ndarray:
-        """Which rows are kept, (n,) bool."""
+        """Return which rows are kept, (n,) bool."""
         return assign_parts(pool.keys(self.order, rows), rows.sample_ids, self.cuts) % 2 == 0
 
 
 def choose(pool: ScoredPool, config: SelectConfig, seed: int, budgets: Sequence[Budget]) -> list[Selection]:
-    """The samples to keep for each budget. Raises ValueError for budgets and hard fractions that do not fit."""
+    """Return the selection of each budget. Raises ValueError for budgets and hard fractions that do not fit."""
     if config.method == "stratified":
         return _choose_stratified(pool, config, seed, budgets)
     if config.method == "dual_beta":
         return _choose_dual(pool, config, seed, budgets)
-    order: Order = ByDraw(seed) if config.method == "random" else ByHardness()
+    order: Order = ByRandom(seed) if config.method == "random" else ByHardness()
     windows = [group_windows(pool.counts, budget, config.method) for budget in budgets]
     ranks = [_ranks(pool.counts, *window) for window in windows]
     if isinstance(order, ByHardness) and pool.num_groups == 1:
         ranks = [part_ranks(first, last - first, num_parts(last - first)) for first, last in ranks]
-    found = find_cuts(pool, [(order, own) for own in ranks])
+    all_cuts = find_cuts(pool, [(order, each) for each in ranks])
     selections = []
-    for budget, (starts, _), cuts in zip(budgets, windows, found, strict=True):
+    for budget, (starts, _), cuts in zip(budgets, windows, all_cuts, strict=True):
         num_hard = 0 if config.method == "random" else int(starts.sum())
         ends = cuts if pool.num_groups > 1 else (cuts[0], cuts[-1])
         parts = cuts if isinstance(order, ByHardness) and pool.num_groups == 1 else ()
@@ -136,28 +135,28 @@ def choose(pool: ScoredPool, config: SelectConfig, seed: int, budgets: Sequence[
 
 
 def group_windows(counts: np.ndarray, budget: Budget, method: str) -> tuple[np.ndarray, np.ndarray]:
-    """(samples before the window, samples in it) of each group, (groups,) int64."""
+    """Return (samples before the window, samples in it) of each group, (groups,) int64."""
     hard_fraction = budget.hard_fraction if method in USES_HARD_FRACTION else 0.0
     starts, shares = pruning.balanced_windows(counts, budget.num_kept, hard_fraction)
     return (counts - shares if method == "easiest" else starts), shares
 
 
 def num_parts(count: int) -> int:
-    """The files of a coreset."""
+    """Return the number of files of a coreset."""
     return -(-count // RANKS_PER_FILE)
 
 
 def find_cuts(pool: ScoredPool, wanted: Sequence[tuple[Order, Sequence[int]]]) -> list[list[Cut]]:
-    """The cuts at some ranks of some orders; one search for all that share an order."""
+    """Return the cuts at some ranks of some orders; one search finds those of all that share an order."""
     cuts: dict[Order, dict[int, Cut]] = {}
     for order in dict.fromkeys(order for order, _ in wanted):
-        ranks = sorted({rank for other, own in wanted if other == order for rank in own})
+        ranks = sorted({rank for other, each in wanted if other == order for rank in each})
         cuts[order] = dict(zip(ranks, _search(pool, order, ranks), strict=True))
     return [[cuts[order][rank] for rank in ranks] for order, ranks in wanted]
 
 
 def find_part_cuts(pool: ScoredPool, selection: Selection) -> tuple[Cut, ...]:
-    """Cuts by hardness, whatever the groups, that divide the kept samples into the files of a coreset."""
+    """Return the cuts by hardness, across groups, that divide the kept samples into the files of a coreset."""
 
     def gather(request: DigitRequest) -> Iterable[np.ndarray]:
         return pool.map_shares(_count_kept, selection, request)
@@ -172,13 +171,13 @@ def _search(pool: ScoredPool, order: Order, ranks: Sequence[int]) -> list[Cut]:
 
 
 def _ranks(counts: np.ndarray, starts: np.ndarray, shares: np.ndarray) -> list[int]:
-    """The ranks around each group's window, in the order of groups; none for groups that keep nothing."""
+    """Return the ranks around each group's window, in the order of groups; none for groups that keep nothing."""
     first = np.cumsum(counts) - counts + starts
     return np.stack([first, first + shares], axis=1)[shares > 0].ravel().tolist()
 
 
 def _choose_stratified(pool: ScoredPool, config: SelectConfig, seed: int, budgets: Sequence[Budget]) -> list[Selection]:
-    """CCS: of what is left of each group after its hard fraction, as many of each stratum as it has."""
+    """Select by CCS: the budget of each group, less its hard fraction, divided evenly over strata of the score."""
     windows = [group_windows(pool.counts, budget, config.method) for budget in budgets]
     first = np.cumsum(pool.counts) - pool.counts
     lower = find_cuts(pool, [(ByHardness(), (first + starts).tolist()) for starts, _ in windows])
@@ -195,37 +194,37 @@ def _choose_stratified(pool: ScoredPool, config: SelectConfig, seed: int, budget
         kept = np.stack([pruning.allocate_evenly(*group) for group in zip(sizes, shares.tolist(), strict=True)])
         before = first[:, None] + np.cumsum(sizes, axis=1) - sizes
         ranks.append(np.stack([before, before + kept], axis=2)[kept > 0].ravel().tolist())
-    found = find_cuts(pool, list(zip(orders, ranks, strict=True)))
+    all_cuts = find_cuts(pool, list(zip(orders, ranks, strict=True)))
     return [
         Selection(order, tuple(cuts), budget.num_kept, int(starts.sum()))
-        for order, cuts, budget, (starts, _) in zip(orders, found, budgets, windows, strict=True)
+        for order, cuts, budget, (starts, _) in zip(orders, all_cuts, budgets, windows, strict=True)
     ]
 
 
 def _choose_dual(pool: ScoredPool, config: SelectConfig, seed: int, budgets: Sequence[Budget]) -> list[Selection]:
-    """DUAL's Beta sampling: in each group with the group's own anchor and pruning rate."""
+    """Select by DUAL's Beta sampling, in each group with its anchor and pruning rate."""
     best = [np.concatenate(columns) for columns in zip(*pool.map_shares(_best_dual), strict=True)]
     groups, keys, sample_ids, mean_probs = best
     order = np.lexsort((sample_ids, keys, groups))
     anchors = np.ones(pool.num_groups)
     for group in np.unique(groups):
-        own = order[groups[order] == group][: pruning.DUAL_NUM_ANCHORS]
-        anchors[group] = mean_probs[own].mean(dtype=np.float64)
+        best_of_group = order[groups[order] == group][: pruning.DUAL_NUM_ANCHORS]
+        anchors[group] = mean_probs[best_of_group].mean(dtype=np.float64)
     wanted: list[tuple[Order, list[int]]] = []
     for budget in budgets:
         starts, shares = group_windows(pool.counts, budget, config.method)
         rates = tuple((1 - shares / np.maximum(pool.counts, 1)).tolist())
         dual = ByDualWeight(seed, config.dual_exponent, tuple(anchors.tolist()), rates)
         wanted.append((dual, _ranks(pool.counts, starts, shares)))
-    found = find_cuts(pool, wanted)
+    all_cuts = find_cuts(pool, wanted)
     return [
         Selection(order, tuple(cuts), budget.num_kept, 0)
-        for (order, _), cuts, budget in zip(wanted, found, budgets, strict=True)
+        for (order, _), cuts, budget in zip(wanted, all_cuts, budgets, strict=True)
     ]
 
 
 def _from_cuts(pool: ScoredPool, rows: ScoredRows, cuts: Sequence[Cut]) -> np.ndarray:
-    """Which rows do not lie before their group's cut by hardness, (n,) bool."""
+    """Return which rows do not lie before their group's cut by hardness, (n,) bool."""
     keys = pool.keys(ByHardness(), rows)
     cut_keys = np.array([cut.key for cut in cuts], keys.dtype)[rows.groups]
     cut_ids = np.array([cut.sample_id for cut in cuts], np.int64)[rows.groups]
@@ -251,7 +250,7 @@ def _count_kept(pool: ScoredPool, files: Sequence[str], selection: Selection, re
 
 
 def _score_range(pool: ScoredPool, files: Sequence[str], cuts: Sequence[Cut]) -> tuple[np.ndarray, np.ndarray]:
-    """The lowest and the highest score of each group behind its cut, (groups,) float64; (inf, -inf) of none."""
+    """Return the lowest and highest score of each group behind its cut, (groups,) float64; (inf, -inf) if none."""
     lowest, highest = np.full(pool.num_groups, np.inf), np.full(pool.num_groups, -np.inf)
     for path in files:
         rows = pool.read(path)
@@ -262,7 +261,7 @@ def _score_range(pool: ScoredPool, files: Sequence[str], cuts: Sequence[Cut]) ->
 
 
 def _count_strata(pool: ScoredPool, files: Sequence[str], order: ByStratum) -> np.ndarray:
-    """Samples of each stratum of each group, (groups, strata) int64."""
+    """Count the samples of each stratum of each group, (groups, strata) int64."""
     counts = np.zeros(pool.num_groups * order.num_strata, np.int64)
     for path in files:
         rows = pool.read(path)
@@ -273,7 +272,7 @@ def _count_strata(pool: ScoredPool, files: Sequence[str], order: ByStratum) -> n
 
 
 def _best_dual(pool: ScoredPool, files: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The samples of highest DUAL score of each group: groups, keys, sample_ids and mean probabilities."""
+    """Return the samples of highest DUAL score of each group: groups, keys, sample_ids and mean probabilities."""
     columns: list[tuple[np.ndarray, ...]] = []
     for path in files:
         rows = pool.read(path)

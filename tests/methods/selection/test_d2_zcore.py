@@ -5,7 +5,8 @@ import pytest
 from sklearn.datasets import load_digits
 
 from elfs_ray.methods.numeric.hashing import hash_uniform
-from elfs_ray.methods.selection.geometry import d2_selection, zcore_draws, zcore_sum, zcore_votes
+from elfs_ray.methods.selection.d2 import d2_selection
+from elfs_ray.methods.selection.zcore import zcore_draws, zcore_sum, zcore_votes
 from tests.selections import hardest
 
 

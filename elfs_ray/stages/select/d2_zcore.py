@@ -1,4 +1,4 @@
-"""The scores of rivals that need the whole pool at once: D2 and ZCore (methods/selection/geometry.py).
+"""Scores of D2 and ZCore, label-free baselines that need the whole pool at once (methods/selection/d2.py, zcore.py).
 
 Reads   scores/ (ids and pseudo-labels), embeddings/ for zcore, neighbors/ for d2
 Writes  select/<method>/ (sample_id, pseudo_label, score), a file for each of scores/
@@ -15,23 +15,24 @@ import pyarrow as pa
 import ray
 
 from elfs_ray.config import Config
-from elfs_ray.methods.selection.geometry import d2_selection, zcore_draws, zcore_sum, zcore_votes
+from elfs_ray.methods.selection.d2 import d2_selection
 from elfs_ray.methods.selection.quantiles import Direction
+from elfs_ray.methods.selection.zcore import zcore_draws, zcore_sum, zcore_votes
 from elfs_ray.runtime.cluster import run_tasks
 from elfs_ray.runtime.progress import Progress
 from elfs_ray.stages.select.scored_pool import ScoredPool
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
-GEOMETRY: dict[str, Direction] = {"d2": "low", "zcore": "high"}
-"""The methods scored here, with the end of their scores that is taken first."""
+WHOLE_POOL_METHODS: dict[str, Direction] = {"d2": "low", "zcore": "high"}
+"""The methods scored here, with the end of their scores that is kept."""
 
 
-def score_by_geometry(config: Config, run_dir: RunDir, pool: ScoredPool, max_count: int) -> ScoredPool:
-    """Score a pool by config.select.method; the pool of those scores, of which the hardest are to be kept.
+def score_whole_pool(config: Config, run_dir: RunDir, pool: ScoredPool, max_count: int) -> ScoredPool:
+    """Score a pool by config.select.method and return the pool of those scores, whose hardest samples are to be kept.
 
-    zcore: ZCore's score. d2: the place in D2's order, one order for all budgets; what the largest budget, `max_count`,
-    leaves comes last. Raises ValueError for neighbours that stage cluster has not written.
+    zcore: ZCore's score. d2: the place in D2's order, which is the same for all budgets; samples beyond the largest
+    budget, `max_count`, come last. Raises ValueError for neighbours that stage cluster has not written.
     """
     sample_ids = np.concatenate([_column(path, schema.SAMPLE_ID) for path in pool.files])
     method = config.select.method
@@ -39,11 +40,11 @@ def score_by_geometry(config: Config, run_dir: RunDir, pool: ScoredPool, max_cou
     files, start = [], 0
     for path in pool.files:
         rows = filesystem.read_table(path, [schema.SAMPLE_ID, schema.PSEUDO_LABEL])
-        own = pa.array(scores[start : start + rows.num_rows])
+        column = pa.array(scores[start : start + rows.num_rows])
         start += rows.num_rows
         files.append(run_dir.path("select", method, filesystem.basename(path)))
-        filesystem.write_table(files[-1], rows.append_column(schema.SCORE, own))
-    return replace(pool, files=tuple(files), score=schema.SCORE, direction=GEOMETRY[method])
+        filesystem.write_table(files[-1], rows.append_column(schema.SCORE, column))
+    return replace(pool, files=tuple(files), score=schema.SCORE, direction=WHOLE_POOL_METHODS[method])
 
 
 def _zcore(config: Config, run_dir: RunDir, sample_ids: np.ndarray) -> np.ndarray:
@@ -53,12 +54,12 @@ def _zcore(config: Config, run_dir: RunDir, sample_ids: np.ndarray) -> np.ndarra
     tasks = [(embeddings, draws, config.seed) for draws in ranges]
 
     def votes() -> Iterator[np.ndarray]:
-        """In the order of the draws: sums of another order would round differently."""
+        """Yield the votes in the order of the draws, since sums in another order round differently."""
         waiting: dict[int, np.ndarray] = {}
         due = 0
         with Progress("select", config.select.zcore_draws, "draws") as progress:
-            for position, own in run_tasks(zcore_votes, tasks):
-                waiting[position] = own
+            for position, range_votes in run_tasks(zcore_votes, tasks):
+                waiting[position] = range_votes
                 progress.advance(len(ranges[position]))
                 while due in waiting:
                     yield waiting.pop(due)
@@ -83,7 +84,7 @@ def _d2(config: Config, run_dir: RunDir, sample_ids: np.ndarray, max_count: int)
 
 
 def _d2_order(files: Sequence[str], sample_ids: np.ndarray, num_neighbors: int, max_count: int) -> np.ndarray:
-    """D2's order over the graph of the nearest neighbours: positions (max_count,) int64."""
+    """Return D2's order over the graph of the nearest neighbours: positions (max_count,) int64."""
     neighbors = np.empty((sample_ids.size, num_neighbors), np.int64)
     similarity = np.empty((sample_ids.size, num_neighbors), np.float32)
     for path in files:
@@ -96,7 +97,7 @@ def _d2_order(files: Sequence[str], sample_ids: np.ndarray, num_neighbors: int, 
 
 
 def _load_embeddings(files: Sequence[str], sample_ids: np.ndarray) -> np.ndarray:
-    """All embeddings in the order of their ids, (n, d) float16."""
+    """Return all embeddings in the order of their ids, (n, d) float16."""
     tables = [filesystem.read_table(path) for path in files]
     ids = np.concatenate([table[schema.SAMPLE_ID].to_numpy() for table in tables])
     assert np.array_equal(ids, sample_ids), "embeddings/ and scores/ hold other samples"

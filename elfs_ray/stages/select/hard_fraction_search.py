@@ -24,7 +24,7 @@ from elfs_ray.methods.training.classifier import LabelledImages, train_and_test
 from elfs_ray.runtime.cluster import resolve_device, run_tasks
 from elfs_ray.runtime.progress import Progress
 from elfs_ray.stages.select.scored_pool import ScoredPool
-from elfs_ray.stages.select.windows import Budget, Selection, choose
+from elfs_ray.stages.select.selection import Budget, Selection, choose
 from elfs_ray.stages.training.classifier_inputs import kept_or_computed, load_proxy_images, training_settings
 from elfs_ray.storage import schema
 from elfs_ray.storage.run_dir import Marker, RunDir
