@@ -1,8 +1,8 @@
-"""Writes coresets: one pass over the scored pool collects the samples of all of them, one task sorts and writes a file.
+"""Write coresets: one pass over the scored pool collects the samples of all of them, one task sorts and writes a file.
 
-What is kept goes through the object store, about 40 bytes and a uri a sample, never through the driver. The text file
-beside a coreset is written by one task, 65,536 uris at a time; for a bucket it stands in that machine's folder for
-temporary files until it is whole.
+Kept samples go through the object store, about 40 bytes and a uri each, never through the driver. The text file beside
+a coreset is written by one task, 65,536 uris at a time; for a bucket it lies in that machine's folder for temporary
+files until it is complete.
 """
 
 import re
@@ -39,7 +39,7 @@ class _Ends(NamedTuple):
 
 
 def write_coresets(run_dir: RunDir, pool: ScoredPool, selections: Mapping[str, Selection]) -> dict[str, dict[str, Any]]:
-    """Write each selection as the coreset table of that name, with its text file; figures of each for the report."""
+    """Write each selection as the coreset table of that name, with its text file; return the metrics of each."""
     parts = {table: selection.part_cuts or _part_cuts(pool, selection) for table, selection in selections.items()}
     wanted = [(selection, parts[table]) for table, selection in selections.items()]
     places = [(table, part) for table, cuts in parts.items() for part in range(len(cuts) - 1)]
@@ -61,8 +61,8 @@ def write_coresets(run_dir: RunDir, pool: ScoredPool, selections: Mapping[str, S
     for _ in run_tasks(_write_text, [(run_dir, table) for table in selections]):
         pass
     return {
-        table: _figures(pool, selection, [row for rows in shown[table] for row in rows], own_ends)
-        for (table, selection), own_ends in zip(selections.items(), ends, strict=True)
+        table: _figures(pool, selection, [row for rows in shown[table] for row in rows], table_ends)
+        for (table, selection), table_ends in zip(selections.items(), ends, strict=True)
     }
 
 
@@ -75,7 +75,7 @@ def _part_cuts(pool: ScoredPool, selection: Selection) -> tuple[Cut, ...]:
 def _figures(
     pool: ScoredPool, selection: Selection, kept: list[tuple[int, float]], ends: tuple[_Ends, _Ends]
 ) -> dict[str, Any]:
-    """Counts, scores at the ends, and examples of each group: pruned as too hard, kept, pruned as too easy."""
+    """Return counts, scores at the ends, and examples: pruned as too hard, kept, pruned as too easy."""
     of_all, of_pruned = ends
     num_left = pool.num_samples - selection.count - selection.num_hard
     num_easy = 0 if selection.is_sampled else num_left
@@ -97,15 +97,15 @@ def _figures(
 
 def _join_ends(shares: Iterable[list[tuple[_Ends, _Ends]]]) -> list[tuple[_Ends, _Ends]]:
     joined: list[tuple[_Ends, _Ends]] = []
-    for own in shares:
-        joined = [(a.join(c), b.join(d)) for (a, b), (c, d) in zip(joined, own, strict=True)] if joined else own
+    for share in shares:
+        joined = [(a.join(c), b.join(d)) for (a, b), (c, d) in zip(joined, share, strict=True)] if joined else share
     return joined
 
 
 def _collect(
     run_dir: RunDir, pool: ScoredPool, files: Sequence[str], wanted: Sequence[tuple[Selection, tuple[Cut, ...]]]
 ) -> tuple[Any, ...]:
-    """What some files hold of each coreset: the ends of (all, pruned) samples, then the rows of each of its parts."""
+    """Collect each coreset's share of some files: the ends of (all, pruned) samples, then the rows of each part."""
     pieces: list[list[list[pa.Table]]] = [[[] for _ in cuts[1:]] for _, cuts in wanted]
     ends: list[tuple[_Ends, _Ends]] = [(_Ends([], []), _Ends([], [])) for _ in wanted]
     for path in files:
@@ -118,15 +118,15 @@ def _collect(
         for number, ((_, cuts), mask) in enumerate(zip(wanted, masks, strict=True)):
             pruned = _ends(rows, keys, np.flatnonzero(~mask))
             ends[number] = (ends[number][0].join(everything), ends[number][1].join(pruned))
-            own = table.filter(mask[any_kept])
-            parts = assign_parts(own[KEY].to_numpy(), own[schema.SAMPLE_ID].to_numpy(), cuts)
+            kept = table.filter(mask[any_kept])
+            parts = assign_parts(kept[KEY].to_numpy(), kept[schema.SAMPLE_ID].to_numpy(), cuts)
             for part, collected in enumerate(pieces[number]):
-                collected.append(own.filter(parts == part))
-    return (ends, *(pa.concat_tables(collected) for own in pieces for collected in own))
+                collected.append(kept.filter(parts == part))
+    return (ends, *(pa.concat_tables(collected) for coreset in pieces for collected in coreset))
 
 
 def _coreset_rows(run_dir: RunDir, rows: ScoredRows, keys: np.ndarray, kept: np.ndarray) -> pa.Table:
-    """The rows at some positions as a coreset has them, with their keys, without ranks."""
+    """Return the rows at some positions with the columns of a coreset, but with keys in place of ranks."""
     sample_ids = rows.sample_ids[kept]
     columns = {
         schema.SAMPLE_ID: sample_ids,
@@ -147,8 +147,9 @@ def _uris(run_dir: RunDir, sample_ids: np.ndarray) -> pa.ChunkedArray:
 
 
 def _ends(rows: ScoredRows, keys: np.ndarray, positions: np.ndarray) -> _Ends:
-    """The ends of the rows at some positions; only candidates for an end are sorted."""
+    """Return the ends of the rows at some positions."""
     near = keys[positions]
+    # A partition finds the candidates in linear time, and they alone are sorted.
     if positions.size > 2 * NUM_EXAMPLES:
         low, high = np.partition(near, [NUM_EXAMPLES - 1, near.size - NUM_EXAMPLES])[[NUM_EXAMPLES - 1, -NUM_EXAMPLES]]
         positions = positions[(near <= low) | (near >= high)]
@@ -163,7 +164,7 @@ def _ends(rows: ScoredRows, keys: np.ndarray, positions: np.ndarray) -> _Ends:
 def _write_part(
     run_dir: RunDir, table: str, first_rank: int, end_rank: int, count: int, *pieces: pa.Table
 ) -> list[tuple[int, float]]:
-    """Sort and write one file of a coreset; (sample_id, score) of its examples, which are spread over the coreset."""
+    """Sort and write one file of a coreset; return (sample_id, score) of its examples, spread over the coreset."""
     rows = pa.concat_tables(pieces)
     assert rows.num_rows == end_rank - first_rank, (table, rows.num_rows, first_rank, end_rank)
     rows = rows.take(hard_first_order(rows[KEY].to_numpy(), rows[schema.SAMPLE_ID].to_numpy()))
@@ -176,7 +177,7 @@ def _write_part(
 
 
 def _write_text(run_dir: RunDir, table: str) -> None:
-    """The text file beside a coreset: one uri a line, hardest first."""
+    """Write the text file beside a coreset: one uri a line, hardest first."""
     with filesystem.open_atomic_on_disk(run_dir.path(schema.coreset_text_file(table))) as sink:
         for path in run_dir.table_files(table):
             with filesystem.open_parquet(path) as file:
@@ -186,7 +187,7 @@ def _write_text(run_dir: RunDir, table: str) -> None:
 
 
 def escape_line_breaks(uri: str) -> str:
-    """A uri that fits on one line, and no other uri's line.
+    """Return a uri in a form that fits on one line and that no other uri has.
 
     It is unchanged unless it holds a line break, %0A, %0D or %25; then % becomes %25, and line breaks %0A and %0D.
     Replacing %0A, %0D and %25 in a line, in this order, gives the uri.

@@ -1,12 +1,12 @@
-"""The hard fraction by search: a short training on pseudo-labels for each of a grid (ELFS 2406.04273).
+"""Search for the hard fraction: a short training on pseudo-labels for each value of a grid (ELFS 2406.04273).
 
 Reads   scores/, proxy_images/
-Writes  select/search/<hash of what decides>/<samples>-<hard fraction>.json, one a training, so that none is repeated
+Writes  select/search/<hash of what decides>/<samples>-<hard fraction>.json, one a training, for none to be repeated
 
 A random share of the pool is held out. For each hard fraction, the coreset that it gives, without what is held out, is
 trained on with its pseudo-labels; the accuracy on the pseudo-labels of the held-out samples decides. The network and
-its settings are those of train. The driver holds 12 bytes for each sample of every coreset that is tried, each training
-the decoded images of its coreset (3·s² bytes for s pixels), the object store those that are held out, at most 10,000.
+its settings are those of train. Memory: the driver holds 12 bytes for each sample of every coreset that is tried, each
+training the decoded images of its coreset (3·s² bytes for s pixels), the object store at most 10,000 held out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,9 +43,9 @@ class _Samples(NamedTuple):
 def search_hard_fractions(
     config: Config, run_dir: RunDir, pool: ScoredPool, counts: Sequence[int]
 ) -> list[tuple[float, dict[str, Any]]]:
-    """For each number of samples to keep, which are distinct, the hard fraction of highest accuracy, and all "trials".
+    """Return, for each number of samples to keep (all distinct), the most accurate hard fraction and all "trials".
 
-    Of several as good, the smallest. Raises ValueError for pools and budgets that leave nothing to train or test on.
+    Ties go to the smallest. Raises ValueError for pools and budgets that leave nothing to train or test on.
     """
     budgets = [
         Budget(count, fraction)
@@ -57,8 +57,8 @@ def search_hard_fractions(
     if not len(held_out.sample_ids) or smallest < 2:
         raise ValueError(
             f"select.hard_fraction=search: of {pool.num_samples} samples, {len(held_out.sample_ids)} are held out, and "
-            f"the smallest coreset has {smallest} of the others; needed are at least 1 and 2: give a number, auto, or "
-            "another select.search_holdout"
+            f"the smallest coreset has {smallest} of the others, which must be 1 and 2 at least: give a number, auto "
+            "or another select.search_holdout"
         )
     test = ray.put(_load(config, run_dir, held_out))
     folder = run_dir.path("select", "search", _identity(config, run_dir))
@@ -76,7 +76,7 @@ def search_hard_fractions(
     trials: dict[int, list[dict[str, float]]] = {count: [] for count in counts}
     for budget, accuracy in zip(budgets, accuracies.tolist(), strict=True):
         trials[budget.num_kept].append({"hard_fraction": budget.hard_fraction, "accuracy": accuracy})
-    return [(_best(own), {"held_out": len(held_out.sample_ids), "trials": own}) for own in trials.values()]
+    return [(_best(tried), {"held_out": len(held_out.sample_ids), "trials": tried}) for tried in trials.values()]
 
 
 def _best(trials: Sequence[Mapping[str, float]]) -> float:
@@ -84,10 +84,10 @@ def _best(trials: Sequence[Mapping[str, float]]) -> float:
 
 
 def _divide(config: Config, pool: ScoredPool, selections: Sequence[Selection]) -> tuple[_Samples, list[_Samples]]:
-    """The samples held out, and those of each selection that are not, by ascending id."""
+    """Return the held-out samples, and the other samples of each selection, by ascending id."""
     share = min(config.select.search_holdout, MAX_HELD_OUT / pool.num_samples)
-    found = sorted(pool.map_shares(_divide_files, tuple(selections), share, config.seed), key=lambda own: own[0])
-    columns = zip(*(samples for _, samples in found), strict=True)
+    shares = sorted(pool.map_shares(_divide_files, tuple(selections), share, config.seed), key=lambda part: part[0])
+    columns = zip(*(samples for _, samples in shares), strict=True)
     held_out, *coresets = (_Samples(*map(np.concatenate, zip(*pieces, strict=True))) for pieces in columns)
     return held_out, coresets
 
@@ -95,20 +95,20 @@ def _divide(config: Config, pool: ScoredPool, selections: Sequence[Selection]) -
 def _divide_files(
     pool: ScoredPool, files: Sequence[str], selections: Sequence[Selection], share: float, seed: int
 ) -> tuple[str, list[_Samples]]:
-    """What some files hold: their first name, and the samples held out, then those of each selection that are not."""
+    """Return the first of some files, and of what they hold the held-out samples, then the others of each selection."""
     pieces: list[list[_Samples]] = [[] for _ in range(len(selections) + 1)]
     for path in files:
         rows = pool.read(path)
         labels = rows.column(schema.PSEUDO_LABEL)
         is_held_out = hash_uniform(seed, _HELD_OUT_STREAM, rows.sample_ids) < share
         masks = [is_held_out, *(selection.mask(pool, rows) & ~is_held_out for selection in selections)]
-        for own, mask in zip(pieces, masks, strict=True):
-            own.append(_Samples(rows.sample_ids[mask], labels[mask]))
-    return files[0], [_Samples(*map(np.concatenate, zip(*own, strict=True))) for own in pieces]
+        for part, mask in zip(pieces, masks, strict=True):
+            part.append(_Samples(rows.sample_ids[mask], labels[mask]))
+    return files[0], [_Samples(*map(np.concatenate, zip(*part, strict=True))) for part in pieces]
 
 
 def _identity(config: Config, run_dir: RunDir) -> str:
-    """A hash of all that decides an accuracy, but the budget and the hard fraction."""
+    """Return a hash of all that decides an accuracy, except the budget and the hard fraction."""
     select = deciding_keys(config.select)
     keys = {f"select.{key}": select[key] for key in select if key not in ("hard_fraction", "search_step")}
     keys |= {f"train.{key}": value for key, value in deciding_keys(config.train).items()}
@@ -125,7 +125,7 @@ def _load(config: Config, run_dir: RunDir, samples: _Samples) -> LabelledImages:
 def _train(
     config: Config, run_dir: RunDir, path: str, coreset: _Samples, test: list[ray.ObjectRef], device: str
 ) -> dict[str, float]:
-    """Train on a coreset with its pseudo-labels and test; what an earlier try has left is not repeated."""
+    """Train on a coreset with its pseudo-labels and test, unless an earlier try left the result."""
     torch.set_num_threads(1)
     train, num_classes = config.train, int(run_dir.figures("cluster")["num_clusters"])
     settings = training_settings(

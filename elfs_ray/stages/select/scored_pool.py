@@ -1,4 +1,4 @@
-"""The scored samples that a selection chooses from, and how work on them is shared out."""
+"""The scored samples that a selection chooses from, and how work on them is shared among workers."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class ScoredRows:
         self._score, self._num_groups = score, num_groups
 
     def column(self, name: str) -> np.ndarray:
-        """A numeric column, (n,) of its type."""
+        """Return a numeric column, (n,) of its type."""
         if name not in self._columns:
             self._columns[name] = self._file.read([name])[name].to_numpy()
         return self._columns[name]
@@ -56,7 +56,7 @@ class ScoredRows:
 
 
 class Order(Protocol):
-    """What a method orders samples by, ties by sample_id: keys (n,) uint32."""
+    """The order in which a method puts samples, as keys (n,) uint32; ties go by sample_id."""
 
     def keys(self, pool: "ScoredPool", rows: ScoredRows) -> np.ndarray: ...
 
@@ -72,31 +72,31 @@ class ScoredPool:
     num_groups: int
 
     def read(self, path: str) -> ScoredRows:
-        """The rows of one file."""
+        """Open one file; its columns are read when they are needed."""
         return ScoredRows(path, self.score, self.num_groups)
 
     def hardness_keys(self, rows: ScoredRows) -> np.ndarray:
         return hardness_keys(rows.scores, self.direction)
 
     def keys(self, order: Order, rows: ScoredRows) -> np.ndarray:
-        """The keys of an order, below the group where there is more than one."""
+        """Return the keys of an order, with the group above them if there is more than one."""
         keys = order.keys(self, rows)
         return grouped_keys(rows.groups, keys) if self.num_groups > 1 else keys
 
     def shares(self) -> list[tuple[str, ...]]:
-        """The files in about equal runs: enough for every CPU, and for tasks to stay small."""
+        """Divide the files into about equal runs: enough to keep every CPU busy, and few files in each."""
         num_shares = min(len(self.files), MAX_SHARES, max(4 * num_cpus(), len(self.files) // FILES_PER_SHARE))
         ends = [len(self.files) * share // num_shares for share in range(num_shares + 1)]
         return [self.files[first:last] for first, last in pairwise(ends)]
 
     def map_shares(self, function: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
-        """`function(pool, files, *arguments)` of every share, in any order."""
+        """Yield `function(pool, files, *arguments)` of every share, in any order."""
         for _, result in run_tasks(function, [(self, files, *arguments) for files in self.shares()]):
             yield result
 
     @cached_property
     def counts(self) -> np.ndarray:
-        """Samples of each group, (groups,) int64."""
+        """Count the samples of each group, (groups,) int64."""
         return sum(self.map_shares(_count_groups), np.zeros(self.num_groups, np.int64))
 
     @property
