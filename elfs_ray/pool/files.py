@@ -29,7 +29,7 @@ UNIT_EXTENSION = {"parquet": ".parquet", "webdataset": ".tar"}
 
 @dataclass(frozen=True)
 class Unit:
-    """A part of a pool that is listed by itself. `recursive` is for folders: with the folders below it."""
+    """A part of a pool that is listed by itself. recursive: of a folder, whether the folders below it belong to it."""
 
     format: str
     uri: str
@@ -49,23 +49,23 @@ class PoolColumns:
 
 
 def is_hidden(name: str, is_dir: bool) -> bool:
-    """Whether a file or folder is passed over: "." begins either, "_" a folder; cameras name images _DSC0001.JPG."""
+    """Return whether a name is skipped: with "." any, with "_" folders alone, as cameras name images _DSC0001.JPG."""
     return name.startswith((".", "_") if is_dir else ".")
 
 
 def is_hidden_path(path: str) -> bool:
-    """Whether a file, or a folder that it is in, is passed over."""
+    """Return whether a file, or a folder that it is in, is skipped."""
     *folders, name = path.split("/")
     return is_hidden(name, is_dir=False) or any(is_hidden(folder, is_dir=True) for folder in folders)
 
 
 def is_image(name: str) -> bool:
-    """Whether a file counts as an image, by its name."""
+    """Return whether a file counts as an image, by its name."""
     return format_of_name(name) == "folder" and not is_hidden(name, is_dir=False)
 
 
 def format_of_name(name: str) -> str | None:
-    """The pool format that a file of this name belongs to, None for other files."""
+    """Return the pool format that a file of this name belongs to, None for other files."""
     extension = posixpath.splitext(name)[1].lower()
     if extension in IMAGE_EXTENSIONS:
         return "folder"
@@ -73,7 +73,7 @@ def format_of_name(name: str) -> str | None:
 
 
 def read_file(uri: str) -> bytes | BadImage:
-    """The bytes of a file, or why it cannot be had. Raises OSError where that is not for the file to answer."""
+    """Return the bytes of a file, or why it cannot be read. Raises OSError where that is no fault of the file."""
     try:
         return filesystem.read_bytes(uri)
     except (OSError, ValueError) as error:
@@ -81,10 +81,10 @@ def read_file(uri: str) -> bytes | BadImage:
 
 
 def rejection(error: Exception, uri: str) -> BadImage:
-    """The reason for rejecting what `uri` holds.
+    """Return the reason for rejecting what `uri` holds.
 
     Raises `error` again where it says nothing of the file: a store that refuses or does not answer, a disk that fails,
-    too many open files. Its images would be rejected for good, and are there when the run goes on.
+    too many open files. Rejected images are rejected for good, and these can be read when the run goes on.
     """
     if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
         is_of_the_store = "://" in uri and (isinstance(error, PermissionError) or _OF_A_STORE.search(str(error)))

@@ -1,4 +1,4 @@
-"""Decoding and resizing images: bytes in, 8-bit RGB out, or a reason why not.
+"""Decode and resize images: bytes in, 8-bit RGB out, or a reason why not.
 
 Greyscale, palette, CMYK, alpha and 16-bit images are all brought to 8-bit RGB; anything else raises `BadImage`
 with a reason that a person can read in rejected/.
@@ -59,7 +59,7 @@ def decode_image(data: bytes, *, max_pixels: int, min_size: int = 1) -> Image.Im
 
 @lru_cache
 def _known_formats() -> tuple[str, ...]:
-    """Those of FORMATS that this build of Pillow has."""
+    """Return those of FORMATS that this build of Pillow has."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
@@ -114,7 +114,7 @@ def open_proxy_image(data: bytes) -> Image.Image:
 
 
 def describe_bad_copy(sample_id: int, path: str, error: Exception) -> str:
-    """What a person can do about a proxy image that cannot be decoded."""
+    """Return what a person can do about a proxy image that cannot be decoded."""
     return (
         f"the proxy copy of sample_id {sample_id} in {path} cannot be decoded: {type(error).__name__}: {error}. Delete "
         "that file; the same command with on_change=rerun makes it again."
@@ -132,7 +132,7 @@ def decode_proxy_image(data: bytes, size: int | None = None) -> np.ndarray:
 
 @contextlib.contextmanager
 def _pillow_limit_and_warnings_off() -> Iterator[None]:
-    """Pillow's own limit, 179 million pixels, would undercut max_pixels; the broken EXIF it warns of is harmless."""
+    """Lift Pillow's limit of 179 million pixels, which would undercut max_pixels, and silence its warnings of EXIF."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -155,7 +155,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _by_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """An image brought to RGB by a function of its pixels, some rows at a time: what lies between takes no memory."""
+    """Convert an image to RGB by a function of its pixels, some rows at a time to save memory."""
     width, height = image.size
     rows = max(1, STRIP_PIXELS // width)
     converted = Image.new("RGB", image.size)

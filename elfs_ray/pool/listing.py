@@ -26,7 +26,7 @@ __all__ = ["PoolColumns", "Unit", "count_unit", "find_units", "list_unit", "read
 
 
 def find_units(pool_uri: str, pool_format: str = "auto") -> list[Unit]:
-    """The units of a pool, sorted by uri.
+    """Find the units of a pool, sorted by uri.
 
     Raises ValueError when there is no such place, it holds nothing of the format, the format cannot be told, or test
     images lie there, too.
@@ -60,7 +60,7 @@ def list_unit(unit: Unit, columns: PoolColumns) -> pa.Table:
 
 
 def count_unit(unit: Unit, columns: PoolColumns) -> int:
-    """The number of samples in a unit, from a Parquet footer where that is enough.
+    """Count the samples in a unit, from a Parquet footer where that is enough.
 
     Memory: nothing that grows for Parquet and local folders, else the unit's listing.
     """
@@ -75,10 +75,10 @@ def count_unit(unit: Unit, columns: PoolColumns) -> int:
 
 
 def read_images(uris: list[str], columns: PoolColumns) -> Iterator[bytes | BadImage]:
-    """The bytes of each image in turn, or why it cannot be had; samples of one container in a row share its opening.
+    """Yield the bytes of each image in turn, or why it cannot be read; a container is opened once for samples in a row.
 
-    Memory: one image, and what is read ahead of a Parquet file (see pool_rows); rows that are not in ascending order
-    are held until all that follow one another from that file are read.
+    Memory: one image, and what is read ahead of a Parquet file (see parquet_rows.py); rows that do not ascend are held
+    until all that follow one another from that file are read.
     """
     for container, group in groupby(uris, key=_container):
         members = list(group)
@@ -100,8 +100,8 @@ def _detect_format(root: Folder) -> str:
                 dirs.append(name)
             elif format_of_name(name):
                 first = min(first or name, name)
-        if found := format_of_name(first):
-            return found
+        if pool_format := format_of_name(first):
+            return pool_format
         queue.extend(folder.child(name) for name in sorted(dirs))
     return _unknown_format(root.uri)
 
@@ -118,7 +118,7 @@ def _describe(pool_format: str) -> str:
 
 
 def _folder_units(folder: Folder) -> list[Unit]:
-    """One unit for each folder at the first level that has several, one for the files beside them."""
+    """Return a unit for each folder at the first level that has several, and one for the files beside them."""
     while True:
         dirs, has_images = [], False
         for name, is_dir in folder.entries():
@@ -141,7 +141,7 @@ def _file_units(folder: Folder, pool_format: str) -> list[Unit]:
 
 
 def _units_of_file(root: str, pool_format: str) -> list[Unit]:
-    """A pool that is one file."""
+    """Return the units of a pool that is one file."""
     if pool_format == "auto":
         pool_format = format_of_name(root) or _unknown_format(root)
     if pool_format == "folder":

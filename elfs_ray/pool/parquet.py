@@ -17,11 +17,11 @@ def list_parquet(unit: Unit, columns: PoolColumns) -> pa.Table:
         image_column = find_image_column(file.schema_arrow, unit.uri, columns.image)
         num_rows = file.metadata.num_rows
         if _is_string(file.schema_arrow.field(image_column).type):
-            given = _read_column(file, image_column, unit.uri).to_pylist()
-            for row, uri in enumerate(given):
+            column = _read_column(file, image_column, unit.uri).to_pylist()
+            for row, uri in enumerate(column):
                 refuse_credentials(uri or "", f"{unit.uri}, row {row}, column {image_column!r}")
             folder = posixpath.dirname(unit.uri)
-            uris = [None if uri is None else against(folder, uri) for uri in given]
+            uris = [None if uri is None else against(folder, uri) for uri in column]
         else:
             uris = [f"{unit.uri}#row={row}" for row in range(num_rows)]
         labels = pa.nulls(num_rows, pa.int32()) if columns.label is None else _labels(file, columns.label, unit.uri)
@@ -43,11 +43,11 @@ def open_parquet(uri: str, buffer_bytes: int = 0, metadata: pq.FileMetaData | No
         )
     except (pa.ArrowInvalid, OSError) as error:
         rejection(error, uri)
-        raise ValueError(f"{uri} cannot be read as Parquet: {error}. Mend it or move it out of the pool.") from error
+        raise ValueError(f"{uri} cannot be read as Parquet: {error}. Repair it or move it out of the pool.") from error
 
 
 def find_image_column(columns: pa.Schema, uri: str, name: str | None) -> str:
-    """The column that holds the images. Raises ValueError where there is none, or one of another type."""
+    """Return the column that holds the images. Raises ValueError if there is none, or one of another type."""
     name = name or next((known for known in (schema.IMAGE, schema.URI) if known in columns.names), None)
     if name is None or name not in columns.names:
         raise ValueError(
@@ -57,7 +57,7 @@ def find_image_column(columns: pa.Schema, uri: str, name: str | None) -> str:
     is_struct = pa.types.is_struct(kind) and any(field.name == "bytes" for field in kind)
     if not (is_struct or _is_binary(kind) or _is_string(kind)):
         raise ValueError(
-            f"{uri}: column {name!r} is {kind}; needed: image bytes, a struct with bytes and path, or uris as strings"
+            f"{uri}: column {name!r} is {kind}; it must be image bytes, structs with bytes and path, or uri strings"
         )
     return name
 
@@ -71,7 +71,7 @@ def _is_string(kind: pa.DataType) -> bool:
 
 
 def check_label_column(columns: pa.Schema, uri: str, name: str | None) -> None:
-    """Raise ValueError where a column of labels is asked for and there is none of that name."""
+    """Raise ValueError if a column of labels is named and the file has none of that name."""
     if name is not None and name not in columns.names:
         raise ValueError(f"{uri} has columns {columns.names}, none named {name!r}: set pool.label")
 
@@ -82,7 +82,7 @@ def _labels(file: pq.ParquetFile, name: str, uri: str) -> pa.Array:
     try:
         return values.combine_chunks().cast(pa.int32())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise ValueError(f"{uri}: column {name!r} is {values.type}; needed are integers of 32 bits: {error}") from error
+        raise ValueError(f"{uri}: column {name!r} is {values.type}; it must be integers of 32 bits: {error}") from error
 
 
 def _read_column(file: pq.ParquetFile, name: str, uri: str) -> pa.ChunkedArray:
@@ -91,12 +91,12 @@ def _read_column(file: pq.ParquetFile, name: str, uri: str) -> pa.ChunkedArray:
     except (pa.ArrowInvalid, OSError) as error:
         rejection(error, uri)
         raise ValueError(
-            f"{uri}: column {name!r} cannot be read: {error}. Mend it or move it out of the pool."
+            f"{uri}: column {name!r} cannot be read: {error}. Repair it or move it out of the pool."
         ) from error
 
 
 def against(folder: str, uri: str) -> str:
-    """A uri that may be relative to a folder. Object stores know no "..", so it is taken out for them."""
+    """Return a uri, which may be relative to a folder, without "..", which object stores do not know."""
     if "://" in uri or os.path.isabs(uri):
         return uri
     scheme, separator, path = folder.rpartition("://")

@@ -1,4 +1,4 @@
-"""Images in rows of a Parquet file, read forwards in a stream.
+"""Read images in rows of a Parquet file, forwards in a stream.
 
 A row group can only be read from its first row, and some writers put a million images into one. So a large group is
 never loaded whole, and the place that was reached in it is kept for the next block of ids: a process that reads a file
@@ -32,7 +32,7 @@ MAX_BATCH_ROWS = 1024
 
 
 def read_parquet_rows(container: str, rows: list[int], columns: PoolColumns) -> Iterator[bytes | BadImage]:
-    """Rows in the order given; those in ascending order are streamed, others held until all are read."""
+    """Yield the rows in the order of `rows`; ascending ones are streamed, others are held until all are read."""
     try:
         reader = _take_reader(container, columns.image)
     except (OSError, ValueError) as error:
@@ -65,19 +65,19 @@ class _RowReader:
         self._batches: Iterator[pa.RecordBatch] = iter(())
 
     def reads(self, container: str, column: str | None) -> bool:
-        """Whether it can go on with this column of this file: the file is that which was opened."""
+        """Return whether it can go on with this column of this file, unchanged since it was opened."""
         return (container, column) == (self.container, self._asked) and self._version == _version(container)
 
     def close(self) -> None:
         self._file.close()
 
     def group_of(self, row: int) -> int | None:
-        """The row group that holds a row of the file; None where there is no such row."""
+        """Return the row group that holds a row of the file; None if there is no such row."""
         group = int(np.searchsorted(self._ends, row, side="right"))
         return group if group < len(self._ends) else None
 
     def value(self, row: int) -> bytes | dict | str | None:
-        """What the column holds at a row of the file. Raises ArrowException or OSError where its group is broken."""
+        """Return what the column holds at a row of the file. Raises ArrowException or OSError for a broken group."""
         group = self.group_of(row)
         assert group is not None, row
         if group != self._group or row < self._first:
@@ -102,13 +102,13 @@ class _RowReader:
         self._batches = self._file.iter_batches(batch_rows, row_groups=[group], columns=[self._column])
 
 
-# What the last call of this process has read from, at most one, so that the next goes on from there. It is no reader's
-# while it is in use: threads have one each.
+# The reader of the last call in this process, at most one, so that the next call goes on from there. It is taken out
+# while in use, so that no two threads share one.
 _kept: list[_RowReader] = []
 
 
 def _take_reader(container: str, column: str | None) -> _RowReader:
-    """The reader that was kept where it is of this file, else a new one."""
+    """Return the reader that was kept if it is of this file, else a new one."""
     while True:
         try:
             kept = _kept.pop()
@@ -120,20 +120,20 @@ def _take_reader(container: str, column: str | None) -> _RowReader:
 
 
 def _version(container: str) -> tuple[int | None, int | None]:
-    """What changes with a file: its size and time."""
+    """Return what changes with a file: its size and time."""
     store, path = filesystem.resolve(container)
     info = store.get_file_info(path)
     return info.size, info.mtime_ns
 
 
 def _column_bytes(group: pq.RowGroupMetaData, column: str) -> int:
-    """The bytes of a column in a row group, uncompressed."""
+    """Return the bytes of a column in a row group, uncompressed."""
     chunks = (group.column(number) for number in range(group.num_columns))
     return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] == column)
 
 
 def _read_ascending_rows(reader: _RowReader, rows: list[int]) -> Iterator[bytes | BadImage]:
-    """From the row groups that hold them; a group that is broken costs no other group its rows."""
+    """Yield the rows from the groups that hold them; a broken group costs no other group its rows."""
     for group, wanted in groupby(rows, key=reader.group_of):
         if group is None:
             yield from (BadImage(f"{reader.container} has no row {row}") for row in wanted)
@@ -151,7 +151,7 @@ def _read_ascending_rows(reader: _RowReader, rows: list[int]) -> Iterator[bytes 
 
 
 def _bytes_of(value: bytes | dict | str | None, container: str) -> bytes | BadImage:
-    """The bytes behind one Parquet value: bytes, a struct of bytes and path, or null."""
+    """Return the bytes behind one Parquet value: bytes, a struct of bytes and path, or null."""
     if isinstance(value, bytes):
         return value
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Pools in WebDataset tars, uncompressed: members are found once and read in place."""
+"""Pools in uncompressed WebDataset tars: members are listed once and read in place."""
 
 import io
 import posixpath
@@ -20,7 +20,7 @@ MEMBER_URI = re.compile(
 
 
 def list_tar(unit: Unit, with_labels: bool) -> pa.Table:
-    """List one tar as `pool.list_unit` does."""
+    """List one tar as `listing.list_unit` does."""
     uris, keys, classes = [], [], {}
     store, tar_path = filesystem.resolve(unit.uri)
     with store.open_input_file(tar_path) as raw:
@@ -41,7 +41,7 @@ def list_tar(unit: Unit, with_labels: bool) -> pa.Table:
 
 
 def read_tar_members(container: str, uris: list[str]) -> Iterator[bytes | BadImage]:
-    """The bytes of each member in turn, or why they cannot be had."""
+    """Yield the bytes of each member in turn, or why they cannot be read."""
     try:
         store, path = filesystem.resolve(container)
         file = store.open_input_file(path)
@@ -85,7 +85,7 @@ class _Seekable(io.RawIOBase):
 
 
 def _tar_members(uri: str, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """The regular files of a tar. One that is cut short ends at its last header, whose bytes may be incomplete."""
+    """Yield the regular files of a tar. A truncated tar ends at its last header, whose bytes may be incomplete."""
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
             while (member := archive.next()) is not None:
@@ -96,12 +96,12 @@ def _tar_members(uri: str, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     except tarfile.ReadError as error:
         if "unexpected end of data" not in str(error):
             raise ValueError(
-                f"{uri} cannot be read as an uncompressed tar: {error}. Mend it or move it out of the pool."
+                f"{uri} cannot be read as an uncompressed tar: {error}. Repair it or move it out of the pool."
             ) from error
 
 
 def _read_class(file: BinaryIO, member: tarfile.TarInfo, uri: str) -> int | None:
-    """The class in a .cls member; None where the tar is cut short within it."""
+    """Return the class in a .cls member; None if the tar is cut short within it."""
     file.seek(member.offset_data)
     data = file.read(member.size)
     if len(data) < member.size:
@@ -110,7 +110,7 @@ def _read_class(file: BinaryIO, member: tarfile.TarInfo, uri: str) -> int | None
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f"{uri}: {member.name} holds {text!r}; needed: the class as an integer") from None
+        raise ValueError(f"{uri}: {member.name} holds {text!r}; it must hold the class as an integer") from None
 
 
 def _read_tar_member(file: pa.NativeFile, offset: int, size: int, container: str) -> bytes | BadImage:

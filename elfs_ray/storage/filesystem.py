@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
-    """The file system of a local path or URI (s3://, gs://, file://) and the path within it.
+    """Return the file system of a local path or URI (s3://, gs://, file://) and the path within it.
 
     Raises ValueError for a scheme that pyarrow does not know, for no bucket, and for credentials.
     """
@@ -51,7 +51,7 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
 
 
 def absolute(uri: str) -> str:
-    """The same place in a form that means the same on every machine: local paths become absolute."""
+    """Return a form of the path that means the same on every machine: local paths become absolute."""
     return uri.rstrip("/") if "://" in uri else os.path.abspath(uri)
 
 
@@ -78,14 +78,14 @@ def is_dir(uri: str) -> bool:
 
 @explained
 def file_size(uri: str) -> int | None:
-    """The bytes of a file; None where there is none of that name."""
+    """Return the number of bytes of a file; None if there is no file of that name."""
     filesystem, path = resolve(uri)
     info = filesystem.get_file_info(path)
     return info.size if info.type == fs.FileType.File else None
 
 
 def list_files(uri: str, *, recursive: bool = False) -> list[fs.FileInfo]:
-    """The files in a folder, sorted by path; none when the folder does not exist.
+    """List the files in a folder, sorted by path; none when the folder does not exist.
 
     Memory: about 1 KB a file. Raises ValueError for a local name that is not UTF-8.
     """
@@ -93,12 +93,12 @@ def list_files(uri: str, *, recursive: bool = False) -> list[fs.FileInfo]:
 
 
 def list_dirs(uri: str) -> list[fs.FileInfo]:
-    """The folders directly in a folder, as `list_folder` finds them."""
+    """List the folders directly in a folder, as `list_folder` does."""
     return [info for info in list_folder(uri) if info.type == fs.FileType.Directory]
 
 
 def list_folder(uri: str) -> list[fs.FileInfo]:
-    """The files and folders directly in a folder, sorted by path; none when the folder does not exist.
+    """List the files and folders directly in a folder, sorted by path; none when the folder does not exist.
 
     Memory: about 1 KB for each; on gs:// for every file below it, as pyarrow lists no folders of names there.
     """
@@ -117,9 +117,9 @@ def _list(uri: str, recursive: bool) -> list[fs.FileInfo]:
         raise ValueError(f"the name of {error.object!r} is not UTF-8, as names of files must be: rename it") from error
 
 
-def _directly_in(path: str, found: list[fs.FileInfo]) -> list[fs.FileInfo]:
-    """What lies directly in a folder of a store that lists objects alone, all below it: folders are parts of names."""
-    files = [info for info in found if info.type == fs.FileType.File]
+def _directly_in(path: str, infos: list[fs.FileInfo]) -> list[fs.FileInfo]:
+    """Return what lies directly in a folder, for a store that lists all objects below it and has no folders."""
+    files = [info for info in infos if info.type == fs.FileType.File]
     depth = len(path.split("/"))
     folders = {info.path.split("/")[depth] for info in files if len(info.path.split("/")) > depth + 1}
     dirs = [fs.FileInfo(f"{path}/{name}", fs.FileType.Directory) for name in folders]
@@ -136,7 +136,7 @@ def read_bytes(uri: str) -> bytes:
 
 @contextlib.contextmanager
 def local_file(uri: str) -> Iterator[str]:
-    """The path of a file on this machine with the content of `uri`: a local file itself, else a copy for the block."""
+    """Yield the path of a file on this machine with the content of `uri`: the file itself, else a temporary copy."""
     filesystem, path = resolve(uri)
     if isinstance(filesystem, fs.LocalFileSystem):
         yield path
@@ -150,7 +150,7 @@ def local_file(uri: str) -> Iterator[str]:
 
 @explained
 def read_range(uri: str, column: str, first: int, last: int) -> pa.Table:
-    """The rows of a Parquet file with first <= column <= last, from the row groups that can hold any."""
+    """Read the rows of a Parquet file with first <= column <= last, from the row groups that can hold any."""
     filesystem, path = resolve(uri)
     condition = [(column, ">=", first), (column, "<=", last)]
     return pq.read_table(path, filesystem=filesystem, partitioning=None, filters=condition)
@@ -158,7 +158,7 @@ def read_range(uri: str, column: str, first: int, last: int) -> pa.Table:
 
 @explained
 def read_slice(uri: str, first: int, end: int) -> pa.Table:
-    """The rows first..end-1 of a Parquet file, counted from 0, from the row groups that hold them."""
+    """Read the rows first..end-1 of a Parquet file, counted from 0, from the row groups that hold them."""
     with open_parquet(uri) as file:
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         starts = [0, *accumulate(sizes)]
@@ -202,14 +202,14 @@ def write_table(
 
 @explained
 def open_parquet(uri: str) -> pq.ParquetFile:
-    """A Parquet file to read column by column; its footer is read once."""
+    """Open a Parquet file to read column by column; its footer is read once."""
     filesystem, path = resolve(uri)
     return pq.ParquetFile(path, filesystem=filesystem, pre_buffer=True)
 
 
 @explained
 def num_rows(uri: str) -> int:
-    """The rows of a Parquet file, from its footer."""
+    """Return the number of rows of a Parquet file, from its footer."""
     filesystem, path = resolve(uri)
     return pq.read_metadata(path, filesystem=filesystem).num_rows
 
@@ -222,7 +222,7 @@ def map_files(function: Callable[[str], T], uris: Iterable[str]) -> list[T]:
 
 @explained
 def read_schema(uri: str) -> pa.Schema:
-    """The columns of a Parquet file, from its footer."""
+    """Return the columns of a Parquet file, from its footer."""
     filesystem, path = resolve(uri)
     return pq.read_schema(path, filesystem=filesystem)
 
@@ -241,15 +241,15 @@ def delete(uri: str) -> None:
 
 
 def delete_half_written(uri: str) -> int:
-    """Delete what killed writers left of their files in a folder and below it; how many there were.
+    """Delete what killed writers left of their files in a folder and below it, and return how many there were.
 
     Only local folders have any, and only while nobody writes to one may this be called.
     """
     filesystem, path = resolve(uri)
     if not isinstance(filesystem, fs.LocalFileSystem):
         return 0
-    found = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
-    half_written = [name for name in found if _HALF_WRITTEN.fullmatch(os.path.basename(name))]
+    paths = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+    half_written = [name for name in paths if _HALF_WRITTEN.fullmatch(os.path.basename(name))]
     for name in half_written:
         os.unlink(name)
     return len(half_written)
@@ -257,7 +257,7 @@ def delete_half_written(uri: str) -> int:
 
 @contextlib.contextmanager
 def open_atomic(uri: str) -> Iterator[Any]:
-    """A binary file to write to, which appears under its name, with its folders, once the block ends without error.
+    """Open a binary file to write, which appears under its name, with its folders, if the block ends without error.
 
     Memory: none of a local file, an object's bytes until it is uploaded.
     """
@@ -284,7 +284,7 @@ def open_atomic(uri: str) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def open_atomic_on_disk(uri: str) -> Iterator[Any]:
-    """`open_atomic` for a file of any size: until its upload, an object lies in this machine's temporary folder."""
+    """Do what `open_atomic` does for a file of any size: an object lies in a temporary folder until its upload."""
     filesystem, path = resolve(uri)
     if isinstance(filesystem, fs.LocalFileSystem):
         with open_atomic(uri) as sink:

@@ -25,7 +25,7 @@ MAX_ATTEMPTS = 10  # of each request; pauses double up to 20 s, half of that on 
 CONNECT_TIMEOUT_S = 10
 RETRY_TIME_LIMIT = timedelta(minutes=2)
 UPLOAD_PAUSES_S = (1, 2, 4, 8, 16)
-DEFAULT_REGION = "us-east-1"  # for stores at an endpoint of their own, which know no regions
+DEFAULT_REGION = "us-east-1"  # for stores at a custom endpoint, which know no regions
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _TRANSIENT = re.compile(r"HTTP status (429|5\d\d)|SLOW_DOWN|THROTTL|NETWORK_CONN|SERVICE_UNAVAILABLE|INTERNAL_FAIL")
@@ -41,9 +41,9 @@ T = TypeVar("T")
 
 @functools.lru_cache(maxsize=64)
 def open_store(scheme: str, bucket: str) -> tuple[fs.FileSystem, str]:
-    """The file system that holds a bucket, and the bucket's path in it.
+    """Return the file system that holds a bucket, and the bucket's path in it.
 
-    Raises ValueError for what is no bucket's name and for a scheme that pyarrow does not know.
+    Raises ValueError for an invalid bucket name and for a scheme that pyarrow does not know.
     """
     if scheme in BUCKET_SCHEMES and not _BUCKET.fullmatch(bucket):
         raise ValueError(f"no bucket is named {bucket!r}")
@@ -61,7 +61,7 @@ def _open_s3(bucket: str) -> fs.S3FileSystem:
     scheme, address = _endpoint(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"))
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     if address is None:
-        # A bucket's own region, which need not be the machine's.
+        # The bucket's region, which need not be the machine's.
         with contextlib.suppress(OSError):
             region = fs.resolve_s3_region(bucket)
     return fs.S3FileSystem(
@@ -81,7 +81,7 @@ def _open_gcs() -> fs.GcsFileSystem:
 
 
 def _endpoint(url: str | None) -> tuple[str | None, str | None]:
-    """(scheme, host and port) of an endpoint; nothing for none."""
+    """Return (scheme, host and port) of an endpoint."""
     if not url:
         return None, None
     scheme, separator, address = url.rstrip("/").rpartition("://")
@@ -89,9 +89,9 @@ def _endpoint(url: str | None) -> tuple[str | None, str | None]:
 
 
 def explained(function: Callable[P, T]) -> Callable[P, T]:
-    """A function of a URI, which says what a store's refusal means: PermissionError, or FileNotFoundError.
+    """Make a function of a URI raise PermissionError or FileNotFoundError, with advice, for a store's refusal.
 
-    What is no Parquet file is named.
+    Arrow's errors then name the file, too.
     """
 
     @functools.wraps(function)
@@ -113,22 +113,22 @@ def explained(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def _meaning(uri: str, error: OSError) -> OSError | None:
-    """The error of an object store in our words; None where it speaks for itself."""
+    """Return the error of an object store in our words; None if it speaks for itself."""
     if "://" not in uri or isinstance(error, FileNotFoundError | PermissionError):
         return None
     if _REFUSED.search(str(error)):
         return PermissionError(
-            f"{uri}: the store refuses access. It was not tried again. Needed are credentials in the environment of "
-            f"every node (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role), with rights to this bucket: {error}"
+            f"{uri}: the store refuses access. It was not tried again. Every node needs credentials in its "
+            f"environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role), with rights to this bucket: {error}"
         )
     if _NO_BUCKET.search(str(error)):
-        return FileNotFoundError(f"{uri}: there is no such bucket; make it, or mend the name")
+        return FileNotFoundError(f"{uri}: there is no such bucket; make it, or correct the name")
     return None
 
 
 @explained
 def upload(uri: str, data: pa.Buffer, store: fs.FileSystem, path: str) -> None:
-    """Upload an object; once more after a fault that passes, and that the store's client does not take for one."""
+    """Upload an object, again after transient faults that the store's client does not retry by itself."""
     for pause_s in (*UPLOAD_PAUSES_S, None):
         try:
             with store.open_output_stream(path) as sink:

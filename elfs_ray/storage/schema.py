@@ -122,12 +122,12 @@ def centroids_schema(dim: int) -> pa.Schema:
 
 
 def coreset_text_file(table: str) -> str:
-    """The text file beside a coreset's table that has its uris, one a line."""
+    """Return the name of the text file beside a coreset's table that has its uris, one a line."""
     return f"{table}.txt"
 
 
 def range_file(first_id: int, last_id: int) -> str:
-    """The name of the file that holds sample ids first_id..last_id, both included; names sort as their ids do."""
+    """Return the name of the file that holds sample ids first_id..last_id, inclusive; names sort as their ids do."""
     return f"part-{first_id:012d}-{last_id:012d}.parquet"
 
 
@@ -138,12 +138,12 @@ def parse_range_file(path: str) -> tuple[int, int]:
 
 
 def epoch_dir(epoch: int) -> str:
-    """The folder of one epoch's training dynamics, below `dynamics/`."""
+    """Return the folder of one epoch's training dynamics, below `dynamics/`."""
     return f"epoch={epoch:03d}"
 
 
 def rank_file(rank: int, world_size: int) -> str:
-    """The file in which one training worker records its samples of one epoch."""
+    """Return the file in which one training worker records its samples of one epoch."""
     return f"rank-{rank:05d}-of-{world_size:05d}.parquet"
 
 

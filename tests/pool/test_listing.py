@@ -226,11 +226,11 @@ def test_null_images_keep_their_rows(tmp_path):
     [
         ({"picture": [b"x"]}, PoolColumns(), r"columns \['picture'\], none named image or uri: set pool.image_column"),
         ({"image": [b"x"]}, PoolColumns(image="img"), "none named img: set pool.image_column"),
-        ({"image": [1.5]}, PoolColumns(), "column 'image' is double; needed: image bytes"),
+        ({"image": [1.5]}, PoolColumns(), "column 'image' is double; it must be image bytes"),
         ({"image": [b"x"]}, PoolColumns(label="y"), "none named 'y': set pool.label"),
-        ({"image": [b"x"], "y": ["cat"]}, PoolColumns(label="y"), "column 'y' is string; needed are integers"),
-        ({"image": [b"x"], "y": [2**40]}, PoolColumns(label="y"), "column 'y' is int64; needed are integers"),
-        ({"image": [b"x"], "y": [[1]]}, PoolColumns(label="y"), "column 'y' is list.*; needed are integers"),
+        ({"image": [b"x"], "y": ["cat"]}, PoolColumns(label="y"), "column 'y' is string; it must be integers"),
+        ({"image": [b"x"], "y": [2**40]}, PoolColumns(label="y"), "column 'y' is int64; it must be integers"),
+        ({"image": [b"x"], "y": [[1]]}, PoolColumns(label="y"), "column 'y' is list.*; it must be integers"),
     ],
 )
 def test_a_parquet_file_with_other_columns_is_an_error_that_names_it(tmp_path, table, columns, needed):
@@ -355,7 +355,7 @@ def test_what_is_no_tar_is_an_error_that_names_it(tmp_path, data, needed):
 
 def test_a_class_that_is_no_integer_is_an_error_that_shows_it(tmp_path):
     write_tar(tmp_path / "pool.tar", {"1.png": b"x", "1.cls": b"cat"})
-    with pytest.raises(ValueError, match=r"pool\.tar: 1\.cls holds 'cat'; needed: the class as an integer"):
+    with pytest.raises(ValueError, match=r"pool\.tar: 1\.cls holds 'cat'; it must hold the class as an integer"):
         listed(tmp_path / "pool.tar", PoolColumns(label="cls"))
 
 

@@ -34,7 +34,7 @@ def badge_selection(features: torch.Tensor, probs: torch.Tensor, count: int, see
             f"features {tuple(features.shape)} and probs {tuple(probs.shape)} must be (n, d) and (n, classes)"
         )
     if not 1 <= count <= n:
-        raise ValueError(f"{count} samples were asked for of {n}; needed: 1 to all")
+        raise ValueError(f"count is {count} of {n} samples; it must be 1 to all")
     residuals = probs.clone()
     residuals[torch.arange(n, device=probs.device), probs.argmax(1)] -= 1
     lengths = (residuals.square().sum(1) * features.square().sum(1)).double()
@@ -50,19 +50,19 @@ def badge_selection(features: torch.Tensor, probs: torch.Tensor, count: int, see
 def _squared_distances(
     features: torch.Tensor, residuals: torch.Tensor, lengths: torch.Tensor, picked: int
 ) -> torch.Tensor:
-    """From one sample to all, (n,) float64."""
+    """Return the distances from one sample to all, (n,) float64."""
     products = torch.mv(features, features[picked]).double() * torch.mv(residuals, residuals[picked]).double()
     return (lengths + lengths[picked] - 2 * products).clamp_(min=0)
 
 
 def _draw(weights: torch.Tensor, picked: list[int], uniform: float) -> int:
-    """A position in proportion to the weights (n,) float64, which are 0 for those that are picked."""
+    """Draw a position in proportion to the weights (n,) float64, which are 0 for those already picked."""
     running = weights.cumsum(0)
     total = float(running[-1])
     if total > 0:
-        found = int(torch.searchsorted(running, uniform * total, right=True))
-        if found < len(weights):
-            return found
+        position = int(torch.searchsorted(running, uniform * total, right=True))
+        if position < len(weights):
+            return position
     left = np.ones(len(weights), bool)
     left[picked] = False
     return int(left.argmax())

@@ -1,4 +1,4 @@
-"""The hard fraction β without further training, from the records of the proxy's own.
+"""Estimate the hard fraction β from the records of the proxy's training, without training again.
 
 A coreset has to stand for the pool, and can fail as any small sample does:
 
@@ -38,7 +38,7 @@ _UNIT = 1 << 20  # of which the probabilities are whole multiples, so that sums 
 
 
 class Risk(NamedTuple):
-    """What a hard fraction has for and against it: bias, signed, positive for windows that are easier than the pool."""
+    """The bias and variance of a hard fraction; bias is positive for windows that are easier than the pool."""
 
     hard_fraction: float
     bias: float
@@ -50,7 +50,7 @@ class Risk(NamedTuple):
 
 
 def fraction_grid(step: float, num_kept: int, num_samples: int) -> list[float]:
-    """The multiples of `step`, as written in decimal, from 0 to the share that is pruned."""
+    """Return the multiples of `step`, as written in decimal, from 0 to the share that is pruned."""
     exact = Fraction(str(step))
     pruned = Fraction(num_samples - num_kept, num_samples)
     return [float(i * exact) for i in range(pruned // exact + 1)]
@@ -79,14 +79,14 @@ def count_difficulty(
     cells, num_cells = groups * num_bins + bins, num_groups * num_bins
     # Whole numbers below 2**53: float64 adds them exactly.
     weights = (None, units, np.floor(units * (_UNIT - units) / _UNIT))
-    sums = np.stack([np.bincount(cells, own, minlength=num_cells).astype(np.int64) for own in weights])
+    sums = np.stack([np.bincount(cells, weight, minlength=num_cells).astype(np.int64) for weight in weights])
     return sums.reshape(3, num_groups, num_bins)
 
 
 def estimate_risks(sums: np.ndarray, num_kept: int, num_classes: int) -> list[Risk]:
-    """The risk of every multiple of 0.01 that may be chosen, from `count_difficulty` of the whole pool.
+    """Return the risk of every multiple of 0.01 that may be chosen, from `count_difficulty` of the whole pool.
 
-    Each group gets its own window, as `pruning.balanced_windows` has it. A bin that a window cuts is taken in part.
+    Each group gets its window from `pruning.balanced_windows`. A bin that a window cuts is taken in part.
     """
     samples, probs, spreads = (np.cumsum(_padded(part), axis=1) for part in sums)
     counts = samples[:, -1]
@@ -100,8 +100,8 @@ def estimate_risks(sums: np.ndarray, num_kept: int, num_classes: int) -> list[Ri
         starts, shares = balanced_windows(counts, num_kept, hard_fraction)
         mean, spread = (
             sum(
-                np.interp(start + share, own, total) - np.interp(start, own, total)
-                for start, share, own, total in zip(starts, shares, samples, totals, strict=True)
+                np.interp(start + share, ranks, total) - np.interp(start, ranks, total)
+                for start, share, ranks, total in zip(starts, shares, samples, totals, strict=True)
             )
             / num_kept
             / _UNIT
@@ -112,9 +112,9 @@ def estimate_risks(sums: np.ndarray, num_kept: int, num_classes: int) -> list[Ri
 
 
 def least_risk(risks: Sequence[Risk]) -> float:
-    """The hard fraction of least risk; the smallest of those that differ by rounding alone."""
-    limit = min(own.risk for own in risks) * (1 + 1e-9) + 1e-12
-    return next(own.hard_fraction for own in risks if own.risk <= limit)
+    """Return the hard fraction of least risk, the smallest of those that differ by rounding alone."""
+    limit = min(each.risk for each in risks) * (1 + 1e-9) + 1e-12
+    return next(each.hard_fraction for each in risks if each.risk <= limit)
 
 
 def _padded(sums: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Which samples of a scored pool to keep: how many, from which rank, and the keys that order them.
+"""Decide which samples of a scored pool to keep: how many, from which rank, and the keys that order them.
 
 A selection is a window of ranks in each group (the pool, a pseudo-class, a stratum), over samples ordered by an integer
 key, ties by sample_id: by hardness (`quantiles.hardness_keys`) or by the keys made here. Random choices are hashes of
@@ -30,20 +30,20 @@ def budget_count(budget: float | np.floating | np.integer, num_samples: int) -> 
     (0.29 of 100 is 29, 1/3 of 300 is 100). So 1 is one sample and 1.0 is the whole pool.
     Raises ValueError for budgets outside these ranges and for a fraction that keeps no sample.
     """
-    given = f"budget is {budget!r} for a pool of {num_samples} samples"
+    problem = f"budget is {budget!r} for a pool of {num_samples} samples"
     if isinstance(budget, bool | np.bool_) or not isinstance(budget, int | float | np.integer | np.floating):
-        raise ValueError(f"{given}; give an integer count or a fraction in (0, 1]")
+        raise ValueError(f"{problem}; give an integer count or a fraction in (0, 1]")
     if isinstance(budget, int | np.integer):
         if not 1 <= budget <= num_samples:
-            raise ValueError(f"{given}; a count must lie between 1 and the size of the pool")
+            raise ValueError(f"{problem}; a count must lie between 1 and the size of the pool")
         return int(budget)
     if not 0 < budget <= 1:
         raise ValueError(
-            f"{given}; a fraction must lie in (0, 1]; write a count as an integer, without a decimal point"
+            f"{problem}; a fraction must lie in (0, 1]; write a count as an integer, without a decimal point"
         )
     count = floor_of_fraction(float(budget), num_samples)
     if count == 0:
-        raise ValueError(f"{given}, which rounds down to no sample; keep at least a fraction of 1/{num_samples}")
+        raise ValueError(f"{problem}, which rounds down to no sample; keep at least a fraction of 1/{num_samples}")
     return count
 
 
@@ -95,7 +95,7 @@ def strata_of(
 ) -> np.ndarray:
     """Return the stratum of each score, 0 the hardest: (n,) int64. All strata have the width (highest - lowest) / k.
 
-    lowest and highest are numbers, or (n,) where each class has its own; scores outside them get the nearest stratum.
+    lowest and highest are numbers, or (n,) where classes differ; scores outside them get the nearest stratum.
     """
     if not 1 <= num_strata <= 1 << (32 - _HASH_BITS_IN_STRATUM):
         raise ValueError(f"num_strata is {num_strata}; it must lie between 1 and {1 << (32 - _HASH_BITS_IN_STRATUM)}")
@@ -147,7 +147,7 @@ def dual_beta_keys(
 
     The weight is dual · Beta(mean_prob; a, b) with b = 15 (1 - anchor_mean)(1 - pruning_rate**c_D), a = 16 - b, as in
     the authors' code: the higher the pruning rate, the more it leans to easy samples. anchor_mean is the mean of
-    mean_prob over the ten highest scores; where each class has its own, both are (n,). The draw is a race: the largest
+    mean_prob over the ten highest scores; where classes differ, both are (n,). The draw is a race: the largest
     log weight + Gumbel noise wins, which is drawing one after another. Samples of weight 0 come last. Probabilities are
     held 2**-24 away from 0 and 1.
     """
@@ -171,7 +171,7 @@ def dual_beta_keys(
 
 
 def balanced_windows(counts: np.ndarray, budget_count: int, hard_fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Double-end windows of pseudo-classes: (how many of the hardest each drops, how many it then keeps), (k,) int64.
+    """Return double-end windows of pseudo-classes: (how many hardest each drops, how many it then keeps), (k,) int64.
 
     The budget is divided evenly, as far as classes have samples (`allocate_evenly`). The hard fraction is one of each
     class, not of the pool: of c samples the ⌊βc⌋ hardest are dropped, or fewer, where the class's share of the budget
@@ -186,7 +186,7 @@ def balanced_windows(counts: np.ndarray, budget_count: int, hard_fraction: float
 def _check_pool(sample_ids: np.ndarray, budget_count: int) -> None:
     if not 1 <= budget_count <= sample_ids.size:
         raise ValueError(
-            f"budget is {budget_count} samples of a pool of {sample_ids.size}; needed: 1 to the whole pool"
+            f"budget is {budget_count} samples of a pool of {sample_ids.size}; it must be 1 to the whole pool"
         )
     in_order = np.sort(sample_ids)
     twice = in_order[1:][in_order[1:] == in_order[:-1]]

@@ -1,4 +1,4 @@
-"""Exact selection by rank over any number of shards, without sorting the pool.
+"""Select exactly by rank over any number of shards, without sorting the pool.
 
 Samples are ordered hard-first: by an order-preserving integer key of their score, ties by sample_id. (key, sample_id)
 is read as one number, and the number at a given rank is found as in a radix sort that follows only the digits it needs:
@@ -51,7 +51,7 @@ class Cut(NamedTuple):
 
 
 class DigitRequest(NamedTuple):
-    """Asks for histograms of a digit: `width` bits of key · 2**48 + sample_id, with `shift` bits below it.
+    """A request for histograms of a digit: `width` bits of key · 2**48 + sample_id, with `shift` bits below it.
 
     Counted are the samples whose bits above the digit are one of `prefixes`, increasing; the first digit has only 0.
     """
@@ -62,7 +62,7 @@ class DigitRequest(NamedTuple):
 
     @property
     def reads_ids(self) -> bool:
-        """Whether the digit is one of the sample_id, not of the key."""
+        """Return whether the digit is one of the sample_id, not of the key."""
         return self.shift < ID_BITS
 
 
@@ -194,7 +194,7 @@ def assign_parts(keys: np.ndarray, sample_ids: np.ndarray, cuts: Sequence[Cut]) 
             parts += keys >= cut_key
     else:
         parts = np.searchsorted(cut_keys, keys, side="right").astype(np.int32) - 1
-    # A sample whose key is a cut's own lies before that cut when its id does.
+    # A sample with the key of a cut lies before that cut when its id does.
     tied = np.flatnonzero(cut_keys[np.maximum(parts, 0)] == keys)
     while tied.size:
         tied = tied[sample_ids[tied] < cut_ids[parts[tied]]]
@@ -205,7 +205,7 @@ def assign_parts(keys: np.ndarray, sample_ids: np.ndarray, cuts: Sequence[Cut]) 
 
 
 def _digit_width(num_ranks: int, num_prefixes: int) -> int:
-    """Bits of the next digit: 16 for a few ranks, else as many as keep a request within its bins."""
+    """Return the bits of the next digit: 16 for a few ranks, else as many as keep a request within its bins."""
     if num_ranks <= _FEW_RANKS:
         return _DIGIT_BITS
     return max(1, _REQUEST_BITS - (num_prefixes - 1).bit_length())
@@ -219,8 +219,8 @@ def _key_digits(counts: np.ndarray, request: DigitRequest, keys: np.ndarray) -> 
         counts += np.bincount(keys >> kind(shift), minlength=counts.size)
         return
     above = keys >> kind(shift + request.width)
-    found, rows = _rows_among(np.array(request.prefixes, np.uint64), above)
-    digits = (keys[found] >> kind(shift)) & kind((1 << request.width) - 1)
+    matches, rows = _rows_among(np.array(request.prefixes, np.uint64), above)
+    digits = (keys[matches] >> kind(shift)) & kind((1 << request.width) - 1)
     np.add.at(counts, (rows << request.width) + digits.astype(np.int64), 1)
 
 
@@ -235,13 +235,13 @@ def _id_digits(counts: np.ndarray, request: DigitRequest, keys: np.ndarray, samp
     # The row of the key stands for the key: 16 + 48 bits fit.
     prefixes = (key_rows.astype(np.uint64) << np.uint64(above_bits)) | id_prefixes
     above = (rows_of_keys.astype(np.uint64) << np.uint64(above_bits)) | (ids >> np.uint64(ID_BITS - above_bits))
-    found, rows = _rows_among(prefixes, above)
-    digits = (ids[found] >> np.uint64(request.shift)) & np.uint64((1 << request.width) - 1)
+    matches, rows = _rows_among(prefixes, above)
+    digits = (ids[matches] >> np.uint64(request.shift)) & np.uint64((1 << request.width) - 1)
     np.add.at(counts, (rows << request.width) + digits.astype(np.int64), 1)
 
 
 def _rows_among(wanted: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where numbers (n,) are among `wanted` (p,) uint64, increasing: their positions, and the rows in `wanted`, int64.
+    """Find which numbers (n,) are among `wanted` (p,) uint64, increasing: their positions, and rows in `wanted`, int64.
 
     A table of their leading bits sorts most numbers out before the rest are searched for.
     """
@@ -279,10 +279,10 @@ def _check_counts(is_first: bool, searches: dict[int, _Search], counts: dict[int
     for rank, search in searches.items():
         count = counts[search.prefix]
         if is_first and not 0 <= rank <= count:
-            raise ValueError(f"rank {rank} was asked for, but the shards hold {count} samples")
+            raise ValueError(f"rank {rank} lies beyond the {count} samples that the shards hold")
         if not is_first and search.num_samples != count:
             raise ValueError(
-                f"the shards counted {search.num_samples} samples in a bin and {count} when asked again; "
+                f"the shards counted {search.num_samples} samples in a bin and {count} the next time; "
                 "they must not change during the search, and num_ids must exceed every sample id"
             )
 

@@ -1,4 +1,4 @@
-"""How hard each sample was for the proxy network: scores from what training recorded, one epoch at a time.
+"""Score how hard each sample was for the proxy network, from what training recorded, one epoch at a time.
 
 A worker makes one `ScoreAccumulator` for its samples and feeds it every epoch in order; it never holds more than one
 epoch. p_y is the probability of the pseudo-label, p_o the largest of the others; a prediction is right when p_y > p_o.

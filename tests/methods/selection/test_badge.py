@@ -64,8 +64,8 @@ def test_sure_predictions_have_no_gradient_and_count_as_one_sample():
     [
         (torch.ones(4, 3), torch.ones(5, 2), 1, "must be"),
         (torch.ones(4), torch.ones(4, 2), 1, "must be"),
-        (torch.ones(4, 3), torch.ones(4, 2), 5, "5 samples were asked for of 4"),
-        (torch.ones(4, 3), torch.ones(4, 2), 0, "needed: 1 to all"),
+        (torch.ones(4, 3), torch.ones(4, 2), 5, "count is 5 of 4 samples"),
+        (torch.ones(4, 3), torch.ones(4, 2), 0, "must be 1 to all"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(features, probs, count, needed):

@@ -182,7 +182,7 @@ def test_no_part_holds_what_lies_outside_the_window():
 
 
 def test_a_rank_beyond_the_samples_is_refused():
-    with pytest.raises(ValueError, match="rank 4 was asked for, but the shards hold 3 samples"):
+    with pytest.raises(ValueError, match="rank 4 lies beyond the 3 samples"):
         find_cuts([(np.arange(3, dtype=np.uint32), np.arange(3))], [4], 3)
     with pytest.raises(ValueError, match="rank -1"):
         find_cuts([(np.arange(3, dtype=np.uint32), np.arange(3))], [-1], 3)
