@@ -62,12 +62,6 @@ class TrainConfig:
         "photograph; auto: streamed for resized_crop_flip and for pools above a quarter of a node's object store",
         choices=("auto", "memory", "streamed"),
     )
-    early_stop_dynamics: float | None = option(
-        None,
-        "stop once the rank correlation of the AUM between an epoch and the one before is above this (0.999, say); "
-        "null trains every epoch",
-        bounds=Bounds(above=0, below=1),
-    )
     device: str = option(
         "auto",
         "where training runs; auto takes GPUs if the cluster has any",

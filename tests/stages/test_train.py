@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
-from scipy.stats import spearmanr
 from torch import nn
 
 from elfs_ray.config import Config
@@ -241,26 +240,6 @@ def test_an_image_that_cannot_be_decoded_while_training_stops_it_with_its_id(ray
     overrides = ("train.reading=streamed", "train.num_workers=1", "train.cpus_per_worker=1", "train.max_failures=-1")
     with pytest.raises(RuntimeError, match=f"sample_id 150 in {path} cannot be decoded"):
         train.run_train(digits_config(tmp_path, *overrides), RunDir(str(tmp_path)))
-
-
-@pytest.mark.slow
-def test_training_stops_when_the_ranking_has_settled_and_a_resumed_run_stops_there_too(ray_cluster, tmp_path):
-    """The correlation is that of SciPy over the records on disk."""
-    overrides = ("train.epochs=40", "train.num_workers=1", "train.cpus_per_worker=1", "train.early_stop_dynamics=0.98")
-    figures = run(tmp_path, *overrides)
-    epochs = figures["epochs"]
-    assert 2 < epochs < 40
-    assert len(list((tmp_path / "dynamics").iterdir())) == epochs
-    ordered = [records(tmp_path, epoch) for epoch in range(epochs)]
-    ordered = [{name: rows[name][np.argsort(rows["sample_id"])] for name in rows} for rows in ordered]
-    aum = np.cumsum([rows["target_prob"].astype(float) - rows["max_other_prob"] for rows in ordered], axis=0)
-    for epoch in range(1, epochs):
-        expected = spearmanr(aum[epoch - 1], aum[epoch]).statistic
-        assert figures["history"][epoch]["rank_correlation"] == pytest.approx(expected, abs=1e-4)
-        assert (expected > 0.98) == (epoch == epochs - 1)
-    before = contents(tmp_path, "dynamics")
-    assert run(tmp_path, *overrides)["epochs"] == epochs
-    assert contents(tmp_path, "dynamics") == before
 
 
 def test_a_run_that_was_begun_keeps_its_way_of_reading(ray_cluster, tmp_path, monkeypatch):

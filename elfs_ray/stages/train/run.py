@@ -16,7 +16,7 @@ from typing import Any
 from elfs_ray.config import LINEAR, Config, proxy_workers, worker_range
 from elfs_ray.runtime.cluster import num_cpus, num_gpus, remote_progress, resolve_device
 from elfs_ray.runtime.progress import Progress
-from elfs_ray.stages.train.worker import RANKING, WorkerJob, train_worker
+from elfs_ray.stages.train.worker import WorkerJob, train_worker
 from elfs_ray.stages.training.checkpoints import CHECKPOINTS_DIR
 from elfs_ray.stages.training.epoch_log import read_metrics
 from elfs_ray.stages.training.reader import choose_reading, load_embeddings
@@ -65,7 +65,7 @@ def run_train(config: Config, run_dir: RunDir) -> dict[str, Any]:
             *(config.train.max_failures, config.train.memory_gib),
         )
         run_workers(group, train_worker, job)
-    history = _finished_history(config, run_dir)
+    history = [read_metrics(run_dir, "train", epoch) for epoch in range(config.train.epochs)]
     _check_records(run_dir, num_samples, len(history))
     return {
         "rows": num_samples,
@@ -86,20 +86,6 @@ def _choose_reading(config: Config, run_dir: RunDir, num_samples: int) -> str:
         config.embed.proxy_image_size,
         needs_whole_images=train.augmentation == "resized_crop_flip",
     )
-
-
-def _finished_history(config: Config, run_dir: RunDir) -> list[dict[str, float]]:
-    """The metrics of each epoch, up to the one that settled the ranking where training stopped at that.
-
-    What a group that was ended had of epochs after it is removed.
-    """
-    threshold = config.train.early_stop_dynamics or 1.0
-    history: list[dict[str, float]] = []
-    while len(history) < config.train.epochs and (not history or history[-1].get(RANKING, 0.0) <= threshold):
-        history.append(read_metrics(run_dir, "train", len(history)))
-    for epoch in range(len(history), config.train.epochs):
-        filesystem.delete(run_dir.path(schema.DYNAMICS, schema.epoch_dir(epoch)))
-    return history
 
 
 def _check_records(run_dir: RunDir, num_samples: int, num_epochs: int) -> None:

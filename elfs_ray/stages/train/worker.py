@@ -22,7 +22,7 @@ from torch import distributed, nn
 from elfs_ray.config import LINEAR, TrainConfig, scaled_lr
 from elfs_ray.methods.numeric.hashing import hash_uint64
 from elfs_ray.methods.numeric.precision import resolve_precision
-from elfs_ray.methods.training.dynamics import BatchPlan, DynamicsRecorder, RankingMonitor
+from elfs_ray.methods.training.dynamics import BatchPlan, DynamicsRecorder
 from elfs_ray.methods.training.networks import build_linear_model, build_proxy_model
 from elfs_ray.methods.training.sgd import (
     LossMonitor,
@@ -41,7 +41,6 @@ from elfs_ray.stages.training.streamed_reader import make_reader
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
-RANKING = "rank_correlation"
 _EVENTS_EVERY = 16
 _INIT_STREAM = 0x696E6974
 
@@ -166,7 +165,6 @@ class Worker:
             nesterov=self.config.nesterov,
         )
         self.scaler = make_grad_scaler(self.precision, self.device)
-        self.ranking = RankingMonitor(num_samples) if self.config.early_stop_dynamics is not None else None
         self.log = EpochLog("train", job.run_dir, job.board, num_samples, self.rank, self.world_size, self.device)
         self.first_epoch = self._load_checkpoint()
         self.network = data_parallel(self.model) if self.world_size > 1 else self.model
@@ -196,15 +194,14 @@ class Worker:
             records = recorder.finish()
             metrics = self._metrics(epoch, records, monitor.finish(), lr, clock)
             self._write_records(epoch, records)
-            settled = metrics.get(RANKING, 0.0) > (self.config.early_stop_dynamics or 1.0)
-            is_last = settled or epoch == self.config.epochs - 1
             self.log.end_epoch(
-                *(epoch, metrics, _note(metrics, self.config.epochs, settled), self._state),
+                epoch,
+                metrics,
+                _note(metrics, self.config.epochs),
+                self._state,
                 num_epochs=self.config.epochs,
-                is_last=is_last,
+                is_last=epoch == self.config.epochs - 1,
             )
-            if settled:
-                break
 
     def train_epoch(self, epoch: int, recorder: DynamicsRecorder, monitor: LossMonitor, clock: StepClock) -> float:
         """One pass over the pool. Returns the last learning rate."""
@@ -249,7 +246,7 @@ class Worker:
         margins = records[schema.TARGET_PROB] - records[schema.MAX_OTHER_PROB]
         own = [float((margins > 0).sum()), loss, times["data_wait_share"], times["recorder_share"]]
         num_right, loss_sum, waiting, recording = self._sum_over_workers(np.array(own)).tolist()
-        metrics = {
+        return {
             "epoch": epoch,
             "loss": loss_sum / self.world_size,
             "accuracy": num_right / self.plan.num_samples,
@@ -260,12 +257,6 @@ class Worker:
             "recorder_share": recording / self.world_size,
             "workers": self.world_size,
         }
-        if self.ranking is not None:
-            of_all = np.zeros(self.plan.num_samples, np.float32)
-            of_all[np.searchsorted(self.sample_ids, records[schema.SAMPLE_ID])] = margins
-            # Each sample has one worker's value and the others' zeros: a sum that no order of workers rounds.
-            metrics[RANKING] = self.ranking.add(self._sum_over_workers(of_all))
-        return metrics
 
     def _sum_over_workers(self, values: np.ndarray) -> np.ndarray:
         if self.world_size == 1:
@@ -295,7 +286,6 @@ class Worker:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "aum": torch.from_numpy(self.ranking.aum) if self.ranking is not None else None,
         }
 
     def _load_checkpoint(self) -> int:
@@ -306,14 +296,11 @@ class Worker:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        if self.ranking is not None:
-            self.ranking.restore(state["aum"].numpy())
         return int(state["next_epoch"])
 
 
-def _note(metrics: dict[str, float], num_epochs: int, settled: bool) -> str:
+def _note(metrics: dict[str, float], num_epochs: int) -> str:
     return (
         f"epoch {metrics['epoch'] + 1}/{num_epochs}, loss {metrics['loss']:.3f}, accuracy {metrics['accuracy']:.1%}, "
         f"{metrics['images_per_s']:,.0f} images/s, {metrics['data_wait_share']:.0%} waiting for data"
-        + (", ranking settled" if settled else "")
     )
