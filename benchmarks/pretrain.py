@@ -101,18 +101,21 @@ def _take_turns(jobs: dict[str, PretrainJob], rounds: int) -> dict[str, float]:
     workers = {name: PretrainWorker(job) for name, job in jobs.items()}
     worker = workers["ours"]
     torch.set_num_threads(worker.job.num_decoders)
-    contestants: dict[str, Callable[[int], Any]] = {name: own.train_epoch for name, own in workers.items()}
+    contestants: dict[str, Callable[[int], Any]] = {name: each.train_epoch for name, each in workers.items()}
     contestants["bare"] = _BareLoop(worker).train_epoch
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(rounds + 1):
         for name, train_epoch in contestants.items():
             start_s = time.perf_counter()
             train_epoch(turn)
-            wait(worker.device)
+            wait(worker.member.device)
             if turn > 0:  # the first warms up
                 seconds[name].append(time.perf_counter() - start_s)
     results = {name: worker.plan.num_samples / statistics.median(times) for name, times in seconds.items()}
-    return results | {"flop": _flop_an_image(worker), "ceiling": ceiling(worker.device, worker.trainer.precision)}
+    return results | {
+        "flop": _flop_an_image(worker),
+        "ceiling": ceiling(worker.member.device, worker.trainer.precision),
+    }
 
 
 class _BareLoop:
@@ -120,9 +123,9 @@ class _BareLoop:
 
     def __init__(self, worker: PretrainWorker) -> None:
         pool, decoded = ray.get(worker.job.data)
-        self._images = torch.from_numpy(decoded.copy()).to(worker.device)
+        self._images = torch.from_numpy(decoded.copy()).to(worker.member.device)
         self._sample_ids, self._settings = pool.sample_ids, worker.settings
-        self._device, self._batch = worker.device, worker.plan.global_batch
+        self._device, self._batch = worker.member.device, worker.plan.global_batch
         self._bf16 = worker.trainer.precision == "bf16"
         backbone, dim = build_backbone(worker.settings.network)
         hidden = worker.settings.hidden_dim
@@ -132,7 +135,7 @@ class _BareLoop:
             nn.BatchNorm1d(hidden),
             nn.ReLU(inplace=True),
             nn.Linear(hidden, worker.settings.projection_dim),
-        ).to(device=worker.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        ).to(device=worker.member.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._optimizer = torch.optim.SGD(
             self._model.parameters(), 0.01, 0.9, weight_decay=5e-4, nesterov=True, fused=True
         )

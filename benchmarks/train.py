@@ -28,13 +28,11 @@ from training import begin, ceiling, measure_in_worker, smooth_png, wait
 
 from elfs_ray.config import Config, load_config
 from elfs_ray.methods.training import augmentation
-from elfs_ray.methods.training.dynamics import DynamicsRecorder
 from elfs_ray.methods.training.networks import build_proxy_model
-from elfs_ray.methods.training.sgd import LossMonitor
 from elfs_ray.runtime.cluster import num_cpus, num_gpus, remote_progress
 from elfs_ray.runtime.progress import Progress
 from elfs_ray.stages.train.run import run_train
-from elfs_ray.stages.train.worker import StepClock, Worker, WorkerJob
+from elfs_ray.stages.train.worker import ProxyTrainingJob, ProxyTrainingWorker
 from elfs_ray.stages.training.reader import load_images, read_pool
 from elfs_ray.stages.training.streamed_reader import scan_chunks
 from elfs_ray.storage import filesystem, schema
@@ -68,7 +66,7 @@ def _measure_worker(run_dir: RunDir, rounds: int, on_gpu: bool, compiles: bool) 
         Progress("turns", (rounds + 1) * len(pool.sample_ids), "images") as progress,
         remote_progress(progress) as board,
     ):
-        job = WorkerJob(
+        job = ProxyTrainingJob(
             config=config.train,
             seed=0,
             num_classes=NUM_CLASSES,
@@ -125,7 +123,16 @@ def _measure_memory() -> None:
             config = _config(run_dir, False, "train.network=small_cnn", "train.batch_size=1024", "train.device=cpu")
             with Progress("memory", num_samples, "images") as progress, remote_progress(progress) as board:
                 data = [ray.put(pool), ray.put(chunks)]
-                job = WorkerJob(config.train, 0, NUM_CLASSES, SMALL_SIZE, run_dir, data, board, num_decoders=1)
+                job = ProxyTrainingJob(
+                    config=config.train,
+                    seed=0,
+                    num_classes=NUM_CLASSES,
+                    proxy_size=SMALL_SIZE,
+                    run_dir=run_dir,
+                    data=data,
+                    board=board,
+                    num_decoders=1,
+                )
                 peaks[num_samples] = measure_in_worker(_peak_of_an_epoch, run_dir, gpus=0, job=job)
     (fewer, low), (more, high) = peaks.items()
     emit(f"streaming worker's peak, {more:,} samples", high / 2**20, "MiB", f"of {fewer:,} samples", low / 2**20)
@@ -133,9 +140,9 @@ def _measure_memory() -> None:
     emit("streaming worker", (high - low) / (more - fewer), "bytes a sample", reference, size, less_is_better=True)
 
 
-def _peak_of_an_epoch(job: WorkerJob) -> int:
+def _peak_of_an_epoch(job: ProxyTrainingJob) -> int:
     """Runs in the training worker: the largest resident memory of its process."""
-    _train_epoch(Worker(job), 0)
+    ProxyTrainingWorker(job).train_epoch(0)
     return peak_bytes()
 
 
@@ -146,22 +153,22 @@ def _write_small_pool(run_dir: RunDir, num_samples: int) -> None:
     _write_tables(run_dir, num_samples, lambda ids: [files[i % 1000] for i in ids.tolist()], rows_per_chunk=4096)
 
 
-def _take_turns(jobs: dict[str, WorkerJob], rounds: int) -> dict[str, float]:
+def _take_turns(jobs: dict[str, ProxyTrainingJob], rounds: int) -> dict[str, float]:
     """Runs in the training worker: epochs of each contestant in turn, and what a matrix product reaches."""
-    workers = {name: Worker(job) for name, job in jobs.items()}
+    workers = {name: ProxyTrainingWorker(job) for name, job in jobs.items()}
     in_memory = workers["in_memory"]
     torch.set_num_threads(in_memory.job.num_decoders)
     shares: dict[str, list[float]] = {name: [] for name in workers}
     contestants: dict[str, Callable[[int], object]] = {
         name: partial(_train_and_share, worker, shares[name]) for name, worker in workers.items()
     }
-    gpus = 0.5 if in_memory.device.type == "cuda" else 0
+    gpus = 0.5 if in_memory.member.device.type == "cuda" else 0
     plain_memory = {"env_vars": {"GLIBC_TUNABLES": ""}}
     process: Any = ray.remote(num_cpus=0, num_gpus=gpus, runtime_env=plain_memory)(_BareLoop)
     apart = process.remote(in_memory.job)
     contestants["bare"] = lambda epoch: ray.get(apart.train_epoch.remote(epoch))
     contestants["bare_here"] = _BareLoop(in_memory.job).train_epoch
-    if in_memory.device.type == "cuda":
+    if in_memory.member.device.type == "cuda":
         contestants["data_loader"] = _data_loader_loop(in_memory.job)
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(rounds + 1):
@@ -170,32 +177,26 @@ def _take_turns(jobs: dict[str, WorkerJob], rounds: int) -> dict[str, float]:
             train_epoch(turn)
             if turn > 0:  # the first warms up
                 seconds[name].append(time.perf_counter() - start_s)
-    num_samples = len(in_memory.sample_ids)
+    num_samples = in_memory.plan.num_samples
     results = {name: num_samples / statistics.median(times) for name, times in seconds.items()}
     results["recorder"] = statistics.median(shares["in_memory"][1:])
-    results["flop"], results["ceiling"] = _flop_an_image(in_memory), ceiling(in_memory.device, in_memory.precision)
+    results["flop"], results["ceiling"] = (
+        _flop_an_image(in_memory),
+        ceiling(in_memory.member.device, in_memory.precision),
+    )
     return results
 
 
-def _train_and_share(worker: Worker, shares: list[float], epoch: int) -> None:
-    """An epoch of the stage; the recorder's share of it is added to `shares`."""
-    shares.append(_train_epoch(worker, epoch))
-
-
-def _train_epoch(worker: Worker, epoch: int) -> float:
-    """The stage's own epoch, up to its records on the host; the recorder's share of it."""
-    recorder, monitor = DynamicsRecorder(worker.plan.num_rows, worker.device), LossMonitor()
-    clock = StepClock(worker.device)
-    worker.train_epoch(epoch, recorder, monitor, clock)
-    recorder.finish()
-    monitor.finish()
-    return clock.take()["recorder_share"]
+def _train_and_share(worker: ProxyTrainingWorker, shares: list[float], epoch: int) -> None:
+    """Train an epoch, up to its records on the host; add the recorder's share of the time to `shares`."""
+    metrics, _ = worker.train_epoch(epoch)
+    shares.append(metrics["recorder_share"])
 
 
 class _BareLoop:
     """A loop over images in memory."""
 
-    def __init__(self, job: WorkerJob):
+    def __init__(self, job: ProxyTrainingJob):
         torch.set_num_threads(job.num_decoders)
         pool, decoded = ray.get(job.data)
         self._step = _BareStep(job)
@@ -213,7 +214,7 @@ class _BareLoop:
         wait(flat.device)
 
 
-def _data_loader_loop(job: WorkerJob) -> Callable[[int], None]:
+def _data_loader_loop(job: ProxyTrainingJob) -> Callable[[int], None]:
     """A loop over a DataLoader that augments in 8 processes."""
     pool, decoded = ray.get(job.data)
     loader = DataLoader(
@@ -254,7 +255,7 @@ class _Images(Dataset):
 class _BareStep:
     """Forward, backward, SGD on a (b, s, s, 3) uint8 batch."""
 
-    def __init__(self, job: WorkerJob):
+    def __init__(self, job: ProxyTrainingJob):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._config = job.config
         model = build_proxy_model(job.config.network, NUM_CLASSES)
@@ -272,7 +273,7 @@ class _BareStep:
         self._optimizer.zero_grad(set_to_none=True)
 
 
-def _flop_an_image(worker: Worker) -> float:
+def _flop_an_image(worker: ProxyTrainingWorker) -> float:
     """Floating-point operations of a training step, an image."""
     model = build_proxy_model(worker.config.network, NUM_CLASSES)
     with FlopCounterMode(display=False) as counter:

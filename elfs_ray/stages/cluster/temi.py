@@ -16,9 +16,7 @@ from typing import Any
 
 import numpy as np
 import ray
-import ray.train
 import torch
-from torch import distributed
 
 from elfs_ray.config import Config, TemiConfig, check_temi_workers
 from elfs_ray.methods.clustering_metrics import head_agreement
@@ -31,6 +29,7 @@ from elfs_ray.runtime.cluster import num_cpus, num_gpus, remote_progress, resolv
 from elfs_ray.runtime.progress import Progress
 from elfs_ray.stages.cluster.shards import write_label_file
 from elfs_ray.stages.training.checkpoints import CheckpointReporter, load_checkpoint
+from elfs_ray.stages.training.group_member import GroupMember
 from elfs_ray.stages.training.worker_group import WorkerGroup, run_workers
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
@@ -45,7 +44,7 @@ _PCA_STREAM = 0x706361
 
 @dataclass(frozen=True)
 class _Job:
-    """What every worker is given. `data` refers to (sample_ids, embeddings (n, d), neighbours as positions (n, k))."""
+    """What every worker needs. `data` refers to (sample_ids, embeddings (n, d), neighbours as positions (n, k))."""
 
     settings: TemiSettings
     precision: str
@@ -56,7 +55,7 @@ class _Job:
 
 
 def temi_settings(config: TemiConfig, num_clusters: int, num_samples: int, num_workers: int) -> TemiSettings:
-    """The hyperparameters: what the config gives, else the profile's, else the paper's.
+    """Return the hyperparameters: the config's, else the profile's, else the paper's.
 
     A pool smaller than a batch is one batch, as far as the workers can share it evenly. Raises ConfigError for a batch
     that they cannot.
@@ -86,9 +85,13 @@ def run_temi(config: Config, run_dir: RunDir, num_clusters: int, num_samples: in
     with Progress("cluster", total, "TEMI steps") as progress, remote_progress(progress) as board:
         job = _Job(settings, temi.precision, config.seed, run_dir, [data], board)
         cpus = 1 if device == "cuda" else max(1, num_cpus() // num_workers)
-        workers = (num_workers, num_workers)
         group = WorkerGroup(
-            run_dir.path("cluster"), CHECKPOINTS_DIR, workers, cpus, device == "cuda", temi.max_failures
+            folder=run_dir.path("cluster"),
+            name=CHECKPOINTS_DIR,
+            num_workers=(num_workers, num_workers),
+            cpus_per_worker=cpus,
+            use_gpu=device == "cuda",
+            max_failures=temi.max_failures,
         )
         run_workers(group, _train_heads, job)
     figures = json.loads(filesystem.read_bytes(run_dir.path("cluster", CHECKPOINTS_DIR, RESULT_FILE)))
@@ -128,26 +131,25 @@ def _join(
 
 
 def _train_heads(job: _Job) -> None:
-    """One worker of the group: the epochs that are left, and the result."""
-    device = ray.train.torch.get_device()
+    """Train the epochs that are left, as one worker of the group; rank 0 writes the result."""
+    member = GroupMember.current()
     sample_ids, embeddings, neighbors = ray.get(job.data[0])
     num_steps = steps_per_epoch(len(embeddings), job.settings)
-    world_size = ray.train.get_context().get_world_size()
     trainer = TemiTrainer(
         job.settings,
         embeddings.shape[1],
         num_steps,
         job.seed,
-        device=device,
-        autocast_dtype=AUTOCAST_DTYPES[resolve_precision(job.precision, device)],
-        process_group=distributed.group.WORLD if world_size > 1 else None,
+        device=member.device,
+        autocast_dtype=AUTOCAST_DTYPES[resolve_precision(job.precision, member.device)],
+        process_group=member.process_group,
     )
-    rows = torch.from_numpy(embeddings.copy()).to(device) if device.type == "cuda" else embeddings
+    rows = torch.from_numpy(embeddings.copy()).to(member.device) if member.device.type == "cuda" else embeddings
     first_epoch, losses = _load_checkpoint(job, trainer)
-    checkpoints = CheckpointReporter(trainer.rank, world_size, device)
+    checkpoints = CheckpointReporter(member)
     for epoch in range(first_epoch, job.settings.num_epochs):
         losses.append(train_epoch(trainer, rows, neighbors, job.seed, epoch).tolist())
-        if trainer.rank == 0:
+        if member.rank == 0:
             note = f"epoch {epoch + 1}/{job.settings.num_epochs}, lowest head loss {min(losses[-1]):.4f}"
             job.board.write.remote((epoch + 1) * num_steps, note)
         checkpoints.end_epoch(
@@ -155,12 +157,12 @@ def _train_heads(job: _Job) -> None:
             lambda: {"trainer": trainer.state_dict(), "losses": losses},
             is_last=epoch == job.settings.num_epochs - 1,
         )
-    if trainer.rank == 0:
+    if member.rank == 0:
         _write_result(job, trainer, sample_ids, embeddings, losses)
 
 
 def _load_checkpoint(job: _Job, trainer: TemiTrainer) -> tuple[int, list[list[float]]]:
-    """Restore the last reported state, if there is one; the epoch to go on with and the losses before it."""
+    """Restore the last reported state, if there is one; return the next epoch and the losses of those before."""
     state = load_checkpoint(job.run_dir.path("cluster", CHECKPOINTS_DIR))
     if state is None:
         return 0, []
@@ -171,7 +173,7 @@ def _load_checkpoint(job: _Job, trainer: TemiTrainer) -> tuple[int, list[list[fl
 def _write_result(
     job: _Job, trainer: TemiTrainer, sample_ids: np.ndarray, embeddings: np.ndarray, losses: list[list[float]]
 ) -> None:
-    """Label every sample with the best head's teacher, file by file, and say how far the heads agree."""
+    """Label every sample with the best head's teacher, file by file, and write how far the heads agree."""
     head = pick_head(np.array(losses[-1]))
     assign = partial(_assign, trainer, embeddings)
     labels = assign(np.arange(len(embeddings)), head)
@@ -193,7 +195,7 @@ def _write_result(
 
 
 def _assign(trainer: TemiTrainer, embeddings: np.ndarray, rows: np.ndarray, head: int | None) -> np.ndarray:
-    """Labels of some rows by one head (n,), or by all (H, n)."""
+    """Return the labels of some rows by one head (n,), or by all (H, n)."""
     starts = range(0, len(rows), ASSIGN_ROWS)
     parts = [trainer.assign(torch.from_numpy(embeddings[rows[s : s + ASSIGN_ROWS]]), head).cpu() for s in starts]
     return torch.cat(parts, dim=-1).numpy()

@@ -63,8 +63,13 @@ def run_pretrain(config: Config, run_dir: RunDir) -> dict[str, Any]:
             num_decoders=cpus,
         )
         group = WorkerGroup(
-            *(run_dir.path("pretrain"), CHECKPOINTS_DIR, (num_workers, num_workers), cpus, device == "cuda"),
-            *(pretrain.max_failures, pretrain.memory_gib),
+            folder=run_dir.path("pretrain"),
+            name=CHECKPOINTS_DIR,
+            num_workers=(num_workers, num_workers),
+            cpus_per_worker=cpus,
+            use_gpu=device == "cuda",
+            max_failures=pretrain.max_failures,
+            memory_gib=pretrain.memory_gib,
         )
         run_workers(group, pretrain_worker, job)
     encoder = run_dir.path("pretrain", schema.ENCODER_FILE)

@@ -1,18 +1,14 @@
-"""What a pretraining worker does: the epochs and their metrics, checkpoints on the way, the encoder at the end."""
+"""Pretraining in one worker: the epochs and their metrics, the content of checkpoints, the encoder at the end."""
 
 import dataclasses
 import hashlib
 import json
-import time
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import ray
-import ray.train
-import ray.train.torch
 import torch
-from torch import distributed
 
 from elfs_ray.methods.encoders.weights import TrainedEncoder
 from elfs_ray.methods.numeric.precision import resolve_precision
@@ -21,9 +17,10 @@ from elfs_ray.methods.simclr.training import MEAN, STD, SimclrSettings, SimclrTr
 from elfs_ray.methods.simclr.views import NUM_VIEWS, ViewSettings, change_colors, two_crops
 from elfs_ray.methods.training.dynamics import BatchPlan
 from elfs_ray.methods.training.sgd import LossMonitor
-from elfs_ray.stages.training.checkpoints import CHECKPOINTS_DIR, load_checkpoint
 from elfs_ray.stages.training.epoch_log import EpochLog
+from elfs_ray.stages.training.group_member import GroupMember
 from elfs_ray.stages.training.reader import Batch
+from elfs_ray.stages.training.step_clock import StepClock
 from elfs_ray.stages.training.streamed_reader import make_reader
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import TABLES, RunDir
@@ -33,7 +30,7 @@ MEASURED_STEPS = 16  # the last of an epoch, whose embeddings tell of a collapse
 
 @dataclass(frozen=True)
 class PretrainJob:
-    """What every worker is given; `data` is what `load_data` left in the object store."""
+    """What every worker of pretraining needs; `data` is what `load_data` put into the object store."""
 
     settings: SimclrSettings
     precision: str
@@ -73,29 +70,26 @@ class TwoViews:
 
 
 def pretrain_worker(job: PretrainJob) -> None:
-    """One worker of the group: every epoch that is left."""
+    """Train every epoch that is left, as one worker of the group."""
     PretrainWorker(job).train()
 
 
 class PretrainWorker:
-    """One worker's pretraining: its reader and trainer, and the epoch to go on with. Made within Ray Train."""
+    """One worker's reader and trainer. Made within Ray Train."""
 
     def __init__(self, job: PretrainJob):
-        self.job, self.settings = job, job.settings
-        context = ray.train.get_context()
-        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        self.device = ray.train.torch.get_device()
-        self.group = distributed.group.WORLD if self.world_size > 1 else None
+        self.job, self.settings, self.member = job, job.settings, GroupMember.current()
+        member = self.member
         pool, images = ray.get(job.data)
         num_samples = len(pool.sample_ids)
         batch_size = even_batch(num_samples, self.settings.batch_size)
-        self.plan = BatchPlan(num_samples, batch_size, self.rank, self.world_size)
+        self.plan = BatchPlan(num_samples, batch_size, member.rank, member.world_size)
         self.reader = make_reader(
             pool,
             images,
             TwoViews(self.settings.views, job.seed, job.image_size),
             self.plan,
-            self.device,
+            member.device,
             proxy_size=job.proxy_size,
             num_decoders=job.num_decoders,
         )
@@ -103,79 +97,57 @@ class PretrainWorker:
             dataclasses.replace(self.settings, batch_size=batch_size),
             self.plan.num_steps,
             job.seed,
-            device=self.device,
-            precision=resolve_precision(job.precision, self.device),
-            group=self.group,
+            device=member.device,
+            precision=resolve_precision(job.precision, member.device),
+            group=member.process_group,
             compiles=job.compile,
         )
-        self.losses, self.collapse = LossMonitor(), CollapseMonitor(self.trainer.dim, self.device)
-        self.log = EpochLog("pretrain", job.run_dir, job.board, num_samples, self.rank, self.world_size, self.device)
-        self.first_epoch = self._load_checkpoint()
+        self.losses, self.collapse = LossMonitor(), CollapseMonitor(self.trainer.dim, member.device)
+        self.log = EpochLog(
+            "pretrain", job.run_dir, job.board, member, num_samples=num_samples, num_epochs=self.settings.epochs
+        )
 
     def train(self) -> None:
-        """Every epoch that is left; then rank 0 writes the encoder."""
-        for epoch in range(self.first_epoch, self.settings.epochs):
+        """Train every epoch that is left; then rank 0 writes the encoder."""
+        for epoch in self.log.epochs_left(self.trainer.load_state_dict):
             metrics = self.train_epoch(epoch)
-            self.log.end_epoch(
-                *(epoch, metrics, _note(metrics, self.settings.epochs), self._state),
-                num_epochs=self.settings.epochs,
-                is_last=epoch == self.settings.epochs - 1,
-            )
-        if self.rank == 0:
+            note = f"spread {metrics['spread']:.3f}, effective rank {metrics['effective_rank']:.1f}"
+            self.log.end_epoch(metrics, note, self.trainer.state_dict)
+        if self.member.rank == 0:
             filesystem.write_bytes(self.job.run_dir.path("pretrain", schema.ENCODER_FILE), self._encoder().to_bytes())
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
-        """One pass over the pool; its metrics. Raises CollapseError, on every worker."""
-        start_s, waiting_s = time.perf_counter(), 0.0
+        """Pass over the pool once; return the metrics, over all workers. Raises CollapseError on all of them."""
+        clock, world_size = StepClock(self.member.device), self.member.world_size
         steps = self.reader.steps(epoch)
         for index in range(self.plan.num_steps):
-            asked_s = time.perf_counter()
-            num_real, (batch,) = next(steps)
-            waiting_s += time.perf_counter() - asked_s
+            num_real, (batch,) = clock.next_step(steps)
             features, loss, lr = self.trainer.step(
-                real_views(batch), shares_of(num_real, self.world_size), epoch=epoch, step=index
+                real_views(batch), shares_of(num_real, world_size), epoch=epoch, step=index
             )
             self.losses.add(loss, num_real=num_real, epoch=epoch, step=index, lr=lr)
             if index >= self.plan.num_steps - MEASURED_STEPS:
                 self.collapse.add(features)
             self.log.end_step(epoch, (index + 1) * self.plan.global_batch)
         mean_loss = self.losses.finish()  # before measures of embeddings that a NaN could have reached
-        measures = self.collapse.finish(self.group)
+        measures = self.collapse.finish(self.member.process_group)
         check_collapse(measures, epoch)
-        loss_mean, waiting = self._mean_over_workers(mean_loss, waiting_s)
-        seconds = time.perf_counter() - start_s
+        times = clock.finish()
+        loss_sum, waiting = self.member.sum_over_workers(mean_loss, times["data_wait_share"])
         return {
             "epoch": epoch,
-            "loss": loss_mean,
+            "loss": loss_sum / world_size,
             "spread": measures.spread,
             "effective_rank": measures.effective_rank,
             "lr": lr,
-            "seconds": seconds,
-            "images_per_s": self.plan.num_samples / seconds,
-            "data_wait_share": waiting / seconds,
-            "workers": self.world_size,
+            "seconds": times["seconds"],
+            "images_per_s": self.plan.num_samples / times["seconds"],
+            "data_wait_share": waiting / world_size,
+            "workers": world_size,
         }
 
-    def _mean_over_workers(self, *values: float) -> list[float]:
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        if self.group is not None:
-            distributed.all_reduce(tensor)
-        return (tensor / self.world_size).tolist()
-
-    def _state(self, next_epoch: int) -> dict[str, Any]:
-        """A checkpoint to go on from."""
-        return {"next_epoch": next_epoch, **self.trainer.state_dict()}
-
-    def _load_checkpoint(self) -> int:
-        """Restore the last reported state, if there is one; the epoch to go on with."""
-        state = load_checkpoint(self.job.run_dir.path("pretrain", CHECKPOINTS_DIR))
-        if state is None:
-            return 0
-        self.trainer.load_state_dict(state)
-        return int(state["next_epoch"])
-
     def _encoder(self) -> TrainedEncoder:
-        """The backbone, with what made it."""
+        """Return the backbone, with the settings that made it."""
         weights = self.trainer.model.backbone.state_dict()
         return TrainedEncoder(
             network=self.settings.network,
@@ -186,8 +158,8 @@ class PretrainWorker:
                 "seed": self.job.seed,
                 "precision": self.trainer.precision,
                 "compile": self.job.compile,
-                "workers": self.world_size,
-                "device": self.device.type,
+                "workers": self.member.world_size,
+                "device": self.member.device.type,
                 "torch": str(torch.__version__),
                 **dataclasses.asdict(self.settings),
             },
@@ -197,22 +169,14 @@ class PretrainWorker:
 
 
 def pool_hash(run_dir: RunDir) -> str:
-    """A hash (16 hex digits) of how the pool was listed and copied, and of how many files and bytes that gave."""
+    """Hash how the pool was listed and copied, and how many files and bytes that gave: 16 hex digits."""
     found = {stage: [run_dir.identity(stage), run_dir.figures(stage).get(TABLES)] for stage in ("index", "copy")}
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def real_views(batch: Batch) -> torch.Tensor:
-    """The views of a batch without those rows that only fill it: they are no image's negatives, nor in statistics."""
+    """Return a batch's views without the rows that only fill it: they may be nobody's negatives, nor in statistics."""
     if batch.mask.all():
         return batch.inputs
     real = torch.from_numpy(np.flatnonzero(np.tile(batch.mask, NUM_VIEWS))).to(batch.inputs.device)
     return batch.inputs.index_select(0, real).contiguous(memory_format=torch.channels_last)
-
-
-def _note(metrics: dict[str, float], num_epochs: int) -> str:
-    return (
-        f"epoch {metrics['epoch'] + 1}/{num_epochs}, loss {metrics['loss']:.3f}, spread {metrics['spread']:.3f}, "
-        f"effective rank {metrics['effective_rank']:.1f}, {metrics['images_per_s']:,.0f} images/s, "
-        f"{metrics['data_wait_share']:.0%} waiting for data"
-    )

@@ -16,7 +16,7 @@ from typing import Any
 from elfs_ray.config import LINEAR, Config, proxy_workers, worker_range
 from elfs_ray.runtime.cluster import num_cpus, num_gpus, remote_progress, resolve_device
 from elfs_ray.runtime.progress import Progress
-from elfs_ray.stages.train.worker import WorkerJob, train_worker
+from elfs_ray.stages.train.worker import ProxyTrainingJob, train_proxy
 from elfs_ray.stages.training.checkpoints import CHECKPOINTS_DIR
 from elfs_ray.stages.training.epoch_log import read_metrics
 from elfs_ray.stages.training.reader import choose_reading, load_embeddings
@@ -50,7 +50,7 @@ def run_train(config: Config, run_dir: RunDir) -> dict[str, Any]:
 
     total = num_samples * config.train.epochs
     with Progress("train", total, "images") as progress, remote_progress(progress) as board:
-        job = WorkerJob(
+        job = ProxyTrainingJob(
             config=config.train,
             seed=config.seed,
             num_classes=int(run_dir.figures("cluster")["num_clusters"]),
@@ -61,10 +61,15 @@ def run_train(config: Config, run_dir: RunDir) -> dict[str, Any]:
             num_decoders=cpus,
         )
         group = WorkerGroup(
-            *(run_dir.path("train"), CHECKPOINTS_DIR, limits, cpus, device == "cuda"),
-            *(config.train.max_failures, config.train.memory_gib),
+            folder=run_dir.path("train"),
+            name=CHECKPOINTS_DIR,
+            num_workers=limits,
+            cpus_per_worker=cpus,
+            use_gpu=device == "cuda",
+            max_failures=config.train.max_failures,
+            memory_gib=config.train.memory_gib,
         )
-        run_workers(group, train_worker, job)
+        run_workers(group, train_proxy, job)
     history = [read_metrics(run_dir, "train", epoch) for epoch in range(config.train.epochs)]
     _check_records(run_dir, num_samples, len(history))
     return {

@@ -16,6 +16,7 @@ import ray.train
 import torch
 from torch import distributed
 
+from elfs_ray.stages.training.group_member import GroupMember
 from elfs_ray.storage import filesystem
 
 CHECKPOINTS_DIR = "checkpoints"
@@ -29,22 +30,23 @@ class CheckpointReporter:
 
     A report writes the checkpoint, and soon after another waits until Ray Train has looked. Most epochs take far longer
     and are all reported; those of a small pool, or on a GPU, may not. What was not reported is done again after a loss:
-    an epoch, or what began in the last minute. `device` is that of the group's exchanges.
+    an epoch, or what began in the last minute.
     """
 
-    def __init__(self, rank: int, world_size: int, device: torch.device) -> None:
-        self._rank, self._world_size, self._device = rank, world_size, device
+    def __init__(self, member: GroupMember) -> None:
+        self._member = member
         self._cost_s, self._ended_s = 0.0, time.monotonic()
 
     def end_epoch(self, metrics: dict[str, Any], make_state: Callable[[], dict[str, Any]], *, is_last: bool) -> None:
-        """Report the epoch that has ended, where it is due or the last; for all workers to call together.
+        """Report the epoch that has ended, where it is due or the last; all workers must call it together.
 
-        `make_state` is called on rank 0, and only for a report: plain data and tensors, which load_checkpoint returns.
+        `make_state` is called on rank 0 alone, and only for a report; it returns plain data and tensors, which
+        load_checkpoint then returns.
         """
         if not (self._is_due() or is_last):
             return
         start_s = time.monotonic()
-        if self._rank == 0:
+        if self._member.rank == 0:
             with tempfile.TemporaryDirectory() as folder:
                 torch.save(make_state(), os.path.join(folder, STATE_FILE))
                 ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
@@ -54,21 +56,21 @@ class CheckpointReporter:
         self._cost_s = self._ended_s - start_s
 
     def _is_due(self) -> bool:
-        """Rank 0's clock decides for all workers."""
+        """Return whether to report; rank 0's clock decides for all workers."""
         trained_s = time.monotonic() - self._ended_s
         due = self._cost_s <= MAX_REPORT_SHARE * (trained_s + self._cost_s) or trained_s >= MAX_UNREPORTED_S
-        if self._world_size == 1:
+        if self._member.world_size == 1:
             return due
-        of_rank_0 = torch.tensor([due], dtype=torch.uint8, device=self._device)
+        of_rank_0 = torch.tensor([due], dtype=torch.uint8, device=self._member.device)
         distributed.broadcast(of_rank_0, src=0)
         return bool(of_rank_0.item())
 
 
 def load_checkpoint(folder: str) -> dict[str, Any] | None:
-    """The state in the last checkpoint that is whole, plain data alone, on the CPU; None where there is none.
+    """Return the state in the last checkpoint that is whole, plain data alone, on the CPU; None where there is none.
 
-    To be called in a worker; all of a group find the same. `folder` has the checkpoints, for those that Ray Train does
-    not know of any more.
+    It must be called in a worker; all workers of a group get the same. `folder` holds the checkpoints, among them those
+    that Ray Train has forgotten.
     """
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
@@ -84,7 +86,7 @@ def load_checkpoint(folder: str) -> dict[str, Any] | None:
 
 
 def _load_plain(read: Callable[[], bytes]) -> dict[str, Any] | None:
-    """Plain data that torch.save wrote; None for half a file, on which torch fails in many ways."""
+    """Load plain data that torch.save wrote; None for half a file, on which torch fails in many ways."""
     data = io.BytesIO(read())
     try:
         return torch.load(data, map_location="cpu", weights_only=True)

@@ -1,4 +1,4 @@
-"""What training and pretraining tell of their epochs: progress, metrics on disk and for Prometheus, checkpoints."""
+"""What training and pretraining report of their epochs: progress, metrics on disk and for Prometheus, checkpoints."""
 
 import json
 import time
@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-import torch
 
 from elfs_ray.runtime.metrics import report_epoch
-from elfs_ray.stages.training.checkpoints import CheckpointReporter
+from elfs_ray.stages.training.checkpoints import CHECKPOINTS_DIR, CheckpointReporter, load_checkpoint
+from elfs_ray.stages.training.group_member import GroupMember
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
@@ -18,57 +18,58 @@ REPORT_INTERVAL_S = 0.5
 
 
 class EpochLog:
-    """Told of steps and epochs by every worker of a stage's group; rank 0 passes on what it is told.
+    """Follows the epochs of a stage; every worker of the group calls it, and rank 0 reports.
 
     `board` is a remote_progress that counts images.
     """
 
     def __init__(
-        self,
-        stage: str,
-        run_dir: RunDir,
-        board: Any,
-        num_samples: int,
-        rank: int,
-        world_size: int,
-        device: torch.device,
+        self, stage: str, run_dir: RunDir, board: Any, member: GroupMember, *, num_samples: int, num_epochs: int
     ):
-        self._stage, self._run_dir, self._board = stage, run_dir, board
-        self._num_samples, self._rank = num_samples, rank
-        self._checkpoints = CheckpointReporter(rank, world_size, device)
+        self._stage, self._run_dir, self._board, self._member = stage, run_dir, board, member
+        self._num_samples, self._num_epochs = num_samples, num_epochs
+        self._checkpoints = CheckpointReporter(member)
         self._shown_s = 0.0
+
+    def epochs_left(self, load_state: Callable[[dict[str, Any]], None]) -> range:
+        """Load the last reported state, if there is one, and return the epochs that are left to train."""
+        state = load_checkpoint(self._run_dir.path(self._stage, CHECKPOINTS_DIR))
+        if state is None:
+            return range(self._num_epochs)
+        load_state(state)
+        return range(state["next_epoch"], self._num_epochs)
 
     def end_step(self, epoch: int, num_seen: int) -> None:
         """Show how far the epoch is, in samples; often enough for a person."""
-        if self._rank == 0 and time.monotonic() - self._shown_s > REPORT_INTERVAL_S:
+        if self._member.rank == 0 and time.monotonic() - self._shown_s > REPORT_INTERVAL_S:
             self._shown_s = time.monotonic()
             self._board.write.remote(epoch * self._num_samples + min(num_seen, self._num_samples), "")
 
-    def end_epoch(
-        self,
-        epoch: int,
-        metrics: dict[str, Any],
-        note: str,
-        make_state: Callable[[int], dict[str, Any]],
-        *,
-        num_epochs: int,
-        is_last: bool,
-    ) -> None:
-        """Keep the metrics, then a checkpoint where it is due (checkpoints.py), then show the note.
+    def end_epoch(self, metrics: dict[str, Any], note: str, make_state: Callable[[], dict[str, Any]]) -> None:
+        """Write the metrics, report a checkpoint where it is due (checkpoints.py), then show the epoch.
 
-        `make_state` makes what is in it, given the epoch to go on with: `num_epochs` after the last.
+        `note` is the part of the shown line that is the stage's own; `make_state` makes the checkpoint's content.
         """
-        next_epoch = num_epochs if is_last else epoch + 1
-        if self._rank == 0:
+        epoch, is_rank_0 = metrics["epoch"], self._member.rank == 0
+        next_epoch = epoch + 1
+        if is_rank_0:
             filesystem.write_bytes(_history_file(self._run_dir, self._stage, epoch), json.dumps(metrics).encode())
             report_epoch(self._stage, metrics)
-        self._checkpoints.end_epoch(metrics, lambda: make_state(next_epoch), is_last=is_last)
-        if self._rank == 0:
-            ray.get(self._board.write.remote(next_epoch * self._num_samples, note))
+        self._checkpoints.end_epoch(
+            metrics,
+            lambda: {"next_epoch": next_epoch, **make_state()},
+            is_last=next_epoch == self._num_epochs,
+        )
+        if is_rank_0:
+            line = (
+                f"epoch {next_epoch}/{self._num_epochs}, loss {metrics['loss']:.3f}, {note}, "
+                f"{metrics['images_per_s']:,.0f} images/s, {metrics['data_wait_share']:.0%} waiting for data"
+            )
+            ray.get(self._board.write.remote(next_epoch * self._num_samples, line))
 
 
 def read_metrics(run_dir: RunDir, stage: str, epoch: int) -> dict[str, Any]:
-    """The metrics of an epoch."""
+    """Read the metrics of an epoch."""
     return json.loads(filesystem.read_bytes(_history_file(run_dir, stage, epoch)))
 
 

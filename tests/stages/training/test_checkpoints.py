@@ -10,6 +10,7 @@ from torch.multiprocessing import spawn
 
 from elfs_ray.stages.training import checkpoints
 from elfs_ray.stages.training.checkpoints import CheckpointReporter
+from elfs_ray.stages.training.group_member import GroupMember
 
 
 class Reports:
@@ -43,7 +44,7 @@ def test_reports_take_3_percent_of_the_time_at_most_and_the_last_epoch_is_always
     make_reports, epoch_s, report_s, reported
 ):
     reports = make_reports(report_s)
-    reporter = CheckpointReporter(0, 1, torch.device("cpu"))
+    reporter = CheckpointReporter(GroupMember(0, 1, torch.device("cpu")))
     for epoch in range(8):
         reports.now_s += epoch_s
         reporter.end_epoch({"epoch": epoch}, lambda: {"next": epoch + 1}, is_last=epoch == 7)  # noqa: B023
@@ -53,7 +54,7 @@ def test_reports_take_3_percent_of_the_time_at_most_and_the_last_epoch_is_always
 
 def test_one_slow_report_leaves_no_more_than_a_minute_without(make_reports):
     reports = make_reports(100.0)
-    reporter = CheckpointReporter(0, 1, torch.device("cpu"))
+    reporter = CheckpointReporter(GroupMember(0, 1, torch.device("cpu")))
     for epoch, passed_s in enumerate([0.0, checkpoints.MAX_UNREPORTED_S - 1, 1.0]):
         reports.now_s += passed_s
         reporter.end_epoch({"epoch": epoch}, dict, is_last=False)
@@ -64,7 +65,7 @@ def _end_epochs(rank: int, folder: str) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     answers = []
     checkpoints.ray.train.report = lambda metrics, checkpoint=None: answers.append((metrics, checkpoint is not None))
-    reporter = CheckpointReporter(rank, 2, torch.device("cpu"))
+    reporter = CheckpointReporter(GroupMember(rank, 2, torch.device("cpu")))
     for epoch, slow_rank in enumerate((0, 1)):
         reporter._cost_s = 1e6 if rank == slow_rank else 0.0
         reporter.end_epoch({"epoch": epoch}, dict, is_last=False)
