@@ -4,7 +4,8 @@
 
 The stage's own worker, in its own Ray Train group, takes turns by epochs with the loop that one writes first: the same
 network, batch, augmentation, optimiser and threads, nothing measured, nothing kept. On a GPU the network is ResNet-18
-in bf16, and once in fp16. Medians over the turns. Full size also has the network compiled, and two workers beside one.
+in bf16, and once in fp16. Medians over the turns. Full size also has the network compiled, and two workers vs. one
+where there are two GPUs.
 """
 
 import dataclasses
@@ -49,8 +50,8 @@ def main() -> None:
         run_dir = RunDir(folder)
         _write_pool(run_dir, num_samples)
         _measure_worker(run_dir, rounds=7, on_gpu=on_gpu, compiles=not quick)
-        if not quick:
-            _measure_workers(run_dir, on_gpu=on_gpu)
+        if not quick and num_gpus() > 1:
+            _measure_workers(run_dir)
 
 
 def _measure_worker(run_dir: RunDir, rounds: int, on_gpu: bool, compiles: bool) -> None:
@@ -83,15 +84,13 @@ def _measure_worker(run_dir: RunDir, rounds: int, on_gpu: bool, compiles: bool) 
     emit("arithmetic", arithmetic, "GFLOP/s", "matrix product", results["ceiling"] / 1e9)
 
 
-def _measure_workers(run_dir: RunDir, on_gpu: bool) -> None:
-    """The stage as it is run, of one worker and of two with a core (or GPU) each."""
-    if on_gpu and num_gpus() < 2:
-        return
+def _measure_workers(run_dir: RunDir) -> None:
+    """Run the stage with one worker and with two, each with a GPU."""
     rates = {}
     for num_workers in (1, 2):
         filesystem.delete(run_dir.path("pretrain"))
         overrides = ("pretrain.epochs=4", f"pretrain.num_workers={num_workers}", "pretrain.cpus_per_worker=1")
-        history = run_pretrain(_config(run_dir, on_gpu, *overrides), run_dir)["history"]
+        history = run_pretrain(_config(run_dir, True, *overrides), run_dir)["history"]
         rates[num_workers] = statistics.median(metrics["images_per_s"] for metrics in history[1:])
     emit("two workers", rates[2], "images/s", "one worker of the same threads", rates[1])
 

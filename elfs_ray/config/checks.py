@@ -46,6 +46,15 @@ def check_temi_workers(batch_size: int, num_workers: int) -> None:
         )
 
 
+def check_pretraining_workers(device: str, num_workers: int) -> None:
+    """Raise ConfigError for several workers of pretraining on CPUs, which could not share batch statistics."""
+    if device == "cpu" and num_workers > 1:
+        raise ConfigError(
+            f"pretrain.num_workers={num_workers} on CPUs: several workers must share the statistics of batch norms, "
+            "which GPUs alone can; give pretrain.num_workers=1, or pretrain on GPUs"
+        )
+
+
 def check_against_pool(config: Config, num_samples: int, num_rejected: int = 0) -> None:
     """What can be checked only once the size of the pool is known. Raises ConfigError.
 

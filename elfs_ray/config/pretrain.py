@@ -74,7 +74,7 @@ class PretrainConfig:
         decides=False,
     )
     num_workers: int | None = option(
-        None, "data-parallel workers; null takes one a GPU, or one CPU worker", bounds=POSITIVE, decides=False
+        None, "data-parallel workers; null takes one a GPU; on CPUs there is one", bounds=POSITIVE, decides=False
     )
     cpus_per_worker: int | None = option(
         None,

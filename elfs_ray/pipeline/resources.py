@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from elfs_ray.config import Config, ConfigError, proxy_workers, worker_range
+from elfs_ray.config import Config, ConfigError, check_pretraining_workers, proxy_workers, worker_range
 from elfs_ray.runtime.cluster import Devices
 from elfs_ray.runtime.progress import count
 
@@ -48,6 +48,7 @@ def requests_of(stage: str, config: Config, devices: Devices) -> list[Request]:
     if stage == "pretrain":
         own = config.pretrain
         each = (own.cpus_per_worker or 1, own.memory_gib)
+        check_pretraining_workers(devices.resolve(own.device, "pretrain.device"), own.num_workers or 1)
         return [_request(devices, "pretrain", "worker", own.device, own.num_workers, 1, *each)]
     if stage == "train":
         each = (train.cpus_per_worker or 1, train.memory_gib)

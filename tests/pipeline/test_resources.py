@@ -95,6 +95,12 @@ def test_a_gpu_where_there_can_be_none_is_refused():
     assert "train.device=cuda, but there is no GPU of this machine" in refusal("train", none, "train.device=cuda")
 
 
+def test_several_workers_of_pretraining_are_refused_on_cpus():
+    assert described("pretrain", FIXED, "pretrain.device=cpu") == "1 worker of 1 CPU"
+    message = refusal("pretrain", FIXED, "pretrain.device=cpu", "pretrain.num_workers=2")
+    assert "pretrain.num_workers=2 on CPUs" in message and "give pretrain.num_workers=1" in message
+
+
 def test_devices_are_described_in_a_line():
     assert FIXED.describe() == "96 CPUs and 8 GPUs that the Ray cluster has now"
 

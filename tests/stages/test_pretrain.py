@@ -89,9 +89,9 @@ def vectors(folder: Path) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def undisturbed(ray_cluster, pool, tmp_path_factory) -> Path:
-    """A finished run of two workers, up to its embeddings."""
+    """A finished run, up to its embeddings."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    run(pool, folder, "pretrain.num_workers=2")
+    run(pool, folder)
     return folder
 
 
@@ -112,8 +112,7 @@ def test_embeddings_are_what_the_file_makes_of_the_copies(undisturbed):
     np.testing.assert_allclose(vectors(undisturbed), expected, atol=2e-3)
 
 
-def test_two_workers_have_the_losses_of_a_plain_loop_over_whole_batches(undisturbed, pool):
-    """The tail and the workers' shares are uneven: rows that only fill a batch would be seen here."""
+def test_a_worker_has_the_losses_of_a_plain_loop_over_whole_batches(undisturbed, pool):
     config = config_of(pool, undisturbed)
     settings = simclr_settings(vars(config.pretrain), SIZE)
     sample_ids = rows(undisturbed, "proxy_images")["sample_id"].to_numpy()
@@ -135,7 +134,7 @@ def test_two_workers_have_the_losses_of_a_plain_loop_over_whole_batches(undistur
 
 def test_every_epoch_has_measures_that_need_no_labels(undisturbed):
     figures = RunDir(undisturbed).figures("pretrain")
-    assert (figures["rows"], figures["epochs"], figures["workers"], figures["reading"]) == (NUM_DIGITS, 3, 2, "memory")
+    assert (figures["rows"], figures["epochs"], figures["workers"], figures["reading"]) == (NUM_DIGITS, 3, 1, "memory")
     assert [epoch["epoch"] for epoch in figures["history"]] == [0, 1, 2]
     assert figures["history"][-1]["loss"] < figures["history"][0]["loss"] < np.log(2 * 38 - 1)
     for epoch in figures["history"]:
@@ -147,7 +146,7 @@ def test_the_file_says_what_made_it(undisturbed):
     trained = read_trained_encoder(undisturbed / ENCODER)
     assert (trained.network, trained.image_size) == ("small_cnn", SIZE)
     assert trained.pool == pool_hash(RunDir(undisturbed))
-    assert (trained.config["precision"], trained.config["workers"], trained.config["device"]) == ("fp32", 2, "cpu")
+    assert (trained.config["precision"], trained.config["workers"], trained.config["device"]) == ("fp32", 1, "cpu")
     assert (trained.config["seed"], trained.config["epochs"], trained.config["views"]["flip"]) == (0, 3, False)
 
 
@@ -256,7 +255,7 @@ def test_the_copies_of_one_encoder_are_replaced_for_another_only_when_told_to(un
     assert rows(folder, "proxy_images")["sample_id"].to_pylist() == rows(folder, "embeddings")["sample_id"].to_pylist()
     with pytest.raises(ConfigError, match=r"copy: proxy_images/ was written by stage embed"):
         run(pool, folder)
-    run(pool, folder, "pretrain.num_workers=2", "on_change=rerun")  # what was trained is still there
+    run(pool, folder, "on_change=rerun")  # what was trained is still there
     assert contents(folder, *TABLES) == contents(undisturbed, *TABLES)
     assert (folder / ENCODER).stat().st_mtime_ns == (undisturbed / ENCODER).stat().st_mtime_ns
 
@@ -265,8 +264,8 @@ def test_a_lost_encoder_comes_back_from_its_checkpoint_without_an_epoch(undistur
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
     (tmp_path / ENCODER).unlink()
     with pytest.raises(ConfigError, match=r"encoder\.pt has 0 files"):
-        run(pool, tmp_path, "pretrain.num_workers=2")
-    run(pool, tmp_path, "pretrain.num_workers=2", "on_change=rerun")
+        run(pool, tmp_path)
+    run(pool, tmp_path, "on_change=rerun")
     assert (tmp_path / ENCODER).read_bytes() == (undisturbed / ENCODER).read_bytes()
     for file in (undisturbed / "pretrain" / "history").iterdir():
         assert (tmp_path / "pretrain" / "history" / file.name).read_bytes() == file.read_bytes()  # seconds and all
@@ -283,7 +282,7 @@ def test_rows_that_only_fill_a_batch_are_no_views():
 
 @pytest.mark.slow
 def test_a_worker_killed_on_the_way_changes_no_byte(undisturbed, pool, tmp_path):
-    overrides = ("pretrain.num_workers=2", "pretrain.max_failures=1", "pretrain.epochs=15")
+    overrides = ("pretrain.max_failures=1", "pretrain.epochs=15")
     run(pool, tmp_path / "whole", *overrides)
     killed: list[int] = []
 
@@ -311,7 +310,7 @@ def test_a_collapsed_encoder_stops_the_run_at_once_and_says_what_to_do(ray_clust
 
 @pytest.mark.slow
 def test_streamed_copies_train_an_encoder_too(ray_cluster, pool, tmp_path):
-    run(pool, tmp_path, "pretrain.reading=streamed", "pretrain.num_workers=2", "pretrain.image_size=12")
+    run(pool, tmp_path, "pretrain.reading=streamed", "pretrain.image_size=12")
     figures = RunDir(tmp_path).figures("pretrain")
     assert figures["reading"] == "streamed"
     assert figures["history"][-1]["loss"] < figures["history"][0]["loss"]

@@ -1,7 +1,8 @@
-"""Training an encoder by SimCLR: the settings, one step, and the state between epochs. What a worker of any kind wraps.
+"""Training an encoder by SimCLR: the settings, one step, and the state between epochs.
 
-A step over several workers has the loss and the gradient of one worker's on the same global batch: projections are
-gathered with their gradients, and batch norms have the statistics of all workers.
+A step over several GPUs has the loss and the gradient of one GPU's on the same global batch: projections are gathered
+with their gradients, and batch norms have the statistics of all workers. torch shares these between GPUs alone, so on
+CPUs there is one worker.
 """
 
 from collections.abc import Mapping
@@ -24,7 +25,6 @@ from elfs_ray.methods.training.sgd import (
     set_learning_rate,
     update,
 )
-from elfs_ray.methods.training.synced_norm import synchronize_batch_norms
 
 LR_BATCH_SIZE = 256  # what `SimclrSettings.lr` is for
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which suit any photograph well enough
@@ -98,8 +98,8 @@ def even_batch(num_samples: int, batch_size: int) -> int:
 class SimclrTrainer:
     """One worker's network and optimiser. The weights at the start are a function of the seed.
 
-    num_steps: steps an epoch. group: the workers that share every batch, None for one alone. compiles: with
-    torch.compile, for one worker alone.
+    num_steps: steps an epoch. group: the GPU workers that share every batch, None for one alone. compiles:
+    with torch.compile, for one worker alone.
     """
 
     def __init__(
@@ -121,7 +121,8 @@ class SimclrTrainer:
         self.model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.network: nn.Module = self.model
         if group is not None:
-            synchronize_batch_norms(self.model, group, device)
+            # Else workers would normalise each other's negatives differently, and two would not give the loss of one.
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.model, group)
         if compiles:
             assert group is None, "workers of their own kernels would round the statistics they share each in its way"
             self.model.compile(dynamic=False)  # the last batch of an epoch is the one other shape
