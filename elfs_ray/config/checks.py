@@ -8,6 +8,7 @@ from typing import Any
 from elfs_ray.config.declaration import Bounds, ConfigError, fields_of
 from elfs_ray.config.embed import SELF_SUPERVISED
 from elfs_ray.config.run import Config
+from elfs_ray.config.temi import TEMI_NEIGHBORS
 from elfs_ray.config.train import LINEAR, TrainConfig
 
 MAX_NUMBER = 2**31 - 1  # where a key has no limit of its own
@@ -158,14 +159,14 @@ def check_relations(config: Config) -> None:
     if config.cluster.method == "temi" and config.cluster.num_neighbors == 0:
         raise ConfigError(
             "cluster.num_neighbors=0 with cluster.method=temi, which learns from neighbours: give a number, or null "
-            "for 50"
+            f"for {TEMI_NEIGHBORS}"
         )
     if config.cluster.method != "file":
         check_balance(config, int(_number(config.cluster.num_clusters)))
     if config.cluster.temi.batch_size is not None:
         check_temi_workers(config.cluster.temi.batch_size, config.cluster.temi.num_workers or 1)
-    needs, has = config.select.d2_neighbors, config.cluster.num_neighbors
-    if config.select.method == "d2" and (50 if has is None and config.cluster.method == "temi" else has or 0) < needs:
+    needs = config.select.d2_neighbors
+    if config.select.method == "d2" and config.cluster.kept_neighbors < needs:
         raise ConfigError(
             f"select.method=d2 needs select.d2_neighbors={needs} nearest neighbours: give cluster.num_neighbors={needs}"
         )

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from elfs_ray.config.declaration import POSITIVE, Bounds, memory_option, option
-from elfs_ray.config.temi import TemiConfig
+from elfs_ray.config.temi import TEMI_NEIGHBORS, TemiConfig
 
 
 @dataclass
@@ -37,7 +37,7 @@ class ClusterConfig:
     spherical: bool = option(False, "normalise centroids to unit length")
     num_neighbors: int | None = option(
         None,
-        "nearest neighbours kept in neighbors/; null takes 50 for temi and 0, none, for others",
+        f"nearest neighbours kept in neighbors/; null takes {TEMI_NEIGHBORS} for temi and 0, none, for others",
         bounds=Bounds(at_least=0),
     )
     neighbor_search: str = option(
@@ -61,3 +61,10 @@ class ClusterConfig:
     )
     memory_gib: float | None = memory_option("shard")
     temi: TemiConfig = field(default_factory=TemiConfig)
+
+    @property
+    def kept_neighbors(self) -> int:
+        """Return how many nearest neighbours of each sample the run keeps, in a pool that has as many."""
+        if self.num_neighbors is not None:
+            return self.num_neighbors
+        return TEMI_NEIGHBORS if self.method == "temi" else 0

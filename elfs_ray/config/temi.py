@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from elfs_ray.config.declaration import BATCH, POSITIVE, WIDTH, Bounds, option, precision_option
 
+TEMI_NEIGHBORS = 50  # neighbours of each sample that TEMI learns from, as in the paper
+
 
 @dataclass
 class TemiConfig:

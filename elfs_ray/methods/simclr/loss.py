@@ -24,7 +24,7 @@ MIN_SPREAD = 0.02
 MIN_EFFECTIVE_RANK = 1.5
 
 
-class CollapseError(ValueError):
+class EncoderCollapseError(ValueError):
     """The encoder gives all images nearly the same embedding."""
 
 
@@ -152,13 +152,13 @@ class CollapseMonitor:
         return CollapseMeasures(spread, math.exp(torch.special.entr(shares).sum().item()))
 
 
-def check_collapse(measures: CollapseMeasures, epoch: int) -> None:
-    """Raise CollapseError where embeddings have become one point or one line."""
+def check_encoder_collapse(measures: CollapseMeasures, epoch: int) -> None:
+    """Raise EncoderCollapseError where embeddings have become one point or one line."""
     if measures.spread >= MIN_SPREAD and measures.effective_rank >= MIN_EFFECTIVE_RANK:
         return
-    raise CollapseError(
-        f"the encoder has collapsed in epoch {epoch}: its embeddings have spread {measures.spread:.4f} (needed is "
-        f"{MIN_SPREAD:g}) and effective rank {measures.effective_rank:.2f} (needed is {MIN_EFFECTIVE_RANK:g}), so all "
-        "images look alike to it. Lower pretrain.lr or pretrain.weight_decay, raise pretrain.warmup_epochs, and see "
-        "that the pool's images differ"
+    raise EncoderCollapseError(
+        f"the encoder has collapsed in epoch {epoch}: its embeddings have spread {measures.spread:.4f} (a "
+        f"healthy one is {MIN_SPREAD:g} or more) and effective rank {measures.effective_rank:.2f} "
+        f"({MIN_EFFECTIVE_RANK:g} or more), so all images look alike to it. Lower "
+        "pretrain.lr or pretrain.weight_decay, raise pretrain.warmup_epochs, and see that the pool's images differ"
     )

@@ -244,12 +244,12 @@ def pick_head(head_losses: np.ndarray) -> int:
     return int(np.argmin(head_losses))
 
 
-class CollapseError(ValueError):
+class ClusteringCollapseError(ValueError):
     """A clustering that puts nearly all samples in one cluster, or leaves most clusters empty."""
 
 
-def check_collapse(cluster_sizes: np.ndarray, max_share: float = 0.95, min_used_share: float = 0.5) -> None:
-    """Raise CollapseError with the measures where the (C,) sizes of clusters show that a clustering says nothing.
+def check_clustering_collapse(cluster_sizes: np.ndarray, max_share: float = 0.95, min_used_share: float = 0.5) -> None:
+    """Raise ClusteringCollapseError where the (C,) sizes of clusters show that a clustering says nothing.
 
     That is where one cluster holds more than `max_share` of the samples, or fewer than `min_used_share` of the
     clusters are in use.
@@ -257,7 +257,7 @@ def check_collapse(cluster_sizes: np.ndarray, max_share: float = 0.95, min_used_
     largest_share = cluster_sizes.max() / cluster_sizes.sum()
     num_used = np.count_nonzero(cluster_sizes)
     if largest_share > max_share or num_used < min_used_share * len(cluster_sizes):
-        raise CollapseError(
+        raise ClusteringCollapseError(
             f"the clustering collapsed: {num_used} of {len(cluster_sizes)} clusters are in use and the largest holds "
             f"{largest_share:.1%} of {cluster_sizes.sum()} samples (allowed: {max_share:.0%}; in use at least "
             f"{min_used_share:.0%}). Train longer or with a lower learning_rate, check that embeddings differ from "

@@ -31,7 +31,6 @@ from elfs_ray.storage.run_dir import RunDir
 
 STATE_FILE = "kmeans_state.npz"
 SAVE_INTERVAL_S = 2.0
-TEMI_NEIGHBORS = 50
 PURITY_SAMPLES = 20_000
 
 
@@ -84,10 +83,9 @@ def _choose_num_clusters(config: Config, points: ShardedPoints) -> tuple[int, li
 
 
 def _num_neighbors(config: Config, num_samples: int) -> int:
-    asked = config.cluster.num_neighbors
-    if asked is None:
-        return min(TEMI_NEIGHBORS, num_samples - 1) if config.cluster.method == "temi" else 0
-    return asked
+    kept = config.cluster.kept_neighbors
+    # A number that was asked for is refused where the pool is too small; the default takes what there is.
+    return kept if config.cluster.num_neighbors is not None else min(kept, num_samples - 1)
 
 
 def _fit(config: Config, run_dir: RunDir, points: ShardedPoints, num_clusters: int) -> KMeansResult:

@@ -24,7 +24,13 @@ from elfs_ray.methods.numeric.hashing import hash_uint64
 from elfs_ray.methods.numeric.pca import fit_pca, project
 from elfs_ray.methods.numeric.precision import AUTOCAST_DTYPES, resolve_precision
 from elfs_ray.methods.temi.heads import CPU_PROFILE, TemiSettings
-from elfs_ray.methods.temi.training import TemiTrainer, check_collapse, pick_head, steps_per_epoch, train_epoch
+from elfs_ray.methods.temi.training import (
+    TemiTrainer,
+    check_clustering_collapse,
+    pick_head,
+    steps_per_epoch,
+    train_epoch,
+)
 from elfs_ray.runtime.cluster import num_cpus, num_gpus, remote_progress, resolve_device
 from elfs_ray.runtime.progress import Progress
 from elfs_ray.stages.cluster.shards import write_label_file
@@ -74,7 +80,7 @@ def temi_settings(config: TemiConfig, num_clusters: int, num_samples: int, num_w
 def run_temi(config: Config, run_dir: RunDir, num_clusters: int, num_samples: int) -> dict[str, Any]:
     """Train the heads and write the labels of the one with the lowest loss. Returns its losses and agreement.
 
-    Raises CollapseError when nearly all samples end in one cluster, RuntimeError when training gives up.
+    Raises ClusteringCollapseError when nearly all samples end in one cluster, RuntimeError when training gives up.
     """
     temi = config.cluster.temi
     device = resolve_device(config.cluster.device, "cluster.device")
@@ -95,7 +101,7 @@ def run_temi(config: Config, run_dir: RunDir, num_clusters: int, num_samples: in
         )
         run_workers(group, _train_heads, job)
     figures = json.loads(filesystem.read_bytes(run_dir.path("cluster", CHECKPOINTS_DIR, RESULT_FILE)))
-    check_collapse(np.array(figures["sizes"]))
+    check_clustering_collapse(np.array(figures["sizes"]))
     return figures
 
 

@@ -12,7 +12,7 @@ import torch
 
 from elfs_ray.methods.encoders.weights import TrainedEncoder
 from elfs_ray.methods.numeric.precision import resolve_precision
-from elfs_ray.methods.simclr.loss import CollapseMonitor, check_collapse
+from elfs_ray.methods.simclr.loss import CollapseMonitor, check_encoder_collapse
 from elfs_ray.methods.simclr.training import MEAN, STD, SimclrSettings, SimclrTrainer, even_batch, shares_of
 from elfs_ray.methods.simclr.views import NUM_VIEWS, ViewSettings, change_colors, two_crops
 from elfs_ray.methods.training.dynamics import BatchPlan
@@ -117,7 +117,7 @@ class PretrainWorker:
             filesystem.write_bytes(self.job.run_dir.path("pretrain", schema.ENCODER_FILE), self._encoder().to_bytes())
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
-        """Pass over the pool once; return the metrics, over all workers. Raises CollapseError on all of them."""
+        """Pass over the pool once; return the metrics, over all workers. Raises EncoderCollapseError."""
         clock, world_size = StepClock(self.member.device), self.member.world_size
         steps = self.reader.steps(epoch)
         for index in range(self.plan.num_steps):
@@ -131,7 +131,7 @@ class PretrainWorker:
             self.log.end_step(epoch, (index + 1) * self.plan.global_batch)
         mean_loss = self.losses.finish()  # before measures of embeddings that a NaN could have reached
         measures = self.collapse.finish(self.member.process_group)
-        check_collapse(measures, epoch)
+        check_encoder_collapse(measures, epoch)
         times = clock.finish()
         loss_sum, waiting = self.member.sum_over_workers(mean_loss, times["data_wait_share"])
         return {

@@ -9,7 +9,13 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import spawn
 
-from elfs_ray.methods.simclr.loss import CollapseError, CollapseMeasures, CollapseMonitor, check_collapse, nt_xent
+from elfs_ray.methods.simclr.loss import (
+    CollapseMeasures,
+    CollapseMonitor,
+    EncoderCollapseError,
+    check_encoder_collapse,
+    nt_xent,
+)
 from elfs_ray.methods.simclr.training import SimclrSettings, SimclrTrainer, even_batch, shares_of, simclr_settings
 from elfs_ray.methods.simclr.views import ViewSettings
 from elfs_ray.methods.training.networks import PROXY_MODELS, build_backbone
@@ -135,8 +141,8 @@ def test_measures_are_the_formulas_over_all_embeddings_in_float64():
 def test_a_point_and_a_line_are_a_collapse(features):
     monitor = CollapseMonitor(4, CPU)
     monitor.add(features)
-    with pytest.raises(CollapseError, match=r"collapsed in epoch 3: .* Lower pretrain\.lr"):
-        check_collapse(monitor.finish(), 3)
+    with pytest.raises(EncoderCollapseError, match=r"collapsed in epoch 3: .* Lower pretrain\.lr"):
+        check_encoder_collapse(monitor.finish(), 3)
 
 
 @pytest.mark.parametrize(("weight_decay", "collapses"), [(5e-4, False), (4.0, True)])
@@ -154,14 +160,14 @@ def test_a_network_whose_weights_have_withered_is_noticed_and_a_healthy_one_is_n
             monitor.add(features)
     measures = monitor.finish()
     if collapses:
-        with pytest.raises(CollapseError):
-            check_collapse(measures, 0)
+        with pytest.raises(EncoderCollapseError):
+            check_encoder_collapse(measures, 0)
     else:
-        check_collapse(measures, 0)
+        check_encoder_collapse(measures, 0)
 
 
 def test_a_healthy_measure_passes():
-    check_collapse(CollapseMeasures(spread=0.3, effective_rank=5.0), 0)
+    check_encoder_collapse(CollapseMeasures(spread=0.3, effective_rank=5.0), 0)
 
 
 def test_a_trainer_that_goes_on_from_its_state_ends_with_the_same_bytes():

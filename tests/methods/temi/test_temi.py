@@ -20,9 +20,9 @@ from elfs_ray.methods.numeric.pca import fit_pca, project
 from elfs_ray.methods.temi import training as temi_training
 from elfs_ray.methods.temi.heads import CPU_PROFILE, TemiHeads, TemiSettings, cluster_log_probs, pair_weights, temi_loss
 from elfs_ray.methods.temi.training import (
-    CollapseError,
+    ClusteringCollapseError,
     TemiTrainer,
-    check_collapse,
+    check_clustering_collapse,
     draw_neighbors,
     epoch_batches,
     pick_head,
@@ -387,13 +387,15 @@ def test_more_components_than_the_sample_has_are_refused() -> None:
 
 @pytest.mark.parametrize("sizes", [[100, 0], [0, 96, 4], [50, 50, 0, 0, 0]])
 def test_a_collapsed_clustering_is_an_error_with_its_measures(sizes: list[int]) -> None:
-    with pytest.raises(CollapseError, match=rf"{np.count_nonzero(sizes)} of {len(sizes)} clusters are in use.*100"):
-        check_collapse(np.array(sizes))
+    with pytest.raises(
+        ClusteringCollapseError, match=rf"{np.count_nonzero(sizes)} of {len(sizes)} clusters are in use.*100"
+    ):
+        check_clustering_collapse(np.array(sizes))
 
 
 @pytest.mark.parametrize("sizes", [[94, 6], [30, 30, 40, 0, 0]])
 def test_an_uneven_clustering_is_no_collapse(sizes: list[int]) -> None:
-    check_collapse(np.array(sizes))
+    check_clustering_collapse(np.array(sizes))
 
 
 def test_temi_finds_the_ten_digits_better_than_k_means_in_the_mean_of_three_seeds() -> None:
