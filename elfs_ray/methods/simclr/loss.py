@@ -45,7 +45,7 @@ class ContrastiveNetwork(nn.Module):
         )
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(b, 3, s, s) float32 to features (b, d) and projections (b, p)."""
+        """Map (b, 3, s, s) float32 to features (b, d) and projections (b, p)."""
         features = self.backbone(images)
         return features, self.projector(features)
 
@@ -53,7 +53,7 @@ class ContrastiveNetwork(nn.Module):
 def nt_xent(
     projections: torch.Tensor, temperature: float, *, shares: list[int], group: distributed.ProcessGroup | None = None
 ) -> torch.Tensor:
-    """One worker's part of the loss of a global batch of N images; the workers' mean is that loss (equation 1).
+    """Return one worker's part of the loss of a global batch of N images; the workers' mean is that loss (equation 1).
 
         loss = 1 / 2N · Σ_i −log( exp(s_{i,j(i)} / T) / Σ_{k ≠ i} exp(s_{i,k} / T) )
 
@@ -62,38 +62,38 @@ def nt_xent(
     N together. Gradients reach every worker's views. Memory: 8 m·N floats. Returns a scalar float32.
     """
     with torch.autocast(projections.device.type, enabled=False):
-        own = functional.normalize(projections.float(), dim=2)
-        everyones = _gather(own, shares, group)  # (2, N, p)
+        projected = functional.normalize(projections.float(), dim=2)
+        all_projected = _gather(projected, shares, group)  # (2, N, p)
         rank = 0 if group is None else group.rank()
-        num_own, total = own.shape[1], sum(shares)
-        assert num_own == shares[rank], (num_own, shares, rank)
+        num_images, total = projected.shape[1], sum(shares)
+        assert num_images == shares[rank], (num_images, shares, rank)
         first = sum(shares[:rank])
-        columns = torch.arange(first, first + num_own, device=own.device)
+        columns = torch.arange(first, first + num_images, device=projected.device)
         itself, other = torch.cat([columns, columns + total]), torch.cat([columns + total, columns])
-        logits = own.flatten(0, 1) @ everyones.flatten(0, 1).T / temperature
+        logits = projected.flatten(0, 1) @ all_projected.flatten(0, 1).T / temperature
         logits = logits.scatter(1, itself[:, None], -math.inf)
         losses = functional.cross_entropy(logits, other, reduction="sum")
         return losses * (len(shares) / (2 * total))
 
 
-def _gather(own: torch.Tensor, shares: list[int], group: distributed.ProcessGroup | None) -> torch.Tensor:
-    """(2, m, p) of every worker as (2, N, p), by rank."""
+def _gather(projected: torch.Tensor, shares: list[int], group: distributed.ProcessGroup | None) -> torch.Tensor:
+    """Gather (2, m, p) of every worker as (2, N, p), by rank."""
     if group is None:
-        return own
+        return projected
     most = max(shares)
-    padded = functional.pad(own, (0, 0, 0, most - own.shape[1]))
-    everyones = _GatherWithGradient.apply(padded, group)
-    return torch.cat([rows[:, :share] for rows, share in zip(everyones, shares, strict=True)], dim=1)
+    padded = functional.pad(projected, (0, 0, 0, most - projected.shape[1]))
+    all_projected = _GatherWithGradient.apply(padded, group)
+    return torch.cat([rows[:, :share] for rows, share in zip(all_projected, shares, strict=True)], dim=1)
 
 
 class _GatherWithGradient(torch.autograd.Function):
     """Equal tensors of all workers, stacked; the gradient of a worker's is the sum of what all workers' losses give."""
 
     @staticmethod
-    def forward(ctx: Any, own: torch.Tensor, group: distributed.ProcessGroup) -> torch.Tensor:
+    def forward(ctx: Any, projected: torch.Tensor, group: distributed.ProcessGroup) -> torch.Tensor:
         ctx.group = group
-        gathered = [torch.empty_like(own) for _ in range(group.size())]
-        distributed.all_gather(gathered, own.contiguous(), group=group)
+        gathered = [torch.empty_like(projected) for _ in range(group.size())]
+        distributed.all_gather(gathered, projected.contiguous(), group=group)
         return torch.stack(gathered)
 
     @staticmethod
@@ -135,7 +135,7 @@ class CollapseMonitor:
         self._count += len(rows)
 
     def finish(self, group: distributed.ProcessGroup | None = None) -> CollapseMeasures:
-        """The measures of all that was added since the last call."""
+        """Return the measures of all that was added since the last call."""
         sums = torch.cat([self._sums.flatten(), self._sums.new_tensor([self._count])])
         if group is not None:
             distributed.all_reduce(sums, group=group)

@@ -67,10 +67,10 @@ LARGEST_SHARP_SIZE = 64  # pixels: blurring views of smaller images hides what t
 
 
 def simclr_settings(keys: Mapping[str, Any], image_size: int) -> SimclrSettings:
-    """The hyperparameters for views of `image_size` pixels: what is given, else the profile's, else the defaults.
+    """Return the hyperparameters for views of `image_size` pixels: a key's value, else the profile's, else the default.
 
-    keys: those of both dataclasses, None where not given, and profile; others are passed over. A warm-up that is not
-    given is a tenth of the epochs at most, or one of several: the rest is for the cosine.
+    keys: those of both dataclasses, None where unset, and profile; others are ignored. A warm-up that is not set is a
+    tenth of the epochs at most, or one of several: the rest is for the cosine.
     """
 
     preferred = {"blur_probability": 0.0 if image_size <= LARGEST_SHARP_SIZE else 0.5}
@@ -88,7 +88,7 @@ def simclr_settings(keys: Mapping[str, Any], image_size: int) -> SimclrSettings:
 
 
 def even_batch(num_samples: int, batch_size: int) -> int:
-    """The global batch, at most `batch_size`, that leaves an epoch of `num_samples` the fullest last batch.
+    """Return the global batch, at most `batch_size`, that leaves an epoch of `num_samples` the fullest last batch.
 
     The loss of a batch depends on its size: a handful left over at the end would be a step of another kind.
     """
@@ -124,7 +124,7 @@ class SimclrTrainer:
             # Else workers would normalise each other's negatives differently, and two would not give the loss of one.
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model, group)
         if compiles:
-            assert group is None, "workers of their own kernels would round the statistics they share each in its way"
+            assert group is None, "each worker would compile kernels that round the shared statistics differently"
             self.model.compile(dynamic=False)  # the last batch of an epoch is the one other shape
         if group is not None:
             self.network = data_parallel(self.model, group)
@@ -136,11 +136,11 @@ class SimclrTrainer:
 
     @property
     def dim(self) -> int:
-        """Length of an embedding."""
+        """Return the length of an embedding."""
         return self.model.dim
 
     def learning_rate(self, epoch: int, step: int) -> float:
-        """Linear warm-up, then half a cosine to 0, over the steps of all epochs."""
+        """Return the rate of a step: linear warm-up, then half a cosine to 0, over the steps of all epochs."""
         total = self.settings.epochs * self._num_steps
         warmup = min(self.settings.warmup_epochs * self._num_steps, total - 1)
         return cosine_lr(epoch * self._num_steps + step, total, self._base_lr, 0.0, warmup)
@@ -148,7 +148,7 @@ class SimclrTrainer:
     def step(
         self, views: torch.Tensor, shares: list[int], *, epoch: int, step: int
     ) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """One update from this worker's views (2·m, 3, s, s) float32, all first ones before all second ones.
+        """Update once from this worker's views (2·m, 3, s, s) float32, all first ones before all second ones.
 
         shares: the images m of every worker. Returns features (2·m, d), this worker's part of the loss, whose mean over
         workers is the loss, both detached, and the learning rate.
@@ -178,6 +178,6 @@ class SimclrTrainer:
 
 
 def shares_of(num_real: int, world_size: int) -> list[int]:
-    """How many real rows of a global batch each worker has, as methods/training/dynamics.py deals them out."""
+    """Return how many real rows of a global batch each worker has, as methods/training/dynamics.py deals them out."""
     bounds = [num_real * rank // world_size for rank in range(world_size + 1)]
     return np.diff(bounds).tolist()

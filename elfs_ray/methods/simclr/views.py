@@ -45,7 +45,7 @@ class ViewSettings:
 def two_crops(
     images: torch.Tensor, sample_ids: np.ndarray, settings: ViewSettings, *, seed: int, epoch: int, size: int
 ) -> torch.Tensor:
-    """(n, h, w, c) uint8 to (n, 2, size, size, c) uint8: two random resized crops of each image."""
+    """Cut two random resized crops of each image: (n, h, w, c) uint8 to (n, 2, size, size, c) uint8."""
     crops = [
         random_resized_crop_flip(
             images,
@@ -73,7 +73,7 @@ def change_colors(
     epoch: int,
     view: int,
 ) -> torch.Tensor:
-    """One view's crops in other colours, perhaps blurred, then (pixel / 255 − mean) / std.
+    """Change one view's colours, perhaps blur it, then normalise to (pixel / 255 − mean) / std.
 
     images (n, h, w, 3) uint8. Returns (n, 3, h, w) float32 on the same device, channels_last.
     Memory: 24 bytes a pixel and, where views are blurred, 8nh².
@@ -126,7 +126,7 @@ def _blur(
 
 
 def _gaussian_weights(sigmas: torch.Tensor, length: int) -> torch.Tensor:
-    """(n, length, length): the weight of each pixel in each other, rows summing to 1."""
+    """Return (n, length, length): the weight of each pixel in each other, rows summing to 1."""
     positions = torch.arange(length, device=sigmas.device, dtype=torch.float32)
     distances = (positions[:, None] - positions).square()
     return torch.softmax(-distances / (2 * sigmas.square())[:, None, None], dim=2)

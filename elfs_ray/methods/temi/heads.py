@@ -97,7 +97,7 @@ class TemiHeads(nn.Module):
         return torch.bmm(_UnitRows.apply(_at_least_float32(bottleneck)), clusters.transpose(1, 2))
 
     def part(self, heads: slice) -> "TemiHeads":
-        """Some of the heads as a module of their own: its parameters and gradients are views of these."""
+        """Return some of the heads as a module whose parameters and gradients are views of these."""
         part = TemiHeads.__new__(TemiHeads)
         nn.Module.__init__(part)
         for name, parameter in self.named_parameters():
@@ -107,22 +107,22 @@ class TemiHeads(nn.Module):
         return part
 
     def decayed_parameters(self) -> list[nn.Parameter]:
-        """The weight matrices, which AdamW decays."""
+        """Return the weight matrices, which AdamW decays."""
         return [self.hidden_weight, self.bottleneck_weight, self.cluster_direction]
 
     def undecayed_parameters(self) -> list[nn.Parameter]:
-        """The biases and gains, which AdamW leaves alone."""
+        """Return the biases and gains, which AdamW does not decay."""
         return [self.hidden_bias, self.bottleneck_bias, self.cluster_gain]
 
 
 def cluster_log_probs(logits: Tensor, temperature: float) -> Tensor:
-    """Logarithm of the cluster probabilities, float32 or wider whatever precision the logits have; same shape."""
+    """Return the logarithm of the cluster probabilities, float32 or wider for logits of any precision; same shape."""
     return F.log_softmax(_at_least_float32(logits) / temperature, dim=-1)
 
 
 @torch.no_grad()
 def pair_weights(teacher_log_probs: Tensor) -> Tensor:
-    """How far all heads' teachers agree that a sample and its neighbour are of one cluster: (b,), from (H, 2, b, C)."""
+    """Return how far the teachers agree that a sample and its neighbour share a cluster: (b,), from (H, 2, b, C)."""
     teacher_probs = teacher_log_probs.exp()
     return (teacher_probs[:, 0] * teacher_probs[:, 1]).sum(dim=-1).mean(dim=0)
 
@@ -130,7 +130,7 @@ def pair_weights(teacher_log_probs: Tensor) -> Tensor:
 def temi_loss(
     student_log_probs: Tensor, teacher_log_probs: Tensor, marginal: Tensor, pair_weight: Tensor, beta: float
 ) -> Tensor:
-    """The loss of each head, (H,), for a batch of pairs (TEMI, equation 8; ELFS, section 3).
+    """Return the loss of each head, (H,), for a batch of pairs (TEMI, equation 8; ELFS, section 3).
 
     `student_log_probs` and `teacher_log_probs` are (H, 2, b, C): axis 1 holds the samples, then their neighbours.
     `marginal` is (H, C), `pair_weight` what `pair_weights` says of all heads, (b,). No gradient flows into these two or

@@ -128,20 +128,20 @@ class TemiTrainer:
 
     @property
     def learning_rate(self) -> float:
-        """Rate of the coming step: scaled with the batch, rising linearly over the warm-up, then constant."""
+        """Return the rate of the next step: scaled with the batch, rising linearly over the warm-up, then constant."""
         peak = self.settings.learning_rate * self.settings.batch_size / 256
         return peak * min(1.0, (self.step + 1) / max(1, self._num_warmup_steps))
 
     @torch.no_grad()
     def assign(self, x: Tensor, head: int | None = None) -> Tensor:
-        """Clusters of (n, d) embeddings by the teacher: (n,) int64 of one head, or (H, n) of all."""
+        """Assign (n, d) embeddings to clusters by the teacher: (n,) int64 of one head, or (H, n) of all."""
         x = x.to(self.device, torch.float32)
         if head is None:
             return self.teacher(x).argmax(dim=-1)
         return self.teacher.part(slice(head, head + 1))(x).argmax(dim=-1)[0]
 
     def state_dict(self) -> dict[str, Any]:
-        """All that changes in training, 16 bytes a parameter: the live tensors, so save them before the next step."""
+        """Return all that changes in training, 16 bytes a parameter: live tensors, to save before the next step."""
         return {
             "step": self.step,
             "student": self.student.state_dict(),
@@ -159,7 +159,7 @@ class TemiTrainer:
         self._optimizer.load_state_dict(state["optimizer"])
 
     def _split_heads(self) -> list[slice]:
-        """Which heads a step trains together: all on a GPU, as many as the cache of a CPU has room for."""
+        """Return which heads a step trains together: all on a GPU, on a CPU as many as fit its cache."""
         settings = self.settings
         size = settings.num_heads
         if self.device.type == "cpu":
@@ -174,7 +174,7 @@ class TemiTrainer:
         return cluster_log_probs(logits, self.settings.temperature).unflatten(1, (2, -1))
 
     def _flat_buffers(self) -> tuple[Tensor, Tensor, Tensor]:
-        """One buffer to reduce at once: gradients, which backward fills through `.grad` views, then the losses."""
+        """Make one buffer to reduce at once: gradients, which backward fills through `.grad` views, then the losses."""
         parameters = list(self.student.parameters())
         num_gradients = sum(p.numel() for p in parameters)
         flat = torch.zeros(num_gradients + self.settings.num_heads, device=self.device)
@@ -204,7 +204,7 @@ def train_epoch(
 
 
 def steps_per_epoch(num_samples: int, settings: TemiSettings) -> int:
-    """Full global batches in an epoch. Raises ValueError where there is none."""
+    """Return the number of full global batches in an epoch. Raises ValueError where there is none."""
     if num_samples < settings.batch_size:
         raise ValueError(
             f"{num_samples} samples do not fill one batch of {settings.batch_size}; lower batch_size to "
@@ -214,7 +214,7 @@ def steps_per_epoch(num_samples: int, settings: TemiSettings) -> int:
 
 
 def epoch_batches(num_samples: int, batch_size: int, seed: int, epoch: int) -> Iterator[np.ndarray]:
-    """The (batch_size,) int64 sample ids of every global batch of an epoch, a function of (seed, epoch).
+    """Yield the (batch_size,) int64 sample ids of every global batch of an epoch, a function of (seed, epoch).
 
     The tail that fills no batch is left out; every epoch leaves out others.
     """
@@ -225,13 +225,13 @@ def epoch_batches(num_samples: int, batch_size: int, seed: int, epoch: int) -> I
 
 
 def draw_neighbors(neighbors: np.ndarray, sample_ids: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """One uniform neighbour of each sample, (b,), a function of (seed, epoch, sample_id). `neighbors` is (n, k)."""
+    """Sample one of the `neighbors` (n, k) of each sample, (b,), as a function of (seed, epoch, sample_id)."""
     uniform = hash_uniform(seed, _NEIGHBOR_STREAM, epoch, sample_ids)
     return neighbors[sample_ids, (uniform * neighbors.shape[1]).astype(np.int64)]
 
 
 def pick_head(head_losses: np.ndarray) -> int:
-    """The head with the lowest mean training loss of the last epoch, (H,); ties go to the lowest.
+    """Return the head with the lowest mean training loss of the last epoch, (H,); ties go to the lowest.
 
     Raises ValueError where a loss is not finite.
     """

@@ -79,7 +79,7 @@ def random_resized_crop_flip(
 
 
 def center_crop(images: torch.Tensor, size: int) -> torch.Tensor:
-    """The central `size` × `size` window of images (n, h, w, c), as a view; ValueError where they are smaller."""
+    """Return the central `size` × `size` window of images (n, h, w, c), as a view; ValueError if they are smaller."""
     h, w = images.shape[1:3]
     if min(h, w) < size:
         raise ValueError(f"a centre crop of {size} needs images at least as large, got {h}×{w}; resize them first")
@@ -90,7 +90,7 @@ def center_crop(images: torch.Tensor, size: int) -> torch.Tensor:
 def normalize(
     images: torch.Tensor, mean: Sequence[float], std: Sequence[float], *, channels_last: bool = True
 ) -> torch.Tensor:
-    """(images / 255 − mean) / std, a value of `mean` and `std` a channel.
+    """Return (images / 255 − mean) / std, with a value of `mean` and `std` for each channel.
 
     images: (n, h, w, c) uint8. Returns (n, c, h, w) float32 on the same device, in channels_last memory or contiguous.
     """
@@ -106,7 +106,7 @@ def normalize(
 def _affine_row(
     mean: tuple[float, ...], std: tuple[float, ...], width: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factor and offset for a row of pixels: an inner loop as short as the channels would cost seven times as much."""
+    """Return factor and offset for a row of pixels: an inner loop over channels alone takes seven times as long."""
     factor = 1 / (255 * np.asarray(std, dtype=np.float64))
     offset = -np.asarray(mean, dtype=np.float64) / np.asarray(std, dtype=np.float64)
     tiled = np.tile(np.stack([factor, offset]), width).astype(np.float32)
@@ -118,12 +118,12 @@ def _checked_shape(images: torch.Tensor, sample_ids: np.ndarray) -> torch.Size:
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise ValueError(f"images must be uint8 (n, h, w, c), got {images.dtype} {tuple(images.shape)}")
     if len(sample_ids) != len(images):
-        raise ValueError(f"got {len(images)} images and {len(sample_ids)} sample ids; one id an image is needed")
+        raise ValueError(f"got {len(images)} images and {len(sample_ids)} sample ids; give one id for each image")
     return images.shape
 
 
 def _reflect(positions: np.ndarray, size: int) -> np.ndarray:
-    """Positions in (−size, 2·size − 1) mirrored into [0, size) about the first and last, which are not repeated."""
+    """Mirror positions in (−size, 2·size − 1) into [0, size) about the first and last, which are not repeated."""
     return size - 1 - np.abs(size - 1 - np.abs(positions))
 
 
@@ -135,7 +135,7 @@ def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
 def _draw_boxes(
     draws: np.ndarray, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> np.ndarray:
-    """Boxes (n, 4) int64 of top, left, height, width: the first of each row's trials to fit.
+    """Sample boxes (n, 4) int64 of top, left, height, width: the first of each row's trials that fits.
 
     Where none fits, the largest box of legal ratio; torchvision puts this one in the centre, we anywhere.
     """

@@ -21,7 +21,7 @@ _MIN_ROWS = 2  # BatchNorm in training mode refuses a single 1×1 feature map
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """The order in which an epoch visits samples: a permutation (num_samples,) int64, a function of (seed, epoch).
+    """Return the order in which an epoch visits samples: a permutation (num_samples,) int64 from (seed, epoch).
 
     Memory: 24 bytes a sample while it is made (0.12 s a million), 8 afterwards.
     """
@@ -29,7 +29,7 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def streamed_order(chunk_sizes: np.ndarray, seed: int, epoch: int, global_batch: int) -> np.ndarray:
-    """`epoch_order` for images that are read from storage a chunk of neighbours at a time.
+    """Return `epoch_order` for images that are read from storage a chunk of adjacent ones at a time.
 
     chunk_sizes: (k,) integers, the samples in each chunk; chunks hold the samples 0..n-1 in turn. Returns a permutation
     (n,) int64, a function of the arguments alone. Chunks are shuffled and laid end to end in 64 lanes of equal length;
@@ -113,24 +113,24 @@ class BatchPlan:
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps an epoch, the same on every rank."""
+        """Return the optimizer steps of an epoch, the same on every rank."""
         return -(-self.num_samples // self.global_batch)
 
     @property
     def num_rows(self) -> int:
-        """Rows an epoch that each rank puts through the network, duplicates included."""
+        """Return the rows that each rank puts through the network in an epoch, duplicates included."""
         full_steps, tail = divmod(self.num_samples, self.global_batch)
         return full_steps * self._rows_a_step(self.global_batch) + (self._rows_a_step(tail) if tail else 0)
 
     def steps(self) -> Iterator[Step]:
-        """This rank's steps of an epoch, in order."""
+        """Yield this rank's steps of an epoch, in order."""
         for index in range(self.num_steps):
             start = index * self.global_batch
             num_real = min(self.global_batch, self.num_samples - start)
             yield Step(index, num_real, tuple(self._micro_batches(start, num_real)))
 
     def _micro_shape(self, num_real: int) -> tuple[int, int]:
-        """How many micro-batches of how many rows each rank takes of a global batch."""
+        """Return how many micro-batches of how many rows each rank takes of a global batch."""
         share = max(-(-num_real // self.world_size), _MIN_ROWS)
         count = 1 if self.micro_batch is None else -(-share // self.micro_batch)
         return count, max(-(-share // count), _MIN_ROWS)
@@ -141,18 +141,18 @@ class BatchPlan:
 
     def _micro_batches(self, start: int, num_real: int) -> Iterator[MicroBatch]:
         first = num_real * self.rank // self.world_size
-        num_own = num_real * (self.rank + 1) // self.world_size - first
+        share = num_real * (self.rank + 1) // self.world_size - first
         count, rows = self._micro_shape(num_real)
         row = np.arange(count * rows)
         positions = start + (first + row) % num_real
-        mask = row < num_own
+        mask = row < share
         for begin in range(0, count * rows, rows):
             yield MicroBatch(positions[begin : begin + rows], mask[begin : begin + rows])
 
 
 @torch.no_grad()
 def record(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What the scores are made of, with p = softmax(logits) and y = target, in float32 on the device of the logits.
+    """Return what scores are made of, for p = softmax(logits) and y = target, in float32 on the device of the logits.
 
     logits: (b, c) of any float type. targets: (b,) int64. Returns three tensors (b,) float32: target_prob p_y,
     max_other_prob = max_{j≠y} p_j (0 where c = 1), el2n = ‖onehot(y) − p‖₂.
@@ -188,7 +188,7 @@ class DynamicsRecorder:
         self._num_added = rows.stop
 
     def finish(self) -> dict[str, np.ndarray]:
-        """The epoch's records without duplicates, by ascending sample_id, and room for the next epoch.
+        """Return the epoch's records without duplicates, by ascending sample_id, and make room for the next epoch.
 
         Returns sample_id int64 and target_prob, max_other_prob, el2n float32, each (number of real rows,).
         """

@@ -11,7 +11,7 @@ EMBEDDING_LENGTH = 16.0
 
 
 def build_proxy_model(name: str, num_classes: int) -> nn.Module:
-    """A freshly initialised network from (n, 3, h, w) float32 images to (n, num_classes) logits.
+    """Build a freshly initialised network from (n, 3, h, w) float32 images to (n, num_classes) logits.
 
     `name` is one of `PROXY_MODELS`; the weights come from torch's global generator. Images of any size from 8 pixels.
     Raises ValueError for an unknown name or fewer than one class.
@@ -24,7 +24,7 @@ def build_proxy_model(name: str, num_classes: int) -> nn.Module:
 
 
 def build_linear_model(dim: int, num_classes: int) -> nn.Module:
-    """A linear classifier, from unit-length embeddings (n, dim) float32 to (n, num_classes) logits.
+    """Build a linear classifier, from unit-length embeddings (n, dim) float32 to (n, num_classes) logits.
 
     It scales them to a length of 16, so that it learns at the learning rates of networks on images. The weights come
     from torch's global generator.
@@ -33,7 +33,7 @@ def build_linear_model(dim: int, num_classes: int) -> nn.Module:
 
 
 def build_backbone(name: str) -> tuple[nn.Module, int]:
-    """A proxy model without its classifier, from images to (n, d) features, and d."""
+    """Build a proxy model without its classifier, from images to (n, d) features; return it and d."""
     model = build_proxy_model(name, 1)
     dim = classifier_of(model).in_features
     setattr(model, _classifier_name(model), nn.Identity())
@@ -41,7 +41,7 @@ def build_backbone(name: str) -> tuple[nn.Module, int]:
 
 
 def classifier_of(model: nn.Module) -> nn.Linear:
-    """The last layer of a proxy model, from features to logits."""
+    """Return the last layer of a proxy model, from features to logits."""
     return getattr(model, _classifier_name(model))
 
 
@@ -86,14 +86,14 @@ def _conv_block(
 
 
 def _conv(num_in: int, num_out: int, kernel_size: int = 3, stride: int = 1, padding: int = 1) -> nn.Conv2d:
-    """Initialised as torchvision's ResNets are."""
+    """Build a convolution that is initialised as torchvision's ResNets are."""
     conv = nn.Conv2d(num_in, num_out, kernel_size, stride, padding, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv
 
 
 def _imagenet_resnet(depth: int) -> Callable[[int], nn.Module]:
-    """torchvision's ResNet as it is: a 7×7 stem of stride 2 and a max-pool."""
+    """Return the builder of torchvision's ResNet as it is: a 7×7 stem of stride 2 and a max-pool."""
 
     def build(num_classes: int) -> nn.Module:
         from torchvision import models  # a second to import, which a small network need not pay
@@ -104,7 +104,7 @@ def _imagenet_resnet(depth: int) -> Callable[[int], nn.Module]:
 
 
 def _cifar_resnet18(num_classes: int) -> nn.Module:
-    """ResNet-18 for small images: a 3×3 stem of stride 1 and no max-pool."""
+    """Build ResNet-18 for small images: a 3×3 stem of stride 1 and no max-pool."""
     model = _imagenet_resnet(18)(num_classes)
     model.conv1 = _conv(3, 64)
     model.maxpool = nn.Identity()

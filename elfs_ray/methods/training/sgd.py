@@ -26,7 +26,7 @@ _MAX_UNCHECKED_LOSSES = 8
 def make_optimizer(
     model: nn.Module, *, lr: float, momentum: float = 0.9, weight_decay: float = 5e-4, nesterov: bool = True
 ) -> torch.optim.SGD:
-    """SGD on every parameter of `model`, already on its device, in one fused kernel a device.
+    """Return SGD on every parameter of `model`, already on its device, in one fused kernel a device.
 
     Raises ValueError for rates that torch refuses: a negative one, or Nesterov without momentum.
     """
@@ -42,7 +42,7 @@ def make_optimizer(
 
 
 def data_parallel(model: nn.Module, group: distributed.ProcessGroup | None = None) -> DistributedDataParallel:
-    """`model` with gradients averaged over the workers of a group, rounded the same in every step of every process.
+    """Wrap `model` to average gradients over a group's workers, rounded the same in every step of every process.
 
     DDP otherwise divides the gradients anew after the first step: three or more workers add in an order that depends on
     the place in a part, and a resumed group's first step would round otherwise than an undisturbed one's.
@@ -52,20 +52,20 @@ def data_parallel(model: nn.Module, group: distributed.ProcessGroup | None = Non
 
 
 def make_grad_scaler(precision: Precision, device: torch.device) -> torch.amp.GradScaler:
-    """The loss scaler that fp16 needs, and one that does nothing for the others; its state goes into checkpoints."""
+    """Return the loss scaler that fp16 needs, or one that does nothing; its state goes into checkpoints."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
 def cosine_lr(step: int, total_steps: int, base_lr: float, min_lr: float = 1e-4, warmup_steps: int = 0) -> float:
-    """The learning rate of a step in [0, total_steps): half a cosine from `base_lr` towards `min_lr`.
+    """Return the learning rate of a step in [0, total_steps): half a cosine from `base_lr` towards `min_lr`.
 
     The first `warmup_steps` rise linearly to `base_lr` instead, the first of them at base_lr / warmup_steps.
     Raises ValueError where the rates or the steps are out of order.
     """
     if not 0 <= min_lr <= base_lr:
-        raise ValueError(f"min_lr is {min_lr} and base_lr {base_lr}; 0 <= min_lr <= base_lr is needed")
+        raise ValueError(f"min_lr is {min_lr} and base_lr {base_lr}; they must satisfy 0 <= min_lr <= base_lr")
     if not 0 <= warmup_steps < total_steps:
-        raise ValueError(f"warmup_steps is {warmup_steps} of {total_steps} steps; 0 <= warmup_steps < total is needed")
+        raise ValueError(f"warmup_steps is {warmup_steps} of {total_steps} steps; it must be at least 0 and below that")
     assert 0 <= step < total_steps, f"step {step} of {total_steps}"
     if step < warmup_steps:
         return base_lr * (step + 1) / warmup_steps
@@ -82,7 +82,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def masked_cross_entropy(
     logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor, *, num_real: int, world_size: int = 1
 ) -> torch.Tensor:
-    """A micro-batch's part of the mean cross-entropy over the `num_real` real rows of a global batch.
+    """Return a micro-batch's part of the mean cross-entropy over the `num_real` real rows of a global batch.
 
     The parts add up over micro-batches and average over ranks, as DDP averages gradients, to that mean.
     logits: (b, c) of any float type. targets: (b,) int64. mask: (b,) bool, False for rows that do not count.
@@ -162,7 +162,7 @@ class LossMonitor:
             self._check(self._pending.popleft())
 
     def finish(self) -> float:
-        """The mean loss since the last call, each step weighted by its real rows; raises as `add` does.
+        """Return the mean loss since the last call, each step weighted by its real rows; raises as `add` does.
 
         With several ranks the mean of this over ranks is the mean over the epoch's samples.
         """

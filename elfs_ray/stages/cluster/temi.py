@@ -68,8 +68,8 @@ def temi_settings(config: TemiConfig, num_clusters: int, num_samples: int, num_w
     """
     profile = CPU_PROFILE if config.profile == "cpu" else {}
     names = {spec.name for spec in dataclasses.fields(TemiSettings)} - {"num_clusters"}
-    given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-    chosen = {**profile, **given}
+    from_config = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    chosen = {**profile, **from_config}
     chosen["pca_dim"] = chosen.get("pca_dim") or None
     settings = TemiSettings(num_clusters=num_clusters, **chosen)
     check_temi_workers(settings.batch_size, num_workers)
@@ -106,7 +106,7 @@ def run_temi(config: Config, run_dir: RunDir, num_clusters: int, num_samples: in
 
 
 def _load(run_dir: RunDir, pca_dim: int | None, seed: int) -> ray.ObjectRef:
-    """Join embeddings/ (projected, where asked) and neighbors/ in the object store. Memory there: a copy of each.
+    """Join embeddings/ (projected to `pca_dim`) and neighbors/ in the object store. Memory there: a copy of each.
 
     float16 embeddings and 4 bytes a neighbour: 1.28M samples of 768 dimensions with 50 neighbours take 2.2 GB.
     """

@@ -57,11 +57,11 @@ class TwoViews:
         return True
 
     def crop(self, images: torch.Tensor, sample_ids: np.ndarray, epoch: int) -> torch.Tensor:
-        """(n, h, w, 3) uint8 to (n, 2, size, size, 3) uint8."""
+        """Crop (n, h, w, 3) uint8 to (n, 2, size, size, 3) uint8."""
         return two_crops(images, sample_ids, self.settings, seed=self.seed, epoch=epoch, size=self.size)
 
     def finish(self, crops: torch.Tensor, sample_ids: np.ndarray, epoch: int) -> torch.Tensor:
-        """(n, 2, s, s, 3) uint8 to (2·n, 3, s, s) float32, all first views before all second ones."""
+        """Colour (n, 2, s, s, 3) uint8 into (2·n, 3, s, s) float32, all first views before all second ones."""
         views = [
             change_colors(crops[:, view], sample_ids, self.settings, MEAN, STD, seed=self.seed, epoch=epoch, view=view)
             for view in range(NUM_VIEWS)
@@ -170,8 +170,8 @@ class PretrainWorker:
 
 def pool_hash(run_dir: RunDir) -> str:
     """Hash how the pool was listed and copied, and how many files and bytes that gave: 16 hex digits."""
-    found = {stage: [run_dir.identity(stage), run_dir.figures(stage).get(TABLES)] for stage in ("index", "copy")}
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
+    made_of = {stage: [run_dir.identity(stage), run_dir.figures(stage).get(TABLES)] for stage in ("index", "copy")}
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def real_views(batch: Batch) -> torch.Tensor:

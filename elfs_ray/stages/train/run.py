@@ -94,7 +94,7 @@ def _choose_reading(config: Config, run_dir: RunDir, num_samples: int) -> str:
 
 
 def _check_records(run_dir: RunDir, num_samples: int, num_epochs: int) -> None:
-    """Every epoch has as many records as there are samples: a checkpoint says so, files that were deleted do not."""
+    """Raise RuntimeError for an epoch with fewer records than samples: files may have been deleted after training."""
     epochs = [run_dir.table_files(schema.DYNAMICS, schema.epoch_dir(epoch)) for epoch in range(num_epochs)]
     with ThreadPoolExecutor(FOOTER_THREADS) as threads:
         counts = [sum(threads.map(filesystem.num_rows, paths)) for paths in epochs]

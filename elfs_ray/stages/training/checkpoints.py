@@ -1,4 +1,4 @@
-"""The checkpoints of a worker group on Ray Train (V2): reported as epochs end, as often as is cheap, and found again.
+"""Checkpoints of a worker group on Ray Train (V2): reported as epochs end, as often as is cheap, and loaded again.
 
 Ray Train's list of checkpoints may be broken or lost (worker_group.py): then the newest that is whole is taken.
 """

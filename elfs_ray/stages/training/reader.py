@@ -44,10 +44,10 @@ class Batch(NamedTuple):
 
 
 class Reader(Protocol):
-    """Where a training worker's batches come from."""
+    """The source of a training worker's batches."""
 
     def steps(self, epoch: int) -> Iterator[tuple[int, list[Batch]]]:
-        """(real rows of the global batch, this worker's micro-batches) of each step of an epoch."""
+        """Yield (real rows of the global batch, this worker's micro-batches) for each step of an epoch."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +68,17 @@ class Augmentation(Protocol):
 
     @property
     def seed(self) -> int:
-        """What the order of samples follows from, too."""
+        """Return the seed, which the order of samples follows from, too."""
 
     @property
     def takes_whole_images(self) -> bool:
-        """Whether crops are drawn from a whole photograph rather than about its centre square."""
+        """Return whether crops are sampled from a whole photograph rather than around its centre square."""
 
     def crop(self, images: torch.Tensor, sample_ids: np.ndarray, epoch: int) -> torch.Tensor:
-        """(n, h, w, 3) uint8 to (n, ..., size, size, 3) uint8; n may be 0."""
+        """Crop (n, h, w, 3) uint8 to (n, ..., size, size, 3) uint8; n may be 0."""
 
     def finish(self, crops: torch.Tensor, sample_ids: np.ndarray, epoch: int) -> torch.Tensor:
-        """What `crop` gave to (m, 3, size, size) float32, channels_last."""
+        """Turn the crops into (m, 3, size, size) float32, channels_last."""
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,14 @@ class Augmenter:
 
     @property
     def takes_whole_images(self) -> bool:
-        """Whether crops are drawn from a whole photograph rather than about its centre square."""
+        """Return whether crops are sampled from a whole photograph rather than around its centre square."""
         return self.config.augmentation == "resized_crop_flip"
 
     def __call__(self, images: torch.Tensor, sample_ids: np.ndarray, epoch: int) -> torch.Tensor:
         return self.finish(self.crop(images, sample_ids, epoch), sample_ids, epoch)
 
     def crop(self, images: torch.Tensor, sample_ids: np.ndarray, epoch: int) -> torch.Tensor:
-        """(n, h, w, 3) uint8 to (n, size, size, 3) uint8, at random but for augmentation=none."""
+        """Crop (n, h, w, 3) uint8 to (n, size, size, 3) uint8, at random except for augmentation=none."""
         kind = self.config.augmentation
         if kind == "resized_crop_flip":
             return augmentation.random_resized_crop_flip(
@@ -117,7 +117,7 @@ class Augmenter:
         )
 
     def finish(self, crops: torch.Tensor, sample_ids: np.ndarray, epoch: int) -> torch.Tensor:
-        """(n, s, s, 3) uint8 to (n, 3, s, s) float32, channels_last."""
+        """Normalise (n, s, s, 3) uint8 to (n, 3, s, s) float32, channels_last."""
         return augmentation.normalize(crops, self.config.mean, self.config.std)
 
 
@@ -129,11 +129,11 @@ class EmbeddingsAsTheyAre:
     takes_whole_images: bool = False
 
     def crop(self, images: torch.Tensor, sample_ids: np.ndarray, epoch: int) -> torch.Tensor:
-        """What it is given."""
+        """Return the embeddings as they are."""
         return images
 
     def finish(self, crops: torch.Tensor, sample_ids: np.ndarray, epoch: int) -> torch.Tensor:
-        """float16 to float32."""
+        """Convert float16 to float32."""
         return crops.float()
 
 
@@ -171,13 +171,13 @@ class InMemoryReader:
 
 
 def targets_on(device: torch.device, targets: np.ndarray) -> torch.Tensor:
-    """(m,) int64 on a device, without waiting for it."""
+    """Move targets to a device as (m,) int64, without waiting for it."""
     tensor = torch.from_numpy(targets.astype(np.int64))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def view_as_tensor(array: np.ndarray) -> torch.Tensor:
-    """A tensor over memory of the object store, which must not be written to."""
+    """Return a tensor over memory of the object store, which must not be written to."""
     with warnings.catch_warnings(action="ignore"):  # of just that
         return torch.from_numpy(array)
 
@@ -185,17 +185,17 @@ def view_as_tensor(array: np.ndarray) -> torch.Tensor:
 def read_pool(
     run_dir: RunDir, image_ids: np.ndarray, table: str = schema.PROXY_IMAGES
 ) -> tuple[TrainingPool, np.ndarray]:
-    """The pseudo-labelled samples, with `rows` their positions in `image_ids` (m,) int64, ascending; those positions.
+    """Return the pseudo-labelled samples, and the positions of each in `image_ids` (m,) int64, ascending.
 
-    Raises ValueError for samples without a row in `table`, whose ids are given.
+    Raises ValueError for samples without a row in `table`, and names some.
     """
     tables = run_dir.read_table(schema.CLUSTERS, schema.PSEUDO_LABELS_DIR)
     parts = [(rows[schema.SAMPLE_ID].to_numpy(), rows[schema.PSEUDO_LABEL].to_numpy()) for rows in tables]
     sample_ids, targets = (np.concatenate(column) for column in zip(*parts, strict=True))
     rows = np.searchsorted(image_ids, sample_ids)
-    found = np.append(image_ids, -1)[rows] == sample_ids
-    if not found.all():
-        missing = sample_ids[~found]
+    has_row = np.append(image_ids, -1)[rows] == sample_ids
+    if not has_row.all():
+        missing = sample_ids[~has_row]
         raise ValueError(
             f"{len(missing)} samples have no row in {table}/, sample_id {missing[:5].tolist()} among "
             "them: the same command with on_change=rerun makes it again"
@@ -204,20 +204,20 @@ def read_pool(
 
 
 def every_image(run_dir: RunDir, image_ids: np.ndarray) -> tuple[TrainingPool, np.ndarray]:
-    """What `read_pool` gives, of every image that there is a copy of, without targets."""
+    """Return what `read_pool` does, for every image that has a copy, without targets."""
     positions = np.arange(len(image_ids))
     return TrainingPool(image_ids, np.zeros(len(image_ids), np.int32), positions.astype(np.int32)), positions
 
 
 def choose_reading(
-    run_dir: RunDir, stage: str, asked: str, num_samples: int, proxy_size: int, *, needs_whole_images: bool
+    run_dir: RunDir, stage: str, configured: str, num_samples: int, proxy_size: int, *, needs_whole_images: bool
 ) -> str:
-    """memory or streamed. The order of samples depends on it, so a stage that was begun keeps its choice."""
+    """Return memory or streamed. The order of samples depends on it, so a stage that was begun keeps its choice."""
     path = run_dir.path(stage, READING_FILE)
     if filesystem.exists(path):
         return filesystem.read_bytes(path).decode()
-    reading = asked
-    if asked == "auto":
+    reading = configured
+    if configured == "auto":
         stores = [node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"]]
         fits = num_samples * 3 * proxy_size**2 <= MAX_STORE_SHARE * min(stores)
         reading = "memory" if fits and not needs_whole_images else "streamed"
@@ -235,7 +235,7 @@ def load_images(run_dir: RunDir, size: int) -> tuple[np.ndarray, ray.ObjectRef]:
 
 
 def load_embeddings(run_dir: RunDir) -> list[ray.ObjectRef]:
-    """References to what InMemoryReader takes for a linear proxy: the pool, then the embeddings (n, d) float16.
+    """Return references to a linear proxy's data for InMemoryReader: the pool, then embeddings (n, d) float16.
 
     Driver memory: 50 bytes a sample. Object store: 2 · d bytes a sample, twice while the parts are joined.
     """
@@ -244,7 +244,7 @@ def load_embeddings(run_dir: RunDir) -> list[ray.ObjectRef]:
 
 
 def _load(read: Callable[..., tuple[np.ndarray, np.ndarray]], tasks: list[tuple]) -> tuple[np.ndarray, ray.ObjectRef]:
-    """(sample_ids, reference of the rows) of all files, from `read`, which gives both of one."""
+    """Return (sample_ids, reference of the rows) of all files; `read` returns ids and rows of one."""
     remote = ray.remote(num_cpus=1, num_returns=2)(read)
     parts: list[Any] = [remote.remote(*task) for task in tasks]
     sample_ids = np.concatenate([get_result(ids) for ids, _ in parts])

@@ -71,7 +71,7 @@ class _Part(NamedTuple):
 
 
 def load_data(run_dir: RunDir, reading: str, proxy_size: int, pool_of: PoolOf = read_pool) -> list[ray.ObjectRef]:
-    """References to what `make_reader` takes: the pool, then decoded images or, for reading=streamed, the chunks.
+    """Return references to `make_reader`'s data: the pool, then decoded images or, for reading=streamed, the chunks.
 
     pool_of: which samples there are, as `read_pool` gives them for the ids of all images.
     """
@@ -99,7 +99,7 @@ def make_reader(
 
 
 def scan_chunks(run_dir: RunDir, pool_of: PoolOf = read_pool) -> tuple[TrainingPool, ChunkTable]:
-    """The samples to train on and the chunks that have their images, from the files' footers and ids.
+    """Return the samples to train on and the chunks with their images, from the files' footers and ids.
 
     Driver memory: 40 bytes a sample. Raises ValueError for samples without an image.
     """
@@ -122,7 +122,7 @@ def scan_chunks(run_dir: RunDir, pool_of: PoolOf = read_pool) -> tuple[TrainingP
 
 
 def _scan_file(path: str) -> tuple[np.ndarray, list[int]]:
-    """The ids in a file and the rows of each of its row groups."""
+    """Return the ids in a file and the number of rows of each of its row groups."""
     with filesystem.open_parquet(path) as file:
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
         return file.read([schema.SAMPLE_ID])[schema.SAMPLE_ID].to_numpy(), sizes
@@ -172,7 +172,7 @@ class StreamedReader:
         return Batch(sample_ids, mask, images, targets_on(self._device, self._pool.targets[samples]))
 
     def _make_parts(self, order: np.ndarray, epoch: int) -> Iterator[_Part]:
-        """Every micro-batch of the epoch in as many parts as there are decoders, each in turn."""
+        """Cut every micro-batch of the epoch into as many parts as there are decoders."""
         parts = self._split(order, self._plan.steps())
         ahead = deque(islice(parts, READ_AHEAD * self._num_decoders))
         while ahead:
@@ -185,7 +185,7 @@ class StreamedReader:
             yield _Part(epoch, self._pool.sample_ids[samples], chunks, self._pool.rows[samples], upcoming)
 
     def _split(self, order: np.ndarray, steps: Iterable[Step]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(samples, their chunks) of each part."""
+        """Yield (samples, their chunks) of each part."""
         for step in steps:
             for micro_batch in step.micro_batches:
                 for samples in np.array_split(order[micro_batch.positions], self._num_decoders):
@@ -203,7 +203,7 @@ class _PartsOfTheEpoch:
 
 
 def _make_loader(decoder: "_Decoder", parts: Iterable[_Part], num_decoders: int, *, pin_memory: bool) -> DataLoader:
-    """torch's loader of parts, one each from every decoder in turn."""
+    """Return torch's loader of parts, which takes one from each decoder in turn."""
     # A fork of this process, which has threads of Ray, Arrow and torch, may hang; one of a fresh process does not.
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload([__name__])
@@ -235,7 +235,7 @@ class _Decoder(Dataset):
         self._threads: ThreadPoolExecutor | None = None
 
     def __getitem__(self, part: _Part) -> torch.Tensor | str:
-        """(m, ..., size, size, 3) uint8, or what is wrong with an image."""
+        """Decode a part: (m, ..., size, size, 3) uint8, or a message about an image that cannot be decoded."""
         needed = self._request(np.unique(part.chunks))
         self._request(part.upcoming)
         while len(self._read) > max(self._max_chunks, len(needed) + len(part.upcoming)):
@@ -255,14 +255,14 @@ class _Decoder(Dataset):
         return self._augmenter.crop(torch.cat(images), part.sample_ids, part.epoch)
 
     def _decode(self, encoded: bytes, sample_id: int, epoch: int) -> torch.Tensor:
-        """What is cropped from the whole image, (1, ..., size, size, 3) uint8, or its centre square."""
+        """Decode an image and crop it, (1, ..., size, size, 3) uint8; or return its centre square, to crop later."""
         if not self._augmenter.takes_whole_images:
             return torch.from_numpy(decode_proxy_image(encoded, self._proxy_size)[None].copy())
         whole = torch.from_numpy(decode_proxy_image(encoded)[None].copy())
         return self._augmenter.crop(whole, np.array([sample_id]), epoch)
 
     def _request(self, chunks: np.ndarray) -> "dict[int, Future[pa.Array]]":
-        """Have the chunks read that are not; they become the last to be dropped."""
+        """Start reading the chunks that are not read yet; they become the last to be dropped."""
         if self._threads is None:
             self._threads = ThreadPoolExecutor(READ_THREADS)
         for chunk in chunks.tolist():
@@ -280,7 +280,7 @@ def _footer(path: str) -> pq.FileMetaData:
 
 
 def _read_chunk(path: str, row_group: int) -> pa.Array:
-    """The encoded images of a chunk, (rows,) binary."""
+    """Read the encoded images of a chunk, (rows,) binary."""
     filesystem_, inner = filesystem.resolve(path)
     with pq.ParquetFile(inner, filesystem=filesystem_, metadata=_footer(path)) as file:
         rows = file.read_row_group(row_group, columns=[schema.IMAGE], use_threads=False)

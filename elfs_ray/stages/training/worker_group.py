@@ -1,4 +1,4 @@
-"""A group of data-parallel workers on Ray Train (V2): started, started again after a loss, and given up for good.
+"""Run a group of data-parallel workers on Ray Train (V2): start it, restart it after a loss, and give up for good.
 
 A worker that dies or fails is replaced with its whole group, which goes on from the last checkpoint. Ray Train starts a
 group again after any exception and has none that it takes for final. So the first worker to meet an error that a retry
@@ -36,10 +36,10 @@ POLL_VARIABLE, POLL_INTERVAL_S = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", 0.2
 
 @dataclass(frozen=True)
 class WorkerGroup:
-    """What a group asks for, and where its checkpoints go: `folder`/`name`.
+    """The resources of a group, and the folder of its checkpoints: `folder`/`name`.
 
-    `num_workers` is (fewest, most): a group whose two differ follows what the cluster has. `max_failures` of -1 never
-    gives up.
+    `num_workers` is (fewest, most): a group whose two differ follows what the cluster has. With `max_failures` of -1
+    it never gives up.
     """
 
     folder: str
@@ -52,18 +52,18 @@ class WorkerGroup:
 
     @property
     def resources(self) -> dict[str, float]:
-        """What a worker holds, as Ray names it."""
+        """Return what a worker holds, in Ray's names."""
         memory = {"memory": int(self.memory_gib * (1 << 30))} if self.memory_gib else {}
         return {"CPU": self.cpus_per_worker, **({"GPU": 1} if self.use_gpu else {}), **memory}
 
     @property
     def failure_file(self) -> str:
-        """Holds the message of a final error."""
+        """Return the path of the file with the message of a final error."""
         return filesystem.join(self.folder, FAILURE_FILE)
 
     @property
     def checkpoints(self) -> str:
-        """The folder of its checkpoints."""
+        """Return the folder of its checkpoints."""
         return filesystem.join(self.folder, self.name)
 
 
@@ -123,7 +123,7 @@ def _drop_broken_snapshot(folder: str) -> None:
 
 
 def _work(loop_config: dict[str, Any]) -> None:
-    """One worker: works, or ends at once where an earlier group met a final error."""
+    """Run one worker; return at once where an earlier group met a final error."""
     group: WorkerGroup = loop_config["group"]
     if filesystem.exists(group.failure_file):
         return
