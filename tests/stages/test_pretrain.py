@@ -95,7 +95,7 @@ def undisturbed(ray_cluster, pool, tmp_path_factory) -> Path:
     return folder
 
 
-def test_embedded_and_rejected_are_the_index_and_what_was_copied_is_embedded(undisturbed):
+def test_embedded_and_rejected_are_the_index_and_copies_are_embedded(undisturbed):
     found = {table: rows(undisturbed, table)["sample_id"].to_pylist() for table in ("index", "embeddings", "rejected")}
     assert sorted(found["embeddings"] + found["rejected"]) == found["index"] == list(range(NUM_DIGITS + 2))
     assert rows(undisturbed, "proxy_images")["sample_id"].to_pylist() == found["embeddings"]
@@ -243,7 +243,7 @@ def test_weights_of_another_kind_are_refused_before_any_work(pool, tmp_path):
         elfs_ray.run(config_of(pool, tmp_path / "new", f"embed.weights={tmp_path / 'other.pt'}"))
 
 
-def test_the_copies_of_one_encoder_are_replaced_for_another_only_when_told_to(undisturbed, pool, tmp_path):
+def test_copies_for_another_encoder_are_replaced_only_when_told_to(undisturbed, pool, tmp_path):
     """To an encoder that decodes for itself, and back: in neither direction is a copy left of the other's blocks."""
     folder = tmp_path / "run"
     shutil.copytree(undisturbed, folder)

@@ -207,7 +207,7 @@ def test_records_equal_a_plain_loop_that_keeps_every_logit(ray_cluster, tmp_path
         np.testing.assert_allclose(rows["el2n"], np.linalg.norm(onehot - probs, axis=1), atol=1e-6)
 
 
-def test_two_linear_workers_record_what_a_plain_loop_over_the_embeddings_keeps(ray_cluster, tmp_path):
+def test_two_linear_workers_record_what_a_plain_loop_keeps(ray_cluster, tmp_path):
     overrides = ("train.network=linear", "train.num_workers=2", "train.cpus_per_worker=1", "train.batch_size=64")
     figures = run(tmp_path, *overrides)
     assert (figures["rows"], figures["reading"]) == (len(EMBEDDED), "embeddings")
@@ -232,7 +232,7 @@ def test_a_diverged_loss_stops_at_once_with_epoch_step_and_learning_rate(ray_clu
         run(tmp_path, *overrides)
 
 
-def test_an_image_that_cannot_be_decoded_while_training_stops_it_with_its_id(ray_cluster, tmp_path):
+def test_an_image_that_cannot_be_decoded_stops_training_with_its_id(ray_cluster, tmp_path):
     write_clustered(RunDir(str(tmp_path)), 200)
     path = sorted((tmp_path / "proxy_images").iterdir())[1]
     rows = pq.read_table(path)
@@ -280,7 +280,7 @@ def test_the_metrics_of_the_last_epoch_reach_the_exporter_of_ray(ray_cluster, tm
 
 
 @pytest.mark.slow
-def test_a_group_that_grows_and_shrinks_with_the_cluster_records_every_sample(tmp_path):
+def test_a_group_that_grows_and_shrinks_records_every_sample(tmp_path):
     """On a cluster of its own, in a process of its own: nodes are added and killed on the way."""
     write_clustered(RunDir(str(tmp_path)), NUM_SAMPLES)
     script = Path(__file__).with_name("elastic_train.py")

@@ -170,8 +170,8 @@ class PretrainWorker:
 
 def pool_hash(run_dir: RunDir) -> str:
     """Hash how the pool was listed and copied, and how many files and bytes that gave: 16 hex digits."""
-    made_of = {stage: [run_dir.identity(stage), run_dir.figures(stage).get(TABLES)] for stage in ("index", "copy")}
-    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
+    found = {stage: [run_dir.identity(stage), run_dir.figures(stage).get(TABLES)] for stage in ("index", "copy")}
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def real_views(batch: Batch) -> torch.Tensor:

@@ -146,7 +146,7 @@ def test_a_point_and_a_line_are_a_collapse(features):
 
 
 @pytest.mark.parametrize(("weight_decay", "collapses"), [(5e-4, False), (4.0, True)])
-def test_a_network_whose_weights_have_withered_is_noticed_and_a_healthy_one_is_not(weight_decay, collapses):
+def test_withered_weights_are_noticed_and_healthy_ones_are_not(weight_decay, collapses):
     settings = SimclrSettings(
         network="small_cnn", epochs=1, batch_size=32, lr=0.8, warmup_epochs=0, weight_decay=weight_decay
     )
@@ -181,7 +181,7 @@ def test_a_trainer_that_goes_on_from_its_state_ends_with_the_same_bytes():
         assert tensor.numpy().tobytes() == second.state_dict()["model"][name].numpy().tobytes(), name
 
 
-def test_what_is_given_goes_before_the_profile_and_the_profile_before_the_defaults():
+def test_keys_override_the_profile_and_the_profile_the_defaults():
     assert simclr_settings({"profile": "gpu"}, 32).views == ViewSettings()
     chosen = simclr_settings({"profile": "cpu", "temperature": 0.1, "flip": False, "lr": None}, 96)
     assert (chosen.network, chosen.temperature, chosen.lr) == ("small_cnn", 0.1, 0.3)

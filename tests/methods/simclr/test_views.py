@@ -42,7 +42,7 @@ def test_without_changes_a_view_is_its_crop():
     assert found.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_colours_are_brightness_then_hue_saturation_and_contrast_written_out():
+def test_colours_follow_brightness_hue_saturation_and_contrast():
     """The factors are read off grey, red and white pixels; with them every pixel follows."""
     images = photographs(40, 12, 12) // 4 + 80  # far from black and white, so that nothing is clamped
     ids, settings = np.arange(40), ViewSettings(color_strength=0.3, grey_probability=0.3)
@@ -105,7 +105,7 @@ def test_a_blur_is_a_normalised_gaussian_of_the_distance():
     np.testing.assert_allclose(weights, expected / expected.sum(1, keepdims=True), atol=1e-6)
 
 
-def test_a_blur_of_images_keeps_their_orientation_and_the_mean_of_a_plain_one():
+def test_a_blur_keeps_orientation_and_the_mean_of_a_plain_image():
     gradient = torch.linspace(0, 255, 32).to(torch.uint8).view(1, 32, 1, 1).expand(50, 32, 20, 3).contiguous()
     blurred = change_colors(
         gradient, np.arange(50), dataclasses.replace(STILL, blur_probability=1.0), **PLAIN, seed=0, epoch=0, view=0

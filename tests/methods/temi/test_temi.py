@@ -90,7 +90,7 @@ def plain_losses(
 @pytest.mark.parametrize("num_clusters", [2, 10, 100])
 @pytest.mark.parametrize("num_heads", [1, 3, 50])
 @pytest.mark.parametrize("batch", [1, 64])
-def test_the_loss_of_all_heads_equals_the_plain_formulas_in_values_and_gradients(
+def test_loss_and_gradients_of_all_heads_equal_the_plain_formulas(
     num_clusters: int, num_heads: int, batch: int
 ) -> None:
     generator = torch.Generator().manual_seed(num_clusters * num_heads + batch)
@@ -119,7 +119,7 @@ def test_the_loss_of_all_heads_equals_the_plain_formulas_in_values_and_gradients
     assert teacher_a.grad is None and teacher_b.grad is None
 
 
-def test_the_loss_stays_finite_where_heads_are_certain_and_a_cluster_is_dead() -> None:
+def test_the_loss_stays_finite_for_certain_heads_and_a_dead_cluster() -> None:
     logits = torch.full((1, 2, 4, 3), -40.0)
     logits[:, 0, :, 0] = 40.0
     logits[:, 1, :, 1] = 40.0
@@ -229,7 +229,7 @@ def test_the_marginal_moves_to_the_mean_of_both_views() -> None:
     torch.testing.assert_close(marginal, expected)
 
 
-def test_the_learning_rate_scales_with_the_batch_and_rises_linearly_over_the_warm_up() -> None:
+def test_the_learning_rate_scales_with_the_batch_and_warms_up() -> None:
     trainer = TemiTrainer(TemiSettings(2, num_heads=1, num_warmup_epochs=2, batch_size=1024), 4, 5, seed=0)
     rates = []
     for trainer.step in (0, 4, 9, 500):
@@ -322,7 +322,7 @@ def test_a_partner_depends_on_seed_epoch_and_sample_alone_and_is_uniform() -> No
         assert (draw_neighbors(neighbors, ids, seed, epoch) - ids * 100 == columns).mean() < 0.05
 
 
-def test_an_epoch_visits_no_sample_twice_and_epochs_leave_out_different_ones() -> None:
+def test_an_epoch_repeats_no_sample_and_epochs_leave_out_different_ones() -> None:
     epochs = [np.concatenate(list(epoch_batches(103, 10, seed=4, epoch=e))) for e in range(2)]
     for visited in epochs:
         assert len(visited) == 100 and len(np.unique(visited)) == 100 and visited.max() < 103
@@ -347,7 +347,7 @@ def test_settings_that_cannot_cluster_are_refused() -> None:
         TemiSettings(num_clusters=1)
 
 
-def test_the_head_with_the_lowest_loss_is_picked_and_a_diverged_run_is_refused() -> None:
+def test_the_head_of_lowest_loss_is_picked_and_divergence_is_refused() -> None:
     assert pick_head(np.array([0.5, -1.0, -1.0, 3.0])) == 1
     with pytest.raises(ValueError, match=r"heads \[1\] are not finite"):
         pick_head(np.array([0.5, np.nan]))
@@ -398,7 +398,7 @@ def test_an_uneven_clustering_is_no_collapse(sizes: list[int]) -> None:
     check_clustering_collapse(np.array(sizes))
 
 
-def test_temi_finds_the_ten_digits_better_than_k_means_in_the_mean_of_three_seeds() -> None:
+def test_temi_finds_the_ten_digits_better_than_k_means_on_average() -> None:
     pixels, digits = load_digits(return_X_y=True)
     embeddings = pixels - pixels.mean(axis=0)
     embeddings = (embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)).astype(np.float32)

@@ -59,7 +59,7 @@ def test_every_shift_and_both_mirrorings_come_equally_often():
 
 
 @pytest.mark.parametrize("crop", CROPS)
-def test_what_a_sample_becomes_depends_on_seed_epoch_and_id_but_not_on_its_batch(crop):
+def test_augmentation_depends_on_seed_epoch_and_id_not_on_the_batch(crop):
     images, ids = photographs(30, 16, 16), np.arange(100, 130)
     together = crop(images, ids, seed=5, epoch=2)
     some = np.random.default_rng(2).permutation(30)[:7]
@@ -113,7 +113,7 @@ def kolmogorov_smirnov(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(below[0] - below[1]).max())
 
 
-def test_an_image_too_narrow_for_any_box_gives_its_largest_box_of_legal_ratio():
+def test_a_very_narrow_image_gives_its_largest_box_of_legal_ratio():
     narrow = photographs(20, 30, 2)
     cropped = random_resized_crop_flip(narrow, np.arange(20), seed=0, epoch=0, size=4, scale=(1.0, 1.0), flip=False)
     for i in range(20):

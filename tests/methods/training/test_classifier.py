@@ -61,7 +61,7 @@ def test_a_training_that_goes_on_from_its_state_ends_with_the_same_weights():
         assert torch.equal(value, second.model.state_dict()[name]), name
 
 
-def test_a_trial_that_is_killed_goes_on_from_its_file_and_has_the_accuracies_of_an_undisturbed_one(tmp_path):
+def test_a_killed_trial_resumes_to_the_accuracies_of_an_undisturbed_one(tmp_path):
     train, test = digits(slice(40)), digits(slice(1000, 1200))
     path = str(tmp_path / "trial.unfinished.pt")
 

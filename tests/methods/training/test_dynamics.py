@@ -43,9 +43,8 @@ class TestBatchPlan:
                 assert len(set(sizes)) == 1
                 assert 2 <= sizes[0] <= (micro_batch or global_batch)
 
-    def test_a_rank_has_at_most_one_duplicate_a_micro_batch_beyond_the_two_rows_it_must_have(
-        self, num_samples, world_size
-    ):
+    def test_a_rank_pads_each_micro_batch_with_at_most_one_duplicate(self, num_samples, world_size):
+        """Beyond the two rows that BatchNorm needs of every rank."""
         for global_batch, micro_batch in BATCHES:
             for plan in plans(num_samples, global_batch, world_size, micro_batch):
                 for step in plan.steps():

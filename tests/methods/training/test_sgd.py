@@ -53,7 +53,7 @@ def accumulate(model: nn.Module, step, order: np.ndarray, images, targets, world
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 @pytest.mark.parametrize("micro_batch", [None, 2, 4])
-def test_gradients_of_all_ranks_average_to_that_of_the_mean_loss_over_the_global_batch(world_size, micro_batch):
+def test_gradients_average_over_ranks_to_that_of_the_global_batch(world_size, micro_batch):
     model, images, targets = make_problem()
     order = epoch_order(NUM_SAMPLES, 0, 0)
     plans = [BatchPlan(NUM_SAMPLES, GLOBAL_BATCH, rank, world_size, micro_batch) for rank in range(world_size)]
@@ -94,7 +94,7 @@ def train(model: nn.Module, plan: BatchPlan, images: torch.Tensor, targets: torc
             update(optimizer, make_grad_scaler("fp32", CPU))
 
 
-def test_two_processes_with_micro_batches_learn_the_weights_that_one_learns(tmp_path: Path):
+def test_two_processes_with_micro_batches_learn_the_weights_of_one(tmp_path: Path):
     torch.multiprocessing.spawn(train_rank, args=(2, str(tmp_path)), nprocs=2)
     alone, images, targets = make_problem()
     start = copy.deepcopy(alone)
@@ -147,7 +147,7 @@ def test_a_schedule_out_of_order_is_refused(arguments, message):
         cosine_lr(0, 10, **arguments)
 
 
-def test_the_optimizer_is_sgd_with_nesterov_momentum_and_decay_on_every_parameter():
+def test_the_optimizer_is_nesterov_sgd_with_decay_everywhere():
     model, images, targets = make_problem()
     optimizer = make_optimizer(model, lr=0.1, momentum=0.9, weight_decay=0.02)
     weights = [p.detach().clone() for p in model.parameters()]
@@ -165,7 +165,7 @@ def test_the_optimizer_is_sgd_with_nesterov_momentum_and_decay_on_every_paramete
             torch.testing.assert_close(p.detach(), expected)
 
 
-def test_a_step_that_overflows_in_fp16_leaves_the_weights_and_the_next_one_is_plain_sgd():
+def test_an_fp16_overflow_skips_its_step_and_the_next_is_plain_sgd():
     model, images, targets = make_problem()
     model, images = model.float(), images.float()
     optimizer, scaler = make_optimizer(model, lr=0.1), make_grad_scaler("fp16", CPU)
@@ -217,7 +217,7 @@ def test_the_epochs_loss_weighs_steps_by_their_rows_and_starts_anew():
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_a_nan_is_noticed_within_eight_steps_and_waits_for_nothing():
+def test_on_a_gpu_a_nan_is_noticed_within_eight_steps_without_waiting():
     monitor, losses = LossMonitor(), torch.ones(20, device="cuda")
     losses[3] = float("nan")
     torch.cuda.set_sync_debug_mode("error")

@@ -40,9 +40,7 @@ def make_reports(monkeypatch):
     ("epoch_s", "report_s", "reported"),
     [(40.0, 1.0, [0, 1, 2, 3, 4, 5, 6, 7]), (8.0, 0.5, [0, 3, 6, 7]), (10.0, 1.0, [0, 4, 7])],
 )
-def test_reports_take_3_percent_of_the_time_at_most_and_the_last_epoch_is_always_there(
-    make_reports, epoch_s, report_s, reported
-):
+def test_reports_take_at_most_3_percent_of_the_time_and_keep_the_last(make_reports, epoch_s, report_s, reported):
     reports = make_reports(report_s)
     reporter = CheckpointReporter(GroupMember(0, 1, torch.device("cpu")))
     for epoch in range(8):
@@ -73,7 +71,7 @@ def _end_epochs(rank: int, folder: str) -> None:
     distributed.destroy_process_group()
 
 
-def test_workers_whose_reports_took_unequal_times_agree_and_rank_0_alone_saves(tmp_path):
+def test_workers_agree_when_to_report_and_rank_0_alone_saves(tmp_path):
     spawn(_end_epochs, args=(str(tmp_path),), nprocs=2)
     answers = [Path(tmp_path, str(rank)).read_text() for rank in range(2)]
     assert answers == ["[({'epoch': 1}, True)]", "[({'epoch': 1}, False)]"]

@@ -82,7 +82,7 @@ def epoch_of(reader, epoch: int) -> tuple[list[list[int]], dict[int, bytes], dic
 
 
 @pytest.mark.parametrize("make", [in_memory, streamed])
-def test_any_number_of_workers_takes_the_same_global_batches_of_every_sample_once(ray_cluster, run_dir, make):
+def test_any_number_of_workers_takes_the_same_global_batches(ray_cluster, run_dir, make):
     alone = None
     for num_workers in (1, 2, 3):
         parts = [epoch_of(make(run_dir, rank=rank, num_workers=num_workers), 3) for rank in range(num_workers)]
@@ -182,7 +182,7 @@ def test_streamed_order_is_a_permutation_for_chunks_of_any_sizes(sizes):
         np.testing.assert_array_equal(np.sort(order), np.arange(sizes.sum()))
 
 
-def test_streamed_batches_mix_chunks_of_the_whole_pool_and_no_two_epochs_mix_the_same():
+def test_streamed_batches_mix_the_whole_pool_differently_every_epoch():
     sizes = np.full(1000, 64)
     batches = streamed_order(sizes, 0, 0, 256).reshape(-1, 256)
     chunks = [len(np.unique(batch // 64)) for batch in batches]
