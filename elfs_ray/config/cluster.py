@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from elfs_ray.config.declaration import POSITIVE, Bounds, memory_option, option
+from elfs_ray.config.declaration import POSITIVE, Bounds, device_option, memory_option, option
 from elfs_ray.config.temi import TEMI_NEIGHBORS, TemiConfig
 
 
@@ -50,12 +50,7 @@ class ClusterConfig:
         "share of the exact neighbours that ivf has to find, measured on a sample",
         bounds=Bounds(above=0, at_most=1),
     )
-    device: str = option(
-        "auto",
-        "where assignment, neighbours and TEMI run; auto takes GPUs if the cluster has any",
-        choices=("auto", "cpu", "cuda"),
-        decides=False,
-    )
+    device: str = device_option("assignment, neighbours and TEMI run")
     num_workers: int | None = option(
         None, "shards in memory at once; null takes one a GPU, or one a CPU", bounds=POSITIVE, decides=False
     )

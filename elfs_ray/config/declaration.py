@@ -60,19 +60,31 @@ WIDTH = Bounds(at_least=1, at_most=1 << 16)
 
 
 def precision_option() -> Any:
-    """The precision of matrix products in a training."""
+    """Declare the precision of matrix products in a training."""
     return option("auto", "auto is bf16 on GPUs and fp32 on CPUs", choices=("auto", "fp32", "bf16", "fp16"))
 
 
 def compile_option() -> Any:
-    """Whether torch.compile makes the kernels of a training."""
+    """Declare whether torch.compile makes the kernels of a training."""
     return option(False, "compile the network with torch.compile; up to a minute at the start of every worker")
 
 
 def memory_option(worker: str) -> Any:
-    """Memory that Ray sets aside for each worker of a stage."""
+    """Declare the memory that Ray sets aside for each worker of a stage."""
     meaning = f"memory set aside for each {worker}; null sets none aside"
     return option(None, meaning, unit="GiB", bounds=Bounds(above=0), decides=False)
+
+
+def device_option(what_runs: str) -> Any:
+    """Declare the device of a stage; `what_runs` is a phrase such as "training runs"."""
+    meaning = f"where {what_runs}; auto takes GPUs if the cluster has any"
+    return option("auto", meaning, choices=("auto", "cpu", "cuda"), decides=False)
+
+
+def max_failures_option(what: str) -> Any:
+    """Declare how many workers of a group may fail."""
+    meaning = f"failed workers after which {what} gives up; -1 never does, and nodes taken back are not counted"
+    return option(5, meaning, bounds=Bounds(at_least=-1), decides=False)
 
 
 def fields_of(section: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from elfs_ray.config.declaration import POSITIVE, PROXY_SIDE, SIDE, Bounds, memory_option, option
+from elfs_ray.config.declaration import POSITIVE, PROXY_SIDE, SIDE, Bounds, device_option, memory_option, option
 
 SELF_SUPERVISED = "self_supervised"
 
@@ -43,12 +43,7 @@ class EmbedConfig:
         None, "images in one file of the table; null takes about 64 MiB of pixels", unit="images", bounds=POSITIVE
     )
     batch_size: int = option(128, "images in one pass of the encoder", unit="images", bounds=POSITIVE)
-    device: str = option(
-        "auto",
-        "where encoders run; auto takes GPUs if the cluster has any",
-        choices=("auto", "cpu", "cuda"),
-        decides=False,
-    )
+    device: str = device_option("encoders run")
     num_workers: int | str | None = option(
         None,
         "encoders at once, or a range such as 2-16: as many as there is room for, and work begins with the fewest; "

@@ -2,7 +2,16 @@
 
 from dataclasses import dataclass
 
-from elfs_ray.config.declaration import POSITIVE, Bounds, compile_option, memory_option, option, precision_option
+from elfs_ray.config.declaration import (
+    POSITIVE,
+    Bounds,
+    compile_option,
+    device_option,
+    max_failures_option,
+    memory_option,
+    option,
+    precision_option,
+)
 
 
 @dataclass
@@ -67,12 +76,7 @@ class PretrainConfig:
         "streamed for pools above a quarter of a node's object store",
         choices=("auto", "memory", "streamed"),
     )
-    device: str = option(
-        "auto",
-        "where pretraining runs; auto takes GPUs if the cluster has any",
-        choices=("auto", "cpu", "cuda"),
-        decides=False,
-    )
+    device: str = device_option("pretraining runs")
     num_workers: int | None = option(
         None, "data-parallel workers; null takes one a GPU; on CPUs there is one", bounds=POSITIVE, decides=False
     )
@@ -84,6 +88,4 @@ class PretrainConfig:
         decides=False,
     )
     memory_gib: float | None = memory_option("worker")
-    max_failures: int = option(
-        5, "failed workers after which pretraining gives up; -1 never does", bounds=Bounds(at_least=-1), decides=False
-    )
+    max_failures: int = max_failures_option("pretraining")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from elfs_ray.config.declaration import BATCH, POSITIVE, WIDTH, Bounds, option, precision_option
+from elfs_ray.config.declaration import BATCH, POSITIVE, WIDTH, Bounds, max_failures_option, option, precision_option
 
 TEMI_NEIGHBORS = 50  # neighbours of each sample that TEMI learns from, as in the paper
 
@@ -41,6 +41,4 @@ class TemiConfig:
     num_workers: int | None = option(
         None, "data-parallel workers; null takes one a GPU, or one CPU worker", bounds=POSITIVE, decides=False
     )
-    max_failures: int = option(
-        5, "failed workers after which training gives up; -1 never does", bounds=Bounds(at_least=-1), decides=False
-    )
+    max_failures: int = max_failures_option("training")

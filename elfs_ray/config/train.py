@@ -8,6 +8,8 @@ from elfs_ray.config.declaration import (
     PROXY_SIDE,
     Bounds,
     compile_option,
+    device_option,
+    max_failures_option,
     memory_option,
     option,
     precision_option,
@@ -62,12 +64,7 @@ class TrainConfig:
         "photograph; auto: streamed for resized_crop_flip and for pools above a quarter of a node's object store",
         choices=("auto", "memory", "streamed"),
     )
-    device: str = option(
-        "auto",
-        "where training runs; auto takes GPUs if the cluster has any",
-        choices=("auto", "cpu", "cuda"),
-        decides=False,
-    )
+    device: str = device_option("training runs")
     num_workers: int | str | None = option(
         None,
         "data-parallel workers, or a range such as 1-4 that follows what the cluster has; null takes one a GPU, or one "
@@ -83,9 +80,4 @@ class TrainConfig:
         decides=False,
     )
     memory_gib: float | None = memory_option("worker")
-    max_failures: int = option(
-        5,
-        "failed workers after which training gives up; -1 never does, and nodes taken back are not counted",
-        bounds=Bounds(at_least=-1),
-        decides=False,
-    )
+    max_failures: int = max_failures_option("training")
