@@ -1,7 +1,7 @@
 """Select again from a finished run, in seconds, with another budget, hard fraction, score or method.
 
-The coreset is written beside the first one, to coreset-<name>/ in the run directory; what is not given stays as the run
-had it. Example: python jobs/reselect.py run_dir=runs/quickstart name=el2n select.score=el2n budget=0.1
+The coreset is written to coresets/<name>/ in the run directory; what is not given stays as the run had it.
+Example: python jobs/reselect.py run_dir=runs/quickstart name=el2n select.score=el2n budget=0.1
 
 Not called select.py: run from this folder, that would hide the standard library's module of the name.
 """
@@ -11,14 +11,13 @@ import sys
 from elfs_ray.cli import asks_for_help, coreset_line, report_errors, split_arguments
 from elfs_ray.config import describe_keys
 from elfs_ray.pipeline import reselect
-from elfs_ray.storage.run_dir import RunDir
 
 
 def help_text() -> str:
     """Every key that may be given; the defaults are those of the run."""
     lines = [str(__doc__), "usage: python jobs/reselect.py [--dry-run] [--help] run_dir=... name=... key=value ...", ""]
     lines += ["--dry-run  check everything, print what would be written, do nothing", ""]
-    lines += [f"{'name':<22}  what the coreset is called: it becomes coreset-<name>/"]
+    lines += [f"{'name':<22}  what the selection is called: its coresets go to coresets/<name>/"]
     wanted = [
         (key, meaning) for key, _, meaning in describe_keys() if key in reselect.KEYS or key.startswith("select.")
     ]
@@ -30,13 +29,12 @@ def main(arguments: list[str]) -> None:
         print(help_text())
         return
     options, overrides = split_arguments(arguments)
-    config, table = reselect.load(overrides)
+    config, name = reselect.load(overrides)
     if options:
-        print(reselect.describe(config, table))
+        print(reselect.describe(config, name))
         return
-    figures = reselect.run(config, table)
-    for own, found in figures["coresets"].items():
-        print(coreset_line(RunDir(config.run_dir), own, found["rows"]))
+    for table, coreset in reselect.run(config, name)["coresets"].items():
+        print(coreset_line(reselect.folder_of(config, name), table, coreset["rows"]))
 
 
 if __name__ == "__main__":

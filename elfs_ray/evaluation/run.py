@@ -2,7 +2,7 @@
 
 Everything lies in the folder that the config names as `out`:
 
-    selections/<line>/coreset-<hash>/...   the coreset of each method at each budget, as stage select writes them
+    selections/<line>/<hash>/coreset/...   the coreset of each method at each budget, as stage select writes them
     supervised/                            the proxy trained on true labels, a run directory of the stages train, select
     badge/<hash>/round-0000.parquet        what each round of BADGE bought
     trials/<hash>-seed0.json               one training each
@@ -32,8 +32,7 @@ from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import Marker, Overlay, RunDir
 
 RESULTS_MD, RESULTS_SVG = "results.md", "results.svg"
-SELECTED_HERE = ("select", "coreset")
-SUPERVISED_HERE = ("cluster", "train", "dynamics", "scores", *SELECTED_HERE)
+SUPERVISED_HERE = ("cluster", "train", "dynamics", "scores")
 
 
 @dataclass(frozen=True)
@@ -75,32 +74,31 @@ def select_without_labels(config: ComparisonConfig, plan: Plan, out: RunDir) -> 
             everything = first.run_dir.read_column(schema.CLUSTERS, schema.PSEUDO_LABELS_DIR, column=schema.SAMPLE_ID)
             chosen += [Chosen(entry, "all", seed, np.sort(everything)) for seed in range(config.seeds)]
         elif entry.config is not None and entry.method not in SUPERVISED:
-            folder = out.path("selections", entry.name)
-            chosen += _coresets(config, entry, Overlay(folder, entry.source.run_dir, SELECTED_HERE))
+            chosen += _coresets(config, entry, entry.source.run_dir, out.path("selections", entry.name))
     return chosen
 
 
-def _coresets(config: ComparisonConfig, entry: Entry, run_dir: RunDir) -> list[Chosen]:
-    """A line's coresets, written by stage select's own functions unless they are there."""
+def _coresets(config: ComparisonConfig, entry: Entry, run_dir: RunDir, out: str) -> list[Chosen]:
+    """A line's coresets, written below `out` by stage select's own functions unless they are there."""
     assert entry.config is not None
     chosen = []
     for seed in range(config.seeds):
         own = replace(entry.config, seed=seed) if entry.is_drawn else entry.config
-        identity = reselect.marker_of(own, run_dir, schema.CORESET).identity
-        table = f"{schema.CORESET}-{identity}"
-        marker = run_dir.success_marker(table)
-        whole = marker is not None and not run_dir.damage(table)
-        figures = marker.figures if marker and whole else _write_coresets(own, run_dir, table, entry.name)
-        for budget, name in zip(own.budgets, schema.coreset_tables(own.budget, table), strict=True):
-            ids = np.sort(run_dir.read_column(name, column=schema.SAMPLE_ID))
+        identity = reselect.marker_of(own, run_dir).identity
+        folder = Overlay(filesystem.join(out, identity), run_dir, reselect.OWN_TABLES)
+        marker = folder.success_marker(reselect.SELECT)
+        whole = marker is not None and not folder.damage(reselect.SELECT)
+        figures = marker.figures if marker and whole else _write_coresets(own, folder, entry.name)
+        for budget, table in zip(own.budgets, schema.coreset_tables(own.budget), strict=True):
+            ids = np.sort(folder.read_column(table, column=schema.SAMPLE_ID))
             has_fraction = own.select.method in ("double_end", "stratified")
-            fraction = float(figures["coresets"][name]["hard_fraction"]) if has_fraction else None
+            fraction = float(figures["coresets"][table]["hard_fraction"]) if has_fraction else None
             chosen.append(Chosen(entry, str(budget), seed, ids, fraction))
     return chosen
 
 
-def _write_coresets(config: Config, run_dir: RunDir, table: str, name: str) -> Mapping[str, Any]:
-    figures = reselect.write(config, run_dir, table)
+def _write_coresets(config: Config, folder: Overlay, name: str) -> Mapping[str, Any]:
+    figures = reselect.write(config, folder)
     say(f"select    {name} in {format_duration(figures['seconds'])}")
     return figures
 
@@ -114,7 +112,7 @@ def _select_with_labels(config: ComparisonConfig, plan: Plan, out: RunDir, devic
             chosen += _buy_labels(config, plan, out, entry, device)
         elif entry.method in SUPERVISED:
             run_dir = run_dir or _train_supervised(config, plan, out)
-            chosen += _coresets(config, entry, run_dir)
+            chosen += _coresets(config, entry, run_dir, out.path("selections", entry.name))
     return chosen
 
 

@@ -1,7 +1,8 @@
-"""Another coreset from a finished run: only the selection is made again, beside the first, under a name of its own.
+"""Another coreset from a finished run: only the selection is made again, into coresets/<name>/ of the run directory.
 
-Whatever is not given stays as the run had it. The scores that the run left are read; nothing is replaced, and nothing
-trained but by select.hard_fraction=search.
+There it has the layout of the run's own: coreset/, coreset.txt, a coreset-<budget>/ for every further budget, select/.
+Whatever is not given stays as the run had it. The scores that the run left are read; nothing of the run is replaced,
+and nothing is trained except by select.hard_fraction=search.
 """
 
 import re
@@ -10,89 +11,93 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from elfs_ray.config import Config, ConfigError, check_budgets, deciding_keys, expand_home, load_config
-from elfs_ray.pipeline import coresets
 from elfs_ray.pipeline.runner import locked
 from elfs_ray.runtime.progress import format_duration, say
 from elfs_ray.storage import filesystem, schema
-from elfs_ray.storage.run_dir import TABLES, Marker, RunDir
+from elfs_ray.storage.run_dir import TABLES, Marker, Overlay, RunDir
 
 KEYS = ("run_dir", "budget", "seed", "on_change", "ray_address", "ray_logs")
+SELECT = "select"
 INPUTS = ("index", "cluster", "train")
+OWN_TABLES = (SELECT, schema.CORESET)  # what a selection writes; all else is the run's
 
 
 def load(overrides: Sequence[str]) -> tuple[Config, str]:
-    """The run's own config with `key=value` overrides, and the table to write. Raises ConfigError."""
-    given = dict(override.partition("=")[::2] for override in overrides)
+    """Return the run's own config with `key=value` overrides, and the name of the selection. Raises ConfigError."""
+    values = dict(override.partition("=")[::2] for override in overrides)
     for key in ("run_dir", "name"):
-        if not given.get(key):
+        if not values.get(key):
             raise ConfigError(f"no value for {key}: give {key}=...")
-    name = given.pop("name")
+    name = values.pop("name")
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-        raise ConfigError(f"name={name!r}: needed are letters, digits, '_', '-' and '.'; it becomes a folder's name")
-    fixed = [key for key in given if key not in KEYS and not key.startswith("select.")]
+        raise ConfigError(
+            f"name={name!r}: must be made of letters, digits, '_', '-' and '.', as it becomes a folder's name"
+        )
+    fixed = [key for key in values if key not in KEYS and not key.startswith("select.")]
     if fixed:
-        raise ConfigError(f"{', '.join(fixed)} cannot be given here: needed are name, select.* and {', '.join(KEYS)}")
-    run_dir = RunDir(expand_home(given["run_dir"]))
-    own = [override for override in overrides if not override.startswith("name=")]
-    return load_config(None, own, base=config_of(run_dir)), f"{schema.CORESET}-{name}"
+        raise ConfigError(f"{', '.join(fixed)} cannot be given here: give name, select.* or one of {', '.join(KEYS)}")
+    run_dir = RunDir(expand_home(values["run_dir"]))
+    keys = [override for override in overrides if not override.startswith("name=")]
+    return load_config(None, keys, base=config_of(run_dir)), name
 
 
-def describe(config: Config, table: str) -> str:
-    """What `run` would write. Raises ConfigError as it does."""
+def folder_of(config: Config, name: str) -> Overlay:
+    """Return the folder of a named selection, which reads from the run directory that it is in."""
     run_dir = RunDir(config.run_dir)
-    action = "is there" if _is_done(config, run_dir, table) else "would be written"
-    num_samples = int(run_dir.figures("train")["rows"])
+    return Overlay(run_dir.path(schema.CORESETS_DIR, name), run_dir, OWN_TABLES)
+
+
+def describe(config: Config, name: str) -> str:
+    """Describe what `run` would write. Raises ConfigError as it does."""
+    folder = folder_of(config, name)
+    action = "is there" if _is_done(config, folder) else "would be written"
     from elfs_ray.pipeline.dry_run import describe_budgets
 
-    tables = schema.coreset_tables(config.budget, table)
+    lines = describe_budgets(config, int(folder.figures("train")["rows"]))
     return "\n".join(
-        f"{run_dir.path(own)} {action}: by {config.select.method}, {line}"
-        for own, line in zip(tables, describe_budgets(config, num_samples), strict=True)
+        f"{folder.path(table)} {action}: by {config.select.method}, {line}"
+        for table, line in zip(schema.coreset_tables(config.budget), lines, strict=True)
     )
 
 
-def run(config: Config, table: str) -> Mapping[str, Any]:
-    """Write the coreset `table`, unless it is there; its figures, as stage select has them.
+def run(config: Config, name: str) -> Mapping[str, Any]:
+    """Make the selection `name`, unless it is there; return its figures, as stage select has them.
 
-    Raises ConfigError for a budget that does not fit, and for a table of that name made otherwise.
+    Raises ConfigError for a budget that does not fit, and for a selection of that name made otherwise.
     """
     from elfs_ray.runtime.cluster import connect
 
-    run_dir = RunDir(config.run_dir)
-    if not _is_done(config, run_dir, table):
+    folder = folder_of(config, name)
+    if not _is_done(config, folder):
         connect(config.ray_address, show_worker_logs=config.ray_logs)
-        with locked(run_dir):
+        with locked(folder.base):
             # Once more: until now another driver may have had the run directory.
-            if not _is_done(config, run_dir, table):
-                figures = write(config, run_dir, table)
+            if not _is_done(config, folder):
+                figures = write(config, folder)
                 say(f"select    complete in {format_duration(figures['seconds'])}")
                 return figures
-    say(f"nothing to do: {run_dir.path(table)} is complete")
-    return run_dir.figures(table)
+    say(f"nothing to do: {folder.uri} is complete")
+    return folder.figures(SELECT)
 
 
-def write(config: Config, run_dir: RunDir, table: str) -> Mapping[str, Any]:
-    """Write the coreset `table` of a run directory that nobody else writes to, over Ray; its figures.
+def write(config: Config, folder: Overlay) -> Mapping[str, Any]:
+    """Select into a folder that nobody else writes to, over Ray; return the figures of stage select.
 
-    What is there of an earlier try, or of other budgets, is replaced.
+    What an unfinished try with the same config left is continued, anything else in the folder is replaced.
     """
-    from elfs_ray.stages.select.run import select_coresets
+    from elfs_ray.stages.select.run import run_select
 
-    tables = schema.coreset_tables(config.budget, table)
-    marker = marker_of(config, run_dir, table)
-    found = run_dir.success_marker(table) or run_dir.started_marker(table)
-    filesystem.delete(run_dir.path(table, schema.SUCCESS_FILE))
-    for own in dict.fromkeys((*(coresets.tables_of(found) if found else ()), *tables)):
-        if own != table:
-            filesystem.delete(run_dir.path(own))
-        filesystem.delete(run_dir.path(schema.coreset_text_file(own)))
-    run_dir.clear(table)
-    run_dir.mark_started(marker)
+    marker = marker_of(config, folder)
+    started = folder.started_marker(SELECT)
+    if folder.success_marker(SELECT) or started is None or started.identity != marker.identity:
+        filesystem.delete(folder.uri)
+    folder.mark_started(marker)
     start_s = time.time()
-    figures = select_coresets(config, run_dir, tables)
+    figures = dict(run_select(config, folder))
     figures["seconds"] = round(time.time() - start_s, 3)
-    figures[TABLES] = run_dir.measure([*tables, *map(schema.coreset_text_file, tables)])
-    run_dir.mark_complete(Marker(table, marker.config, marker.inputs, figures))
+    tables = schema.coreset_tables(config.budget)
+    figures[TABLES] = folder.measure([*tables, *map(schema.coreset_text_file, tables)])
+    folder.mark_complete(Marker(SELECT, marker.config, marker.inputs, figures))
     return figures
 
 
@@ -116,33 +121,34 @@ def config_of(run_dir: RunDir) -> dict[str, Any]:
     return base | {"pool": {"uri": index.config["pool.uri"]}, "cluster": cluster}
 
 
-def marker_of(config: Config, run_dir: RunDir, table: str) -> Marker:
-    """What decides a coreset of a finished run."""
+def marker_of(config: Config, run_dir: RunDir) -> Marker:
+    """Return the marker of a selection from a finished run, without figures."""
     keys = {f"select.{key}": value for key, value in deciding_keys(config.select).items()}
     inputs = {stage: run_dir.identity(stage) for stage in INPUTS}
-    return Marker(table, {"seed": config.seed, "budget": config.budget, **keys}, inputs, {})
+    return Marker(SELECT, {"seed": config.seed, "budget": config.budget, **keys}, inputs, {})
 
 
-def _is_done(config: Config, run_dir: RunDir, table: str) -> bool:
-    """Whether this very coreset is complete. Raises ConfigError for another one of that name, and budgets of no fit."""
-    damage = [line for stage in ("index", "cluster", "select") for line in run_dir.damage(stage)]
+def _is_done(config: Config, folder: Overlay) -> bool:
+    """Return whether this very selection is complete. Raises ConfigError for another one, and budgets of no fit."""
+    run_dir = folder.base
+    damage = [line for stage in ("index", "cluster", SELECT) for line in run_dir.damage(stage)]
     if damage:
         raise ConfigError(
             f"{run_dir.uri} is damaged: {'; '.join(damage)}. Run the pipeline there with on_change=rerun."
         )
     check_budgets(config, int(run_dir.figures("train")["rows"]))
-    tables = schema.coreset_tables(config.budget, table)
-    coresets.refuse_foreign(run_dir, tables, table, "give another name")
-    unknown = coresets.unclaimed(run_dir, tables)
-    if unknown:
-        raise ConfigError(
-            f"{run_dir.path(unknown[0])} is there, and no marker says how it was made: delete it, or give another name"
-        )
-    success = run_dir.success_marker(table)
-    found = success or run_dir.started_marker(table)
-    same = found is not None and found.identity == marker_of(config, run_dir, table).identity
-    lost = run_dir.damage(table)
-    if found is not None and config.on_change != "rerun" and (lost or not same):
-        how = f"is damaged: {'; '.join(lost)}" if same else "was made otherwise"
-        raise ConfigError(f"{run_dir.path(table)} {how}: give another name, or on_change=rerun to replace it")
-    return same and success is not None and not lost
+    success = folder.success_marker(SELECT)
+    present = success or folder.started_marker(SELECT)
+    lost = folder.damage(SELECT)
+    is_same = present is not None and present.identity == marker_of(config, folder).identity
+    if config.on_change == "rerun":
+        return is_same and success is not None and not lost
+    if present is None and filesystem.list_files(folder.uri, recursive=True):
+        how = "holds files, and no marker says how they were made"
+    elif present is not None and not is_same:
+        how = "was made otherwise"
+    elif lost:
+        how = f"is damaged: {'; '.join(lost)}"
+    else:
+        return success is not None
+    raise ConfigError(f"{folder.uri} {how}: give another name, or on_change=rerun to replace it")

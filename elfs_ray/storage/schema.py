@@ -82,6 +82,7 @@ SUCCESS_FILE = "_SUCCESS.json"
 STARTED_FILE = "_STARTED.json"
 CENTROIDS_FILE = "centroids.parquet"
 PSEUDO_LABELS_DIR = "pseudo_labels"
+CORESETS_DIR = "coresets"  # selections made again from a finished run, a folder each
 REPORT_FILE = "report.html"
 RESULTS_FILE = "results.parquet"
 METRICS_FILE = "metrics.json"
@@ -147,7 +148,7 @@ def rank_file(rank: int, world_size: int) -> str:
     return f"rank-{rank:05d}-of-{world_size:05d}.parquet"
 
 
-def coreset_tables(budget: object, first: str = CORESET) -> list[str]:
-    """The table of each coreset of a selection: `first` for the first budget, <first>-<budget> for every other."""
+def coreset_tables(budget: object) -> list[str]:
+    """Return the table of each coreset of a selection: coreset for its first budget, coreset-<budget> for others."""
     others = budget[1:] if isinstance(budget, list) else []
-    return [first, *(f"{first}-{other}" for other in others)]
+    return [CORESET, *(f"{CORESET}-{other}" for other in others)]

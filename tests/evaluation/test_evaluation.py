@@ -317,6 +317,7 @@ def test_supervised_rivals_score_a_proxy_that_learned_the_true_labels_and_leave_
     ids, labels = (own.read_column("clusters", "pseudo_labels", column=name) for name in ("sample_id", "pseudo_label"))
     assert np.array_equal(labels, digit_images(NUM_POOL)[1][ids])
     assert own.figures("train")["epochs"] == 2
-    coresets = [path.name for path in folder.glob("coreset-*") if path.is_dir() and path.name.endswith("-0.3")]
-    assert [len(own.read_column(name, column="sample_id")) for name in coresets] == [300] * 4  # CCS draws for each seed
+    coresets = [RunDir(path.parent) for path in tmp_path.glob("selections/*/*/coreset-0.3")]
+    sizes = [len(selection.read_column("coreset-0.3", column="sample_id")) for selection in coresets]
+    assert sizes == [300] * 4  # CCS draws for each seed
     assert contents(finished / "run", "clusters", "dynamics", "scores", "train") == before

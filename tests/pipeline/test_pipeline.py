@@ -134,24 +134,18 @@ def test_a_changed_key_reruns_only_what_depends_on_it_when_told_to(labelled, poo
     assert contents(labelled, "coreset") != first_coreset
 
 
-def test_a_coreset_made_by_a_reselection_is_neither_overwritten_nor_doubled_by_the_run(
-    ray_cluster, finished, pool, tmp_path
-):
+def test_a_reselection_and_the_runs_further_budgets_lie_apart(ray_cluster, finished, pool, tmp_path):
     own = RunDir(shutil.copytree(finished, tmp_path / "run"))
     reselect.run(*reselect.load([f"run_dir={own.uri}", "name=0.3", "budget=0.5"]))
-    before = contents(tmp_path / "run", "coreset", "coreset-0.3", "scores")
-    both = ["budget=[0.25,0.3]", "on_change=rerun"]
-    with pytest.raises(ConfigError, match=r"coreset-0\.3 is a coreset that jobs/reselect\.py wrote with name=0\.3"):
-        run(pool, own.uri, *both)
-    assert contents(tmp_path / "run", "coreset", "coreset-0.3", "scores") == before
+    reselected = contents(tmp_path / "run", "coresets")
     run(pool, own.uri, "budget=[0.25,0.4]", "on_change=rerun")
     assert len(own.read_column("coreset-0.4", column="sample_id")) == 80
-    with pytest.raises(ConfigError, match=r"coreset-0\.4 is a coreset of the run itself.*give another name"):
-        reselect.run(*reselect.load([f"run_dir={own.uri}", "name=0.4", "on_change=rerun"]))
-    shutil.rmtree(tmp_path / "run" / "coreset-0.3")
-    run(pool, own.uri, *both)
+    run(pool, own.uri, "budget=[0.25,0.3]", "on_change=rerun")
     assert len(own.read_column("coreset-0.3", column="sample_id")) == 60
     assert not (tmp_path / "run" / "coreset-0.4").exists(), "what the run made with other budgets is replaced"
+    assert contents(tmp_path / "run", "coresets") == reselected
+    with pytest.raises(ConfigError, match=r"coresets/0\.3 was made otherwise: give another name"):
+        reselect.run(*reselect.load([f"run_dir={own.uri}", "name=0.3", "budget=0.5"]))
 
 
 def test_files_where_a_further_budget_is_to_be_written_are_told_and_replaced_when_asked(

@@ -41,12 +41,15 @@ def test_a_named_coreset_is_what_a_run_with_those_keys_selects_and_the_first_one
     asked = ["select.score=el2n", "budget=[0.1,0.3]", "select.balance=true"]
     result = type_job(f"run_dir={finished}", "name=el2n", "ray_address=local", *asked)
     assert result.returncode == 0, result.stderr
-    assert f"coreset  {finished}/coreset-el2n.txt  (100 images)" in result.stdout
+    assert f"coreset  {finished}/coresets/el2n/coreset.txt  (100 images)" in result.stdout
+    assert f"coreset  {finished}/coresets/el2n/coreset-0.3.txt  (300 images)" in result.stdout
     assert contents(finished, "coreset", "scores") == before
     write_trained(RunDir(tmp_path))
     select.run_select(digits_config(tmp_path, *asked), RunDir(tmp_path))
-    for named, own in (("coreset-el2n", "coreset"), ("coreset-el2n-0.3", "coreset-0.3")):
-        assert list(contents(finished, named).values()) == list(contents(tmp_path, own).values())
+    names = ("coreset", "coreset-0.3")
+    assert contents(finished / "coresets" / "el2n", *names) == contents(tmp_path, *names)
+    for name in ("coreset.txt", "coreset-0.3.txt"):
+        assert (finished / "coresets" / "el2n" / name).read_bytes() == (tmp_path / name).read_bytes()
 
     again = type_job(f"run_dir={finished}", "name=el2n", *asked)
     assert again.returncode == 0 and "nothing to do" in again.stderr
@@ -63,43 +66,48 @@ def copy(finished, tmp_path) -> Path:
     return shutil.copytree(finished, tmp_path / "run")
 
 
-def test_a_coreset_of_another_name_is_never_written_over(copy):
-    select_again(copy, "name=x-0.3", "budget=50")
-    before = contents(copy, "coreset-x-0.3")
-    for more in ((), ("on_change=rerun",)):
-        with pytest.raises(
-            ConfigError, match=r"coreset-x-0\.3 is a coreset that .* wrote with name=x-0\.3, .*another name"
-        ):
-            select_again(copy, "name=x", "budget=[0.1,0.3]", *more)
-    assert contents(copy, "coreset-x-0.3") == before and not (copy / "coreset-x").exists()
-    select_again(copy, "name=y", "budget=[0.1,0.3]")
-    with pytest.raises(ConfigError, match=r"coreset-y-0\.3 is a coreset that .* wrote with name=y, .*another name"):
-        select_again(copy, "name=y-0.3", "on_change=rerun")
-    shutil.copytree(copy / "coreset", copy / "coreset-mine")
-    with pytest.raises(ConfigError, match="coreset-mine is there, and no marker says how it was made: delete it"):
-        select_again(copy, "name=mine", "on_change=rerun")
+def test_files_that_no_marker_explains_are_replaced_only_when_asked(copy):
+    shutil.copytree(copy / "coreset", copy / "coresets" / "mine" / "coreset")
+    before = contents(copy, "coresets")
+    with pytest.raises(ConfigError, match=r"coresets/mine holds files, and no marker says how .*another name"):
+        select_again(copy, "name=mine", "budget=50")
+    assert contents(copy, "coresets") == before
+    select_again(copy, "name=mine", "budget=50", "on_change=rerun")
+    assert len(RunDir(copy / "coresets" / "mine").read_column("coreset", column="sample_id")) == 50
 
 
-@pytest.mark.parametrize("lost", ["coreset-x/part-*", "coreset-x-0.3/part-*", "coreset-x-0.3.txt"])
+@pytest.mark.parametrize("lost", ["coreset/part-*", "coreset-0.3/part-*", "coreset-0.3.txt"])
 def test_a_coreset_of_which_files_are_lost_is_told_and_made_again_when_asked(copy, lost):
-    asked = ("name=x", "budget=[0.1,0.3]")
+    asked, folder = ("name=x", "budget=[0.1,0.3]"), copy / "coresets" / "x"
     select_again(copy, *asked)
-    whole = {path: path.read_bytes() for path in copy.glob("coreset-x*/part-*")}
-    next(copy.glob(lost)).unlink()
-    with pytest.raises(ConfigError, match=r"coreset-x is damaged: coreset-x\S* has 0 files.*on_change=rerun"):
+    whole = {path: path.read_bytes() for path in folder.glob("coreset*/part-*")}
+    next(folder.glob(lost)).unlink()
+    with pytest.raises(ConfigError, match=r"coresets/x is damaged: coreset\S* has 0 files.*on_change=rerun"):
         select_again(copy, *asked)
     select_again(copy, *asked, "on_change=rerun")
-    assert {path: path.read_bytes() for path in copy.glob("coreset-x*/part-*")} == whole
-    assert len((copy / "coreset-x-0.3.txt").read_text().splitlines()) == 300
+    assert {path: path.read_bytes() for path in folder.glob("coreset*/part-*")} == whole
+    assert len((folder / "coreset-0.3.txt").read_text().splitlines()) == 300
 
 
 def test_a_replaced_coreset_leaves_nothing_of_its_other_budgets(copy):
     select_again(copy, "name=x", "budget=[0.1,0.3,50]")
     select_again(copy, "name=x", "budget=[0.2,50]", "on_change=rerun")
-    assert sorted(path.name for path in copy.glob("coreset-x*")) == [
-        *("coreset-x", "coreset-x-50", "coreset-x-50.txt", "coreset-x.txt")
+    assert sorted(path.name for path in (copy / "coresets" / "x").glob("coreset*")) == [
+        *("coreset", "coreset-50", "coreset-50.txt", "coreset.txt")
     ]
-    assert len(RunDir(copy).read_column("coreset-x", column="sample_id")) == 200
+    assert len(RunDir(copy / "coresets" / "x").read_column("coreset", column="sample_id")) == 200
+
+
+def test_a_selection_that_was_killed_goes_on_and_another_one_is_refused(copy):
+    asked, folder = ("name=x", "budget=[0.1,0.3]"), copy / "coresets" / "x"
+    select_again(copy, *asked)
+    whole = contents(copy, "coresets")
+    (folder / "select" / "_SUCCESS.json").unlink()
+    (folder / "coreset.txt").unlink()
+    with pytest.raises(ConfigError, match="coresets/x was made otherwise"):
+        select_again(copy, "name=x", "budget=0.2")
+    select_again(copy, *asked)
+    assert contents(copy, "coresets") == whole
 
 
 def test_what_another_driver_has_made_in_between_is_not_made_again(copy, monkeypatch, capsys):
@@ -127,7 +135,7 @@ def test_the_hard_fraction_may_be_found_by_either_way_with_the_network_of_the_ru
     assert "300 images (30.00%), after a share of the hardest that 2 trainings of 3 steps choose" in plan.stdout
     result = type_job(*arguments)
     assert result.returncode == 0, result.stderr
-    first, second = RunDir(finished).figures("coreset-found")["coresets"].values()
+    first, second = RunDir(finished / "coresets" / "found").figures("select")["coresets"].values()
     assert first["hard_fraction_evidence"]["found_by"] == "auto" and 0 <= first["hard_fraction"] <= 0.9
     assert [trial["hard_fraction"] for trial in second["hard_fraction_evidence"]["trials"]] == [0.0, 0.4]
     assert (first["rows"], second["rows"]) == (100, 300)
@@ -141,8 +149,8 @@ def test_what_a_run_without_search_was_told_of_search_is_not_lost(finished):
 def test_dry_run_says_what_would_be_written_and_writes_nothing(finished):
     result = type_job("--dry-run", f"run_dir={finished}", "name=dry", "budget=50")
     assert result.returncode == 0, result.stderr
-    assert "coreset-dry would be written: by double_end, 50 images (5.00%)" in result.stdout
-    assert not (finished / "coreset-dry").exists()
+    assert "coresets/dry/coreset would be written: by double_end, 50 images (5.00%)" in result.stdout
+    assert not (finished / "coresets" / "dry").exists()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ a task about 200 bytes for each sample of a file, and what it keeps of 16 files 
 """
 
 import posixpath
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -38,14 +38,6 @@ def run_select(config: Config, run_dir: RunDir) -> dict[str, Any]:
 
     Raises ValueError when a budget or hard fraction does not fit the samples that have a pseudo-label.
     """
-    figures = select_coresets(config, run_dir, schema.coreset_tables(config.budget))
-    # Not part of the stage's config where nothing is searched, but a reselection that searches must know them.
-    search = {key: value for key, value in vars(config.select).items() if key.startswith("search_")}
-    return {**figures, "search": search}
-
-
-def select_coresets(config: Config, run_dir: RunDir, tables: Sequence[str]) -> dict[str, Any]:
-    """Write a coreset for each budget as the table of that place in `tables`, and scores/ where it is incomplete."""
     num_ids = int(run_dir.figures("index")["rows"])
     _write_scores(run_dir, num_ids, num_epochs=int(run_dir.figures("train")["epochs"]))
     pool = _scored_pool(config, run_dir, num_ids)
@@ -54,13 +46,16 @@ def select_coresets(config: Config, run_dir: RunDir, tables: Sequence[str]) -> d
     if config.select.method in WHOLE_POOL_METHODS:
         pool = score_whole_pool(config, run_dir, pool, max(budget.num_kept for budget in budgets))
     selections = choose(pool, config.select, config.seed, budgets)
+    tables = schema.coreset_tables(config.budget)
     coresets = write_coresets(run_dir, pool, dict(zip(tables, selections, strict=True)))
     for coreset, choice in zip(coresets.values(), choices, strict=True):
         coreset |= {"hard_fraction": choice.budget.hard_fraction, "score": pool.score, "hard_side": pool.direction}
         coreset["score_table"] = posixpath.relpath(posixpath.dirname(pool.files[0]), run_dir.uri)
         if choice.evidence is not None:
             coreset["hard_fraction_evidence"] = choice.evidence
-    return {"rows": coresets[tables[0]]["rows"], "samples": pool.num_samples, "coresets": coresets}
+    # Not part of the stage's config where nothing is searched, but a reselection that searches must know them.
+    search = {key: value for key, value in vars(config.select).items() if key.startswith("search_")}
+    return {"rows": coresets[tables[0]]["rows"], "samples": pool.num_samples, "coresets": coresets, "search": search}
 
 
 def _scored_pool(config: Config, run_dir: RunDir, num_ids: int) -> ScoredPool:
