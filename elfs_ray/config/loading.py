@@ -23,6 +23,7 @@ from elfs_ray.config.checks import (
 )
 from elfs_ray.config.declaration import ConfigError, fields_of
 from elfs_ray.config.run import Config
+from elfs_ray.config.select import HardFraction
 from elfs_ray.storage.credentials import refuse_credentials
 
 Keys = TypeVar("Keys")  # a dataclass of options
@@ -36,9 +37,9 @@ def load_config(
     Raises ConfigError for an unknown key, a value of the wrong type or outside its bounds, or a missing key.
     """
     config = load_keys(Config, yaml_path, overrides, base)
-    given = config.select.hard_fraction
+    fractions = config.select.hard_fraction
     # 0 and 0.0 are one fraction, and so of one identity.
-    config.select.hard_fraction = [*map(_as_float, given)] if isinstance(given, list) else _as_float(given)
+    config.select.hard_fraction = [*map(_as_float, fractions)] if isinstance(fractions, list) else _as_float(fractions)
     check_relations(config)
     return config
 
@@ -85,8 +86,8 @@ def _expand_paths(config: Any) -> None:
             setattr(operator.attrgetter(section)(config) if section else config, name, expanded)
 
 
-def _as_float(value: int | float | str) -> float | str:
-    """A number as float, a word as it is."""
+def _as_float(value: HardFraction) -> HardFraction:
+    """Return a number as float, a word as it is."""
     return value if isinstance(value, str) else float(value)
 
 

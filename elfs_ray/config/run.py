@@ -1,7 +1,7 @@
 """The whole config: the keys of a run, and the sections of its stages."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
@@ -12,11 +12,18 @@ from elfs_ray.config.evaluate import EvaluateConfig
 from elfs_ray.config.pool import PoolConfig
 from elfs_ray.config.pretrain import PretrainConfig
 from elfs_ray.config.report import ReportConfig
-from elfs_ray.config.select import USES_HARD_FRACTION, SelectConfig
+from elfs_ray.config.select import USES_HARD_FRACTION, HardFraction, SelectConfig
 from elfs_ray.config.train import TrainConfig
 
 STAGE_NAMES = ("index", "copy", "pretrain", "embed", "cluster", "train", "select", "report")
 PRETRAINING = ("copy", "pretrain")  # stages of a run that trains its own encoder
+
+Budget = int | float
+"""A number of samples, or a fraction of the embedded ones: 1 is one sample, 1.0 all."""
+if TYPE_CHECKING:
+    Budgets = Budget | list[Budget]
+else:
+    Budgets = Any  # OmegaConf has no union with a list; `load_config` lets nothing else through
 
 
 @dataclass
@@ -26,7 +33,7 @@ class Config:
     run_dir: str = option(
         MISSING, "where tables and report go; local path, s3:// or gs://", decides=False, is_path=True
     )
-    budget: Any = option(
+    budget: Budgets = option(
         MISSING,
         "samples to label: a fraction of the embedded images (0.1, 1.0) or an integer count; [0.1,0.3] gives a coreset "
         "for each, the first in coreset/, the others in coreset-<budget>/",
@@ -68,14 +75,14 @@ class Config:
         return tuple(name for name in STAGE_NAMES if self.pretrains or name not in PRETRAINING)
 
     @property
-    def budgets(self) -> list[int | float]:
+    def budgets(self) -> list[Budget]:
         """One or more budgets, as a list."""
         return self.budget if isinstance(self.budget, list) else [self.budget]
 
     @property
-    def hard_fractions(self) -> list[float | str]:
+    def hard_fractions(self) -> list[HardFraction]:
         """The hard fraction of each budget, or the word for how it is found; 0 where the method has none."""
         if self.select.method not in USES_HARD_FRACTION:
             return [0.0] * len(self.budgets)
-        given = self.select.hard_fraction
-        return given if isinstance(given, list) else [given] * len(self.budgets)
+        fractions = self.select.hard_fraction
+        return fractions if isinstance(fractions, list) else [fractions] * len(self.budgets)

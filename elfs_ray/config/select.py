@@ -1,7 +1,7 @@
 """select.*: scores and the coreset."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from omegaconf import MISSING
 
@@ -21,11 +21,18 @@ SELECT_METHODS = (
 USES_HARD_FRACTION = ("double_end", "stratified")
 FIND_HARD_FRACTION = ("auto", "search")
 
+HardFraction = float | Literal["auto", "search"]
+"""A hard fraction, or how it is found."""
+if TYPE_CHECKING:
+    HardFractions = HardFraction | list[HardFraction]
+else:
+    HardFractions = Any  # OmegaConf has no union with a list; `load_config` lets nothing else through
+
 
 def _searches(select: "SelectConfig") -> bool:
-    """Whether any hard fraction is found by search, so that the keys of search mean anything."""
-    given = select.hard_fraction if isinstance(select.hard_fraction, list) else [select.hard_fraction]
-    return select.method in USES_HARD_FRACTION and "search" in given
+    """Return whether any hard fraction is found by search, so that the keys of search mean anything."""
+    fractions = select.hard_fraction if isinstance(select.hard_fraction, list) else [select.hard_fraction]
+    return select.method in USES_HARD_FRACTION and "search" in fractions
 
 
 @dataclass
@@ -43,7 +50,7 @@ class SelectConfig:
         "what orders the samples; dual_beta, prototypicality, d2 and zcore have their own",
         choices=("aum", "forgetting", "el2n", "correctness", "coarse_entropy", "dual", "prototypicality"),
     )
-    hard_fraction: Any = option(
+    hard_fraction: HardFractions = option(
         MISSING,
         "share of the whole pool dropped from the hard end (beta), for double_end and stratified; auto chooses it from "
         "what the run has, search by short trainings; [...] gives one for each budget; with balance it is one of each "

@@ -89,7 +89,7 @@ def _coresets(config: ComparisonConfig, entry: Entry, run_dir: RunDir, out: str)
         marker = folder.success_marker(reselect.SELECT)
         whole = marker is not None and not folder.damage(reselect.SELECT)
         figures = marker.figures if marker and whole else _write_coresets(own, folder, entry.name)
-        for budget, table in zip(own.budgets, schema.coreset_tables(own.budget), strict=True):
+        for budget, table in zip(own.budgets, schema.coreset_tables(own.budgets), strict=True):
             ids = np.sort(folder.read_column(table, column=schema.SAMPLE_ID))
             has_fraction = own.select.method in ("double_end", "stratified")
             fraction = float(figures["coresets"][table]["hard_fraction"]) if has_fraction else None

@@ -56,7 +56,7 @@ def describe(config: Config, name: str) -> str:
     lines = describe_budgets(config, int(folder.figures("train")["rows"]))
     return "\n".join(
         f"{folder.path(table)} {action}: by {config.select.method}, {line}"
-        for table, line in zip(schema.coreset_tables(config.budget), lines, strict=True)
+        for table, line in zip(schema.coreset_tables(config.budgets), lines, strict=True)
     )
 
 
@@ -95,7 +95,7 @@ def write(config: Config, folder: Overlay) -> Mapping[str, Any]:
     start_s = time.time()
     figures = dict(run_select(config, folder))
     figures["seconds"] = round(time.time() - start_s, 3)
-    tables = schema.coreset_tables(config.budget)
+    tables = schema.coreset_tables(config.budgets)
     figures[TABLES] = folder.measure([*tables, *map(schema.coreset_text_file, tables)])
     folder.mark_complete(Marker(SELECT, marker.config, marker.inputs, figures))
     return figures

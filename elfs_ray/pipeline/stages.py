@@ -35,8 +35,10 @@ class Stage:
 
     def all_tables(self, deciding_config: Mapping[str, Any]) -> list[str]:
         """Its tables with the coresets of further budgets."""
-        others = schema.coreset_tables(deciding_config["budget"])[1:] if self.name == "select" else []
-        return [*self.tables, *others]
+        if self.name != "select":
+            return list(self.tables)
+        budget = deciding_config["budget"]
+        return [*self.tables, *schema.coreset_tables(budget if isinstance(budget, list) else [budget])[1:]]
 
     def outputs(self, deciding_config: Mapping[str, Any]) -> list[str]:
         """Every table and file that it leaves."""

@@ -1,6 +1,7 @@
 """Every table of a run directory: its name, columns, types and file names, in one place."""
 
 import posixpath
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -148,7 +149,6 @@ def rank_file(rank: int, world_size: int) -> str:
     return f"rank-{rank:05d}-of-{world_size:05d}.parquet"
 
 
-def coreset_tables(budget: object) -> list[str]:
+def coreset_tables(budgets: Sequence[int | float]) -> list[str]:
     """Return the table of each coreset of a selection: coreset for its first budget, coreset-<budget> for others."""
-    others = budget[1:] if isinstance(budget, list) else []
-    return [CORESET, *(f"{CORESET}-{other}" for other in others)]
+    return [CORESET, *(f"{CORESET}-{budget}" for budget in budgets[1:])]

@@ -79,7 +79,7 @@ def _selections(config: Config, run_dir: RunDir) -> list[tuple[str, Trial]]:
     """Every coreset and as many random samples, with each seed."""
     embedded = run_dir.read_column(schema.EMBEDDINGS, column=schema.SAMPLE_ID)
     selected = []
-    for table in schema.coreset_tables(config.budget):
+    for table in schema.coreset_tables(config.budgets):
         coreset = run_dir.read_column(table, column=schema.SAMPLE_ID)
         suffix = table.removeprefix(schema.CORESET)
         for seed in range(config.evaluate.num_seeds):

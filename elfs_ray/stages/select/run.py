@@ -46,7 +46,7 @@ def run_select(config: Config, run_dir: RunDir) -> dict[str, Any]:
     if config.select.method in WHOLE_POOL_METHODS:
         pool = score_whole_pool(config, run_dir, pool, max(budget.num_kept for budget in budgets))
     selections = choose(pool, config.select, config.seed, budgets)
-    tables = schema.coreset_tables(config.budget)
+    tables = schema.coreset_tables(config.budgets)
     coresets = write_coresets(run_dir, pool, dict(zip(tables, selections, strict=True)))
     for coreset, choice in zip(coresets.values(), choices, strict=True):
         coreset |= {"hard_fraction": choice.budget.hard_fraction, "score": pool.score, "hard_side": pool.direction}
