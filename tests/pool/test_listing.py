@@ -244,7 +244,7 @@ def test_a_parquet_file_with_other_columns_is_an_error_that_names_it(tmp_path, t
 def test_a_parquet_file_cut_short_is_an_error_that_names_it(digit_pools, tmp_path):
     path = tmp_path / "pool.parquet"
     path.write_bytes((digit_pools.uris["bytes"] / "train-000.parquet").read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"pool\.parquet cannot be read as Parquet: .*\. Mend it or move it out"):
+    with pytest.raises(ValueError, match=r"pool\.parquet cannot be read as Parquet: .*\. Repair it or move it out"):
         listed(path)
 
 
@@ -350,7 +350,7 @@ def test_what_is_no_tar_is_an_error_that_names_it(tmp_path, data, needed):
     (tmp_path / "pool.tar").write_bytes(data)
     with pytest.raises(ValueError, match=needed) as caught:
         listed(tmp_path / "pool.tar")
-    assert "pool.tar" in str(caught.value) and "Mend it or move it" in str(caught.value)
+    assert "pool.tar" in str(caught.value) and "Repair it or move it" in str(caught.value)
 
 
 def test_a_class_that_is_no_integer_is_an_error_that_shows_it(tmp_path):
