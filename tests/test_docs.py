@@ -32,13 +32,26 @@ def broken_links(page: str, folder: Path) -> list[str]:
     return [link for link in links if "://" not in link and not (folder / link).exists()]
 
 
+def missing_files(page: str) -> list[str]:
+    """Return the tests, and the files of some folders, that a page names and that are not there."""
+    tests = {path.name for path in (ROOT / "tests").rglob("*.py")}
+    paths = re.findall(r"`((?:benchmarks|cluster_configs|jobs|docs)/[\w./-]+)`", page)
+    names = re.findall(r"`(test_\w+\.py)`", page)
+    return [path for path in paths if not (ROOT / path).exists()] + [name for name in names if name not in tests]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_to_files(page):
+def test_links_and_names_of_files_lead_to_files(page):
     assert broken_links(page.read_text(), page.parent) == []
+    assert missing_files(page.read_text()) == []
 
 
-def test_a_broken_link_is_noticed():
+def test_a_broken_link_and_a_missing_file_are_noticed():
     assert broken_links("[a](README.md#b) [c](docs/none.md) [d](https://none.org)", ROOT) == ["docs/none.md"]
+    assert missing_files("`jobs/none.py` `jobs/cifar10.py` `test_none.py` `test_docs.py`") == [
+        "jobs/none.py",
+        "test_none.py",
+    ]
 
 
 def test_commands_of_the_pages_can_be_run():
