@@ -4,16 +4,16 @@ torchvision knows the archives' names, MD5s and addresses, and reads the files i
 number their classes themselves; those of CINIC10 and ImageNet are numbered by the sorted names of their folders.
 """
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100, STL10, ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.imagenet import ARCHIVE_META, parse_devkit_archive, parse_train_archive, parse_val_archive
-
-from elfs_ray.pool.images import encode_png
 
 TRAIN, VALID, TEST = "train", "valid", "test"
 
@@ -76,6 +76,13 @@ class Benchmark:
                 "that hold a folder for each class"
             )
         return f"needed: source={archives} from {self.page}, a folder with it or with {folders}, or source=download"
+
+
+def encode_png(image: Image.Image) -> bytes:
+    """Return the image as a PNG, which keeps every pixel."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def open_image_folder(folder: Path) -> ImageFolder:
