@@ -26,6 +26,7 @@ from elfs_ray.evaluation import run
 from elfs_ray.evaluation.plan import load
 from elfs_ray.evaluation.report import closing_lines
 from elfs_ray.pipeline.stages import STAGES
+from elfs_ray.storage.run_dir import RunDir
 
 TABLE = "ablations.txt"
 TRACK_OF = {track.name: track for track in TRACKS}
@@ -88,7 +89,7 @@ def ablate(ablation: Ablation, pool: Path, test: Path, folder: Path, seeds: int)
     runs = [base]
     for variant in ablation.variants:
         runs.append(folder / f"{track.name}-{variant.name}")
-        take_over(base, runs[-1], _names_before(variant.first_stage))
+        take_over(base, runs[-1], _names_before(variant.first_stage, base))
         run_pipeline(track, pool, runs[-1], variant.keys)
     keys = [f"test_uri={test}", f"budgets=[{track.budgets[0]}]", f"seeds={seeds}", *track.evaluation]
     of_selections = ["random", *ablation.methods]  # on the base alone
@@ -115,10 +116,11 @@ def take_over(source: Path, target: Path, names: Sequence[str]) -> None:
             unfinished.rename(target / name)
 
 
-def _names_before(first_stage: str) -> list[str]:
-    """The folders of the stages before one."""
+def _names_before(first_stage: str, base: Path) -> list[str]:
+    """Return the folders that the stages before one have left in a run."""
     position = [stage.name for stage in STAGES].index(first_stage)
-    return [name for stage in STAGES[:position] for name in (stage.name, *stage.tables)]
+    markers = [RunDir(base).success_marker(stage.name) for stage in STAGES[:position]]
+    return [name for marker in markers if marker for name in (marker.stage, *marker.outputs)]
 
 
 if __name__ == "__main__":

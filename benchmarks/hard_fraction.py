@@ -28,6 +28,8 @@ from elfs_ray.methods.training.classifier import LabelledImages, train_and_test
 from elfs_ray.pipeline import runner as pipeline
 from elfs_ray.pool.images import decode_proxy_image
 from elfs_ray.runtime.cluster import connect, run_tasks
+from elfs_ray.stages.cluster import ClusterResult
+from elfs_ray.stages.index import IndexResult
 from elfs_ray.stages.select.hard_fraction import estimate_hard_fractions
 from elfs_ray.stages.select.hard_fraction_search import search_hard_fractions
 from elfs_ray.stages.select.scored_pool import ScoredPool
@@ -90,8 +92,8 @@ def compare(config: Config, test_path: Path, name: str, num_seeds: int) -> None:
     """For each budget: auto's accuracy beside the best of the grid, what search finds, fixed values and random."""
     run_dir = RunDir(config.run_dir)
     files = tuple(run_dir.table_files(schema.SCORES))
-    num_groups = int(run_dir.figures("cluster")["num_clusters"]) if config.select.balance else 1
-    pool = ScoredPool(files, config.select.score, "low", int(run_dir.figures("index")["rows"]), num_groups)
+    num_groups = ClusterResult.read(run_dir).num_clusters if config.select.balance else 1
+    pool = ScoredPool(files, config.select.score, "low", IndexResult.read(run_dir).rows, num_groups)
     counts = [pruning.budget_count(budget, pool.num_samples) for budget in config.budgets]
     autos = [found for found, _ in estimate_hard_fractions(config, run_dir, pool, counts)]
     searched = [found for found, _ in search_hard_fractions(config, run_dir, pool, counts)]

@@ -35,6 +35,7 @@ from elfs_ray.methods.kmeans.lloyd import KMeansState, kmeans
 from elfs_ray.methods.kmeans.points import ArrayPoints
 from elfs_ray.runtime.cluster import connect
 from elfs_ray.stages.cluster.shards import ShardedPoints
+from elfs_ray.stages.embed import EmbedResult
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import Marker, RunDir
 
@@ -291,7 +292,7 @@ def write_embeddings(run_dir: RunDir, num_points: int) -> None:
         table = pa.table([ids, column], schema=schema.embeddings_schema(DIM))
         path = run_dir.path(schema.EMBEDDINGS, schema.range_file(int(ids[0]), int(ids[-1])))
         filesystem.write_table(path, table)
-    run_dir.mark_complete(Marker("embed", {}, {}, {"rows": num_points, "dim": DIM}))
+    run_dir.mark_complete(Marker("embed", {}, {}, EmbedResult(num_points, 0, DIM).to_json()))
 
 
 def stage_config(run_dir: RunDir, num_workers: int):

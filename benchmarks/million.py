@@ -95,7 +95,7 @@ def _config(run_dir: Path, pool: str) -> Config:
 def _report(run_dir: RunDir, num_images: int, memory: "_Memory", folder: Path) -> None:
     """A line for each stage, from its marker, so that stages of earlier starts are there, too."""
     for stage, tables in TABLES.items():
-        seconds = run_dir.figures(stage)["seconds"]
+        seconds = run_dir.complete_marker(stage).seconds
         written = sum(_bytes_below(Path(run_dir.path(table))) for table in tables)
         _print(stage, seconds, images_per_s=num_images / seconds, bytes_written=written)
     marks = folder / "memory.json"

@@ -31,6 +31,8 @@ from elfs_ray.methods.simclr.views import change_colors, two_crops
 from elfs_ray.methods.training.networks import build_backbone
 from elfs_ray.runtime.cluster import num_cpus, num_gpus, remote_progress
 from elfs_ray.runtime.progress import Progress
+from elfs_ray.stages.copy import CopyResult
+from elfs_ray.stages.index import IndexResult
 from elfs_ray.stages.pretrain.run import run_pretrain
 from elfs_ray.stages.pretrain.worker import PretrainJob, PretrainWorker
 from elfs_ray.stages.training.reader import every_image
@@ -58,7 +60,7 @@ def _measure_worker(run_dir: RunDir, rounds: int, on_gpu: bool, compiles: bool) 
     """One worker with every core, or a GPU, against a loop in the same process."""
     config = _config(run_dir, on_gpu)
     settings = simclr_settings(vars(config.pretrain), SIZE)
-    num_samples = int(run_dir.figures("copy")["rows"])
+    num_samples = CopyResult.read(run_dir).rows
     with Progress("turns", (rounds + 1) * num_samples, "images") as progress, remote_progress(progress) as board:
         job = PretrainJob(
             settings=settings,
@@ -90,7 +92,7 @@ def _measure_workers(run_dir: RunDir) -> None:
     for num_workers in (1, 2):
         filesystem.delete(run_dir.path("pretrain"))
         overrides = ("pretrain.epochs=4", f"pretrain.num_workers={num_workers}", "pretrain.cpus_per_worker=1")
-        history = run_pretrain(_config(run_dir, True, *overrides), run_dir)["history"]
+        history = run_pretrain(_config(run_dir, True, *overrides), run_dir).history
         rates[num_workers] = statistics.median(metrics["images_per_s"] for metrics in history[1:])
     emit("two workers", rates[2], "images/s", "one worker of the same threads", rates[1])
 
@@ -195,8 +197,8 @@ def _write_pool(run_dir: RunDir, num_samples: int) -> None:
         table = pa.table([ids, images], schema=schema.PROXY_IMAGES_SCHEMA)
         name = schema.range_file(int(ids[0]), int(ids[-1]))
         filesystem.write_table(run_dir.path(schema.PROXY_IMAGES, name), table, ROWS_PER_CHUNK)
-    for stage in ("index", "copy"):
-        run_dir.mark_complete(Marker(stage, {}, {}, {"rows": num_samples}))
+    for result in (IndexResult(num_samples, 1, "folder", []), CopyResult(num_samples, 0)):
+        run_dir.mark_complete(Marker(result.stage, {}, {}, result.to_json()))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from elfs_ray.methods.training import augmentation
 from elfs_ray.methods.training.networks import build_proxy_model
 from elfs_ray.runtime.cluster import num_cpus, num_gpus, remote_progress
 from elfs_ray.runtime.progress import Progress
+from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.stages.train.run import run_train
 from elfs_ray.stages.train.worker import ProxyTrainingJob, ProxyTrainingWorker
 from elfs_ray.stages.training.reader import load_images, read_pool
@@ -102,8 +103,8 @@ def _measure_stage(run_dir: RunDir, num_samples: int, epochs: int, on_gpu: bool)
         overrides = [f"train.epochs={epochs}", f"train.num_workers={num_workers}", "train.cpus_per_worker=1"]
         for table in ("dynamics", "train"):
             filesystem.delete(run_dir.path(table))
-        figures = run_train(_config(run_dir, on_gpu, *overrides), run_dir)
-        rates[num_workers] = statistics.median(metrics["images_per_s"] for metrics in figures["history"][1:])
+        result = run_train(_config(run_dir, on_gpu, *overrides), run_dir)
+        rates[num_workers] = statistics.median(metrics["images_per_s"] for metrics in result.history[1:])
         files = filesystem.list_files(run_dir.path(schema.DYNAMICS), recursive=True)
         num_bytes = sum(info.size for info in files) / num_samples / epochs
     emit("two workers", rates[2], "images/s", "one worker of the same threads", rates[1])
@@ -324,7 +325,8 @@ def _write_tables(
         labels = [ids, rng.integers(0, NUM_CLASSES, len(ids), dtype=np.int32), np.zeros(len(ids), np.float32)]
         table = pa.table(labels, schema=schema.PSEUDO_LABELS_SCHEMA)
         filesystem.write_table(run_dir.path(schema.CLUSTERS, schema.PSEUDO_LABELS_DIR, name), table)
-    run_dir.mark_complete(Marker("cluster", {}, {}, {"rows": num_samples, "num_clusters": NUM_CLASSES}))
+    result = ClusterResult(num_samples, NUM_CLASSES, "file", workers=1, sizes=[])
+    run_dir.mark_complete(Marker("cluster", {}, {}, result.to_json()))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,10 @@ from pathlib import Path
 from types import FrameType
 
 from elfs_ray.config import Config, ConfigError, describe_keys, load_config
+from elfs_ray.pipeline.stages import STAGES
 from elfs_ray.runtime.progress import count, say
+from elfs_ray.stages.report import ReportResult
+from elfs_ray.stages.select import SelectResult
 from elfs_ray.storage import schema
 from elfs_ray.storage.run_dir import BadMarkerError, RunDir
 
@@ -113,10 +116,10 @@ def coreset_line(run_dir: RunDir, table: str, num_rows: int) -> str:
 def closing_lines(config: Config, run_dir: RunDir) -> str:
     """Where the coreset and the report are."""
     lines = []
-    if run_dir.success_marker("select"):
-        for table, figures in run_dir.figures("select")["coresets"].items():
-            lines.append(coreset_line(run_dir, table, figures["rows"]))
-    if run_dir.success_marker("report"):
+    if run_dir.success_marker(SelectResult.stage):
+        for table, coreset in SelectResult.read(run_dir).coresets.items():
+            lines.append(coreset_line(run_dir, table, coreset.rows))
+    if run_dir.success_marker(ReportResult.stage):
         lines.append(f"report   {run_dir.path(schema.REPORT_FILE)}")
     return "\n".join(lines) or f"complete up to {config.until} in {run_dir.uri}"
 
@@ -129,6 +132,7 @@ def help_text(description: str, yaml_path: str | Path) -> str:
         f"usage: python jobs/{job} [--dry-run] [--help] key=value ...",
         "",
         "--dry-run  check everything, print the plan with counts and resources, do nothing",
+        f"until=...  one of {', '.join(stage.name for stage in STAGES)}",
         f"The defaults below are those of {Path(yaml_path).name}.",
         "",
     ]

@@ -58,8 +58,7 @@ def main() -> None:
     if has_digits and not (pool.exists() and pool.with_name("test.parquet").exists()):
         say(f"writing 5,000 digits to {pool.parent}")
         write_digits(pool.parent)
-    figures = pipeline.evaluate(config)
-    print(format_results(figures))
+    print(format_results(pipeline.evaluate(config)))
     print(closing_lines(config, RunDir(config.run_dir)))
 
 

@@ -33,8 +33,8 @@ def main(arguments: list[str]) -> None:
     if options:
         print(reselect.describe(config, name))
         return
-    for table, coreset in reselect.run(config, name)["coresets"].items():
-        print(coreset_line(reselect.folder_of(config, name), table, coreset["rows"]))
+    for table, coreset in reselect.run(config, name).coresets.items():
+        print(coreset_line(reselect.folder_of(config, name), table, coreset.rows))
 
 
 if __name__ == "__main__":

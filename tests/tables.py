@@ -9,6 +9,11 @@ from sklearn.datasets import load_digits
 
 from elfs_ray.config import Config, load_config
 from elfs_ray.pool.images import encode_png
+from elfs_ray.stages.cluster import ClusterResult
+from elfs_ray.stages.embed import EmbedResult
+from elfs_ray.stages.index import IndexResult
+from elfs_ray.stages.stage import Result
+from elfs_ray.stages.train import TrainResult
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import Marker, RunDir
 
@@ -55,7 +60,7 @@ def write_embedded(run_dir: RunDir, num_samples: int = 1003) -> np.ndarray:
     uris = [f"/digits/{i}.png" for i in ids]
     index = pa.table([ids, uris, pa.nulls(num_samples, pa.int32())], schema=schema.INDEX_SCHEMA)
     filesystem.write_table(run_dir.path(schema.INDEX, schema.range_file(0, num_samples - 1)), index)
-    mark(run_dir, "index", rows=num_samples, label_names=[])
+    mark(run_dir, IndexResult(num_samples, 1, "folder", []))
 
     rejected = [{"sample_id": i, "uri": uris[i], "stage": "embed", "reason": "a test"} for i in GAPS if i < num_samples]
     table = pa.Table.from_pylist(rejected, schema=schema.REJECTED_SCHEMA)
@@ -73,7 +78,7 @@ def write_embedded(run_dir: RunDir, num_samples: int = 1003) -> np.ndarray:
         table = pa.table([own, [png(images[i]) for i in own]], schema=schema.PROXY_IMAGES_SCHEMA)
         filesystem.write_table(run_dir.path(schema.PROXY_IMAGES, name), table)
     embedded = np.concatenate([own for _, own in files_of(num_samples)])
-    mark(run_dir, "embed", rows=len(embedded), rejected=len(rejected), dim=embeddings.shape[1])
+    mark(run_dir, EmbedResult(len(embedded), len(rejected), embeddings.shape[1]))
     return embedded
 
 
@@ -86,7 +91,8 @@ def write_clustered(run_dir: RunDir, num_samples: int = 1003) -> np.ndarray:
         columns = [own, labels[own].astype(np.int32), np.zeros(len(own), np.float32)]
         table = pa.table(columns, schema=schema.PSEUDO_LABELS_SCHEMA)
         filesystem.write_table(run_dir.path(schema.CLUSTERS, schema.PSEUDO_LABELS_DIR, name), table)
-    mark(run_dir, "cluster", rows=len(embedded), num_clusters=10, method="file")
+    sizes = np.bincount(labels[embedded], minlength=10).tolist()
+    mark(run_dir, ClusterResult(len(embedded), 10, "file", workers=1, sizes=sizes))
     return embedded
 
 
@@ -104,7 +110,7 @@ def write_trained(run_dir: RunDir, num_samples: int = 1003, num_epochs: int = 5,
             columns = [ids[own], target[epoch, own], other[epoch, own], el2n[epoch, own]]
             path = run_dir.path(schema.DYNAMICS, schema.epoch_dir(epoch), schema.rank_file(rank, num_ranks))
             filesystem.write_table(path, pa.table(columns, schema=schema.DYNAMICS_SCHEMA))
-    mark(run_dir, "train", rows=len(ids), epochs=num_epochs)
+    mark(run_dir, TrainResult(len(ids), num_epochs, num_ranks, "memory", []))
     return {"sample_id": ids, "target_prob": target, "max_other_prob": other, "el2n": el2n}
 
 
@@ -115,8 +121,9 @@ def files_of(num_samples: int):
         yield first, ids[~np.isin(ids, GAPS)]
 
 
-def mark(run_dir: RunDir, stage: str, **figures) -> None:
-    run_dir.mark_complete(Marker(stage, {}, {}, {"seconds": 1.0, **figures}))
+def mark(run_dir: RunDir, result: Result) -> None:
+    """Mark a stage as complete with this result."""
+    run_dir.mark_complete(Marker(result.stage, {}, {}, result.to_json(), seconds=1.0))
 
 
 def png(pixels: np.ndarray) -> bytes:

@@ -1,10 +1,14 @@
-"""Imports run down only, and true labels are read by index and evaluate alone: held by reading the sources."""
+"""Imports run down only, a stage is known by its folder, true labels are read by few: held by reading the sources."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from elfs_ray.pipeline.stages import STAGES
 
 PACKAGE = Path(__file__).parent.parent / "elfs_ray"
 
@@ -20,7 +24,7 @@ MAY_IMPORT = {
     "stages": ("config", "evaluation", "methods", "pool", "runtime", "stages", "storage", "version"),
     "pipeline": ("config", "methods", "pipeline", "pool", "runtime", "stages", "storage"),
     "evaluation": ("config", "evaluation", "methods", "pipeline", "pool", "runtime", "stages", "storage"),
-    "cli": ("config", "pipeline", "runtime", "storage"),
+    "cli": ("config", "pipeline", "runtime", "stages", "storage"),
     "__init__": ("config", "pipeline", "version"),
 }
 # Packages that are imported in some places alone.
@@ -31,6 +35,7 @@ IMPORTED_BY = {
     "tests": (),
     "benchmarks": (),
 }
+STAGE_NAMES = {stage.name for stage in STAGES}
 READS_LABELS = ("elfs_ray.stages.index.run", "elfs_ray.stages.evaluate.run")
 
 
@@ -79,6 +84,18 @@ def import_faults(modules: dict[str, str]) -> list[str]:
     return faults
 
 
+def stage_comparisons(source: str) -> list[str]:
+    """Every comparison in a source with the name of a stage, alone or in a list."""
+    return [
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Compare)
+        for operand in (node.left, *node.comparators)
+        for part in (operand, *(operand.elts if isinstance(operand, ast.Tuple | ast.List | ast.Set) else ()))
+        if isinstance(part, ast.Constant) and part.value in STAGE_NAMES
+    ]
+
+
 def label_reads(source: str) -> list[str]:
     """Every place in a source that can reach the column of true labels."""
     tree = ast.parse(source)
@@ -108,7 +125,36 @@ def test_imports_run_down_only():
 
 def test_every_stage_of_the_pipeline_is_told_from_its_parts():
     found = {module.split(".")[-2] for module, source in sources().items() if is_stage(module, source)}
-    assert found == {"index", "copy", "pretrain", "embed", "cluster", "train", "select", "report", "evaluate"}
+    assert found == STAGE_NAMES | {"evaluate"}
+
+
+def test_nobody_but_a_stage_itself_switches_on_its_name():
+    """What is known of a stage is in its `STAGE`, so that adding one touches its folder and pipeline/stages.py."""
+    for module, source in sources().items():
+        if module.split(".")[1:3] not in [["stages", name] for name in STAGE_NAMES]:
+            assert not stage_comparisons(source), (module, stage_comparisons(source))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "stage == 'train'",
+        "'embed' != stage.name",
+        "if name in ('copy', x): pass",
+        "[own for own in plan if own.stage.name == 'index']",
+    ],
+)
+def test_a_comparison_with_the_name_of_a_stage_is_found(source):
+    assert len(stage_comparisons(source)) == 1
+    assert not stage_comparisons("stage.name == name; config.until is None; x = 'train'; read('train')")
+
+
+def test_the_list_of_stages_is_quick_to_import():
+    """--help and --dry-run read it, and a worker imports only its own stage."""
+    heavy = "{'ray', 'torch', 'torchvision', 'faiss', 'scipy', 'sklearn'}"
+    script = f"import sys, elfs_ray.pipeline.stages; print(sorted({heavy}.intersection(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200, check=True)
+    assert result.stdout == "[]\n"
 
 
 def test_true_labels_are_read_by_index_and_evaluate_alone():
@@ -165,6 +211,7 @@ def test_an_import_that_runs_up_or_across_is_found(module, source):
             "import ray.data\nfrom elfs_ray.config import Config\nfrom elfs_ray.stages import part",
         ),
         ("elfs_ray.stages.x", "from elfs_ray.stages.train.worker import train_worker"),
+        ("elfs_ray.stages.x", "from elfs_ray.stages.train import TrainResult"),
         ("elfs_ray.stages.train.run", "def run_train(config, run_dir):\n    from elfs_ray.methods import kmeans"),
     ],
 )

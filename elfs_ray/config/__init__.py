@@ -22,7 +22,7 @@ from elfs_ray.config.loading import deciding_keys, describe_keys, expand_home, l
 from elfs_ray.config.pool import PoolConfig
 from elfs_ray.config.pretrain import PretrainConfig
 from elfs_ray.config.report import ReportConfig
-from elfs_ray.config.run import STAGE_NAMES, Budget, Config
+from elfs_ray.config.run import Budget, Config
 from elfs_ray.config.select import FIND_HARD_FRACTION, USES_HARD_FRACTION, HardFraction, SelectConfig
 from elfs_ray.config.temi import TemiConfig
 from elfs_ray.config.train import LINEAR, TrainConfig
@@ -31,7 +31,6 @@ __all__ = [
     "FIND_HARD_FRACTION",
     "LINEAR",
     "SELF_SUPERVISED",
-    "STAGE_NAMES",
     "USES_HARD_FRACTION",
     "Bounds",
     "Budget",

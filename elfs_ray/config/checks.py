@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from elfs_ray.config.declaration import Bounds, ConfigError, fields_of
-from elfs_ray.config.embed import SELF_SUPERVISED
 from elfs_ray.config.run import Config
 from elfs_ray.config.temi import TEMI_NEIGHBORS
 from elfs_ray.config.train import LINEAR, TrainConfig
@@ -220,11 +219,6 @@ def _check_linear(config: Config) -> None:
 
 
 def _check_pretraining(config: Config) -> None:
-    if config.until not in config.stage_names:
-        raise ConfigError(
-            f"until={config.until}: this run has no such stage; embed.encoder={SELF_SUPERVISED} without embed.weights "
-            "has one"
-        )
     if not config.pretrains:
         return
     if config.pretrain.compile and config.pretrain.num_workers != 1:

@@ -15,9 +15,6 @@ from elfs_ray.config.report import ReportConfig
 from elfs_ray.config.select import USES_HARD_FRACTION, HardFraction, SelectConfig
 from elfs_ray.config.train import TrainConfig
 
-STAGE_NAMES = ("index", "copy", "pretrain", "embed", "cluster", "train", "select", "report")
-PRETRAINING = ("copy", "pretrain")  # stages of a run that trains its own encoder
-
 Budget = int | float
 """A number of samples, or a fraction of the embedded ones: 1 is one sample, 1.0 all."""
 if TYPE_CHECKING:
@@ -43,11 +40,11 @@ class Config:
     seed: int = option(0, "every random choice follows from it", bounds=Bounds(at_least=0, below=2**63))
     on_change: str = option(
         "refuse",
-        "when a complete stage was made with another config: refuse, or rerun it and what depends on it",
+        "when a stage was made with another config or is damaged: refuse, or rerun it and what depends on it",
         choices=("refuse", "rerun"),
         decides=False,
     )
-    until: str = option("report", "the last stage to run", choices=STAGE_NAMES, decides=False)
+    until: str | None = option(None, "the last stage to run; null runs them all", decides=False)
     ray_address: str | None = option(
         None,
         "Ray cluster to use; null takes RAY_ADDRESS, else a cluster on this machine, else starts one; 'local' always "
@@ -68,11 +65,6 @@ class Config:
     def pretrains(self) -> bool:
         """Whether the run trains its own encoder."""
         return self.embed.encoder == SELF_SUPERVISED and self.embed.weights is None
-
-    @property
-    def stage_names(self) -> tuple[str, ...]:
-        """The stages of this run, in their order."""
-        return tuple(name for name in STAGE_NAMES if self.pretrains or name not in PRETRAINING)
 
     @property
     def budgets(self) -> list[Budget]:

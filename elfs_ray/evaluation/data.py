@@ -11,6 +11,7 @@ from elfs_ray.config import EmbedConfig
 from elfs_ray.methods.training.classifier import LabelledImages
 from elfs_ray.pool.images import BadImage, decode_image, decode_proxy_image, encode_proxy_image
 from elfs_ray.pool.listing import PoolColumns, find_units, list_unit, read_images
+from elfs_ray.stages.index import IndexResult
 from elfs_ray.stages.training.classifier_inputs import load_proxy_images
 from elfs_ray.storage import schema
 from elfs_ray.storage.run_dir import RunDir
@@ -44,10 +45,11 @@ class TrueLabels:
 
 def read_labels(run_dir: RunDir) -> TrueLabels:
     """The labels that a run copied from its pool. Memory: 4 bytes a sample, 20 while they are read."""
-    of_id = np.full(int(run_dir.figures("index")["rows"]), NO_LABEL, np.int32)
+    index = IndexResult.read(run_dir)
+    of_id = np.full(index.rows, NO_LABEL, np.int32)
     for rows in run_dir.read_table(schema.INDEX, columns=[schema.SAMPLE_ID, schema.LABEL]):
         of_id[rows[schema.SAMPLE_ID].to_numpy()] = rows[schema.LABEL].fill_null(NO_LABEL).to_numpy()
-    return TrueLabels(of_id, tuple(run_dir.figures("index").get("label_names", ())))
+    return TrueLabels(of_id, tuple(index.label_names))
 
 
 def list_labels(run_dir: RunDir, pool_uri: str, pool_format: str, columns: PoolColumns) -> TrueLabels:

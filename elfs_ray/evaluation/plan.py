@@ -10,9 +10,12 @@ import pyarrow as pa
 
 from elfs_ray.config import Config, ConfigError, check_budgets, deciding_keys, load_config, load_keys
 from elfs_ray.evaluation.keys import METHODS, ComparisonConfig
-from elfs_ray.pipeline.plan import check_network
 from elfs_ray.pipeline.reselect import config_of
 from elfs_ray.pool.listing import PoolColumns, find_units, list_unit
+from elfs_ray.stages.cluster import ClusterResult
+from elfs_ray.stages.index import IndexResult
+from elfs_ray.stages.train import TrainResult
+from elfs_ray.stages.training import check_network
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
@@ -49,7 +52,7 @@ class Source:
     @property
     def num_samples(self) -> int:
         """Samples that can be selected."""
-        return int(self.run_dir.figures("train")["rows"])
+        return TrainResult.read(self.run_dir).rows
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,7 @@ def _sources(uris: list[str]) -> tuple[Source, ...]:
                 f"{run_dir.uri} is a run of another pool than {run_dirs[0].uri}: only coresets of one pool can stand "
                 "beside each other"
             )
-    methods = [str(run_dir.figures("cluster").get("method", "kmeans")) for run_dir in run_dirs]
+    methods = [ClusterResult.read(run_dir).method for run_dir in run_dirs]
     folders = [run_dir.uri.rstrip("/").rsplit("/", 1)[1] for run_dir in run_dirs]
     names = next((own for own in (methods, folders) if len(set(own)) == len(own)), None)
     if names is None:
@@ -142,9 +145,9 @@ def _sources(uris: list[str]) -> tuple[Source, ...]:
 
 def _pool_of(run_dir: RunDir) -> tuple[Mapping[str, Any], int]:
     """What tells a run's pool from another: its keys, but for the labels, and its number of images."""
-    index = run_dir.success_marker("index")
-    assert index is not None
-    return {key: value for key, value in index.config.items() if key != "pool.label"}, int(index.figures["rows"])
+    index = run_dir.complete_marker("index")
+    keys = {key: value for key, value in index.config.items() if key != "pool.label"}
+    return keys, IndexResult.read(run_dir).rows
 
 
 def _entries(asked: str, sources: tuple[Source, ...], config: ComparisonConfig) -> list[Entry]:
@@ -246,7 +249,7 @@ def _check_test_images(config: ComparisonConfig, plan: Plan) -> None:
 
 def _check_classes(config: ComparisonConfig, plan: Plan, listed: list[pa.Table]) -> None:
     """Classes that are names are the pool's, as far as its run knows them."""
-    known = set(plan.sources[0].run_dir.figures("index").get("label_names", ()))
+    known = set(IndexResult.read(plan.sources[0].run_dir).label_names)
     named = [rows[schema.LABEL].to_pylist() for rows in listed if pa.types.is_string(rows[schema.LABEL].type)]
     unknown = sorted({name for names in named for name in names} - known)
     if known and unknown:

@@ -22,6 +22,7 @@ from elfs_ray.methods.neighbors.exact import nearest_neighbors
 from elfs_ray.methods.numeric.hashing import hash_uint64
 from elfs_ray.runtime.cluster import run_tasks
 from elfs_ray.runtime.progress import Progress
+from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.storage import schema
 from elfs_ray.storage.run_dir import RunDir
 
@@ -40,7 +41,7 @@ def judge_clustering(run_dir: RunDir, labels: TrueLabels) -> dict[str, Any]:
     of_sample = labels.of_id[sample_ids]
     known = of_sample != NO_LABEL
     classes, truth = np.unique(of_sample[known], return_inverse=True)
-    num_clusters = int(run_dir.figures("cluster")["num_clusters"])
+    num_clusters = ClusterResult.read(run_dir).num_clusters
     table = contingency_table(clusters[known], truth, num_clusters, len(classes))
     return {
         "num_clusters": num_clusters,

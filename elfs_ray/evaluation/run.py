@@ -12,7 +12,6 @@ A training and a selection are named by a hash of what decides them, so the same
 and more methods, budgets or seeds only add to what is there.
 """
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -28,6 +27,7 @@ from elfs_ray.methods.training.classifier import ClassifierSettings
 from elfs_ray.pipeline import reselect
 from elfs_ray.pipeline.runner import locked
 from elfs_ray.runtime.progress import format_duration, say
+from elfs_ray.stages.select import SelectResult
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import Marker, Overlay, RunDir
 
@@ -87,20 +87,21 @@ def _coresets(config: ComparisonConfig, entry: Entry, run_dir: RunDir, out: str)
         identity = reselect.marker_of(own, run_dir).identity
         folder = Overlay(filesystem.join(out, identity), run_dir, reselect.OWN_TABLES)
         marker = folder.success_marker(reselect.SELECT)
-        whole = marker is not None and not folder.damage(reselect.SELECT)
-        figures = marker.figures if marker and whole else _write_coresets(own, folder, entry.name)
+        if marker is None or folder.damage(reselect.SELECT):
+            marker = _write_coresets(own, folder, entry.name)
+        coresets = SelectResult.from_json(marker.result).coresets
         for budget, table in zip(own.budgets, schema.coreset_tables(own.budgets), strict=True):
             ids = np.sort(folder.read_column(table, column=schema.SAMPLE_ID))
             has_fraction = own.select.method in ("double_end", "stratified")
-            fraction = float(figures["coresets"][table]["hard_fraction"]) if has_fraction else None
+            fraction = coresets[table].hard_fraction if has_fraction else None
             chosen.append(Chosen(entry, str(budget), seed, ids, fraction))
     return chosen
 
 
-def _write_coresets(config: Config, folder: Overlay, name: str) -> Mapping[str, Any]:
-    figures = reselect.write(config, folder)
-    say(f"select    {name} in {format_duration(figures['seconds'])}")
-    return figures
+def _write_coresets(config: Config, folder: Overlay, name: str) -> Marker:
+    marker = reselect.write(config, folder)
+    say(f"select    {name} in {format_duration(marker.seconds)}")
+    return marker
 
 
 def _select_with_labels(config: ComparisonConfig, plan: Plan, out: RunDir, device: str) -> list[Chosen]:
@@ -150,8 +151,8 @@ def _train_supervised(config: ComparisonConfig, plan: Plan, out: RunDir) -> RunD
         overrides = [f"run_dir={run_dir.uri}", f"train.device={config.device}"]
         if config.proxy.num_workers is not None:
             overrides.append(f"train.num_workers={config.proxy.num_workers}")
-        figures = run_train(load_config(None, overrides, base=source.base), run_dir)
-        run_dir.mark_complete(Marker("train", {}, {"cluster": run_dir.identity("cluster")}, figures))
+        result = run_train(load_config(None, overrides, base=source.base), run_dir)
+        run_dir.mark_complete(Marker("train", {}, {"cluster": run_dir.identity("cluster")}, result.to_json()))
     return run_dir
 
 
@@ -176,9 +177,9 @@ def _train(
             "budget": own.budget,
             "hard_fraction": own.hard_fraction,
             "iterations": config.iterations,
-            **figures,
+            **metrics,
         }
-        for own, figures in zip(chosen, found, strict=True)
+        for own, metrics in zip(chosen, found, strict=True)
     ]
 
 

@@ -4,22 +4,24 @@ Reads   clusters/pseudo_labels (which samples, and their files), the true labels
 Writes  clusters/pseudo_labels of another run directory, for stages train and select to read
 """
 
+import numpy as np
 import pyarrow as pa
 
 from elfs_ray.evaluation.data import TrueLabels
+from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import Marker, RunDir
 
 
 def write_labels_as_clusters(run_dir: RunDir, source: RunDir, labels: TrueLabels) -> None:
     """Write every pseudo-labelled sample of `source` with its true label. Raises ValueError where one has none."""
-    num_rows = 0
+    sizes = np.zeros(labels.num_classes, np.int64)
     for path in source.table_files(schema.CLUSTERS, schema.PSEUDO_LABELS_DIR):
         rows = filesystem.read_table(path)
-        own = pa.array(labels.of(rows[schema.SAMPLE_ID].to_numpy()), pa.int32())
+        true_labels = labels.of(rows[schema.SAMPLE_ID].to_numpy())
         place = rows.schema.get_field_index(schema.PSEUDO_LABEL)
-        rows = rows.set_column(place, schema.PSEUDO_LABELS_SCHEMA.field(place), own)
+        rows = rows.set_column(place, schema.PSEUDO_LABELS_SCHEMA.field(place), pa.array(true_labels, pa.int32()))
         filesystem.write_table(run_dir.path(schema.CLUSTERS, schema.PSEUDO_LABELS_DIR, path.rsplit("/", 1)[1]), rows)
-        num_rows += rows.num_rows
-    figures = {"rows": num_rows, "num_clusters": labels.num_classes, "method": "true labels"}
-    run_dir.mark_complete(Marker("cluster", {}, {"cluster": source.identity("cluster")}, figures))
+        sizes += np.bincount(true_labels, minlength=len(sizes))
+    result = ClusterResult(int(sizes.sum()), labels.num_classes, "true labels", workers=1, sizes=sizes.tolist())
+    run_dir.mark_complete(Marker("cluster", {}, {"cluster": source.identity("cluster")}, result.to_json()))

@@ -62,7 +62,7 @@ class TrialData:
 def run_trials(
     trials: Sequence[Trial], data: TrialData, settings: ClassifierSettings, folder: str, place: TrialPlace
 ) -> list[dict[str, Any]]:
-    """Train on each selection and test; the figures of each trial, in their order.
+    """Train on each selection and test; return the metrics of each trial, in their order.
 
     They are seed, num_samples, last_accuracy, best_accuracy and accuracies. Driver memory: the test images, and what
     `data` holds. Raises ValueError for samples without label.
@@ -86,10 +86,10 @@ def run_trials(
     common = (data.run_dir, data.image_size, data.num_classes, references, settings, place)
     tasks = [(*common, distinct[name], filesystem.join(folder, name)) for name in left]
     with Progress("evaluate", len(distinct), "trainings", done=len(found)) as progress:
-        for position, figures in run_tasks(
+        for position, metrics in run_tasks(
             _run_trial, tasks, num_gpus_each=place.num_gpus_each, num_cpus_each=place.num_cpus_each
         ):
-            found[left[position]] = figures
+            found[left[position]] = metrics
             progress.advance(1)
     return [found[name] for name in names]
 
@@ -131,9 +131,9 @@ def _run_trial(
             "accuracies": accuracies,
         }
 
-    figures = kept_or_computed(path, train)
+    metrics = kept_or_computed(path, train)
     filesystem.delete(path.removesuffix(".json") + UNFINISHED)
-    return figures
+    return metrics
 
 
 def _train_in_parts(

@@ -1,13 +1,12 @@
 """The plan of a run, for --dry-run: what each stage would do, with counts and what it asks of the cluster."""
 
-import math
-
-from elfs_ray.config import LINEAR, USES_HARD_FRACTION, Config
+from elfs_ray.config import USES_HARD_FRACTION, Config
 from elfs_ray.pipeline.plan import PlannedStage, PoolCount, check, count_pool, is_done
-from elfs_ray.pipeline.resources import advice_on, check_request, describe_shortage, requests_of
 from elfs_ray.runtime.cluster import Devices, find_devices
 from elfs_ray.runtime.progress import count
-from elfs_ray.storage import schema
+from elfs_ray.runtime.resources import check_request, describe_shortage
+from elfs_ray.stages.embed import EmbedResult
+from elfs_ray.stages.stage import Stage
 from elfs_ray.storage.run_dir import RunDir
 
 
@@ -30,20 +29,20 @@ def describe_plan(config: Config, pool: PoolCount | None = None) -> str:
         f"devices   {devices.describe()}",
         "",
     ]
-    work = _describe_work(config, pool.num_samples)
     for planned in plan:
-        name = planned.stage.name
-        lines.append(f"{name:<9} {planned.action:<9} {work[name]}; {_describe_requests(name, config, devices)}")
+        stage = planned.stage
+        work = f"{stage.describe(config, pool.num_samples)}; {_describe_requests(stage, config, devices)}"
+        lines.append(f"{stage.name:<9} {planned.action:<9} {work}")
         lines.extend(f"{'':<20}{line}" for line in planned.differences)
         if planned.action != "done":
-            lines.extend(f"{'':<20}{line}" for line in advice_on(name, config, devices))
+            lines.extend(f"{'':<20}{line}" for line in stage.advice(config, devices))
     return "\n".join(lines)
 
 
 def _describe_budgets_of(pool: PoolCount, config: Config, run_dir: RunDir, plan: list[PlannedStage]) -> list[str]:
     """`describe_budgets` of the images that can be selected, as far as their number is known."""
-    if is_done("embed", plan):
-        return describe_budgets(config, int(run_dir.figures("embed")["rows"]))
+    if is_done(EmbedResult, plan):
+        return describe_budgets(config, EmbedResult.read(run_dir).rows)
     try:
         return describe_budgets(config, pool.num_samples, "" if pool.is_exact else "about ")
     except ValueError as error:
@@ -74,46 +73,13 @@ def describe_budgets(config: Config, num_samples: int, about: str = "") -> list[
     return lines
 
 
-def _describe_requests(stage: str, config: Config, devices: Devices) -> str:
-    """What a stage asks for, and waits for. Raises ConfigError for what the cluster cannot have."""
-    if stage == "report":
+def _describe_requests(stage: Stage, config: Config, devices: Devices) -> str:
+    """Return what a stage asks for, and waits for. Raises ConfigError for what the cluster cannot have."""
+    if stage.is_on_driver:
         return "the driver"
-    requests = requests_of(stage, config, devices)
+    requests = stage.requests(config, devices)
     for request in requests:
         check_request(request, devices)
     asks = ", ".join([*(request.describe() for request in requests), "tasks of 1 CPU"])
     shortages = filter(None, (describe_shortage(request, devices) for request in requests))
     return "; waits for nodes: ".join([asks, *shortages])
-
-
-def _describe_work(config: Config, num_samples: int) -> dict[str, str]:
-    """One line on what each stage does."""
-    embed, cluster, train = config.embed, config.cluster, config.train
-    clustering = f"{cluster.num_clusters} clusters, {count(cluster.num_tries, 'try', 'tries')} of up to "
-    clustering += count(cluster.max_iterations, "iteration")
-    if cluster.method == "temi":
-        clustering += f", then TEMI, {cluster.temi.profile} profile"
-    if cluster.method == "file":
-        clustering = f"pseudo-labels from {cluster.labels_uri}"
-    proxy = f"{LINEAR}, on the embeddings" if train.network == LINEAR else train.network
-    copies = f"copies of {embed.proxy_image_size} pixels"
-    return {
-        "index": "list the pool",
-        "copy": copies,
-        "pretrain": _describe_pretraining(config, num_samples) if config.pretrains else "",
-        "embed": f"{embed.encoder}, {'of the copies' if config.pretrains else f'proxy {copies}'}",
-        "cluster": clustering,
-        "train": f"{proxy}, {count(train.epochs, 'epoch')} of "
-        f"{count(math.ceil(num_samples / train.batch_size), 'step')}",
-        "select": f"{config.select.method} by {config.select.score}"
-        f"{', balanced over pseudo-labels' if config.select.balance else ''}",
-        "report": f"{schema.REPORT_FILE} and {schema.METRICS_FILE}",
-    }
-
-
-def _describe_pretraining(config: Config, num_samples: int) -> str:
-    from elfs_ray.methods.simclr.training import simclr_settings
-
-    chosen = simclr_settings(vars(config.pretrain), config.pretrain.image_size or config.embed.proxy_image_size)
-    steps = math.ceil(num_samples / chosen.batch_size)
-    return f"SimCLR, {chosen.network}, {count(chosen.epochs, 'epoch')} of {count(steps, 'step')}"

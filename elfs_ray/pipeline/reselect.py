@@ -5,20 +5,24 @@ Whatever is not given stays as the run had it. The scores that the run left are 
 and nothing is trained except by select.hard_fraction=search.
 """
 
+import dataclasses
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from elfs_ray.config import Config, ConfigError, check_budgets, deciding_keys, expand_home, load_config
+from elfs_ray.config import Config, ConfigError, check_budgets, expand_home, load_config
+from elfs_ray.pipeline.plan import wanted_marker
 from elfs_ray.pipeline.runner import locked
 from elfs_ray.runtime.progress import format_duration, say
+from elfs_ray.stages.cluster import ClusterResult
+from elfs_ray.stages.select import STAGE, SelectResult
+from elfs_ray.stages.train import TrainResult
 from elfs_ray.storage import filesystem, schema
-from elfs_ray.storage.run_dir import TABLES, Marker, Overlay, RunDir
+from elfs_ray.storage.run_dir import Marker, Overlay, RunDir
 
 KEYS = ("run_dir", "budget", "seed", "on_change", "ray_address", "ray_logs")
-SELECT = "select"
-INPUTS = ("index", "cluster", "train")
+SELECT = STAGE.name
 OWN_TABLES = (SELECT, schema.CORESET)  # what a selection writes; all else is the run's
 
 
@@ -53,15 +57,15 @@ def describe(config: Config, name: str) -> str:
     action = "is there" if _is_done(config, folder) else "would be written"
     from elfs_ray.pipeline.dry_run import describe_budgets
 
-    lines = describe_budgets(config, int(folder.figures("train")["rows"]))
+    lines = describe_budgets(config, TrainResult.read(folder).rows)
     return "\n".join(
         f"{folder.path(table)} {action}: by {config.select.method}, {line}"
         for table, line in zip(schema.coreset_tables(config.budgets), lines, strict=True)
     )
 
 
-def run(config: Config, name: str) -> Mapping[str, Any]:
-    """Make the selection `name`, unless it is there; return its figures, as stage select has them.
+def run(config: Config, name: str) -> SelectResult:
+    """Make the selection `name`, unless it is there; return what stage select returns.
 
     Raises ConfigError for a budget that does not fit, and for a selection of that name made otherwise.
     """
@@ -73,15 +77,15 @@ def run(config: Config, name: str) -> Mapping[str, Any]:
         with locked(folder.base):
             # Once more: until now another driver may have had the run directory.
             if not _is_done(config, folder):
-                figures = write(config, folder)
-                say(f"select    complete in {format_duration(figures['seconds'])}")
-                return figures
+                marker = write(config, folder)
+                say(f"select    complete in {format_duration(marker.seconds)}")
+                return SelectResult.from_json(marker.result)
     say(f"nothing to do: {folder.uri} is complete")
-    return folder.figures(SELECT)
+    return SelectResult.read(folder)
 
 
-def write(config: Config, folder: Overlay) -> Mapping[str, Any]:
-    """Select into a folder that nobody else writes to, over Ray; return the figures of stage select.
+def write(config: Config, folder: Overlay) -> Marker:
+    """Select into a folder that nobody else writes to, over Ray; return the marker of stage select.
 
     What an unfinished try with the same config left is continued, anything else in the folder is replaced.
     """
@@ -89,16 +93,20 @@ def write(config: Config, folder: Overlay) -> Mapping[str, Any]:
 
     marker = marker_of(config, folder)
     started = folder.started_marker(SELECT)
-    if folder.success_marker(SELECT) or started is None or started.identity != marker.identity:
+    if folder.success_marker(SELECT) or started is None or not started.is_made_as(marker):
         filesystem.delete(folder.uri)
     folder.mark_started(marker)
     start_s = time.time()
-    figures = dict(run_select(config, folder))
-    figures["seconds"] = round(time.time() - start_s, 3)
-    tables = schema.coreset_tables(config.budgets)
-    figures[TABLES] = folder.measure([*tables, *map(schema.coreset_text_file, tables)])
-    folder.mark_complete(Marker(SELECT, marker.config, marker.inputs, figures))
-    return figures
+    result = run_select(config, folder)
+    complete = dataclasses.replace(
+        marker,
+        result=result.to_json(),
+        # scores/ is the run's, and not measured here.
+        outputs=folder.measure(name for name in marker.outputs if name.startswith(OWN_TABLES)),
+        seconds=round(time.time() - start_s, 3),
+    )
+    folder.mark_complete(complete)
+    return complete
 
 
 def config_of(run_dir: RunDir) -> dict[str, Any]:
@@ -111,21 +119,19 @@ def config_of(run_dir: RunDir) -> dict[str, Any]:
         for key, value in marker.config.items():
             section, _, name = key.rpartition(".")
             (base[section] if section else base)[name] = value
-    base["select"] |= run_dir.figures("select").get("search", {})
+    base["select"] |= SelectResult.read(run_dir).search
     index = run_dir.success_marker("index")
     assert index is not None, run_dir.uri
     graph = run_dir.table_files(schema.NEIGHBORS)
     num_neighbors = filesystem.read_schema(graph[0]).field(schema.NEIGHBOR_IDS).type.list_size if graph else 0
-    num_clusters = int(run_dir.figures("cluster")["num_clusters"])
+    num_clusters = ClusterResult.read(run_dir).num_clusters
     cluster = {"num_clusters": num_clusters, "num_neighbors": num_neighbors}
     return base | {"pool": {"uri": index.config["pool.uri"]}, "cluster": cluster}
 
 
 def marker_of(config: Config, run_dir: RunDir) -> Marker:
-    """Return the marker of a selection from a finished run, without figures."""
-    keys = {f"select.{key}": value for key, value in deciding_keys(config.select).items()}
-    inputs = {stage: run_dir.identity(stage) for stage in INPUTS}
-    return Marker(SELECT, {"seed": config.seed, "budget": config.budget, **keys}, inputs, {})
+    """Return the marker that a selection from a finished run starts with."""
+    return wanted_marker(STAGE, config, {stage: run_dir.complete_marker(stage) for stage in STAGE.inputs(config)})
 
 
 def _is_done(config: Config, folder: Overlay) -> bool:
@@ -136,11 +142,11 @@ def _is_done(config: Config, folder: Overlay) -> bool:
         raise ConfigError(
             f"{run_dir.uri} is damaged: {'; '.join(damage)}. Run the pipeline there with on_change=rerun."
         )
-    check_budgets(config, int(run_dir.figures("train")["rows"]))
+    check_budgets(config, TrainResult.read(run_dir).rows)
     success = folder.success_marker(SELECT)
     present = success or folder.started_marker(SELECT)
     lost = folder.damage(SELECT)
-    is_same = present is not None and present.identity == marker_of(config, folder).identity
+    is_same = present is not None and present.is_made_as(marker_of(config, folder))
     if config.on_change == "rerun":
         return is_same and success is not None and not lost
     if present is None and filesystem.list_files(folder.uri, recursive=True):

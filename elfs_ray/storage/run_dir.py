@@ -9,15 +9,13 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from elfs_ray.storage import filesystem, schema
-
-TABLES = "tables"  # the figure of a complete stage that says how many files and bytes each of its tables has
 
 
 class BadMarkerError(ValueError):
@@ -29,13 +27,21 @@ class Marker:
     """What a stage leaves when it starts and when it is complete.
 
     `config` holds the keys that decide the stage's result; `inputs` the identity of each earlier stage that it read.
-    `figures` are for the report (rows, seconds, versions, ...) and take no part in the identity.
+    `run_id` is a random name of this making of the tables, which a half-finished stage keeps when it goes on;
+    `input_runs` holds those of the inputs. `outputs` are the tables and files that the stage writes: once it is
+    complete, each with its number of files and bytes. Identity and run aside, a complete stage adds its result (see
+    elfs_ray/stages/stage.py), seconds and versions.
     """
 
     stage: str
     config: Mapping[str, Any]
     inputs: Mapping[str, str]
-    figures: Mapping[str, Any]
+    result: Mapping[str, Any] = field(default_factory=dict)
+    run_id: str = ""
+    input_runs: Mapping[str, str] = field(default_factory=dict)
+    outputs: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    seconds: float = 0.0
+    versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def identity(self) -> str:
@@ -43,18 +49,24 @@ class Marker:
         content = json.dumps({"stage": self.stage, "config": self.config, "inputs": self.inputs}, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
+    def is_made_as(self, wanted: "Marker") -> bool:
+        """Whether it has the config of `wanted` and was made from the very tables that are there now.
+
+        Tables that were made again, as after damage, have the same identity and may differ: the pool may have changed.
+        """
+        return self.identity == wanted.identity and self.input_runs == wanted.input_runs
+
     def to_json(self) -> bytes:
-        fields = {"stage": self.stage, "identity": self.identity, "config": self.config, "inputs": self.inputs}
-        return (json.dumps({**fields, "figures": self.figures}, indent=2) + "\n").encode()
+        return (json.dumps({"identity": self.identity, **asdict(self)}, indent=2) + "\n").encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> "Marker":
         """Raises ValueError for anything that `to_json` did not write."""
         try:
             fields = json.loads(data)
-            marker = cls(fields["stage"], fields["config"], fields["inputs"], fields["figures"])
-            identity = fields["identity"]
-        except (KeyError, TypeError) as error:
+            identity = fields.pop("identity")
+            marker = cls(**fields)
+        except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"it holds no marker: {type(error).__name__} {error}") from error
         if identity != marker.identity:
             raise ValueError(f"it was changed: its content is that of {marker.identity}, it says {identity}")
@@ -90,35 +102,33 @@ class RunDir:
             if info.base_name != schema.STARTED_FILE:
                 filesystem.delete(self.path(stage, info.base_name))
 
-    def identity(self, stage: str) -> str:
-        """The identity of a complete stage's result."""
-        marker = self.success_marker(stage)
-        assert marker is not None, stage
-        return marker.identity
-
-    def figures(self, stage: str) -> Mapping[str, Any]:
-        """What a complete stage measured. Raises FileNotFoundError, naming the stage, if it is not complete."""
+    def complete_marker(self, stage: str) -> Marker:
+        """Return the marker of a complete stage. Raises FileNotFoundError, naming the stage, if it is not complete."""
         marker = self.success_marker(stage)
         if marker is None:
             raise FileNotFoundError(
                 f"stage '{stage}' is not complete in {self.uri}: run it first (the pipeline does so by itself)"
             )
-        return marker.figures
+        return marker
+
+    def identity(self, stage: str) -> str:
+        """Return the identity of a complete stage's result. Raises FileNotFoundError as `complete_marker` does."""
+        return self.complete_marker(stage).identity
 
     def measure(self, names: Iterable[str]) -> dict[str, dict[str, int]]:
         """How many files and bytes each table (a folder, of which Parquet files count) or file has, from listings."""
         return {name: self._measure(name) for name in names}
 
     def damage(self, stage: str) -> tuple[str, ...]:
-        """How the tables of a complete stage differ from what its marker says of them: a line for each that does."""
+        """Return how the tables of a complete stage differ from what its marker says of them, a line for each."""
         marker = self.success_marker(stage)
-        recorded = marker.figures.get(TABLES, {}) if marker else {}
-        found = self.measure(recorded)
+        written = marker.outputs if marker else {}
+        present = self.measure(written)
         return tuple(
-            f"{name} has {found[name]['files']} files of {found[name]['bytes']:,} bytes, "
+            f"{name} has {present[name]['files']} files of {present[name]['bytes']:,} bytes, "
             f"{size['files']} of {size['bytes']:,} were written"
-            for name, size in recorded.items()
-            if found[name] != size
+            for name, size in written.items()
+            if present[name] != size
         )
 
     def _measure(self, name: str) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import operator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,13 +20,27 @@ from elfs_ray.config import (
     load_keys,
 )
 from elfs_ray.evaluation.keys import ComparisonConfig
-from elfs_ray.pipeline.plan import check_counted, plan_stage
-from elfs_ray.pipeline.stages import STAGES
+from elfs_ray.pipeline.plan import plan_stage
+from elfs_ray.pipeline.stages import stages_of
+from elfs_ray.stages import cluster
+from elfs_ray.stages.cluster import ClusterResult
+from elfs_ray.stages.select import STAGE as SELECT
 from elfs_ray.storage.run_dir import Marker, RunDir
+from tests.tables import mark
 
 REQUIRED = ["run_dir=/run", "pool.uri=/pool", "budget=0.1", "cluster.num_clusters=10", "select.hard_fraction=0.3"]
 
 SELF_SUPERVISED = "embed.encoder=self_supervised"
+
+
+INPUTS = {name: Marker(name, {}, {}, run_id=f"{name} made once") for name in ("index", "cluster", "train")}
+
+
+def selected(config: Config) -> Marker:
+    """The marker of a stage select that is complete, and wrote nothing."""
+    identities = {name: marker.identity for name, marker in INPUTS.items()}
+    runs = {name: marker.run_id for name, marker in INPUTS.items()}
+    return Marker(SELECT.name, SELECT.deciding_config(config), identities, input_runs=runs)
 
 
 def message_of(*overrides: str) -> str:
@@ -112,7 +127,6 @@ def test_missing_keys_are_all_named_at_once():
         ("select.search_step=0", "needed is a number > 0"),
         ("cluster.num_clusters=1", "needed is a number >= 2"),
         ("embed.encoder=", "embed.encoder"),
-        ("until=nothing", "needed is one of index, copy, pretrain, embed"),
         ("train.network=linear train.reading=streamed", "reads no images"),
         ("train.network=linear select.hard_fraction=search", "linear sees embeddings: give auto or a number"),
         ("train.momentum=0", "train.nesterov=true, which needs momentum: give train.nesterov=false"),
@@ -176,10 +190,10 @@ def test_what_does_not_fit_the_pool_is_refused_once_its_size_is_known(overrides,
 def test_clusters_of_a_file_are_counted_before_a_selection_has_to_balance_over_them(tmp_path):
     config = load_config(None, [*REQUIRED, "cluster.method=file", "cluster.labels_uri=/x", "select.balance=true"])
     for num_clusters in (65536, 65537):
-        RunDir(tmp_path).mark_complete(Marker("cluster", {}, {}, {"num_clusters": num_clusters}))
+        mark(RunDir(tmp_path), ClusterResult(100_000, num_clusters, "file", workers=1, sizes=[]))
         refused = pytest.raises(ConfigError, match=r"select\.balance=true over 65,537 clusters")
         with refused if num_clusters > 65536 else contextlib.nullcontext():
-            check_counted(config, RunDir(tmp_path), "cluster")
+            cluster.STAGE.check_result(config, RunDir(tmp_path))
 
 
 def test_beta_may_be_zero_or_all_that_is_pruned():
@@ -220,13 +234,12 @@ def test_the_keys_of_search_decide_only_where_something_is_searched(overrides, s
 
 @pytest.mark.parametrize(("hard_fraction", "action"), [("0.3", "done"), ("search", "rerun")])
 def test_a_changed_key_of_search_is_refused_only_where_something_is_searched(tmp_path, hard_fraction, action):
-    run_dir, (stage,) = RunDir(tmp_path), (stage for stage in STAGES if stage.name == "select")
-    identities = dict.fromkeys(stage.inputs, "an identity")
+    run_dir = RunDir(tmp_path)
     asked = [*REQUIRED, f"select.hard_fraction={hard_fraction}"]
     before, after = (load_config(None, [*asked, f"select.search_iterations={steps}"]) for steps in (5, 6))
-    run_dir.mark_complete(Marker("select", stage.deciding_config(before), identities, {}))
-    assert plan_stage(stage, before, run_dir, identities).action == "done"
-    assert plan_stage(stage, after, run_dir, identities).action == action
+    run_dir.mark_complete(selected(before))
+    assert plan_stage(SELECT, before, run_dir, INPUTS).action == "done"
+    assert plan_stage(SELECT, after, run_dir, INPUTS).action == action
 
 
 @pytest.mark.parametrize(
@@ -242,24 +255,31 @@ def test_a_changed_key_of_search_is_refused_only_where_something_is_searched(tmp
     ],
 )
 def test_what_means_the_same_is_done_and_every_difference_is_shown(tmp_path, before, after, action, told):
-    run_dir, (stage,) = RunDir(tmp_path), (stage for stage in STAGES if stage.name == "select")
-    identities = dict.fromkeys(stage.inputs, "an identity")
+    run_dir = RunDir(tmp_path)
     config, changed = (load_config(None, [*REQUIRED, *given.split(" ")]) for given in (before, after))
-    run_dir.mark_complete(Marker("select", stage.deciding_config(config), identities, {}))
-    planned = plan_stage(stage, changed, run_dir, identities)
+    run_dir.mark_complete(selected(config))
+    planned = plan_stage(SELECT, changed, run_dir, INPUTS)
     assert (planned.action, planned.differences) == (action, told)
 
 
 def test_a_difference_in_a_key_of_no_value_or_in_the_inputs_alone_is_shown(tmp_path):
-    run_dir, (stage,) = RunDir(tmp_path), (stage for stage in STAGES if stage.name == "select")
-    config, identities = load_config(None, REQUIRED), dict.fromkeys(stage.inputs, "an identity")
-    keys = stage.deciding_config(config)
-    for found, inputs, told in (
-        ({**keys, "select.gone": None}, identities, "select.gone: null there, none now"),
-        (keys, {**identities, "copy": "another"}, "made from another copy"),
+    run_dir, config = RunDir(tmp_path), load_config(None, REQUIRED)
+    marker = selected(config)
+    for changes, difference in (
+        ({"config": {**marker.config, "select.gone": None}}, "select.gone: null there, none now"),
+        ({"inputs": {**marker.inputs, "copy": "another"}}, "made from another copy"),
+        ({"input_runs": {**marker.input_runs, "train": "another"}}, "made from another train"),
     ):
-        run_dir.mark_complete(Marker("select", found, inputs, {}))
-        assert plan_stage(stage, config, run_dir, identities).differences == (told,)
+        run_dir.mark_complete(replace(marker, **changes))
+        assert plan_stage(SELECT, config, run_dir, INPUTS).differences == (difference,)
+
+
+@pytest.mark.parametrize("until", ["nothing", "copy", "pretrain"])
+def test_until_must_be_a_stage_of_the_run(until):
+    with pytest.raises(ConfigError, match=f"until='{until}': must be one of index, embed, cluster, train, select, rep"):
+        stages_of(load_config(None, [*REQUIRED, f"until={until}"]))
+    names = [stage.name for stage in stages_of(load_config(None, [*REQUIRED, SELF_SUPERVISED, "until=pretrain"]))]
+    assert names == ["index", "copy", "pretrain"]
 
 
 def test_every_key_is_described_with_its_default_and_meaning():

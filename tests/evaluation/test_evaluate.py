@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -46,7 +47,7 @@ def judged(ray_cluster, tmp_path_factory):
         "evaluate.batch_size=32",
         "evaluate.num_seeds=2",
     )
-    mark(run_dir, "select", **run_select(config, run_dir))
+    mark(run_dir, run_select(config, run_dir))
     return run_dir, config, run_evaluate(config, run_dir)
 
 
@@ -65,11 +66,11 @@ def _spoil_pseudo_labels(run_dir: RunDir) -> None:
 
 
 def test_pseudo_labels_are_measured_as_scikit_learn_does(judged):
-    run_dir, _, figures = judged
+    run_dir, _, results = judged
     ids = run_dir.read_column("clusters", "pseudo_labels", column="sample_id")
     clusters = run_dir.read_column("clusters", "pseudo_labels", column="pseudo_label")
     truth = digit_images(1003)[1][ids]
-    found = figures["clustering"]
+    found = results.clustering
     assert (found["num_clusters"], found["num_classes"]) == (10, 10)
     assert found["accuracy"] == found["purity"] == pytest.approx((clusters == truth).mean())
     assert found["nmi"] == pytest.approx(normalized_mutual_info_score(truth, clusters))
@@ -83,15 +84,15 @@ def embeddings(run_dir: RunDir) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_the_vote_of_the_neighbours_is_that_of_scikit_learn_without_the_sample_itself(judged):
-    run_dir, _, figures = judged
+    run_dir, _, results = judged
     ids, vectors = embeddings(run_dir)
     truth = digit_images(1003)[1][ids]
     found = NearestNeighbors(n_neighbors=11, metric="cosine", algorithm="brute").fit(vectors).kneighbors(vectors)[1]
     neighbors = np.array([[k for k in row if k != i][:10] for i, row in enumerate(found.tolist())])
     votes = np.array([np.bincount(truth[row], minlength=10).argmax() for row in neighbors])
-    assert figures["knn"]["queries"] == len(ids) and figures["knn"]["num_neighbors"] == 10
-    assert figures["knn"]["accuracy"] == pytest.approx((votes == truth).mean(), abs=1.5 / len(ids))
-    assert figures["knn"]["accuracy"] > 0.9  # real digits
+    assert results.knn["queries"] == len(ids) and results.knn["num_neighbors"] == 10
+    assert results.knn["accuracy"] == pytest.approx((votes == truth).mean(), abs=1.5 / len(ids))
+    assert results.knn["accuracy"] > 0.9  # real digits
 
 
 def test_samples_without_a_label_neither_ask_nor_vote_and_a_large_pool_asks_some(judged, tmp_path, monkeypatch):
@@ -121,38 +122,38 @@ def test_samples_without_a_label_neither_ask_nor_vote_and_a_large_pool_asks_some
 
 
 def test_every_budget_is_trained_on_beside_random_samples_of_its_number(judged):
-    run_dir, _, figures = judged
-    assert {name: found["num_samples"] for name, found in figures["selections"].items()} == {
+    run_dir, _, results = judged
+    assert {name: found["num_samples"] for name, found in results.selections.items()} == {
         "elfs": 200,
         "random": 200,
         "elfs-0.4": 400,
         "random-0.4": 400,
     }
     rows = pq.read_table(f"{run_dir.uri}/evaluate/results.parquet").to_pylist()
-    assert len(rows) == figures["rows"] == 8
-    for name, found in figures["selections"].items():
+    assert len(rows) == results.rows == 8
+    for name, found in results.selections.items():
         own = [row["last_accuracy"] for row in rows if row["selection"] == name]
         assert found["mean"] == pytest.approx(np.mean(own)) and found["spread"] == pytest.approx(np.std(own, ddof=1))
         assert found["mean"] > 0.5  # ten classes, real digits: it has learned
 
 
 def test_a_second_evaluation_repeats_no_training_and_says_the_same(judged):
-    run_dir, config, figures = judged
+    run_dir, config, results = judged
     folder = f"{run_dir.uri}/evaluate/trials"
     (kept, *_) = filesystem.list_files(folder)
     trial = json.loads(filesystem.read_bytes(kept.path))
     filesystem.write_bytes(kept.path, json.dumps(trial | {"last_accuracy": 0.0}).encode())
     again = run_evaluate(config, run_dir)
-    (changed,) = [name for name, own in figures["selections"].items() if again["selections"][name] != own]
-    assert again["selections"][changed]["mean"] < figures["selections"][changed]["mean"]
+    (changed,) = [name for name, own in results.selections.items() if again.selections[name] != own]
+    assert again.selections[changed]["mean"] < results.selections[changed]["mean"]
     filesystem.delete(f"{folder}/{kept.base_name}")
-    assert run_evaluate(config, run_dir) == figures
+    assert run_evaluate(config, run_dir) == results
 
 
 def test_trainings_that_are_there_count_as_done_from_the_start_and_a_state_beside_a_result_is_dropped(
     judged, monkeypatch
 ):
-    run_dir, config, figures = judged
+    run_dir, config, results = judged
     folder = f"{run_dir.uri}/evaluate/trials"
     gone, kept, *_ = filesystem.list_files(folder)
     filesystem.delete(gone.path)
@@ -161,15 +162,15 @@ def test_trainings_that_are_there_count_as_done_from_the_start_and_a_state_besid
     told: list[tuple[str, int, int]] = []
     listener = lambda name, unit, done, total, rate, running: told.append((unit, done, total))  # noqa: E731
     monkeypatch.setattr(progress, "_listeners", [listener])
-    assert run_evaluate(config, run_dir) == figures
+    assert run_evaluate(config, run_dir) == results
     assert next(line for line in told if line[0] == "trainings") == ("trainings", 7, 8)
     assert not filesystem.exists(unfinished)
 
 
 def test_the_table_for_people_has_a_line_each_and_the_pseudo_labels(judged):
-    _, _, figures = judged
-    lines = format_results(figures).splitlines()
-    assert [line.split()[0] for line in lines] == ["selection", *figures["selections"], "pseudo-labels:", "embeddings:"]
+    _, _, results = judged
+    lines = format_results(results).splitlines()
+    assert [line.split()[0] for line in lines] == ["selection", *results.selections, "pseudo-labels:", "embeddings:"]
     assert all("±" in line for line in lines[1:-2])
-    single = {name: found | {"seeds": 1} for name, found in figures["selections"].items()}
-    assert "±" not in format_results(figures | {"selections": single})
+    single = {name: found | {"seeds": 1} for name, found in results.selections.items()}
+    assert "±" not in format_results(replace(results, selections=single))

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -25,6 +26,7 @@ from elfs_ray.evaluation.report import Line, to_markdown
 from elfs_ray.evaluation.trials import TrialPlace
 from elfs_ray.methods.selection import pruning
 from elfs_ray.stages.select import run as select
+from elfs_ray.stages.train import TrainResult
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import Marker, RunDir
 from tests import selections
@@ -53,13 +55,13 @@ def write_run(folder: Path, labels: np.ndarray) -> None:
     filesystem.write_table(path, rows.set_column(2, rows.schema.field(2), pa.array(labels, pa.int32())))
     write_neighbors(run_dir, ids)
     keys = {f"pool.{key}": value for key, value in deciding_keys(config.pool).items()}
-    run_dir.mark_complete(Marker("index", keys, {}, {"rows": NUM_POOL, "label_names": []}))
+    run_dir.mark_complete(replace(run_dir.complete_marker("index"), config=keys))
     for stage in ("embed", "train"):
         keys = {f"{stage}.{key}": value for key, value in deciding_keys(getattr(config, stage)).items()}
-        run_dir.mark_complete(Marker(stage, keys, {}, run_dir.figures(stage)))
-    figures = select.run_select(config, run_dir)
+        run_dir.mark_complete(replace(run_dir.complete_marker(stage), config=keys))
+    result = select.run_select(config, run_dir)
     keys = {f"select.{key}": value for key, value in deciding_keys(config.select).items()}
-    run_dir.mark_complete(Marker("select", {"seed": 0, "budget": [0.1, 0.3], **keys}, {}, figures))
+    run_dir.mark_complete(Marker("select", {"seed": 0, "budget": [0.1, 0.3], **keys}, {}, result.to_json()))
 
 
 def write_neighbors(run_dir: RunDir, ids: np.ndarray) -> None:
@@ -239,8 +241,8 @@ def test_the_plan_says_what_would_be_done_and_does_nothing(finished, tmp_path):
         (["hard_fraction=[0.1]"], "give one for each"),
         (["test_uri=/no/such"], "test_uri='/no/such' does not exist"),
         (["pool.label=digit"], "digit"),
-        (["network=resnet"], "needed is one of"),
-        (["network=linear"], "needed is one of"),
+        (["network=resnet"], "must be one of"),
+        (["network=linear"], "must be one of"),
         (["iteration=3"], "did you mean iterations"),
         (["seeds=0"], "needed is a number >= 1"),
     ],
@@ -266,7 +268,8 @@ def test_test_images_of_the_pool_itself_are_refused(finished, tmp_path):
 def test_runs_without_labels_or_of_another_pool_are_refused(finished, tmp_path):
     shutil.copytree(finished / "run", tmp_path / "run")
     run_dir = RunDir(tmp_path / "run")
-    run_dir.mark_complete(Marker("index", {"pool.uri": "/other", "pool.label": None}, {}, run_dir.figures("index")))
+    index = run_dir.complete_marker("index")
+    run_dir.mark_complete(replace(index, config={"pool.uri": "/other", "pool.label": None}))
     with pytest.raises(ConfigError, match=r"no true labels, as its pool.label was null: give pool.label="):
         make_plan(load(keys(finished, tmp_path / "out", f"runs=[{tmp_path / 'run'}]")))
     with pytest.raises(ConfigError, match="a run of another pool"):
@@ -276,9 +279,9 @@ def test_runs_without_labels_or_of_another_pool_are_refused(finished, tmp_path):
 def test_two_runs_of_one_pool_have_a_line_each_and_share_what_needs_no_pseudo_label(finished, tmp_path):
     shutil.copytree(finished / "run", tmp_path / "other")
     other = RunDir(tmp_path / "other")
-    index = other.success_marker("index")
-    other.mark_complete(Marker("index", {**index.config, "pool.label": None}, {}, index.figures))
-    other.mark_complete(Marker("cluster", {}, {}, {**other.figures("cluster"), "method": "temi"}))
+    index, cluster = other.complete_marker("index"), other.complete_marker("cluster")
+    other.mark_complete(replace(index, config={**index.config, "pool.label": None}))
+    other.mark_complete(replace(cluster, result={**cluster.result, "method": "temi"}))
     runs = f"runs=[{finished / 'run'},{tmp_path / 'other'}]"
     plan = make_plan(load(keys(finished, tmp_path / "out", runs, "methods=[random,d2,elfs,dual]")))
     assert [entry.name for entry in plan.entries] == [
@@ -316,7 +319,7 @@ def test_supervised_rivals_score_a_proxy_that_learned_the_true_labels_and_leave_
     own = RunDir(folder)
     ids, labels = (own.read_column("clusters", "pseudo_labels", column=name) for name in ("sample_id", "pseudo_label"))
     assert np.array_equal(labels, digit_images(NUM_POOL)[1][ids])
-    assert own.figures("train")["epochs"] == 2
+    assert TrainResult.read(own).epochs == 2
     coresets = [RunDir(path.parent) for path in tmp_path.glob("selections/*/*/coreset-0.3")]
     sizes = [len(selection.read_column("coreset-0.3", column="sample_id")) for selection in coresets]
     assert sizes == [300] * 4  # CCS draws for each seed

@@ -128,7 +128,7 @@ class Run:
         return [stage for stage in STAGE_NAMES if not self._is_complete(stage)]
 
     def seconds(self, stage: str) -> float:
-        return self.run_dir.figures(stage)["seconds"]
+        return self.run_dir.complete_marker(stage).seconds
 
     def end(self) -> None:
         if self.driver.poll() is None:

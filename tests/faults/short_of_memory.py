@@ -31,7 +31,7 @@ def main(pool: Path, folder: Path, greedy: str) -> None:
         return
     config = digits_config(folder, f"pool.uri={pool}", "embed.image_size=8", "embed.block_images=10")
     run_dir = RunDir(folder)
-    mark(run_dir, "index", **index.run_index(config, run_dir))
+    mark(run_dir, index.run_index(config, run_dir))
     flag = folder / "hoarded"
 
     class GreedyOnce(embed._DecodeAndEncodeBlock):

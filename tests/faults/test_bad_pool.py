@@ -45,7 +45,7 @@ def settings(pool: Path, folder: Path):
 
 def list_pool(pool: Path, folder: Path) -> RunDir:
     run_dir = RunDir(folder)
-    mark(run_dir, "index", **index.run_index(settings(pool, folder), run_dir))
+    mark(run_dir, index.run_index(settings(pool, folder), run_dir))
     return run_dir
 
 
@@ -120,8 +120,8 @@ def test_parquet_files_of_several_kinds_are_one_pool(ray_cluster, pool, tmp_path
     for name, table in kinds.items():
         pq.write_table(table, tmp_path / "pool" / f"{name}.parquet")
     run_dir = list_pool(tmp_path / "pool", tmp_path / "run")
-    figures = embed.run_embed(settings(tmp_path / "pool", tmp_path / "run"), run_dir)
-    assert (figures["rows"], figures["rejected"]) == (8, 4)
+    result = embed.run_embed(settings(tmp_path / "pool", tmp_path / "run"), run_dir)
+    assert (result.rows, result.rejected) == (8, 4)
     reasons = rows(run_dir, "rejected")["reason"].to_pylist()
     assert reasons[:3] == ["null: the row holds no image"] * 3 and reasons[3].startswith("cannot be read: ")
 
@@ -167,7 +167,7 @@ def test_an_encoder_killed_by_ray_for_its_memory_is_tried_again_and_changes_no_b
         tmp_path / "whole", f"pool.uri={digit_pools.uris['folder']}", "embed.image_size=8", "embed.block_images=10"
     )
     run_dir = RunDir(tmp_path / "whole")
-    mark(run_dir, "index", **index.run_index(config, run_dir))
+    mark(run_dir, index.run_index(config, run_dir))
     embed.run_embed(config, run_dir)
     assert contents(tmp_path / "run", *TABLES) == contents(tmp_path / "whole", *TABLES)
 

@@ -1,4 +1,4 @@
-"""What kills, deletions and accidents leave in a run directory is told, and mended when asked; it is never a result."""
+"""What kills, deletions and accidents leave in a run directory is refused, and replaced when asked; never a result."""
 
 import os
 import random
@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ import ray
 from elfs_ray import cli
 from elfs_ray.config import ConfigError, load_config
 from elfs_ray.pipeline.plan import check
-from elfs_ray.pipeline.resources import Request, check_same_workers
 from elfs_ray.pipeline.runner import run as run_pipeline
 from elfs_ray.storage.run_dir import RunDir
 from tests.faults.chaos import Fault, Run
@@ -97,7 +95,9 @@ def test_a_marker_whose_tables_are_gone_is_told_and_nothing_goes_on(pool, copy, 
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     message = refusal(pool, copy)
     stage = told.partition(":")[0]
-    assert f"{copy} is damaged:\n  {told}" in message and f"on_change=rerun to make it again in {stage}." in message
+    replaced = ", ".join(STAGES[STAGES.index(stage) :])
+    assert f"{copy} was made with another config, or is damaged:\n  {told}" in message
+    assert f"on_change=rerun to replace {replaced}, which deletes there: " in message and lost.split("/")[0] in message
 
 
 def test_a_table_cut_short_is_told(pool, copy):
@@ -140,79 +140,43 @@ def _plan(pool: Path, run_dir: Path):
 
 
 @pytest.mark.slow
-def test_damage_is_mended_to_the_same_bytes_when_told_to(ray_cluster, pool, finished, copy, capsys):
+def test_damaged_stages_are_made_again_to_the_same_bytes_when_told_to(ray_cluster, pool, finished, copy, capsys):
     """In every stage at once, with files that killed writers left."""
     for lost in ("index/part-*", "embeddings/part-000000000064-*", "dynamics/epoch=001/*", "coreset.txt"):
         (path,) = copy.glob(lost)
         path.unlink()
     (copy / "clusters" / "centroids.parquet").write_bytes(b"half")
     os.truncate(next((copy / "proxy_images").glob("part-000000000128-*")), 200)
-    kept = copy / "embeddings" / "part-000000000000-000000000063.parquet"
-    time_before = kept.stat().st_mtime_ns
     half_written = copy / "embeddings" / f"part-000000000064-000000000127.parquet.{'0' * 32}.tmp"
     half_written.write_bytes(b"half")
-    assert refusal(pool, copy).count("\n  ") == 6
+    message = refusal(pool, copy)
+    assert message.count(" were written") == 6 and message.count("made from another") == 5
     run_pipeline(config_of(pool, copy, "on_change=rerun"))
     assert contents(copy, *TABLES) == contents(finished, *TABLES)
     assert (copy / "coreset.txt").read_bytes() == (finished / "coreset.txt").read_bytes()
-    assert kept.stat().st_mtime_ns == time_before, "embeddings that are whole are not made again"
     said = capsys.readouterr().err
     assert "1 half-written file of a killed run removed" in said and not half_written.exists()
-    assert "embed     damaged: what is missing of its tables is made again" in said
+    assert "embed     is made again: embeddings, proxy_images, rejected, embed are replaced" in said
     assert not (copy / "_LOCK.json").exists()
     assert all(planned.action == "done" for planned in _plan(pool, copy))
 
 
-def test_tables_made_again_of_a_pool_that_has_changed_are_not_passed_off_as_the_lost_ones(
-    ray_cluster, pool, finished, tmp_path
-):
-    """Later stages were made from the lost ones."""
-    own = shutil.copytree(pool, tmp_path / "pool")
+def test_what_was_made_from_tables_that_are_made_again_is_no_result(ray_cluster, pool, finished, tmp_path):
+    """The pool may have changed since: the config of a later stage is the same, its result may not be."""
+    pool_then = shutil.copytree(pool, tmp_path / "pool")
     run_dir = tmp_path / "run"
-    run_pipeline(config_of(own, run_dir, "until=embed"))
+    run_pipeline(config_of(pool_then, run_dir, "until=cluster"))
     next((run_dir / "embeddings").glob("part-000000000064-*")).unlink()
-    (own / "100.png").write_bytes(b"")
-    for more in ("on_change=rerun", "on_change=refuse"):
-        with pytest.raises(RuntimeError, match="made again are not those that were lost"):
-            run_pipeline(config_of(own, run_dir, "until=embed", more))
-    assert not (run_dir / "embed" / "_SUCCESS.json").exists()
-    # As the message says: the pool restored, and what was made of the other one deleted.
-    shutil.copy(pool / "100.png", own / "100.png")
-    for table in ("embeddings", "proxy_images", "rejected"):
-        shutil.rmtree(run_dir / table)
-    run_pipeline(config_of(own, run_dir, "until=embed"))
-    assert contents(run_dir, "embeddings", "proxy_images") == contents(finished, "embeddings", "proxy_images")
-
-
-def test_lost_records_of_training_are_made_again_by_as_many_workers_and_a_failed_try_spoils_nothing(
-    ray_cluster, pool, finished, copy
-):
-    shutil.rmtree(copy / "dynamics" / "epoch=001")
-    asked = ("on_change=rerun", "until=train")
-    message = refusal(pool, copy, *asked, "train.num_workers=2")
-    assert "were made by 1 worker, and 2 workers of 1 CPU would make others: give train.num_workers=1" in message
-    # Of a marker that does not tell the number of workers.
-    own = RunDir(copy)
-    marker = own.success_marker("train")
-    assert marker is not None
-    own.mark_complete(replace(marker, figures={key: marker.figures[key] for key in marker.figures if key != "history"}))
-    for more in (asked, ("until=train",)):
-        with pytest.raises(
-            RuntimeError, match=r"they were .*what was made is removed; the same command tries once more"
-        ):
-            run_pipeline(config_of(pool, copy, *more, "train.num_workers=2"))
-        assert not (copy / "dynamics").exists() and [path.name for path in (copy / "train").iterdir()] == [
-            "_STARTED.json"
-        ]
-    run_pipeline(config_of(pool, copy, "until=train"))
-    assert contents(copy, "dynamics") == contents(finished, "dynamics")
-
-
-def test_a_number_of_workers_that_changed_cannot_make_lost_records_again():
-    request = Request("train", "worker", 1, 4, 1, 0, None)
-    check_same_workers(request, [3])
-    with pytest.raises(ConfigError, match=r"a number of workers that changed \(1, 2\), and cannot be made again"):
-        check_same_workers(request, [1, 2])
+    (pool_then / "100.png").write_bytes(b"")
+    run_pipeline(config_of(pool_then, run_dir, "until=embed", "on_change=rerun"))
+    assert "cluster: made from another embed" in refusal(pool_then, run_dir)
+    # Deleted by hand, as the message says, they are made again without a question.
+    shutil.copy(pool / "100.png", pool_then / "100.png")
+    for folder in ("embed", "embeddings", "proxy_images", "rejected", "cluster", "clusters"):
+        shutil.rmtree(run_dir / folder)
+    run_pipeline(config_of(pool_then, run_dir, "until=cluster"))
+    tables = ("embeddings", "proxy_images", "clusters")
+    assert contents(run_dir, *tables) == contents(finished, *tables)
 
 
 def test_a_proxy_image_that_cannot_be_decoded_is_made_again_as_the_message_says(ray_cluster, pool, finished, tmp_path):

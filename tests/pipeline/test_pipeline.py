@@ -17,6 +17,8 @@ import elfs_ray
 from elfs_ray.config import ConfigError, load_config
 from elfs_ray.pipeline import reselect
 from elfs_ray.pipeline.dry_run import describe_plan
+from elfs_ray.stages.select import SelectResult
+from elfs_ray.stages.train import TrainResult
 from elfs_ray.storage import filesystem
 from elfs_ray.storage.run_dir import RunDir
 from tests.tables import contents, digit_images, png
@@ -83,7 +85,7 @@ def test_every_stage_leaves_its_tables_and_marker(finished):
     assert {path.name for path in finished.iterdir()} >= {*TABLES, "report.html", "metrics.json"}
     for stage in ("index", "embed", "cluster", "train", "select", "report"):
         marker = RunDir(finished).success_marker(stage)
-        assert marker is not None and marker.figures["seconds"] > 0 and marker.figures["versions"]["ray"]
+        assert marker is not None and marker.seconds > 0 and marker.versions["ray"]
 
 
 def test_embeddings_and_rejected_are_the_index_and_the_coreset_is_the_budget(finished):
@@ -129,7 +131,7 @@ def test_a_changed_key_reruns_only_what_depends_on_it_when_told_to(labelled, poo
     run(pool, labelled, "pool.label=folder", "select.hard_fraction=0.5", "on_change=rerun")
     said = capsys.readouterr().err
     assert "train     complete, skipped" in said
-    assert "select    made with another config: its tables scores, coreset are replaced" in said
+    assert "select    is made again: scores, coreset, coreset.txt, select are replaced" in said
     assert contents(labelled, "index", "embeddings", "clusters", "dynamics") == kept
     assert contents(labelled, "coreset") != first_coreset
 
@@ -159,7 +161,7 @@ def test_files_where_a_further_budget_is_to_be_written_are_told_and_replaced_whe
         run(pool, own.uri, *both)
     shutil.rmtree(tmp_path / "run" / "select")
     run(pool, own.uri, *both, "on_change=rerun")
-    assert "its tables scores, coreset, coreset-0.3 are replaced" in capsys.readouterr().err
+    assert "select    is made again: scores, coreset, coreset-0.3, coreset.txt" in capsys.readouterr().err
     ids = own.read_column("coreset-0.3", column="sample_id")
     assert len(ids) == len(set(ids.tolist())) == 60
 
@@ -169,10 +171,10 @@ def test_a_proxy_on_the_embeddings_leaves_its_records_and_a_coreset(finished, po
     kept = contents(tmp_path / "run", "index", "embeddings", "proxy_images", "clusters")
     run(pool, tmp_path / "run", "train.network=linear", "train.num_workers=null", "on_change=rerun")
     own = RunDir(tmp_path / "run")
-    assert (own.figures("train")["reading"], own.figures("train")["workers"]) == ("embeddings", 1)
+    assert (TrainResult.read(own).reading, TrainResult.read(own).workers) == ("embeddings", 1)
     assert contents(tmp_path / "run", "index", "embeddings", "proxy_images", "clusters") == kept
     assert contents(tmp_path / "run", "dynamics") != contents(finished, "dynamics")
-    assert own.figures("select")["rows"] == RunDir(finished).figures("select")["rows"]
+    assert SelectResult.read(own).rows == SelectResult.read(RunDir(finished)).rows
 
 
 def test_an_unfinished_stage_is_not_continued_with_another_config(ray_cluster, pool, tmp_path):
@@ -188,7 +190,7 @@ def test_an_unfinished_stage_is_not_continued_with_another_config(ray_cluster, p
         ("pool.uri=/no/such/place", "does not exist"),
         ("embed.encoder=resnet", "encoder"),
         ("embed.encoder=swav_resnet50", "weights"),
-        ("train.network=resnet19", "needed is one of"),
+        ("train.network=resnet19", "must be one of"),
         ("cluster.num_clusters=203", "more than the pool's 202 samples"),
         ("budget=203", "budget"),
         ("budget=0.0001", "rounds down to no sample"),

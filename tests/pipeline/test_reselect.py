@@ -3,12 +3,14 @@
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from elfs_ray.config import ConfigError, deciding_keys
 from elfs_ray.pipeline import reselect
+from elfs_ray.stages.select import SelectResult
 from elfs_ray.stages.select import run as select
 from elfs_ray.storage.run_dir import Marker, RunDir
 from tests.tables import contents, digits_config, write_trained
@@ -26,13 +28,13 @@ def finished(ray_cluster, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     run_dir, config = RunDir(folder), digits_config(folder, "select.search_iterations=7")
     write_trained(run_dir)
-    run_dir.mark_complete(Marker("index", {"pool.uri": "/no/pool"}, {}, {"rows": 1003}))
+    run_dir.mark_complete(replace(run_dir.complete_marker("index"), config={"pool.uri": "/no/pool"}))
     keys = {f"select.{key}": value for key, value in deciding_keys(config.select).items()}
     for stage in ("embed", "train"):
         own = {f"{stage}.{key}": value for key, value in deciding_keys(getattr(config, stage)).items()}
-        run_dir.mark_complete(Marker(stage, own, {}, run_dir.figures(stage)))
-    figures = select.run_select(config, run_dir)
-    run_dir.mark_complete(Marker("select", {"seed": 0, "budget": 0.2, **keys}, {}, figures))
+        run_dir.mark_complete(replace(run_dir.complete_marker(stage), config=own))
+    result = select.run_select(config, run_dir)
+    run_dir.mark_complete(Marker("select", {"seed": 0, "budget": 0.2, **keys}, {}, result.to_json()))
     return folder
 
 
@@ -135,10 +137,10 @@ def test_the_hard_fraction_may_be_found_by_either_way_with_the_network_of_the_ru
     assert "300 images (30.00%), after a share of the hardest that 2 trainings of 3 steps choose" in plan.stdout
     result = type_job(*arguments)
     assert result.returncode == 0, result.stderr
-    first, second = RunDir(finished / "coresets" / "found").figures("select")["coresets"].values()
-    assert first["hard_fraction_evidence"]["found_by"] == "auto" and 0 <= first["hard_fraction"] <= 0.9
-    assert [trial["hard_fraction"] for trial in second["hard_fraction_evidence"]["trials"]] == [0.0, 0.4]
-    assert (first["rows"], second["rows"]) == (100, 300)
+    first, second = SelectResult.read(RunDir(finished / "coresets" / "found")).coresets.values()
+    assert first.hard_fraction_evidence["found_by"] == "auto" and 0 <= first.hard_fraction <= 0.9
+    assert [trial["hard_fraction"] for trial in second.hard_fraction_evidence["trials"]] == [0.0, 0.4]
+    assert (first.rows, second.rows) == (100, 300)
 
 
 def test_what_a_run_without_search_was_told_of_search_is_not_lost(finished):

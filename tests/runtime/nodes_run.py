@@ -140,7 +140,7 @@ def connect_when_up(address: str) -> None:
             time.sleep(0.5)
 
 
-def config_of(run_dir: Path, overrides: list[str], until: str = "report") -> Config:
+def config_of(run_dir: Path, overrides: list[str], until: str = "null") -> Config:
     return load_config(JOB, [*overrides, f"run_dir={run_dir}", f"until={until}"])
 
 

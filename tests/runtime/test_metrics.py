@@ -8,10 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from elfs_ray.pipeline.stages import STAGES
 from elfs_ray.runtime import metrics
 from elfs_ray.runtime.progress import Progress, listen
 
 DASHBOARD = Path(__file__).parents[2] / "cluster_configs" / "grafana-dashboard.json"
+
+
+# Every gauge of a run, with its labels.
+GAUGES = {name: labels for name, (_, labels) in metrics.GAUGES.items()} | {
+    metrics.epoch_gauge(stage.name, metric): () for stage in STAGES for metric in stage.epoch_gauges
+}
 
 
 def queries() -> list[str]:
@@ -22,11 +29,11 @@ def queries() -> list[str]:
 
 def test_the_dashboard_asks_for_every_metric_and_for_no_other():
     asked = {name for query in queries() for name in re.findall(r"ray_\w+", query)}
-    assert asked == {f"ray_{name}" for name in metrics.GAUGES}
+    assert asked == {f"ray_{name}" for name in GAUGES}
 
 
 def test_the_dashboard_asks_for_labels_that_its_metrics_have():
-    own = {"SessionName"} | {label for _, labels in metrics.GAUGES.values() for label in labels}
+    own = {"SessionName"} | {label for labels in GAUGES.values() for label in labels}
     dashboard = json.loads(DASHBOARD.read_text())
     legends = [target["legendFormat"] for panel in dashboard["panels"] for target in panel["targets"]]
     labels = {label for query in queries() for label in re.findall(r"\{(\w+)=", query)}
@@ -42,9 +49,8 @@ def test_a_node_exports_under_the_dashboards_names_and_labels_what_was_reported(
 
     listen(metrics.report_progress)
     metrics.report_rejected(3)
-    for stage in ("train", "pretrain"):
-        prefix = f"elfs_{stage}_"
-        metrics.report_epoch(stage, {name.removeprefix(prefix): 0.5 for name in metrics.GAUGES if prefix in name})
+    for stage in STAGES:
+        metrics.report_epoch(stage.name, stage.epoch_gauges, dict.fromkeys(stage.epoch_gauges, 0.5))
     with Progress("embed", 200, "images") as progress:
         progress.advance(150)
         exported = ""
@@ -57,8 +63,8 @@ def test_a_node_exports_under_the_dashboards_names_and_labels_what_was_reported(
             with urllib.request.urlopen(address, timeout=10) as response:
                 exported = response.read().decode()
     found = dict(re.findall(r"^(ray_elfs_\w+)\{(.*)\} \S+$", exported, re.MULTILINE))
-    assert set(found) == {f"ray_{name}" for name in metrics.GAUGES}
-    for name, (_, labels) in metrics.GAUGES.items():
+    assert set(found) == {f"ray_{name}" for name in GAUGES}
+    for name, labels in GAUGES.items():
         assert all(f'{label}="' in found[f"ray_{name}"] for label in (*labels, "SessionName")), found
     assert re.search(r'ray_elfs_total\{.*stage="embed".*\} 200', exported)
     assert re.search(r"ray_elfs_rejected\{.*\} 3", exported)

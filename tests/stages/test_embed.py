@@ -16,8 +16,10 @@ import ray.data
 from PIL import Image
 
 from elfs_ray.pool.images import decode_proxy_image
+from elfs_ray.stages.embed import EmbedResult
 from elfs_ray.stages.embed import blocks as embed_blocks
 from elfs_ray.stages.embed import run as embed
+from elfs_ray.stages.index import IndexResult
 from elfs_ray.stages.index import run as index
 from elfs_ray.storage import schema
 from elfs_ray.storage.run_dir import RunDir
@@ -110,10 +112,10 @@ def settings(pool: Path, folder: Path, *overrides: str):
 
 
 def run(pool: Path, folder: Path, *overrides: str) -> dict:
-    """The figures of stage embed, after stage index where that has not run."""
+    """The result of stage embed, after stage index where that has not run."""
     config, run_dir = settings(pool, folder, *overrides), RunDir(folder)
     if not (folder / "index").exists():
-        mark(run_dir, "index", **index.run_index(config, run_dir))
+        mark(run_dir, index.run_index(config, run_dir))
     return embed.run_embed(config, run_dir)
 
 
@@ -149,13 +151,13 @@ def undisturbed(ray_cluster, pool, tmp_path_factory) -> Path:
 
 
 def test_embedded_and_rejected_are_the_index_and_every_embedded_image_has_a_copy(embedded):
-    folder, figures = embedded
+    folder, result = embedded
     embedded_ids, rejected_ids = rows(folder, "embeddings")["sample_id"], rows(folder, "rejected")["sample_id"]
     every_id = rows(folder, "index")["sample_id"].to_pylist()
     assert sorted(embedded_ids.to_pylist() + rejected_ids.to_pylist()) == every_id
     assert len(rejected_ids) == len(REASONS)
     assert set(embedded_ids.to_pylist()) <= set(rows(folder, "proxy_images")["sample_id"].to_pylist())
-    assert figures == {"rows": len(embedded_ids), "rejected": len(REASONS), "dim": 3 * SIZE * SIZE}
+    assert result == EmbedResult(rows=len(embedded_ids), rejected=len(REASONS), dim=3 * SIZE * SIZE)
 
 
 def test_embeddings_are_float16_of_unit_length(embedded):
@@ -246,10 +248,10 @@ def test_a_resumed_run_repairs_what_is_missing_and_leaves_the_rest_alone(undistu
 def embed_in_this_process(pool: Path, folder: Path, *overrides: str) -> None:
     config, run_dir = settings(pool, folder, *overrides), RunDir(folder)
     if not (folder / "index").exists():
-        mark(run_dir, "index", **index.run_index(config, run_dir))
+        mark(run_dir, index.run_index(config, run_dir))
     job = embed.make_job(config, run_dir)
     encoder = embed._DecodeAndEncodeBlock(job, "cpu")
-    for block in embed.pending_blocks(run_dir, job.blocks(run_dir.figures("index")["rows"])):
+    for block in embed.pending_blocks(run_dir, job.blocks(IndexResult.read(run_dir).rows)):
         encoder({"first": [block[0]], "last": [block[1]]})
 
 

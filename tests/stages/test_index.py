@@ -22,10 +22,10 @@ UNIT_ROWS = (70_000, 0, 1, 61_071, 1, 65_536, 10)  # parts end within, at the en
 
 
 def run(pool: Path, folder: Path, *overrides: str) -> tuple[pa.Table, dict]:
-    """The index of a pool, and the figures of the stage."""
+    """The index of a pool, and the result of the stage."""
     run_dir = RunDir(folder)
-    figures = index.run_index(digits_config(folder, f"pool.uri={pool}", *overrides), run_dir)
-    return pa.concat_tables(run_dir.read_table("index")), figures
+    result = index.run_index(digits_config(folder, f"pool.uri={pool}", *overrides), run_dir)
+    return pa.concat_tables(run_dir.read_table("index")), result
 
 
 @pytest.fixture(scope="module")
@@ -42,22 +42,22 @@ def large_pool(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("kind", LABEL)
 def test_ids_are_dense_in_the_order_of_the_listing_with_labels(ray_cluster, digit_pools, tmp_path, kind):
-    table, figures = run(digit_pools.uris[kind], tmp_path, f"pool.label={LABEL[kind]}")
+    table, result = run(digit_pools.uris[kind], tmp_path, f"pool.label={LABEL[kind]}")
     assert table.schema.equals(schema.INDEX_SCHEMA)
     assert table["sample_id"].to_pylist() == list(range(120))
     units = find_units(str(digit_pools.uris[kind]))
     listed = [uri for unit in units for uri in list_unit(unit, PoolColumns())["uri"].to_pylist()]
     assert table["uri"].to_pylist() == listed
     assert table["label"].to_pylist() == digit_pools.labels.tolist()
-    assert figures["rows"] == 120 and figures["units"] == len(units)
-    assert figures["format"] == {"folder": "folder", "webdataset": "webdataset"}.get(kind, "parquet")
-    assert figures["label_names"] == ([str(digit) for digit in range(10)] if kind == "folder" else [])
+    assert result.rows == 120 and result.units == len(units)
+    assert result.format == {"folder": "folder", "webdataset": "webdataset"}.get(kind, "parquet")
+    assert result.label_names == ([str(digit) for digit in range(10)] if kind == "folder" else [])
     assert [path.name for path in (tmp_path / "index").iterdir()] == [schema.range_file(0, 119)]
 
 
 def test_labels_are_null_unless_asked_for(ray_cluster, digit_pools, tmp_path):
-    table, figures = run(digit_pools.uris["folder"], tmp_path)
-    assert table["label"].null_count == 120 and figures["label_names"] == []
+    table, result = run(digit_pools.uris["folder"], tmp_path)
+    assert table["label"].null_count == 120 and result.label_names == []
 
 
 def test_labels_of_folders_number_the_sorted_names(ray_cluster, tmp_path):
@@ -66,8 +66,8 @@ def test_labels_of_folders_number_the_sorted_names(ray_cluster, tmp_path):
     for image, name in zip(images, [*names, *(f"cat/{i}.png" for i in range(8))], strict=True):
         (tmp_path / "pool" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "pool" / name).write_bytes(png(image))
-    table, figures = run(tmp_path / "pool", tmp_path / "run", "pool.label=folder")
-    assert figures["label_names"] == ["ant", "bee", "cat", "zebra"]
+    table, result = run(tmp_path / "pool", tmp_path / "run", "pool.label=folder")
+    assert result.label_names == ["ant", "bee", "cat", "zebra"]
     found = dict(zip(table["uri"].to_pylist(), table["label"].to_pylist(), strict=True))
     assert [found[f"{tmp_path}/pool/{name}"] for name in names] == [3, 0, 1, 2]
 
@@ -85,14 +85,14 @@ def test_one_two_and_seven_workers_give_the_same_bytes(ray_cluster, digit_pools,
 
 
 def test_a_large_pool_is_cut_into_files_that_cross_its_units(ray_cluster, large_pool, tmp_path):
-    table, figures = run(large_pool, tmp_path, "pool.label=y")
+    table, result = run(large_pool, tmp_path, "pool.label=y")
     total = sum(UNIT_ROWS)
     bounds = [(first, min(first + 65_536, total) - 1) for first in range(0, total, 65_536)]
     assert sorted(contents(tmp_path, "index")) == [f"index/{schema.range_file(*ids)}" for ids in bounds]
     np.testing.assert_array_equal(table["sample_id"], np.arange(total))
     expected = [(f"{large_pool}/{unit}-{row}.png", row % 7) for unit, n in enumerate(UNIT_ROWS) for row in range(n)]
     assert list(zip(table["uri"].to_pylist(), table["label"].to_pylist(), strict=True)) == expected
-    assert figures["rows"] == total and figures["units"] == len(UNIT_ROWS)
+    assert result.rows == total and result.units == len(UNIT_ROWS)
 
 
 def test_workers_killed_on_the_way_change_no_byte(ray_cluster, digit_pools, tmp_path, monkeypatch):
@@ -158,11 +158,11 @@ def test_a_tar_cut_short_gives_its_images_up_to_there(ray_cluster, digit_pools, 
     whole = (digit_pools.uris["webdataset"] / "train-002.tar").read_bytes()
     (tmp_path / "pool" / "a.tar").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "pool" / "b.tar").write_bytes((digit_pools.uris["webdataset"] / "train-000.tar").read_bytes())
-    table, figures = run(tmp_path / "pool", tmp_path / "run", "pool.label=cls")
+    table, result = run(tmp_path / "pool", tmp_path / "run", "pool.label=cls")
     units = [uri.partition("#")[0].rpartition("/")[2] for uri in table["uri"].to_pylist()]
     assert 10 < units.count("a.tar") < 69 and units.count("b.tar") == 50
     assert table["label"].to_pylist()[-50:] == digit_pools.labels[:50].tolist()
-    assert figures["rows"] == len(table)
+    assert result.rows == len(table)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ from elfs_ray.methods.encoders.weights import read_trained_encoder
 from elfs_ray.methods.simclr.training import SimclrTrainer, simclr_settings
 from elfs_ray.methods.training.dynamics import BatchPlan
 from elfs_ray.pipeline.dry_run import describe_plan
+from elfs_ray.stages.embed import EmbedResult
+from elfs_ray.stages.pretrain import PretrainResult
 from elfs_ray.stages.pretrain.worker import TwoViews, pool_hash, real_views
 from elfs_ray.stages.training.reader import InMemoryReader, TrainingPool
 from elfs_ray.storage import filesystem
@@ -121,7 +123,7 @@ def test_a_worker_has_the_losses_of_a_plain_loop_over_whole_batches(undisturbed,
     reader = InMemoryReader(everything, digits(), TwoViews(settings.views, config.seed, SIZE), plan, CPU)
     settings = dataclasses.replace(settings, batch_size=38)  # which the learning rate is scaled by
     trainer = SimclrTrainer(settings, plan.num_steps, config.seed, device=CPU)
-    history = RunDir(undisturbed).figures("pretrain")["history"]
+    history = PretrainResult.read(RunDir(undisturbed)).history
     torch.set_num_threads(1)
     for epoch in range(3):
         losses = []
@@ -133,11 +135,11 @@ def test_a_worker_has_the_losses_of_a_plain_loop_over_whole_batches(undisturbed,
 
 
 def test_every_epoch_has_measures_that_need_no_labels(undisturbed):
-    figures = RunDir(undisturbed).figures("pretrain")
-    assert (figures["rows"], figures["epochs"], figures["workers"], figures["reading"]) == (NUM_DIGITS, 3, 1, "memory")
-    assert [epoch["epoch"] for epoch in figures["history"]] == [0, 1, 2]
-    assert figures["history"][-1]["loss"] < figures["history"][0]["loss"] < np.log(2 * 38 - 1)
-    for epoch in figures["history"]:
+    result = PretrainResult.read(RunDir(undisturbed))
+    assert (result.rows, result.epochs, result.workers, result.reading) == (NUM_DIGITS, 3, 1, "memory")
+    assert [epoch["epoch"] for epoch in result.history] == [0, 1, 2]
+    assert result.history[-1]["loss"] < result.history[0]["loss"] < np.log(2 * 38 - 1)
+    for epoch in result.history:
         assert 0.02 < epoch["spread"] < 1 and 1.5 < epoch["effective_rank"] < 256
         assert epoch["images_per_s"] == pytest.approx(NUM_DIGITS / epoch["seconds"])
 
@@ -168,7 +170,7 @@ def test_the_hash_of_a_pool_tells_another_image_in_the_same_place(ray_cluster, p
 def test_another_run_names_the_file_and_has_no_such_stages(undisturbed, pool, tmp_path, capsys):
     weights = f"embed.weights={undisturbed / ENCODER}"
     run(pool, tmp_path, weights)
-    recorded = RunDir(tmp_path).figures("embed")["weights"]
+    recorded = EmbedResult.read(RunDir(tmp_path)).weights
     assert recorded["sha256"] == hashlib.sha256((undisturbed / ENCODER).read_bytes()).hexdigest()
     assert (recorded["network"], recorded["pool"]) == ("small_cnn", pool_hash(RunDir(undisturbed)))
     assert not (tmp_path / "pretrain").exists() and not (tmp_path / "copy").exists()
@@ -221,11 +223,11 @@ def test_days_of_work_on_cpus_are_told_before_they_begin(ray_cluster, pool, tmp_
     ("overrides", "needed"),
     [
         (("embed.weights=/no/such/file.pt",), "no weights file /no/such/file.pt"),
-        (("pretrain.network=resnet19",), "pretrain.network='resnet19': needed is one of"),
+        (("pretrain.network=resnet19",), "pretrain.network='resnet19': must be one of"),
         (("pretrain.image_size=32",), "pretrain.image_size=32 is above embed.proxy_image_size=16"),
         (("embed.image_size=32",), "embed.image_size=32 is above embed.proxy_image_size=16"),
         (("embed.resize=32",), "embed.resize=32 is above .* embed.resize=null takes what fits"),
-        (("embed.encoder=pixels", "until=pretrain"), "until=pretrain: this run has no such stage"),
+        (("embed.encoder=pixels", "until=pretrain"), "until='pretrain': must be one of index, embed, cluster"),
         (("pretrain.compile=true", "pretrain.num_workers=2"), "give pretrain.num_workers=1"),
         ((f"embed.weights_sha256={'0' * 64}",), "the weights are trained in this run"),
         (("pretrain.temperature=0",), "pretrain.temperature=0"),
@@ -311,16 +313,16 @@ def test_a_collapsed_encoder_stops_the_run_at_once_and_says_what_to_do(ray_clust
 @pytest.mark.slow
 def test_streamed_copies_train_an_encoder_too(ray_cluster, pool, tmp_path):
     run(pool, tmp_path, "pretrain.reading=streamed", "pretrain.image_size=12")
-    figures = RunDir(tmp_path).figures("pretrain")
-    assert figures["reading"] == "streamed"
-    assert figures["history"][-1]["loss"] < figures["history"][0]["loss"]
+    result = PretrainResult.read(RunDir(tmp_path))
+    assert result.reading == "streamed"
+    assert result.history[-1]["loss"] < result.history[0]["loss"]
     assert read_trained_encoder(tmp_path / ENCODER).image_size == 12
 
 
 @pytest.mark.slow
 def test_an_untrained_encoder_and_the_whole_pipeline(ray_cluster, pool, tmp_path):
     run_dir = elfs_ray.run(config_of(pool, tmp_path, "pretrain.epochs=0", "train.epochs=1"))
-    assert run_dir.figures("pretrain")["history"] == []
+    assert PretrainResult.read(run_dir).history == []
     assert (tmp_path / "report.html").exists() and (tmp_path / "coreset.txt").exists()
 
 
@@ -332,7 +334,7 @@ def test_a_gpu_trains_an_encoder_and_embeds_with_it(pool, tmp_path, reading):
     overrides = [f"pool.uri={pool}", f"run_dir={tmp_path}", "ray_address=local", "until=embed", *settings]
     devices = ["pretrain.device=cuda", "embed.device=cuda", "embed.image_size=null", f"pretrain.reading={reading}"]
     subprocess.run([sys.executable, str(JOB), *overrides, *devices], check=True, timeout=280)
-    history = RunDir(tmp_path).figures("pretrain")["history"]
+    history = PretrainResult.read(RunDir(tmp_path)).history
     assert history[-1]["loss"] < history[0]["loss"]
     assert read_trained_encoder(tmp_path / ENCODER).network == "resnet18"
     assert vectors(tmp_path).shape == (NUM_DIGITS, 512)

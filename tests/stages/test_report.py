@@ -7,8 +7,12 @@ from html.parser import HTMLParser
 import numpy as np
 import pyarrow as pa
 
+from elfs_ray.stages.cluster import ClusterResult
+from elfs_ray.stages.copy import CopyResult
+from elfs_ray.stages.pretrain import PretrainResult
 from elfs_ray.stages.report.run import run_report
 from elfs_ray.stages.select.run import run_select
+from elfs_ray.stages.train import TrainResult
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 from tests.tables import digits_config, mark, write_trained
@@ -50,13 +54,13 @@ class Page(HTMLParser):
 def write_run(run_dir: RunDir) -> None:
     """Write what the stages before select leave, with a training that has no epochs to show."""
     write_trained(run_dir)
-    mark(run_dir, "train", rows=1000, epochs=5, history=[])
+    mark(run_dir, TrainResult(1000, 5, 1, "memory", history=[]))
 
 
 def select_and_report(folder, *overrides: str) -> tuple[Page, dict]:
     """Select from the tables in a run directory and report on them; the page and the metrics."""
     run_dir, config = RunDir(folder), digits_config(folder, *overrides)
-    mark(run_dir, "select", **run_select(config, run_dir))
+    mark(run_dir, run_select(config, run_dir))
     run_report(config, run_dir)
     return Page((folder / "report.html").read_text()), json.loads((folder / "metrics.json").read_text())
 
@@ -101,20 +105,21 @@ def test_clustering_and_training_are_described(ray_cluster, tmp_path):
     run_dir = RunDir(tmp_path)
     write_trained(run_dir)
     temi = {"head": 1, "head_losses": [-1.25, -1.75], "head_agreement": [0.625, 1.0], "loss_history": [-1.0, -1.75]}
-    mark(
-        run_dir,
-        "cluster",
+    result = ClusterResult(
         rows=1000,
         method="temi",
         num_clusters=10,
+        workers=1,
+        sizes=[100] * 10,
         num_clusters_evidence=[{"num_clusters": 10, "silhouette": 0.375}, {"num_clusters": 20, "silhouette": 0.25}],
         neighbors={"search": "ivf", "num_neighbors": 50, "recall": 0.975},
         neighbor_purity=0.875,
         temi=temi,
     )
+    mark(run_dir, result)
     names = ("loss", "accuracy", "images_per_s", "data_wait_share", "recorder_share")
     history = [{"epoch": epoch, **dict.fromkeys(names, 0.5 + epoch / 1000)} for epoch in range(100)]
-    mark(run_dir, "train", rows=1000, epochs=5, history=history)
+    mark(run_dir, TrainResult(1000, 5, 1, "memory", history))
     page, metrics = select_and_report(tmp_path)
     assert ["10", "0.3750", "chosen"] in page.rows and ["20", "0.2500", ""] in page.rows
     assert ["1", "-1.7500", "100.0%", "chosen"] in page.rows and ["0", "-1.2500", "62.5%", ""] in page.rows
@@ -130,8 +135,8 @@ def test_an_encoder_trained_by_the_run_is_described(ray_cluster, tmp_path):
     write_run(run_dir)
     names = ("loss", "spread", "effective_rank", "images_per_s", "data_wait_share")
     history = [{"epoch": epoch, **dict.fromkeys(names, 0.5 + epoch / 1000)} for epoch in range(50)]
-    mark(run_dir, "copy", rows=1000)
-    mark(run_dir, "pretrain", rows=1000, history=history)
+    mark(run_dir, CopyResult(1000, 3))
+    mark(run_dir, PretrainResult(1000, 50, 1, "memory", {}, "encoder.pt", history))
     for encoder in ("self_supervised", "pixels"):
         page, metrics = select_and_report(tmp_path, f"embed.encoder={encoder}")
         is_described = "Training the encoder" in page.texts

@@ -63,7 +63,7 @@ GROUPS = [(2, "memory"), pytest.param((3, "memory"), marks=pytest.mark.slow), (2
 
 @pytest.fixture(scope="module", params=GROUPS, ids=str)
 def undisturbed(request, ray_cluster, tmp_path_factory) -> tuple[Path, tuple[str, ...], dict]:
-    """A finished run, its overrides, and its figures."""
+    """A finished run, its overrides, and its result."""
     num_workers, reading = request.param
     folder = tmp_path_factory.mktemp("undisturbed")
     overrides = (*UNEVEN, f"train.num_workers={num_workers}", f"train.reading={reading}")
@@ -71,29 +71,29 @@ def undisturbed(request, ray_cluster, tmp_path_factory) -> tuple[Path, tuple[str
 
 
 def test_every_sample_is_recorded_exactly_once_an_epoch(undisturbed):
-    folder, overrides, figures = undisturbed
-    assert (figures["rows"], figures["epochs"]) == (len(EMBEDDED), 3)
-    assert f"train.num_workers={figures['workers']}" in overrides
-    assert f"train.reading={figures['reading']}" in overrides
+    folder, overrides, result = undisturbed
+    assert (result.rows, result.epochs) == (len(EMBEDDED), 3)
+    assert f"train.num_workers={result.workers}" in overrides
+    assert f"train.reading={result.reading}" in overrides
     assert len(list((folder / "dynamics").iterdir())) == 3
     for epoch in range(3):
         rows = records(folder, epoch)
         files = RunDir(str(folder)).table_files("dynamics", f"epoch={epoch:03d}")
-        assert len(files) == figures["workers"]
+        assert len(files) == result.workers
         np.testing.assert_array_equal(np.sort(rows["sample_id"]), EMBEDDED)
 
 
 def test_training_learns_the_pseudo_labels_and_its_metrics_say_so(undisturbed):
-    folder, _, figures = undisturbed
-    losses = [metrics["loss"] for metrics in figures["history"]]
+    folder, _, result = undisturbed
+    losses = [metrics["loss"] for metrics in result.history]
     assert losses[0] > losses[1] > losses[2]
-    for epoch, metrics in enumerate(figures["history"]):
+    for epoch, metrics in enumerate(result.history):
         rows = records(folder, epoch)
         assert metrics["accuracy"] == pytest.approx((rows["target_prob"] > rows["max_other_prob"]).mean())
         assert metrics["loss"] == pytest.approx(-np.log(rows["target_prob"].astype(float)).mean(), rel=1e-4)
         assert metrics["images_per_s"] == pytest.approx(len(EMBEDDED) / metrics["seconds"])
         assert 0 < metrics["data_wait_share"] < 1 and 0 < metrics["recorder_share"] < 1
-    assert figures["history"][-1]["accuracy"] > 0.8
+    assert result.history[-1]["accuracy"] > 0.8
 
 
 @pytest.mark.slow
@@ -157,8 +157,8 @@ def test_a_list_of_checkpoints_that_a_kill_left_broken_costs_no_epoch(undisturbe
         newer.mkdir()
         (newer / "state.pt").write_bytes((last / "state.pt").read_bytes()[:1000])
     before = {path: path.stat().st_mtime_ns for path in copy.glob("dynamics/*/*")}
-    figures = train.run_train(digits_config(copy, *overrides), RunDir(str(copy)))
-    assert figures["epochs"] == 3
+    result = train.run_train(digits_config(copy, *overrides), RunDir(str(copy)))
+    assert result.epochs == 3
     assert {path: path.stat().st_mtime_ns for path in copy.glob("dynamics/*/*")} == before
 
 
@@ -209,8 +209,8 @@ def test_records_equal_a_plain_loop_that_keeps_every_logit(ray_cluster, tmp_path
 
 def test_two_linear_workers_record_what_a_plain_loop_keeps(ray_cluster, tmp_path):
     overrides = ("train.network=linear", "train.num_workers=2", "train.cpus_per_worker=1", "train.batch_size=64")
-    figures = run(tmp_path, *overrides)
-    assert (figures["rows"], figures["reading"]) == (len(EMBEDDED), "embeddings")
+    result = run(tmp_path, *overrides)
+    assert (result.rows, result.reading) == (len(EMBEDDED), "embeddings")
     config = digits_config(tmp_path, *overrides)
     files = RunDir(str(tmp_path)).table_files("embeddings")
     embeddings = torch.from_numpy(np.concatenate([matrix_of(pq.read_table(path), "embedding") for path in files]))
@@ -223,7 +223,7 @@ def test_two_linear_workers_record_what_a_plain_loop_keeps(ray_cluster, tmp_path
         np.testing.assert_array_equal(rows["sample_id"][order], EMBEDDED)
         probs = torch.softmax(torch.from_numpy(logits[epoch]), 1).numpy()[np.arange(len(targets)), targets]
         np.testing.assert_allclose(rows["target_prob"][order], probs, atol=1e-5)
-    assert figures["history"][-1]["accuracy"] > 0.85
+    assert result.history[-1]["accuracy"] > 0.85
 
 
 def test_a_diverged_loss_stops_at_once_with_epoch_step_and_learning_rate(ray_cluster, tmp_path):
@@ -256,8 +256,8 @@ def test_a_run_that_was_begun_keeps_its_way_of_reading(ray_cluster, tmp_path, mo
 @pytest.mark.slow
 @pytest.mark.parametrize("override", ["train.precision=bf16", "train.precision=fp16", "train.compile=true"])
 def test_every_precision_and_a_compiled_network_learn(ray_cluster, tmp_path, override):
-    figures = run(tmp_path, "train.epochs=3", "train.cpus_per_worker=1", override)
-    assert figures["history"][-1]["accuracy"] > 0.8
+    result = run(tmp_path, "train.epochs=3", "train.cpus_per_worker=1", override)
+    assert result.history[-1]["accuracy"] > 0.8
     assert all(np.isfinite(records(tmp_path, epoch)["el2n"]).all() for epoch in range(3))
 
 

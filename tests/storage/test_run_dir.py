@@ -33,7 +33,7 @@ def test_a_marker_is_read_back_as_it_was_written(run_dir):
     run_dir.mark_complete(MARKER)
     assert run_dir.success_marker("embed") == MARKER
     assert run_dir.identity("embed") == MARKER.identity
-    assert run_dir.figures("embed") == {"rows": 7}
+    assert run_dir.complete_marker("embed") == MARKER
 
 
 def test_a_marker_on_disk_is_json_that_names_its_identity(run_dir, tmp_path):
@@ -42,11 +42,11 @@ def test_a_marker_on_disk_is_json_that_names_its_identity(run_dir, tmp_path):
     assert fields["identity"] == MARKER.identity and fields["config"] == MARKER.config
 
 
-def test_identity_follows_config_and_inputs_and_not_figures_or_the_order_of_keys():
-    def identity(stage="embed", config=MARKER.config, inputs=MARKER.inputs, figures=MARKER.figures) -> str:
-        return Marker(stage, config, inputs, figures).identity
+def test_identity_follows_config_and_inputs_alone():
+    def identity(stage="embed", config=MARKER.config, inputs=MARKER.inputs, result=MARKER.result, run_id="") -> str:
+        return Marker(stage, config, inputs, result, run_id).identity
 
-    assert identity(figures={"rows": 8}) == MARKER.identity
+    assert identity(result={"rows": 8}) == identity(run_id="another") == MARKER.identity
     assert identity(config=dict(reversed(MARKER.config.items()))) == MARKER.identity
     others = [
         identity(stage="index"),
@@ -58,10 +58,10 @@ def test_identity_follows_config_and_inputs_and_not_figures_or_the_order_of_keys
     assert len({MARKER.identity, *others}) == 6
 
 
-def test_figures_of_a_stage_that_is_not_complete_are_an_error_that_names_it(run_dir):
+def test_the_marker_of_a_stage_that_is_not_complete_is_an_error_that_names_it(run_dir):
     run_dir.mark_started(MARKER)
     with pytest.raises(FileNotFoundError, match=r"stage 'embed' is not complete in .*: run it first"):
-        run_dir.figures("embed")
+        run_dir.complete_marker("embed")
 
 
 def test_a_table_is_its_parquet_files_in_order_and_nothing_beside_them(run_dir):
@@ -125,6 +125,9 @@ def test_an_overlay_has_its_own_tables_reads_all_others_and_leaves_them_as_they_
     assert overlay.read_rows("embeddings", np.array([3, 11]), ["name"])["name"].to_pylist() == ["n3", "n11"]
     overlay.mark_complete(Marker("coreset-tenth", {}, {}, {"rows": 1}))
     filesystem.write_bytes(overlay.path("select", "search", "trial.json"), b"{}")
-    assert overlay.figures("coreset-tenth") == {"rows": 1} and run_dir.success_marker("coreset-tenth") is None
+    assert (
+        overlay.complete_marker("coreset-tenth").result == {"rows": 1}
+        and run_dir.success_marker("coreset-tenth") is None
+    )
     assert sorted(path.name for path in (tmp_path / "own").iterdir()) == ["coreset-tenth", "select"]
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["embed", "embeddings"]

@@ -1,1 +1,87 @@
 """cluster: pseudo-labels from embeddings."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from elfs_ray.config import Config, ConfigError, check_balance
+from elfs_ray.runtime.progress import count
+from elfs_ray.runtime.resources import Request, request_workers
+from elfs_ray.stages.stage import Result, Stage
+from elfs_ray.storage import filesystem, schema
+from elfs_ray.storage.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from elfs_ray.runtime.cluster import Devices
+
+
+@dataclass(frozen=True)
+class ClusterResult(Result):
+    """The samples with a pseudo-label, the clusters and their sizes, and the metrics that need no true labels.
+
+    objective and iterations are those of k-means; neighbors, neighbor_purity and temi are there where these were asked
+    for, num_clusters_evidence where the number of clusters was estimated.
+    """
+
+    stage: ClassVar[str] = "cluster"
+    rows: int
+    num_clusters: int
+    method: str
+    workers: int
+    sizes: list[int]
+    num_clusters_evidence: list[Mapping[str, float]] = field(default_factory=list)
+    objective: float | None = None
+    iterations: int | None = None
+    neighbors: Mapping[str, Any] | None = None
+    neighbor_purity: float | None = None
+    temi: Mapping[str, Any] | None = None
+
+
+def _describe(config: Config, num_samples: int) -> str:
+    cluster = config.cluster
+    if cluster.method == "file":
+        return f"pseudo-labels from {cluster.labels_uri}"
+    tries = count(cluster.num_tries, "try", "tries")
+    clustering = f"{cluster.num_clusters} clusters, {tries} of up to {count(cluster.max_iterations, 'iteration')}"
+    return clustering + (f", then TEMI, {cluster.temi.profile} profile" if cluster.method == "temi" else "")
+
+
+def _requests(config: Config, devices: "Devices") -> list[Request]:
+    cluster = config.cluster
+    if cluster.method == "file":
+        return []
+    shards = request_workers(
+        devices,
+        "cluster",
+        "shard",
+        device=cluster.device,
+        num_workers=cluster.num_workers,
+        usual=devices.num_cpus,
+        memory_gib=cluster.memory_gib,
+    )
+    if cluster.method != "temi":
+        return [shards]
+    workers = cluster.temi.num_workers
+    heads = request_workers(devices, "cluster.temi", "TEMI worker", device=cluster.device, num_workers=workers, usual=1)
+    return [shards, heads]
+
+
+def _check(config: Config) -> None:
+    if config.cluster.method == "file" and not filesystem.exists(str(config.cluster.labels_uri)):
+        raise ConfigError(f"cluster.labels_uri={config.cluster.labels_uri!r} does not exist")
+
+
+def _check_result(config: Config, run_dir: RunDir) -> None:
+    check_balance(config, ClusterResult.read(run_dir).num_clusters)
+
+
+STAGE = Stage(
+    result=ClusterResult,
+    section="cluster",
+    inputs=lambda config: ("embed",),
+    tables=lambda config: (schema.CLUSTERS, schema.NEIGHBORS),
+    describe=_describe,
+    requests=_requests,
+    check=_check,
+    check_result=_check_result,
+)

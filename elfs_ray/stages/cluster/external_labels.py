@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 
 from elfs_ray.config import ClusterConfig
 from elfs_ray.stages.cluster.shards import write_label_file
+from elfs_ray.stages.index import IndexResult
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
@@ -27,7 +28,7 @@ def write_external_labels(config: ClusterConfig, run_dir: RunDir) -> int:
     """
     assert config.labels_uri is not None
     given = _read(config.labels_uri)
-    num_samples = int(run_dir.figures("index")["rows"])
+    num_samples = IndexResult.read(run_dir).rows
     labels = _checked_labels(given[schema.PSEUDO_LABEL], config.labels_uri, max(num_samples, MIN_LABEL_ROOM))
     if schema.SAMPLE_ID in given.column_names:
         label_of = _by_id(given[schema.SAMPLE_ID], labels, num_samples, config.labels_uri)

@@ -65,7 +65,7 @@ def run_neighbors(config: ClusterConfig, run_dir: RunDir, num_neighbors: int, se
     num_workers = num_gpus() if device == "cuda" else num_cpus()
     groups = _group(files, min(MAX_QUERIES, -(-num_samples // (MIN_TASKS_PER_WORKER * num_workers))))
     pending = [group for group in groups if any(filesystem.basename(path) not in done for path, _ in group)]
-    figures: dict[str, Any] = {"search": search, "num_neighbors": num_neighbors}
+    metrics: dict[str, Any] = {"search": search, "num_neighbors": num_neighbors}
     with Progress("cluster", num_samples, "neighbours found") as progress:
         if search == "exact":
             shards = ray.put(_group(files, _shard_rows(files)))
@@ -73,15 +73,15 @@ def run_neighbors(config: ClusterConfig, run_dir: RunDir, num_neighbors: int, se
             results = run_tasks(_exact, searches, num_gpus_each=1 if device == "cuda" else 0)
         else:
             lists, centroids, measured = _build_lists(config, files, num_neighbors, seed)
-            figures |= {"num_lists": len(centroids), "nprobe": measured[-1]["nprobe"]}
-            figures |= {"recall": measured[-1]["recall"], "recall_measured": measured}
+            metrics |= {"num_lists": len(centroids), "nprobe": measured[-1]["nprobe"]}
+            metrics |= {"recall": measured[-1]["recall"], "recall_measured": measured}
             shared = ray.put(centroids)
-            searches = [(shared, lists, run_dir, group, figures["nprobe"], num_neighbors) for group in pending]
+            searches = [(shared, lists, run_dir, group, metrics["nprobe"], num_neighbors) for group in pending]
             results = run_tasks(_approximate, searches, num_cpus_each=CPUS_OF_A_TURN)
         progress.advance(num_samples - sum(map(_num_rows, pending)))
         for _, count in results:
             progress.advance(count)
-    return figures
+    return metrics
 
 
 def _num_rows(files: Files) -> int:

@@ -22,6 +22,7 @@ from elfs_ray.methods.clustering_metrics import neighbor_purity
 from elfs_ray.methods.kmeans.lloyd import KMeansResult, KMeansState, kmeans
 from elfs_ray.methods.kmeans.num_clusters import ESTIMATE_ROWS, estimate_num_clusters
 from elfs_ray.runtime.progress import Progress, say
+from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.stages.cluster.external_labels import write_external_labels
 from elfs_ray.stages.cluster.neighbors import run_neighbors
 from elfs_ray.stages.cluster.shards import LABELS_DIR, ShardedPoints
@@ -34,8 +35,8 @@ SAVE_INTERVAL_S = 2.0
 PURITY_SAMPLES = 20_000
 
 
-def run_cluster(config: Config, run_dir: RunDir) -> dict[str, Any]:
-    """Give every embedding a pseudo-label. Returns num_clusters, sizes and the measures that need no labels.
+def run_cluster(config: Config, run_dir: RunDir) -> ClusterResult:
+    """Give every embedding a pseudo-label.
 
     Raises ValueError for embeddings that are not finite, of which fewer than num_clusters are distinct, or whose
     deep clustering collapsed. Driver memory: four copies of the centroids, and 12 bytes a sample for the measures.
@@ -44,19 +45,18 @@ def run_cluster(config: Config, run_dir: RunDir) -> dict[str, Any]:
     if cluster.method == "file":  # before any worker starts: what is given may not fit
         num_clusters = write_external_labels(cluster, run_dir)
     points = ShardedPoints(cluster, run_dir)
-    figures: dict[str, Any] = {"rows": points.count, "workers": points.num_shards, "method": cluster.method}
+    optional: dict[str, Any] = {}
     if cluster.method != "file":
-        num_clusters, figures["num_clusters_evidence"] = _choose_num_clusters(config, points)
+        num_clusters, optional["num_clusters_evidence"] = _choose_num_clusters(config, points)
         result = _fit(config, run_dir, points, num_clusters)
-        figures |= {"objective": result.objective / points.count, "iterations": result.num_iterations}
-    figures["num_clusters"] = num_clusters
+        optional |= {"objective": result.objective / points.count, "iterations": result.num_iterations}
 
     num_neighbors = _num_neighbors(config, points.count)
     if num_neighbors:
         points.release()
-        figures["neighbors"] = run_neighbors(cluster, run_dir, num_neighbors, config.seed)
+        optional["neighbors"] = run_neighbors(cluster, run_dir, num_neighbors, config.seed)
     if cluster.method == "temi":
-        figures["temi"] = run_temi(config, run_dir, num_clusters, points.count)
+        optional["temi"] = run_temi(config, run_dir, num_clusters, points.count)
     if cluster.method == "kmeans":
         centroids = result.centroids
         sizes = points.write_labels(run_dir, centroids)
@@ -66,10 +66,16 @@ def run_cluster(config: Config, run_dir: RunDir) -> dict[str, Any]:
         filesystem.delete(run_dir.path("cluster", LABELS_DIR))
     points.release()
     _write_centroids(run_dir, centroids)
-    figures["sizes"] = sizes.tolist()
     if num_neighbors:
-        figures["neighbor_purity"] = _neighbor_purity(run_dir)
-    return figures
+        optional["neighbor_purity"] = _neighbor_purity(run_dir)
+    return ClusterResult(
+        rows=points.count,
+        num_clusters=num_clusters,
+        method=cluster.method,
+        workers=points.num_shards,
+        sizes=sizes.tolist(),
+        **optional,
+    )
 
 
 def _choose_num_clusters(config: Config, points: ShardedPoints) -> tuple[int, list[dict[str, float]]]:

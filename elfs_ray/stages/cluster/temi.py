@@ -100,9 +100,9 @@ def run_temi(config: Config, run_dir: RunDir, num_clusters: int, num_samples: in
             max_failures=temi.max_failures,
         )
         run_workers(group, _train_heads, job)
-    figures = json.loads(filesystem.read_bytes(run_dir.path("cluster", CHECKPOINTS_DIR, RESULT_FILE)))
-    check_clustering_collapse(np.array(figures["sizes"]))
-    return figures
+    metrics = json.loads(filesystem.read_bytes(run_dir.path("cluster", CHECKPOINTS_DIR, RESULT_FILE)))
+    check_clustering_collapse(np.array(metrics["sizes"]))
+    return metrics
 
 
 def _load(run_dir: RunDir, pca_dim: int | None, seed: int) -> ray.ObjectRef:

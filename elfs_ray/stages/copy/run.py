@@ -14,6 +14,7 @@ from elfs_ray.config import Config
 from elfs_ray.runtime.cluster import run_tasks
 from elfs_ray.runtime.metrics import report_rejected
 from elfs_ray.runtime.progress import Progress
+from elfs_ray.stages.copy import CopyResult
 from elfs_ray.stages.embed.blocks import (
     copy_images,
     plan_blocks,
@@ -22,13 +23,14 @@ from elfs_ray.stages.embed.blocks import (
     write_proxy_images,
     write_rejected,
 )
+from elfs_ray.stages.index import IndexResult
 from elfs_ray.storage import schema
 from elfs_ray.storage.run_dir import RunDir
 
 
-def run_copy(config: Config, run_dir: RunDir) -> dict[str, Any]:
-    """Write proxy_images/. Returns rows and rejected. Raises RuntimeError when no image could be copied."""
-    num_samples = int(run_dir.figures("index")["rows"])
+def run_copy(config: Config, run_dir: RunDir) -> CopyResult:
+    """Write proxy_images/. Raises RuntimeError when no image could be copied."""
+    num_samples = IndexResult.read(run_dir).rows
     blocks = plan_blocks(config.embed.block_images, config.embed.proxy_image_size, num_samples)
     copied, rejected = rows_by_file(run_dir, schema.PROXY_IMAGES), rows_by_file(run_dir, "copy", schema.REJECTED)
     names = {block: schema.range_file(*block) for block in blocks}
@@ -45,7 +47,7 @@ def run_copy(config: Config, run_dir: RunDir) -> dict[str, Any]:
             num_rejected += added
             report_rejected(num_rejected)
             progress.advance(last - first + 1, f"{num_rejected:,} rejected" if num_rejected else "")
-    return _closing_figures(run_dir, num_samples)
+    return _count_copies(run_dir, num_samples)
 
 
 def _copy_block(config: Config, run_dir: RunDir, first: int, last: int) -> int:
@@ -62,11 +64,11 @@ def _copy_block(config: Config, run_dir: RunDir, first: int, last: int) -> int:
     return len(rejected)
 
 
-def _closing_figures(run_dir: RunDir, num_samples: int) -> dict[str, Any]:
+def _count_copies(run_dir: RunDir, num_samples: int) -> CopyResult:
     rows = sum(rows_by_file(run_dir, schema.PROXY_IMAGES).values())
     rejected = sum(rows_by_file(run_dir, "copy", schema.REJECTED).values())
     assert rows + rejected == num_samples, (rows, rejected, num_samples)
     if rows == 0:
         reasons = next(run_dir.read_table("copy", schema.REJECTED))[schema.REASON].unique().to_pylist()
         raise RuntimeError(f"none of the {num_samples} images could be decoded: {'; '.join(reasons[:3])}")
-    return {"rows": rows, "rejected": rejected}
+    return CopyResult(rows, rejected)

@@ -1,1 +1,95 @@
 """embed: a unit-length vector for every image, and a small copy for the proxy network."""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from elfs_ray.config import SELF_SUPERVISED, Config, ConfigError, check_against_pool
+from elfs_ray.runtime.resources import Request, request_workers
+from elfs_ray.stages.stage import Result, Stage
+from elfs_ray.storage import filesystem, schema
+from elfs_ray.storage.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from elfs_ray.runtime.cluster import Devices
+
+MAX_ENLARGEMENT = 2  # of the images that an encoder was trained on
+
+
+@dataclass(frozen=True)
+class EmbedResult(Result):
+    """The images embedded and rejected, the dimension of an embedding, and what a weights file that was named holds."""
+
+    stage: ClassVar[str] = "embed"
+    rows: int
+    rejected: int
+    dim: int
+    weights: Mapping[str, Any] | None = None
+
+
+def _tables(config: Config) -> tuple[str, ...]:
+    copies = () if config.pretrains else (schema.PROXY_IMAGES,)  # else stage copy has written them
+    return (schema.EMBEDDINGS, *copies, schema.REJECTED)
+
+
+def _describe(config: Config, num_samples: int) -> str:
+    copies = "of the copies" if config.pretrains else f"proxy copies of {config.embed.proxy_image_size} pixels"
+    return f"{config.embed.encoder}, {copies}"
+
+
+def _requests(config: Config, devices: "Devices") -> list[Request]:
+    embed = config.embed
+    request = request_workers(
+        devices,
+        "embed",
+        "encoder",
+        device=embed.device,
+        num_workers=embed.num_workers,
+        usual=devices.num_cpus,
+        cpus=embed.cpus_per_worker or 1,
+        memory_gib=embed.memory_gib,
+    )
+    return [request]
+
+
+def _check(config: Config) -> None:
+    """Look at the encoder and its weights, which are fetched for that where they are in a bucket."""
+    if config.pretrains:  # the weights are made in this run
+        return
+    from elfs_ray.methods.encoders.encoder import check_encoder, encoder_input
+
+    embed = config.embed
+    file = embed.weights_file
+    with filesystem.local_file(file) if file is not None else nullcontext(embed.weights) as weights:
+        try:
+            check_encoder(embed.encoder, weights, embed.weights_sha256)
+        except ValueError as error:
+            keys = f"embed.encoder={embed.encoder}" + (f", embed.weights={embed.weights}" if embed.weights else "")
+            raise ConfigError(f"{keys}: {error}") from error
+        if embed.encoder == SELF_SUPERVISED and embed.image_size is not None:
+            trained_on = encoder_input(embed.encoder, weights=weights).crop
+            if embed.image_size > MAX_ENLARGEMENT * trained_on:
+                raise ConfigError(
+                    f"embed.image_size={embed.image_size}: the encoder of embed.weights was trained on images of "
+                    f"{trained_on} pixels, and features of such large ones are poor; give embed.image_size=null for "
+                    f"its own size, or one up to {MAX_ENLARGEMENT * trained_on}"
+                )
+
+
+def _check_result(config: Config, run_dir: RunDir) -> None:
+    result = EmbedResult.read(run_dir)
+    check_against_pool(config, result.rows, result.rejected)
+
+
+STAGE = Stage(
+    result=EmbedResult,
+    section="embed",
+    global_keys=(),
+    inputs=lambda config: ("index", "copy", "pretrain") if config.pretrains else ("index",),
+    tables=_tables,
+    describe=_describe,
+    requests=_requests,
+    check=_check,
+    check_result=_check_result,
+)

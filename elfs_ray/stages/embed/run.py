@@ -39,6 +39,7 @@ from elfs_ray.pool.images import describe_bad_copy, open_proxy_image, resize_cen
 from elfs_ray.runtime.cluster import num_cpus, num_gpus, resolve_device
 from elfs_ray.runtime.metrics import report_rejected
 from elfs_ray.runtime.progress import Progress, say
+from elfs_ray.stages.embed import EmbedResult
 from elfs_ray.stages.embed.blocks import (
     copy_images,
     plan_blocks,
@@ -47,6 +48,7 @@ from elfs_ray.stages.embed.blocks import (
     write_proxy_images,
     write_rejected,
 )
+from elfs_ray.stages.index import IndexResult
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
@@ -69,12 +71,9 @@ class EmbedJob:
         return plan_blocks(embed.block_images, side, num_samples)
 
 
-def run_embed(config: Config, run_dir: RunDir) -> dict[str, Any]:
-    """Embed the pool. Returns rows, rejected, dim and, of a weights file that was given, what it is.
-
-    Raises RuntimeError when no image could be embedded.
-    """
-    num_samples = int(run_dir.figures("index")["rows"])
+def run_embed(config: Config, run_dir: RunDir) -> EmbedResult:
+    """Embed the pool. Raises RuntimeError when no image could be embedded."""
+    num_samples = IndexResult.read(run_dir).rows
     job = make_job(config, run_dir)
     pending = pending_blocks(run_dir, job.blocks(num_samples))
     num_done = num_samples - sum(last - first + 1 for first, last in pending)
@@ -90,7 +89,7 @@ def run_embed(config: Config, run_dir: RunDir) -> dict[str, Any]:
             rejected += summary["rejected"]
             report_rejected(rejected)
             progress.advance(summary["rows"], f"{rejected:,} rejected" if rejected else "")
-    return _closing_figures(run_dir, num_samples) | _weights_given(config)
+    return _count_embeddings(config, run_dir, num_samples)
 
 
 def make_job(config: Config, run_dir: RunDir) -> EmbedJob:
@@ -109,13 +108,13 @@ def _weights(config: Config, run_dir: RunDir) -> Iterator[str | None]:
         yield weights
 
 
-def _weights_given(config: Config) -> dict[str, Any]:
-    """The figure that says which file the weights were."""
+def _describe_weights_file(config: Config) -> dict[str, Any] | None:
+    """Return what tells the weights file that the config names from another; None where it names none."""
     file = config.embed.weights_file
     if file is None:
-        return {}
+        return None
     with filesystem.local_file(file) as path:
-        return {"weights": describe_weights(config.embed.encoder, path)}
+        return describe_weights(config.embed.encoder, path)
 
 
 def pending_blocks(run_dir: RunDir, blocks: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -292,11 +291,11 @@ def _write_embeddings(path: str, sample_ids: np.ndarray, embeddings: np.ndarray)
     filesystem.write_table(path, pa.table(columns, schema=schema.embeddings_schema(embeddings.shape[1])))
 
 
-def _closing_figures(run_dir: RunDir, num_samples: int) -> dict[str, Any]:
+def _count_embeddings(config: Config, run_dir: RunDir, num_samples: int) -> EmbedResult:
     rows, rejected = (sum(rows_by_file(run_dir, table).values()) for table in (schema.EMBEDDINGS, schema.REJECTED))
     assert rows + rejected == num_samples, (rows, rejected, num_samples)
     if rows == 0:
         reasons = next(run_dir.read_table(schema.REJECTED))[schema.REASON].unique().to_pylist()
         raise RuntimeError(f"none of the {num_samples} images could be embedded: {'; '.join(reasons[:3])}")
     dim = filesystem.read_schema(run_dir.table_files(schema.EMBEDDINGS)[0]).field(schema.EMBEDDING).type.list_size
-    return {"rows": rows, "rejected": rejected, "dim": dim}
+    return EmbedResult(rows, rejected, dim, _describe_weights_file(config))

@@ -9,9 +9,6 @@ Reads   every coreset of the run, embeddings/, index/ (the labels: no other stag
 Writes  evaluate/trials/ (one file a training, so that a resumed run repeats none), evaluate/results.parquet
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 import pyarrow as pa
 import torch
@@ -24,6 +21,7 @@ from elfs_ray.methods.numeric.precision import resolve_precision
 from elfs_ray.methods.selection.pruning import random_selection
 from elfs_ray.pool.listing import PoolColumns
 from elfs_ray.runtime.cluster import resolve_device
+from elfs_ray.stages.evaluate import EvaluateResult
 from elfs_ray.stages.training.classifier_inputs import training_settings
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
@@ -32,7 +30,7 @@ CORESET, RANDOM = "elfs", "random"
 GPUS_EACH = 0.25  # four trainings at once on each GPU
 
 
-def run_evaluate(config: Config, run_dir: RunDir) -> dict[str, Any]:
+def run_evaluate(config: Config, run_dir: RunDir) -> EvaluateResult:
     """Train on each selection with each seed. Returns, for each selection, mean and spread of the test accuracies.
 
     The spread is the sample standard deviation over seeds. "clustering" holds what the pseudo-labels are worth, "knn"
@@ -58,21 +56,21 @@ def run_evaluate(config: Config, run_dir: RunDir) -> dict[str, Any]:
     )
     trials = [trial for _, trial in selected]
     place = TrialPlace(device, num_gpus_each=GPUS_EACH if device == "cuda" else 0.0)
-    figures = run_trials(trials, data, settings, run_dir.path("evaluate", "trials"), place)
-    rows = [{"selection": name, **found} for (name, _), found in zip(selected, figures, strict=True)]
+    metrics = run_trials(trials, data, settings, run_dir.path("evaluate", "trials"), place)
+    rows = [{"selection": name, **found} for (name, _), found in zip(selected, metrics, strict=True)]
     columns_of = {name: [row[name] for row in rows] for name in schema.RESULTS_SCHEMA.names}
     table = pa.table(columns_of, schema=schema.RESULTS_SCHEMA)
     filesystem.write_table(run_dir.path("evaluate", schema.RESULTS_FILE), table)
-    return {
-        "rows": len(rows),
-        "test_images": len(test.labels),
-        "clustering": judge_clustering(run_dir, labels),
-        "knn": neighbor_accuracy(run_dir, labels, config.seed, resolve_device(config.cluster.device, "cluster.device")),
-        "selections": {
+    return EvaluateResult(
+        rows=len(rows),
+        test_images=len(test.labels),
+        clustering=judge_clustering(run_dir, labels),
+        knn=neighbor_accuracy(run_dir, labels, config.seed, resolve_device(config.cluster.device, "cluster.device")),
+        selections={
             name: summarize(row for row in rows if row["selection"] == name)
             for name in dict.fromkeys(name for name, _ in selected)
         },
-    }
+    )
 
 
 def _selections(config: Config, run_dir: RunDir) -> list[tuple[str, Trial]]:
@@ -89,22 +87,22 @@ def _selections(config: Config, run_dir: RunDir) -> list[tuple[str, Trial]]:
     return selected
 
 
-def format_results(figures: Mapping[str, Any]) -> str:
+def format_results(results: EvaluateResult) -> str:
     """The table of a complete evaluation, for a person."""
     lines = [f"{'selection':<10} {'images':>8}   {'test accuracy':<16} {'best':<8} seeds"]
-    for name, result in figures["selections"].items():
+    for name, result in results.selections.items():
         spread = f" ± {result['spread']:.1%}" if result["seeds"] > 1 else ""
         accuracy = f"{result['mean']:.1%}{spread}"
         lines.append(
             f"{name:<10} {result['num_samples']:>8,}   {accuracy:<16} {result['best_mean']:<8.1%} {result['seeds']}"
         )
-    clustering = figures["clustering"]
+    clustering = results.clustering
     lines.append(
         f"pseudo-labels: {clustering['accuracy']:.1%} right when clusters and classes are matched one to one, purity "
         f"{clustering['purity']:.1%}, NMI {clustering['nmi']:.3f}, ARI {clustering['ari']:.3f} "
         f"({clustering['num_clusters']} clusters, {clustering['num_classes']} classes)"
     )
-    knn = figures["knn"]
+    knn = results.knn
     lines.append(
         f"embeddings: {knn['accuracy']:.1%} of {knn['queries']:,} samples have the class that most of their "
         f"{knn['num_neighbors']} nearest neighbours have"

@@ -12,8 +12,6 @@ no samples; but while it looks for the units of a folder pool in a bucket, about
 them (on gs://, for every file of the pool: see pool/folder.py).
 """
 
-from typing import Any
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,6 +20,7 @@ from elfs_ray.config import Config, check_against_pool
 from elfs_ray.pool.listing import PoolColumns, Unit, find_units, list_unit
 from elfs_ray.runtime.cluster import run_tasks
 from elfs_ray.runtime.progress import Progress
+from elfs_ray.stages.index import IndexResult
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
@@ -29,8 +28,8 @@ ROWS_PER_FILE = 65_536
 UNITS_DIR = "_units"
 
 
-def run_index(config: Config, run_dir: RunDir) -> dict[str, Any]:
-    """List the pool. Returns rows and label_names. Raises ConfigError for an empty pool or one too small."""
+def run_index(config: Config, run_dir: RunDir) -> IndexResult:
+    """List the pool. Raises ConfigError for an empty pool or one too small."""
     units = find_units(config.pool.uri, config.pool.format)
     _remove_unfinished(run_dir)
     columns = PoolColumns(config.pool.image_column, config.pool.label)
@@ -53,7 +52,7 @@ def run_index(config: Config, run_dir: RunDir) -> dict[str, Any]:
         for _, rows in run_tasks(_write_part, parts):
             progress.advance(rows)
     filesystem.delete(run_dir.path(schema.INDEX, UNITS_DIR))
-    return {"rows": num_samples, "units": len(units), "format": units[0].format, "label_names": label_names}
+    return IndexResult(num_samples, len(units), units[0].format, label_names)
 
 
 def _remove_unfinished(run_dir: RunDir) -> None:

@@ -12,12 +12,13 @@ in the last minute.
 """
 
 import dataclasses
-from typing import Any
 
 from elfs_ray.config import Config
 from elfs_ray.methods.simclr.training import simclr_settings
 from elfs_ray.runtime.cluster import num_cpus, num_gpus, remote_progress, resolve_device
 from elfs_ray.runtime.progress import Progress, say
+from elfs_ray.stages.copy import CopyResult
+from elfs_ray.stages.pretrain import PretrainResult
 from elfs_ray.stages.pretrain.worker import PretrainJob, pretrain_worker
 from elfs_ray.stages.training.checkpoints import CHECKPOINTS_DIR
 from elfs_ray.stages.training.epoch_log import read_metrics
@@ -28,8 +29,8 @@ from elfs_ray.storage import schema
 from elfs_ray.storage.run_dir import RunDir
 
 
-def run_pretrain(config: Config, run_dir: RunDir) -> dict[str, Any]:
-    """Train the encoder. Returns rows, epochs, workers, how images were read, the settings and every epoch's metrics.
+def run_pretrain(config: Config, run_dir: RunDir) -> PretrainResult:
+    """Train the encoder.
 
     Raises RuntimeError with the workers' message when training gives up, at once where a retry would end the same way:
     a loss that is not finite, a collapsed encoder, a copy that cannot be decoded.
@@ -37,7 +38,7 @@ def run_pretrain(config: Config, run_dir: RunDir) -> dict[str, Any]:
     pretrain, proxy_size = config.pretrain, config.embed.proxy_image_size
     device = resolve_device(pretrain.device, "pretrain.device")
     num_workers = pretrain.num_workers or (num_gpus() if device == "cuda" else 1)
-    num_samples = int(run_dir.figures("copy")["rows"])
+    num_samples = CopyResult.read(run_dir).rows
     reading = choose_reading(run_dir, "pretrain", pretrain.reading, num_samples, proxy_size, needs_whole_images=False)
     one_cpu = device == "cuda" and reading == "memory"
     cpus = pretrain.cpus_per_worker or (1 if one_cpu else max(1, num_cpus() // num_workers))
@@ -75,12 +76,12 @@ def run_pretrain(config: Config, run_dir: RunDir) -> dict[str, Any]:
     encoder = run_dir.path("pretrain", schema.ENCODER_FILE)
     say(f"pretrain  the encoder is {encoder}")
     history = [read_metrics(run_dir, "pretrain", epoch) for epoch in range(settings.epochs)]
-    return {
-        "rows": num_samples,
-        "epochs": settings.epochs,
-        "workers": num_workers,
-        "reading": reading,
-        "settings": dataclasses.asdict(settings),
-        "encoder": encoder,
-        "history": history,
-    }
+    return PretrainResult(
+        rows=num_samples,
+        epochs=settings.epochs,
+        workers=num_workers,
+        reading=reading,
+        settings=dataclasses.asdict(settings),
+        encoder=encoder,
+        history=history,
+    )

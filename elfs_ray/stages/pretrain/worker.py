@@ -17,13 +17,14 @@ from elfs_ray.methods.simclr.training import MEAN, STD, SimclrSettings, SimclrTr
 from elfs_ray.methods.simclr.views import NUM_VIEWS, ViewSettings, change_colors, two_crops
 from elfs_ray.methods.training.dynamics import BatchPlan
 from elfs_ray.methods.training.sgd import LossMonitor
+from elfs_ray.stages.pretrain import STAGE
 from elfs_ray.stages.training.epoch_log import EpochLog
 from elfs_ray.stages.training.group_member import GroupMember
 from elfs_ray.stages.training.reader import Batch
 from elfs_ray.stages.training.step_clock import StepClock
 from elfs_ray.stages.training.streamed_reader import make_reader
 from elfs_ray.storage import filesystem, schema
-from elfs_ray.storage.run_dir import TABLES, RunDir
+from elfs_ray.storage.run_dir import RunDir
 
 MEASURED_STEPS = 16  # the last of an epoch, whose embeddings tell of a collapse
 
@@ -104,7 +105,7 @@ class PretrainWorker:
         )
         self.losses, self.collapse = LossMonitor(), CollapseMonitor(self.trainer.dim, member.device)
         self.log = EpochLog(
-            "pretrain", job.run_dir, job.board, member, num_samples=num_samples, num_epochs=self.settings.epochs
+            STAGE, job.run_dir, job.board, member, num_samples=num_samples, num_epochs=self.settings.epochs
         )
 
     def train(self) -> None:
@@ -170,8 +171,9 @@ class PretrainWorker:
 
 def pool_hash(run_dir: RunDir) -> str:
     """Hash how the pool was listed and copied, and how many files and bytes that gave: 16 hex digits."""
-    found = {stage: [run_dir.identity(stage), run_dir.figures(stage).get(TABLES)] for stage in ("index", "copy")}
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
+    markers = [run_dir.complete_marker(stage) for stage in ("index", "copy")]
+    content = {marker.stage: [marker.identity, marker.outputs] for marker in markers}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def real_views(batch: Batch) -> torch.Tensor:

@@ -1,1 +1,32 @@
 """report: the page and the metrics that a person looks at."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from elfs_ray.config import Config
+from elfs_ray.stages.stage import Result, Stage
+from elfs_ray.storage import schema
+
+
+@dataclass(frozen=True)
+class ReportResult(Result):
+    """The size of the page, in bytes."""
+
+    stage: ClassVar[str] = "report"
+    bytes: int
+
+
+def _inputs(config: Config) -> tuple[str, ...]:
+    encoder = ("copy", "pretrain") if config.pretrains else ()
+    return ("index", *encoder, "embed", "cluster", "train", "select")
+
+
+STAGE = Stage(
+    result=ReportResult,
+    section="report",
+    global_keys=(),
+    is_on_driver=True,
+    inputs=_inputs,
+    files=lambda config: (schema.REPORT_FILE, schema.METRICS_FILE),
+    describe=lambda config, num_samples: f"{schema.REPORT_FILE} and {schema.METRICS_FILE}",
+)

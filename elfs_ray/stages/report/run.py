@@ -8,63 +8,75 @@ The driver holds a histogram, the examples' ids and images, and one file of a ta
 
 import base64
 import json
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from elfs_ray.config import Config
+from elfs_ray.stages.cluster import ClusterResult
+from elfs_ray.stages.embed import EmbedResult
+from elfs_ray.stages.index import IndexResult
+from elfs_ray.stages.report import STAGE, ReportResult
 from elfs_ray.stages.report.page import render_page
+from elfs_ray.stages.select import CoresetResult, SelectResult
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 from elfs_ray.version import __version__
 
 NUM_BINS = 60
-CORESET_FIGURES = ("rows", "hard_fraction", "num_hard", "num_easy", "num_not_drawn", "hard_fraction_evidence")
+CORESET_METRICS = ("rows", "hard_fraction", "num_hard", "num_easy", "num_not_drawn", "hard_fraction_evidence")
 GROUPS = ("hardest", "kept", "easiest")
 
 
-def run_report(config: Config, run_dir: RunDir) -> dict[str, Any]:
-    """Write report.html and metrics.json. Returns the bytes of the report."""
+def run_report(config: Config, run_dir: RunDir) -> ReportResult:
+    """Write report.html and metrics.json."""
     metrics = _metrics(config, run_dir)
-    page = render_page(metrics, _images(config, run_dir, metrics), run_dir.uri).encode()
+    page = render_page(metrics, _images(config, run_dir), run_dir.uri).encode()
     filesystem.write_bytes(run_dir.path(schema.METRICS_FILE), (json.dumps(metrics, indent=2) + "\n").encode())
     filesystem.write_bytes(run_dir.path(schema.REPORT_FILE), page)
-    return {"bytes": len(page)}
+    return ReportResult(len(page))
 
 
 def _metrics(config: Config, run_dir: RunDir) -> dict[str, Any]:
-    stages = {name: run_dir.figures(name) for name in config.stage_names if name != "report"}
-    num_clusters = stages["cluster"]["num_clusters"]
+    markers = [run_dir.complete_marker(name) for name in STAGE.inputs(config)]
+    embedded, num_clusters = EmbedResult.read(run_dir), ClusterResult.read(run_dir).num_clusters
     before = _label_sizes(run_dir, schema.CLUSTERS, schema.PSEUDO_LABELS_DIR, num_clusters=num_clusters)
     after = _label_sizes(run_dir, schema.CORESET, num_clusters=num_clusters)
-    coresets = stages["select"]["coresets"]
+    coresets = SelectResult.read(run_dir).coresets
     first = coresets[schema.CORESET]
     return {
         "elfs_ray": __version__,
         "pool": config.pool.uri,
         "budget": config.budget,
         "counts": {
-            "pool": stages["index"]["rows"],
-            "rejected": stages["embed"]["rejected"],
-            "embedded": stages["embed"]["rows"],
-            "pruned_hard": first["num_hard"],
-            "coreset": first["rows"],
-            "pruned_easy": first["num_easy"],
-            "not_sampled": first["num_not_drawn"],
+            "pool": IndexResult.read(run_dir).rows,
+            "rejected": embedded.rejected,
+            "embedded": embedded.rows,
+            "pruned_hard": first.num_hard,
+            "coreset": first.rows,
+            "pruned_easy": first.num_easy,
+            "not_sampled": first.num_not_drawn,
         },
         "method": config.select.method,
         "balance": config.select.balance,
-        "score": first["score"],
-        "hard_side": first["hard_side"],
-        "hard_fraction": first["hard_fraction"],
+        "score": first.score,
+        "hard_side": first.hard_side,
+        "hard_fraction": first.hard_fraction,
         "coresets": {
-            table: {name: figures[name] for name in CORESET_FIGURES if name in figures}
-            for table, figures in coresets.items()
+            table: {name: value for name in CORESET_METRICS if (value := getattr(coreset, name)) is not None}
+            for table, coreset in coresets.items()
         },
         "score_histogram": _histogram(run_dir, first),
         "pseudo_label_sizes": {"before": before.tolist(), "after": after.tolist()},
-        "stages": stages,
+        "stages": {
+            marker.stage: {
+                **marker.result,
+                "seconds": marker.seconds,
+                "versions": marker.versions,
+                "tables": marker.outputs,
+            }
+            for marker in markers
+        },
     }
 
 
@@ -75,13 +87,13 @@ def _label_sizes(run_dir: RunDir, *table: str, num_clusters: int) -> np.ndarray:
     return sizes
 
 
-def _histogram(run_dir: RunDir, coreset: Mapping[str, Any]) -> dict[str, Any]:
+def _histogram(run_dir: RunDir, coreset: CoresetResult) -> dict[str, Any]:
     """Count the scores of the pool, and of the first coreset, in equal bins."""
-    low, high = coreset["score_min"], coreset["score_max"]
+    low, high = coreset.score_min, coreset.score_max
     edges = np.linspace(low, high if high > low else low + 1, NUM_BINS + 1)
     counts = {schema.SCORES: np.zeros(NUM_BINS, dtype=np.int64), schema.CORESET: np.zeros(NUM_BINS, dtype=np.int64)}
     for table, folder, column in (
-        (schema.SCORES, coreset["score_table"], coreset["score"]),
+        (schema.SCORES, coreset.score_table, coreset.score),
         (schema.CORESET, schema.CORESET, schema.SCORE),
     ):
         for rows in run_dir.read_table(folder, columns=[column]):
@@ -90,15 +102,15 @@ def _histogram(run_dir: RunDir, coreset: Mapping[str, Any]) -> dict[str, Any]:
         "edges": edges.tolist(),
         "counts": counts[schema.SCORES].tolist(),
         "kept": counts[schema.CORESET].tolist(),
-        "hardest_kept": coreset["hardest_kept"],
-        "easiest_kept": coreset["easiest_kept"],
+        "hardest_kept": coreset.hardest_kept,
+        "easiest_kept": coreset.easiest_kept,
     }
 
 
-def _images(config: Config, run_dir: RunDir, metrics: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
+def _images(config: Config, run_dir: RunDir) -> dict[str, list[dict[str, str]]]:
     """Return the images to show of each group, with their uris."""
-    first = metrics["stages"]["select"]["coresets"][schema.CORESET]
-    examples = {group: _spread(first[f"{group}_examples"], group, config.report.images_per_grid) for group in GROUPS}
+    first, count = SelectResult.read(run_dir).coresets[schema.CORESET], config.report.images_per_grid
+    examples = {group: _spread(getattr(first, f"{group}_examples"), group, count) for group in GROUPS}
     wanted = np.unique(np.concatenate(list(examples.values()))).astype(np.int64)
     images = dict(_rows(run_dir, schema.PROXY_IMAGES, wanted, schema.IMAGE))
     uris = dict(_rows(run_dir, schema.INDEX, wanted, schema.URI))

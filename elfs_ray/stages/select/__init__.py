@@ -1,1 +1,78 @@
 """select: scores from training dynamics, coresets from scores."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+from elfs_ray.config import Config
+from elfs_ray.stages.stage import Result, Stage
+from elfs_ray.storage import schema
+
+
+@dataclass(frozen=True)
+class CoresetResult:
+    """One coreset: its counts, how it was cut, and examples for the report (sample ids).
+
+    num_hard and num_easy are the samples pruned from each end, num_not_drawn those left out at random. The scores are
+    in the column `score` of the table at `score_table`; `hard_side` is the end of them that is hard.
+    """
+
+    rows: int
+    num_hard: int
+    num_easy: int
+    num_not_drawn: int
+    hardest_kept: float
+    easiest_kept: float
+    score_min: float
+    score_max: float
+    kept_examples: list[int]
+    hardest_examples: list[int]
+    easiest_examples: list[int]
+    hard_fraction: float
+    score: str
+    hard_side: str
+    score_table: str
+    hard_fraction_evidence: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class SelectResult(Result):
+    """The rows of the first coreset, the samples it was chosen from, and each coreset by its table.
+
+    search: the keys of select.search_*, for a selection made again after this one.
+    """
+
+    stage: ClassVar[str] = "select"
+    rows: int
+    samples: int
+    coresets: Mapping[str, CoresetResult]
+    search: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        coresets = {table: CoresetResult(**coreset) for table, coreset in fields["coresets"].items()}
+        return cls(**{**fields, "coresets": coresets})
+
+
+def _tables(config: Config) -> tuple[str, ...]:
+    return (schema.SCORES, *schema.coreset_tables(config.budgets))
+
+
+def _files(config: Config) -> tuple[str, ...]:
+    return tuple(map(schema.coreset_text_file, schema.coreset_tables(config.budgets)))
+
+
+def _describe(config: Config, num_samples: int) -> str:
+    balanced = ", balanced over pseudo-labels" if config.select.balance else ""
+    return f"{config.select.method} by {config.select.score}{balanced}"
+
+
+STAGE = Stage(
+    result=SelectResult,
+    section="select",
+    global_keys=("seed", "budget"),
+    inputs=lambda config: ("index", "cluster", "train"),
+    tables=_tables,
+    files=_files,
+    describe=_describe,
+)

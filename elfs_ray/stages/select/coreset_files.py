@@ -61,7 +61,7 @@ def write_coresets(run_dir: RunDir, pool: ScoredPool, selections: Mapping[str, S
     for _ in run_tasks(_write_text, [(run_dir, table) for table in selections]):
         pass
     return {
-        table: _figures(pool, selection, [row for rows in shown[table] for row in rows], table_ends)
+        table: _metrics(pool, selection, [row for rows in shown[table] for row in rows], table_ends)
         for (table, selection), table_ends in zip(selections.items(), ends, strict=True)
     }
 
@@ -72,7 +72,7 @@ def _part_cuts(pool: ScoredPool, selection: Selection) -> tuple[Cut, ...]:
     return find_part_cuts(pool, selection)
 
 
-def _figures(
+def _metrics(
     pool: ScoredPool, selection: Selection, kept: list[tuple[int, float]], ends: tuple[_Ends, _Ends]
 ) -> dict[str, Any]:
     """Return counts, scores at the ends, and examples: pruned as too hard, kept, pruned as too easy."""

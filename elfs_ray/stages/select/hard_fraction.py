@@ -13,6 +13,7 @@ from elfs_ray.config import Config
 from elfs_ray.methods.selection.hard_fraction import count_difficulty, estimate_risks, least_risk
 from elfs_ray.methods.selection.pruning import budget_count
 from elfs_ray.runtime.progress import say
+from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.stages.select.hard_fraction_search import search_hard_fractions
 from elfs_ray.stages.select.scored_pool import ScoredPool
 from elfs_ray.stages.select.selection import Budget
@@ -61,7 +62,7 @@ def estimate_hard_fractions(
     ranges = list(pool.map_shares(_score_range))
     score_range = min(low for low, _ in ranges), max(high for _, high in ranges)
     sums = sum(pool.map_shares(_count_difficulty, score_range))
-    num_classes = int(run_dir.figures("cluster")["num_clusters"])
+    num_classes = ClusterResult.read(run_dir).num_clusters
     results = []
     for count in counts:
         if count < MIN_SAMPLES_PER_CLASS * num_classes:

@@ -23,6 +23,7 @@ from elfs_ray.methods.selection.hard_fraction import fraction_grid
 from elfs_ray.methods.training.classifier import LabelledImages, train_and_test
 from elfs_ray.runtime.cluster import resolve_device, run_tasks
 from elfs_ray.runtime.progress import Progress
+from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.stages.select.scored_pool import ScoredPool
 from elfs_ray.stages.select.selection import Budget, Selection, choose
 from elfs_ray.stages.training.classifier_inputs import kept_or_computed, load_proxy_images, training_settings
@@ -70,8 +71,8 @@ def search_hard_fractions(
     accuracies = np.zeros(len(tasks))
     num_gpus = 1 if device == "cuda" else 0
     with Progress("select", len(tasks), "trainings to find the hard fraction") as progress:
-        for position, figures in run_tasks(_train, tasks, num_gpus_each=num_gpus):
-            accuracies[position] = figures["accuracy"]
+        for position, metrics in run_tasks(_train, tasks, num_gpus_each=num_gpus):
+            accuracies[position] = metrics["accuracy"]
             progress.advance(1)
     trials: dict[int, list[dict[str, float]]] = {count: [] for count in counts}
     for budget, accuracy in zip(budgets, accuracies.tolist(), strict=True):
@@ -127,7 +128,7 @@ def _train(
 ) -> dict[str, float]:
     """Train on a coreset with its pseudo-labels and test, unless an earlier try left the result."""
     torch.set_num_threads(1)
-    train, num_classes = config.train, int(run_dir.figures("cluster")["num_clusters"])
+    train, num_classes = config.train, ClusterResult.read(run_dir).num_clusters
     settings = training_settings(
         train,
         network=train.network,

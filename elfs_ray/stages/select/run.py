@@ -22,24 +22,28 @@ from elfs_ray.config import Config
 from elfs_ray.methods.selection.scores import ScoreAccumulator
 from elfs_ray.runtime.cluster import run_tasks
 from elfs_ray.runtime.progress import Progress
+from elfs_ray.stages.cluster import ClusterResult
+from elfs_ray.stages.index import IndexResult
+from elfs_ray.stages.select import CoresetResult, SelectResult
 from elfs_ray.stages.select.coreset_files import write_coresets
 from elfs_ray.stages.select.d2_zcore import WHOLE_POOL_METHODS, score_whole_pool
 from elfs_ray.stages.select.hard_fraction import choose_hard_fractions
 from elfs_ray.stages.select.scored_pool import DIRECTIONS, ScoredPool
 from elfs_ray.stages.select.selection import choose
+from elfs_ray.stages.train import TrainResult
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
 IDS_PER_FILE = 1 << 18
 
 
-def run_select(config: Config, run_dir: RunDir) -> dict[str, Any]:
-    """Score and select. Returns the counts of the first coreset, and under "coresets" the figures of each, by table.
+def run_select(config: Config, run_dir: RunDir) -> SelectResult:
+    """Score and select.
 
     Raises ValueError when a budget or hard fraction does not fit the samples that have a pseudo-label.
     """
-    num_ids = int(run_dir.figures("index")["rows"])
-    _write_scores(run_dir, num_ids, num_epochs=int(run_dir.figures("train")["epochs"]))
+    num_ids = IndexResult.read(run_dir).rows
+    _write_scores(run_dir, num_ids, num_epochs=TrainResult.read(run_dir).epochs)
     pool = _scored_pool(config, run_dir, num_ids)
     choices = choose_hard_fractions(config, run_dir, pool)
     budgets = [choice.budget for choice in choices]
@@ -47,20 +51,26 @@ def run_select(config: Config, run_dir: RunDir) -> dict[str, Any]:
         pool = score_whole_pool(config, run_dir, pool, max(budget.num_kept for budget in budgets))
     selections = choose(pool, config.select, config.seed, budgets)
     tables = schema.coreset_tables(config.budgets)
-    coresets = write_coresets(run_dir, pool, dict(zip(tables, selections, strict=True)))
-    for coreset, choice in zip(coresets.values(), choices, strict=True):
-        coreset |= {"hard_fraction": choice.budget.hard_fraction, "score": pool.score, "hard_side": pool.direction}
-        coreset["score_table"] = posixpath.relpath(posixpath.dirname(pool.files[0]), run_dir.uri)
-        if choice.evidence is not None:
-            coreset["hard_fraction_evidence"] = choice.evidence
+    written = write_coresets(run_dir, pool, dict(zip(tables, selections, strict=True)))
+    coresets = {
+        table: CoresetResult(
+            **metrics,
+            hard_fraction=choice.budget.hard_fraction,
+            score=pool.score,
+            hard_side=pool.direction,
+            score_table=posixpath.relpath(posixpath.dirname(pool.files[0]), run_dir.uri),
+            hard_fraction_evidence=choice.evidence,
+        )
+        for (table, metrics), choice in zip(written.items(), choices, strict=True)
+    }
     # Not part of the stage's config where nothing is searched, but a reselection that searches must know them.
     search = {key: value for key, value in vars(config.select).items() if key.startswith("search_")}
-    return {"rows": coresets[tables[0]]["rows"], "samples": pool.num_samples, "coresets": coresets, "search": search}
+    return SelectResult(coresets[tables[0]].rows, pool.num_samples, coresets, search)
 
 
 def _scored_pool(config: Config, run_dir: RunDir, num_ids: int) -> ScoredPool:
     select = config.select
-    num_groups = int(run_dir.figures("cluster")["num_clusters"]) if select.balance else 1
+    num_groups = ClusterResult.read(run_dir).num_clusters if select.balance else 1
     files = tuple(run_dir.table_files(schema.SCORES))
     score = {"dual_beta": "dual", "prototypicality": schema.PROTOTYPICALITY}.get(select.method, select.score)
     return ScoredPool(files, score, DIRECTIONS[score], num_ids, num_groups)

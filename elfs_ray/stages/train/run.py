@@ -11,11 +11,12 @@ equals an undisturbed one of as many workers.
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from elfs_ray.config import LINEAR, Config, proxy_workers, worker_range
 from elfs_ray.runtime.cluster import num_cpus, num_gpus, remote_progress, resolve_device
 from elfs_ray.runtime.progress import Progress
+from elfs_ray.stages.cluster import ClusterResult
+from elfs_ray.stages.train import TrainResult
 from elfs_ray.stages.train.worker import ProxyTrainingJob, train_proxy
 from elfs_ray.stages.training.checkpoints import CHECKPOINTS_DIR
 from elfs_ray.stages.training.epoch_log import read_metrics
@@ -29,8 +30,8 @@ FROM_EMBEDDINGS = "embeddings"  # in place of how images are read
 FOOTER_THREADS = 32
 
 
-def run_train(config: Config, run_dir: RunDir) -> dict[str, Any]:
-    """Train the proxy network. Returns rows an epoch, epochs, workers, how images were read, and every epoch's metrics.
+def run_train(config: Config, run_dir: RunDir) -> TrainResult:
+    """Train the proxy network.
 
     Raises RuntimeError with the workers' message when training gives up, at once where a retry would end the same way:
     a loss that is not finite, a proxy image that cannot be decoded. And where records of a finished epoch are gone.
@@ -39,7 +40,8 @@ def run_train(config: Config, run_dir: RunDir) -> dict[str, Any]:
     limits = worker_range(proxy_workers(config.train), "train.num_workers") or (
         (num_gpus(),) * 2 if device == "cuda" else (1, 1)
     )
-    num_samples = int(run_dir.figures("cluster")["rows"])
+    clusters = ClusterResult.read(run_dir)
+    num_samples = clusters.rows
     reading = FROM_EMBEDDINGS if config.train.network == LINEAR else _choose_reading(config, run_dir, num_samples)
     one_cpu = device == "cuda" and reading != "streamed"
     cpus = config.train.cpus_per_worker or (1 if one_cpu else max(1, num_cpus() // limits[1]))
@@ -53,7 +55,7 @@ def run_train(config: Config, run_dir: RunDir) -> dict[str, Any]:
         job = ProxyTrainingJob(
             config=config.train,
             seed=config.seed,
-            num_classes=int(run_dir.figures("cluster")["num_clusters"]),
+            num_classes=clusters.num_clusters,
             proxy_size=config.embed.proxy_image_size,
             run_dir=run_dir,
             data=data,
@@ -72,13 +74,13 @@ def run_train(config: Config, run_dir: RunDir) -> dict[str, Any]:
         run_workers(group, train_proxy, job)
     history = [read_metrics(run_dir, "train", epoch) for epoch in range(config.train.epochs)]
     _check_records(run_dir, num_samples, len(history))
-    return {
-        "rows": num_samples,
-        "epochs": len(history),
-        "workers": history[-1]["workers"],
-        "reading": reading,
-        "history": history,
-    }
+    return TrainResult(
+        rows=num_samples,
+        epochs=len(history),
+        workers=int(history[-1]["workers"]),
+        reading=reading,
+        history=history,
+    )
 
 
 def _choose_reading(config: Config, run_dir: RunDir, num_samples: int) -> str:

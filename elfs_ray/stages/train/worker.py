@@ -29,6 +29,7 @@ from elfs_ray.methods.training.sgd import (
     set_learning_rate,
     update,
 )
+from elfs_ray.stages.train import STAGE
 from elfs_ray.stages.training.epoch_log import EpochLog
 from elfs_ray.stages.training.group_member import GroupMember
 from elfs_ray.stages.training.reader import Augmenter, Batch, EmbeddingsAsTheyAre
@@ -106,7 +107,7 @@ class ProxyTrainingWorker:
         self.scaler = make_grad_scaler(self.precision, member.device)
         self.recorder, self.losses = DynamicsRecorder(self.plan.num_rows, member.device), LossMonitor()
         self.log = EpochLog(
-            "train", job.run_dir, job.board, member, num_samples=self.plan.num_samples, num_epochs=config.epochs
+            STAGE, job.run_dir, job.board, member, num_samples=self.plan.num_samples, num_epochs=config.epochs
         )
 
     def _make_model(self, dim: int | None) -> nn.Module:

@@ -8,6 +8,7 @@ from typing import Any
 import ray
 
 from elfs_ray.runtime.metrics import report_epoch
+from elfs_ray.stages.stage import Stage
 from elfs_ray.stages.training.checkpoints import CHECKPOINTS_DIR, CheckpointReporter, load_checkpoint
 from elfs_ray.stages.training.group_member import GroupMember
 from elfs_ray.storage import filesystem, schema
@@ -24,7 +25,7 @@ class EpochLog:
     """
 
     def __init__(
-        self, stage: str, run_dir: RunDir, board: Any, member: GroupMember, *, num_samples: int, num_epochs: int
+        self, stage: Stage, run_dir: RunDir, board: Any, member: GroupMember, *, num_samples: int, num_epochs: int
     ):
         self._stage, self._run_dir, self._board, self._member = stage, run_dir, board, member
         self._num_samples, self._num_epochs = num_samples, num_epochs
@@ -33,7 +34,7 @@ class EpochLog:
 
     def epochs_left(self, load_state: Callable[[dict[str, Any]], None]) -> range:
         """Load the last reported state, if there is one, and return the epochs that are left to train."""
-        state = load_checkpoint(self._run_dir.path(self._stage, CHECKPOINTS_DIR))
+        state = load_checkpoint(self._run_dir.path(self._stage.name, CHECKPOINTS_DIR))
         if state is None:
             return range(self._num_epochs)
         load_state(state)
@@ -53,8 +54,8 @@ class EpochLog:
         epoch, is_rank_0 = metrics["epoch"], self._member.rank == 0
         next_epoch = epoch + 1
         if is_rank_0:
-            filesystem.write_bytes(_history_file(self._run_dir, self._stage, epoch), json.dumps(metrics).encode())
-            report_epoch(self._stage, metrics)
+            filesystem.write_bytes(_history_file(self._run_dir, self._stage.name, epoch), json.dumps(metrics).encode())
+            report_epoch(self._stage.name, self._stage.epoch_gauges, metrics)
         self._checkpoints.end_epoch(
             metrics,
             lambda: {"next_epoch": next_epoch, **make_state()},

@@ -27,15 +27,15 @@ def run(tmp_path, *overrides: str) -> tuple[dict[str, bytes], dict]:
     run_dir = RunDir(tmp_path)
     if not (tmp_path / "embeddings").exists():
         write_embedded(run_dir)
-    figures = cluster.run_cluster(digits_config(tmp_path, *overrides), run_dir)
-    return contents(tmp_path, "clusters"), figures
+    result = cluster.run_cluster(digits_config(tmp_path, *overrides), run_dir)
+    return contents(tmp_path, "clusters"), result
 
 
 def test_one_two_three_and_seven_workers_give_the_same_bytes(ray_cluster, tmp_path):
     tables = {}
     for num_workers in (1, 2, 3, 7):
-        tables[num_workers], figures = run(tmp_path / str(num_workers), f"cluster.num_workers={num_workers}")
-        assert figures["workers"] == num_workers
+        tables[num_workers], result = run(tmp_path / str(num_workers), f"cluster.num_workers={num_workers}")
+        assert result.workers == num_workers
     assert tables[1] == tables[2] == tables[3] == tables[7]
 
 
@@ -70,11 +70,11 @@ def test_every_embedded_sample_gets_the_label_of_its_nearest_centroid(ray_cluste
 
 
 def test_objective_is_within_one_percent_of_scikit_learn(ray_cluster, tmp_path):
-    _, figures = run(tmp_path, "cluster.num_tries=5", "cluster.tolerance=0")
+    _, result = run(tmp_path, "cluster.num_tries=5", "cluster.tolerance=0")
     embedded = pq.ParquetDataset(RunDir(tmp_path).table_files("embeddings")).read()
     embeddings = np.stack(embedded["embedding"].to_numpy()).astype(np.float64)
     reference = KMeans(10, n_init=10, random_state=0).fit(embeddings).inertia_ / len(embeddings)
-    assert figures["objective"] <= 1.01 * reference
+    assert result.objective <= 1.01 * reference
 
 
 def test_a_worker_killed_on_the_way_changes_no_byte(ray_cluster, tmp_path, monkeypatch):
@@ -172,18 +172,18 @@ def test_a_pool_smaller_than_a_batch_of_temi_is_one_batch_that_its_workers_share
 
 @pytest.mark.slow
 def test_temi_gives_better_labels_than_k_means_and_reports_its_heads(ray_cluster, tmp_path):
-    _, kmeans_figures = run(tmp_path / "kmeans")
-    _, figures = run(tmp_path / "temi", *TEMI, "cluster.temi.num_epochs=25")
+    _, kmeans_result = run(tmp_path / "kmeans")
+    _, result = run(tmp_path / "temi", *TEMI, "cluster.temi.num_epochs=25")
     truth = digit_images(1003)[1][RunDir(tmp_path / "temi").read_column("embeddings", column="sample_id")]
     accuracy = {
         name: matched_accuracy(contingency_table(labels_of(tmp_path / name), truth, 10, 10))
         for name in ("kmeans", "temi")
     }
     assert accuracy["temi"] > accuracy["kmeans"]
-    assert len(figures["temi"]["head_losses"]) == 3
-    assert figures["temi"]["head"] == np.argmin(figures["temi"]["head_losses"])
-    assert sum(figures["sizes"]) == kmeans_figures["rows"] == 1000
-    assert 0 < figures["neighbor_purity"] <= 1
+    assert len(result.temi["head_losses"]) == 3
+    assert result.temi["head"] == np.argmin(result.temi["head_losses"])
+    assert sum(result.sizes) == kmeans_result.rows == 1000
+    assert 0 < result.neighbor_purity <= 1
 
 
 @pytest.mark.slow
@@ -210,7 +210,7 @@ def test_temi_killed_in_an_epoch_and_resumed_equals_undisturbed(ray_cluster, tmp
 
 
 def test_the_number_of_clusters_can_be_estimated_and_says_from_what(ray_cluster, tmp_path):
-    _, figures = run(tmp_path, "cluster.num_clusters=auto")
-    assert 5 <= figures["num_clusters"] <= 30
-    tried = {row["num_clusters"]: row["silhouette"] for row in figures["num_clusters_evidence"]}
-    assert max(tried, key=tried.get) == figures["num_clusters"] and len(tried) > 5
+    _, result = run(tmp_path, "cluster.num_clusters=auto")
+    assert 5 <= result.num_clusters <= 30
+    tried = {row["num_clusters"]: row["silhouette"] for row in result.num_clusters_evidence}
+    assert max(tried, key=tried.get) == result.num_clusters and len(tried) > 5

@@ -52,7 +52,7 @@ def test_coreset_equals_sort_and_slice_for_every_score_and_beta(
     run_dir = RunDir(tmp_path)
     records = write_trained(run_dir)
     config = digits_config(tmp_path, f"select.score={score}", f"select.hard_fraction={hard_fraction}")
-    figures = select.run_select(config, run_dir)
+    result = select.run_select(config, run_dir)
 
     ids, plain = records["sample_id"], plain_scores(records)[score]
     hardness = plain.astype(np.float32) * (1 if HARD_IS_LOW[score] else -1)
@@ -61,8 +61,8 @@ def test_coreset_equals_sort_and_slice_for_every_score_and_beta(
     coreset = read(run_dir, "coreset")
     np.testing.assert_array_equal(coreset["sample_id"], order[start : start + count])
     np.testing.assert_array_equal(coreset["rank"], np.arange(count))
-    assert figures["rows"] == count
-    first = figures["coresets"]["coreset"]
+    assert result.rows == count
+    first = result.coresets["coreset"]
     assert (first["num_hard"], first["num_easy"]) == (start, len(ids) - start - count)
     assert (tmp_path / "coreset.txt").read_text().splitlines() == [f"/digits/{i}.png" for i in coreset["sample_id"]]
 
@@ -187,12 +187,12 @@ def test_every_method_over_files_keeps_what_it_keeps_in_memory(ray_cluster, tmp_
     run_dir = RunDir(tmp_path)
     ids = write_trained(run_dir)["sample_id"]
     overrides = [f"select.method={method}", f"select.balance={balance}", "seed=4", "select.num_strata=7"]
-    figures = select.run_select(digits_config(tmp_path, *overrides), run_dir)
+    result = select.run_select(digits_config(tmp_path, *overrides), run_dir)
     coreset = read(run_dir, "coreset")
     np.testing.assert_array_equal(
         np.sort(coreset["sample_id"]), in_memory(method, balance, ids, read(run_dir, "scores"), 200)
     )
-    assert figures["rows"] == 200
+    assert result.rows == 200
     np.testing.assert_array_equal(coreset["rank"], np.arange(200))
 
 

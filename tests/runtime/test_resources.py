@@ -7,8 +7,9 @@ import pytest
 import ray
 
 from elfs_ray.config import Config, ConfigError
-from elfs_ray.pipeline.resources import check_request, describe_shortage, requests_of
+from elfs_ray.pipeline.stages import STAGES
 from elfs_ray.runtime.cluster import Devices, devices_of_cluster
+from elfs_ray.runtime.resources import Request, check_request, describe_shortage
 from tests.tables import digits_config
 
 GIB = 1 << 30
@@ -21,20 +22,25 @@ def config(*overrides: str) -> Config:
     return digits_config(Path("/run"), "cluster.num_workers=null", *overrides)
 
 
+def requests_of(name: str, devices: Devices, *overrides: str) -> list[Request]:
+    (stage,) = (stage for stage in STAGES if stage.name == name)
+    return stage.requests(config(*overrides), devices)
+
+
 def described(stage: str, devices: Devices, *overrides: str) -> str:
-    return ", ".join(request.describe() for request in requests_of(stage, config(*overrides), devices))
+    return ", ".join(request.describe() for request in requests_of(stage, devices, *overrides))
 
 
 def refusal(stage: str, devices: Devices, *overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
-        for request in requests_of(stage, config(*overrides), devices):
+        for request in requests_of(stage, devices, *overrides):
             check_request(request, devices)
     return str(caught.value)
 
 
 def shortages(stage: str, devices: Devices, *overrides: str) -> list[str]:
     """What is said of requests that are not refused."""
-    requests = requests_of(stage, config(*overrides), devices)
+    requests = requests_of(stage, devices, *overrides)
     for request in requests:
         check_request(request, devices)
     return [shortage for request in requests if (shortage := describe_shortage(request, devices))]

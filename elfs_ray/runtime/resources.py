@@ -1,0 +1,98 @@
+"""Requests to the cluster: how many workers, and the CPUs, GPUs and memory of each."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from elfs_ray.config import ConfigError, worker_range
+from elfs_ray.runtime.progress import count
+
+if TYPE_CHECKING:  # importing it imports Ray, and --help reads this module
+    from elfs_ray.runtime.cluster import Devices
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Request:
+    """Workers that hold their CPUs, GPUs and memory while their part of a stage runs, and let go of them then.
+
+    `key` is the section of the config that asks. A stage can begin with `fewest` workers.
+    """
+
+    key: str
+    noun: str
+    fewest: int
+    most: int
+    cpus: int
+    gpus: int
+    memory_gib: float | None
+
+    def describe(self) -> str:
+        """2 to 4 encoders of 1 CPU, 1 GPU, 8 GiB."""
+        number = count(self.most, self.noun)
+        if self.fewest != self.most:
+            number = f"{self.fewest:,} to {number}"
+        each = [count(self.cpus, "CPU")]
+        each += [count(self.gpus, "GPU")] if self.gpus else []
+        each += [f"{self.memory_gib:g} GiB"] if self.memory_gib else []
+        return f"{number} of {', '.join(each)}"
+
+
+def request_workers(
+    devices: "Devices",
+    key: str,
+    noun: str,
+    *,
+    device: str,
+    num_workers: int | str | None,
+    usual: int,
+    cpus: int = 1,
+    memory_gib: float | None = None,
+) -> Request:
+    """Return what the config section `key` asks for; `usual` is the number of CPU workers where the config names none.
+
+    Raises ConfigError for a GPU where there can be none, and for a number of workers that only the user can give.
+    """
+    gpus = int(devices.resolve(device, f"{key.partition('.')[0]}.device") == "cuda")
+    workers = worker_range(num_workers, f"{key}.num_workers")
+    if workers is None:
+        if not (devices.num_gpus if gpus else devices.num_cpus):
+            raise ConfigError(
+                f"{key}.num_workers=null takes what is there, and there is no {'GPU' if gpus else 'CPU'} "
+                f"{devices.where}: give {key}.num_workers=..., and {key.partition('.')[0]}.device=cuda where GPUs are "
+                "to come"
+            )
+        workers = (devices.num_gpus if gpus else usual,) * 2
+    fewest, most = workers
+    return Request(key, noun, fewest, most, cpus, gpus, memory_gib)
+
+
+def check_request(request: Request, devices: "Devices") -> None:
+    """Raise ConfigError for more than the cluster has, unless it may grow."""
+    shortage = describe_shortage(request, devices)
+    if shortage and not devices.may_grow:
+        raise ConfigError(f"{shortage}: lower it, or use a larger cluster (ray_address)")
+
+
+def describe_shortage(request: Request, devices: "Devices") -> str:
+    """Say what a request needs that the cluster does not have now; empty where it has all."""
+    # Where there is no node yet, its size says nothing: the totals below do.
+    if 0 < devices.node_cpus < request.cpus:
+        return (
+            f"{request.key}.cpus_per_worker={request.cpus} is more than the {count(devices.node_cpus, 'CPU')} of the "
+            f"largest node {devices.where}"
+        )
+    memory = devices.node_memory_bytes
+    if memory is not None and (request.memory_gib or 0) * GIB > memory:
+        return (
+            f"{request.key}.memory_gib={request.memory_gib:g} is more than the {memory / GIB:.1f} GiB that Ray gives "
+            f"to workers on the largest node {devices.where}"
+        )
+    needed = {"CPU": request.fewest * request.cpus, "GPU": request.fewest * request.gpus}
+    for noun, number in (("CPU", devices.num_cpus), ("GPU", devices.num_gpus)):
+        if needed[noun] > number:
+            return (
+                f"{request.key}.num_workers asks for {request.describe()}: {count(needed[noun], noun)} in all, and "
+                f"there are {number:,} {devices.where}"
+            )
+    return ""
