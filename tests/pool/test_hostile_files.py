@@ -159,7 +159,7 @@ def test_a_strip_of_30000_by_10_pixels_costs_no_more_than_itself(photographs):
         assert min(proxy.size) == 64 and max(proxy.size) <= 256
 
 
-def test_a_format_that_runs_a_program_or_is_not_for_photographs_is_not_tried(tmp_path, monkeypatch):
+def test_a_format_that_runs_a_program_or_is_obscure_is_not_tried(tmp_path, monkeypatch):
     """Pillow hands EPS to ghostscript, where there is one; here one stands in the path that leaves a trace."""
     trace = tmp_path / "trace"
     program = tmp_path / "gs"

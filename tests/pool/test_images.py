@@ -182,7 +182,7 @@ def test_the_limit_of_pillow_neither_undercuts_ours_nor_is_changed(photographs, 
 
 @pytest.mark.parametrize("orientation", [1, 6])
 @pytest.mark.parametrize("min_size", [1, 8, 26, 27, 28, 53, 54, 106, 107, 213, 214, 300])
-def test_large_jpegs_are_decoded_smaller_but_never_below_twice_the_needed_size(photographs, min_size, orientation):
+def test_large_jpegs_are_decoded_at_no_less_than_twice_the_size_needed(photographs, min_size, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encode(photographs[0], "JPEG", exif=exif)
@@ -272,7 +272,7 @@ def test_a_copy_has_no_colour_profile_whatever_the_size_of_the_originals(photogr
 
 
 @pytest.mark.parametrize("rows", [1, 7, 1000])
-def test_an_image_brought_to_rgb_in_strips_is_as_one_brought_to_rgb_at_once(photographs, monkeypatch, rows):
+def test_conversion_to_rgb_in_strips_equals_conversion_at_once(photographs, monkeypatch, rows):
     monkeypatch.setattr(images, "STRIP_PIXELS", rows * 640)
     opaque = photographs[0].resize((640, 100))
     alpha = Image.linear_gradient("L").resize(opaque.size)

@@ -289,7 +289,7 @@ def test_containers_that_change_after_the_listing_cost_their_images_alone(digit_
 # WebDataset
 
 
-def test_members_are_listed_without_what_is_hidden_and_labelled_by_their_key(tmp_path):
+def test_members_are_listed_without_hidden_ones_and_labelled_by_key(tmp_path):
     write_tar(
         tmp_path / "pool.tar",
         {
@@ -324,7 +324,7 @@ def test_every_kind_of_tar_is_read(tmp_path, form):
 
 
 @pytest.mark.parametrize("place", ["disk", "object store"])
-def test_a_tar_cut_short_anywhere_gives_what_is_whole_and_a_reason_for_the_last(tmp_path, place):
+def test_a_truncated_tar_gives_whole_members_and_a_reason_for_the_last(tmp_path, place):
     images = [os.urandom(700) for _ in range(3)]
     members = {f"{i}.{kind}": data for i, image in enumerate(images) for kind, data in (("png", image), ("cls", b"11"))}
     write_tar(tmp_path / "whole.tar", members)

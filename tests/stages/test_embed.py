@@ -150,7 +150,7 @@ def undisturbed(ray_cluster, pool, tmp_path_factory) -> Path:
     return folder
 
 
-def test_embedded_and_rejected_are_the_index_and_every_embedded_image_has_a_copy(embedded):
+def test_embedded_and_rejected_are_the_index_and_copies_are_complete(embedded):
     folder, result = embedded
     embedded_ids, rejected_ids = rows(folder, "embeddings")["sample_id"], rows(folder, "rejected")["sample_id"]
     every_id = rows(folder, "index")["sample_id"].to_pylist()
@@ -204,7 +204,7 @@ def test_more_encoders_give_the_same_bytes(undisturbed, pool, tmp_path, num_work
     assert contents(tmp_path, *TABLES) == contents(undisturbed, *TABLES)
 
 
-def test_a_network_embeds_an_image_of_one_colour_and_rejects_the_same_others(undisturbed):
+def test_a_network_embeds_one_colour_and_rejects_the_same_other_images(undisturbed):
     ids = ids_by_name(undisturbed)
     assert ids["white.bmp"] in rows(undisturbed, "embeddings")["sample_id"].to_pylist()
     others = sorted(ids[name] for name in REASONS if name != "white.bmp")
@@ -325,7 +325,7 @@ def test_blocks_hold_every_id_once_and_do_not_depend_on_the_workers(tmp_path, bl
 
 
 @pytest.mark.gpu
-def test_an_encoder_on_a_gpu_gives_what_one_on_a_cpu_does_but_for_rounding(pool, tmp_path):
+def test_an_encoder_on_a_gpu_agrees_with_one_on_a_cpu_up_to_rounding(pool, tmp_path):
     """The job runs as users run it, on a Ray of its own that has the GPU."""
     for device in ("cpu", "cuda"):
         overrides = [

@@ -37,7 +37,7 @@ def test_a_read_and_a_write_outlast_a_fault_that_passes(s3_server, s3_bucket, ki
     assert filesystem.read_bytes(uri) == b"content" * 1000
 
 
-def test_a_store_that_refuses_is_asked_once_and_the_message_says_what_is_needed(s3_server, s3_bucket):
+def test_a_store_that_refuses_is_asked_once_and_the_message_helps(s3_server, s3_bucket):
     uri = filesystem.join(s3_bucket, "part.bin")
     before = s3_server.num_requests()
     s3_server.fail("403", 1, method="PUT", key="part.bin")
@@ -67,7 +67,7 @@ def test_a_writer_that_is_killed_leaves_no_object(s3_bucket):
     assert filesystem.list_files(s3_bucket, recursive=True) == []
 
 
-def test_a_large_object_is_read_as_it_was_written_and_half_an_upload_is_no_object(s3_server, s3_bucket):
+def test_a_large_object_survives_a_round_trip_and_half_an_upload_is_none(s3_server, s3_bucket):
     data = os.urandom(24 << 20)  # three parts
     uri = filesystem.join(s3_bucket, "large.bin")
     s3_server.fail("403", 1, method="PUT", key="large.bin")
@@ -112,7 +112,7 @@ def test_a_pool_in_a_bucket_holds_the_images_of_the_pool_on_disk(s3_bucket, digi
 
 @pytest.mark.parametrize("uri", WITH_CREDENTIALS)
 @pytest.mark.parametrize("key", ["run_dir", "pool.uri", "pool.url", "evaluate.test_uri", "train.epochs"])
-def test_a_config_with_credentials_in_it_is_refused_and_does_not_show_them(tmp_path, key, uri):
+def test_a_config_with_credentials_is_refused_without_showing_them(tmp_path, key, uri):
     for yaml in (None, tmp_path / "job.yaml"):
         overrides = [f"{key}={uri}"]
         if yaml:

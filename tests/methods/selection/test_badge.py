@@ -38,7 +38,7 @@ def test_the_factors_pick_what_the_whole_gradients_do(seed):
     assert badge_selection(features, probs, 60, seed).tolist() == plain_badge(features, probs, 60, seed)
 
 
-def test_every_sample_is_picked_once_and_a_smaller_budget_is_the_beginning():
+def test_every_sample_is_picked_once_and_smaller_budgets_are_prefixes():
     features, probs = network_outputs()
     everything = badge_selection(features, probs, NUM_SAMPLES, 0)
     assert sorted(everything.tolist()) == list(range(NUM_SAMPLES))

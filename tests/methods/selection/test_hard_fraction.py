@@ -65,7 +65,7 @@ def test_sums_are_the_same_for_any_division_of_the_samples():
     assert whole[0].sum() == 999
 
 
-def test_the_hard_fraction_falls_as_the_budget_grows_and_never_exceeds_what_is_pruned():
+def test_the_hard_fraction_falls_as_the_budget_grows_and_always_fits():
     scores, probs = pool()
     found = [least_risk(risks_of(scores, probs, count)) for count in (20, 200, 400, 1200, 2400, 3600)]
     assert all(a > b for a, b in pairwise(found)), found
@@ -73,7 +73,7 @@ def test_the_hard_fraction_falls_as_the_budget_grows_and_never_exceeds_what_is_p
         assert 0 <= least_risk(risks_of(scores, probs, count)) <= 1 - count / 4000
 
 
-def test_many_samples_a_class_are_taken_around_the_mean_and_a_handful_from_the_easy_end():
+def test_large_budgets_lie_around_the_mean_and_small_ones_at_the_easy_end():
     scores, probs = pool()
     many = least_risk(risks_of(scores, probs, 400, num_classes=1))
     kept = double_end(scores, np.arange(4000), 400, many, "low")
@@ -82,7 +82,7 @@ def test_many_samples_a_class_are_taken_around_the_mean_and_a_handful_from_the_e
     assert few == 0.7  # the window ends where the easiest fifth begins
 
 
-def test_equal_scores_equal_probabilities_and_a_single_sample_give_a_fraction_that_fits():
+def test_equal_scores_and_a_single_sample_give_a_fraction_that_fits():
     equal, ones = np.zeros(100, np.float32), np.ones(100, np.float32)
     _, probs = pool(100)
     assert least_risk(risks_of(equal, probs, 10)) == 0

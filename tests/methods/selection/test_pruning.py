@@ -55,7 +55,7 @@ def test_the_window_over_shards_equals_sorting_and_slicing(n, direction, dtype):
             assert set(sharded) == set(ids[order[start : start + count]]) and sharded.size == count
 
 
-def test_a_hard_fraction_equal_to_the_pruning_rate_ends_at_the_easiest_sample_and_zero_starts_at_the_hardest():
+def test_the_largest_and_smallest_hard_fraction_reach_both_ends():
     for kept, pruned in ((0.1, 0.9), (0.3, 0.7), (1 - 0.9, 0.9), (1 - 0.7, 0.7), (0.7, 1 - 0.7)):
         count = budget_count(kept, 1000)
         assert window_start(1000, count, pruned) + count == 1000
@@ -96,7 +96,7 @@ def test_a_hard_fraction_beyond_what_is_pruned_is_refused(hard_fraction):
         window_start(100, 10, hard_fraction)
 
 
-def test_a_random_selection_refuses_duplicate_ids_and_a_budget_beyond_the_pool():
+def test_a_random_selection_refuses_duplicates_and_too_large_a_budget():
     _, ids = pool(20)
     twice = ids.copy()
     twice[4] = twice[5]
@@ -145,7 +145,7 @@ def test_strata_have_equal_width_and_number_from_the_hard_end():
 
 
 @pytest.mark.parametrize("direction", ["low", "high"])
-def test_stratified_drops_the_hardest_and_meets_the_allocation_of_every_stratum(direction):
+def test_stratified_drops_the_hardest_and_fills_every_stratum(direction):
     rng = np.random.default_rng(2)
     scores, ids = (rng.standard_normal(4000) ** 3).astype(np.float32), rng.permutation(9000)[:4000]
     positions = stratified(scores, ids, 700, 0.2, direction, seed=3)
@@ -251,7 +251,7 @@ def test_dual_beta_refuses_what_are_no_probabilities():
         dual_beta(np.array([0.1, -0.2, 0.1], np.float32), np.full(3, 0.5, np.float32), ids, 1, seed=0)
 
 
-def test_balance_gives_each_pseudo_class_an_equal_share_as_far_as_it_has_samples():
+def test_balance_divides_the_budget_evenly_as_far_as_classes_have_samples():
     rng = np.random.default_rng(10)
     scores, ids = pool(1000, num_values=400)
     labels = rng.choice([0, 1, 5], 1000, p=[0.05, 0.35, 0.6])
@@ -266,7 +266,7 @@ def test_balance_gives_each_pseudo_class_an_equal_share_as_far_as_it_has_samples
         assert set(positions[labels[positions] == label]) == set(expected)
 
 
-def test_the_hard_fraction_is_one_of_each_class_and_yields_to_the_budget_of_a_small_one():
+def test_each_class_drops_its_hard_fraction_but_fills_its_budget_first():
     scores, ids = pool(100)
     labels = np.repeat([0, 3], [90, 10])
     starts, shares = balanced_windows(np.array([90, 0, 0, 10]), 16, 0.4)
