@@ -97,20 +97,6 @@ def exact_products(
     return result
 
 
-def exact_similarities(
-    left: torch.Tensor, left_rows: torch.Tensor, right: torch.Tensor, right_rows: torch.Tensor, space: Workspace
-) -> torch.Tensor:
-    """`exact_products` of float16 numbers, in float16 or float32: products of 11 bits each are exact in float32."""
-    result = torch.empty(len(left_rows), dtype=torch.float64, device=left.device)
-    for pairs in _pair_chunks(len(left_rows), left.device):
-        shape = (len(left_rows[pairs]), left.shape[1])
-        first, second = (space.tensor(name, shape, part.dtype) for name, part in (("first", left), ("second", right)))
-        torch.index_select(left, 0, left_rows[pairs], out=first)
-        torch.index_select(right, 0, right_rows[pairs], out=second)
-        torch.sum(first.float().mul_(second), 1, dtype=torch.float64, out=result[pairs])
-    return result
-
-
 def _pair_chunks(num_pairs: int, device: torch.device) -> Iterator[slice]:
     size = _SETTLE_PAIRS * (64 if device.type == "cuda" else 1)
     for start in range(0, num_pairs, size):

@@ -4,9 +4,9 @@ Reads   embeddings/
 Writes  neighbors/ (sample_id, neighbor_ids, similarity), a file for each of embeddings/
 
 A task finds the neighbours of some files' samples in all files, a few at a time; a resumed run skips files that exist.
-Exact search costs 2·n²·d operations. Above 200,000 samples CPUs take an inverted file instead, in shards on actors,
-around the centroids of a k-means of its own on a sample. It looks into as many lists as the share of exact neighbours
-that was asked for takes, measured on a sample, and into more where these hold too few.
+Exact search costs 2·n²·d operations. Above 200,000 samples CPUs use faiss's inverted file instead, in shards on
+actors, around the centroids of a spherical k-means on a sample. It looks into as many lists as the requested recall
+takes, measured on a sample, and into more where these hold too few.
 """
 
 import math
@@ -55,7 +55,7 @@ def run_neighbors(config: ClusterConfig, run_dir: RunDir, num_neighbors: int, se
     num_samples = _num_rows(files)
     if num_neighbors >= num_samples:
         raise ValueError(
-            f"cluster.num_neighbors={num_neighbors} of {num_samples} samples: needed are fewer neighbours than samples"
+            f"cluster.num_neighbors={num_neighbors} of {num_samples} samples: it must be below the number of samples"
         )
     search = config.neighbor_search
     if search == "auto":
@@ -136,7 +136,7 @@ def _ask(shards: list[Any], k: int, *queries_ids_lists: np.ndarray) -> Neighbors
 
 
 class _ListShard:
-    """The samples of some files in the inverted file. Memory: n·(2·d + 16) bytes."""
+    """The samples of some files in the inverted file. Memory: n·(4·d + 24) bytes."""
 
     def __init__(self, files: Files, centroids: np.ndarray):
         torch.set_num_threads(1)
@@ -177,7 +177,10 @@ def _prepare(files: Files, num_neighbors: int, seed: int) -> tuple[np.ndarray, n
     (rows, ids), (queries, query_ids) = _samples(map(_read, shards), shares, seed)
     rows, ids = _distinct(rows, ids)
     points = ArrayPoints(rows, ids)
-    centroids = kmeans(points, min(num_lists, len(rows)), seed=seed, max_iterations=LIST_ITERATIONS).centroids
+    num_lists = min(num_lists, len(rows))
+    fit = kmeans(points, num_lists, seed=seed, max_iterations=LIST_ITERATIONS, spherical=True)
+    # Of unit length in float16 they are searched like samples: exactly.
+    centroids = fit.centroids.astype(np.float16)
     return centroids, queries, query_ids, nearest_neighbors(queries, query_ids, map(_read, shards), num_neighbors)
 
 

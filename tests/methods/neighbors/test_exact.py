@@ -87,6 +87,16 @@ def test_equal_samples_are_each_others_neighbours_by_id():
     assert found.neighbor_ids.tolist() == expected
 
 
+@pytest.mark.parametrize("at", [[], [100], [5, 6, 1900]])
+def test_a_pool_of_equal_samples_gives_the_lowest_ids(at):
+    """No margin of candidates proves a ranking here: every query is compared with every sample."""
+    embeddings = np.repeat(unit(np.random.default_rng(7).normal(size=(1, 24))), 2000, axis=0)
+    sample_ids = np.random.default_rng(8).permutation(2000)
+    found = nearest_neighbors(embeddings, sample_ids, cut(embeddings, sample_ids, at), 4)
+    expected = [[i for i in range(5) if i != sample_id][:4] for sample_id in sample_ids]
+    assert found.neighbor_ids.tolist() == expected
+
+
 def test_a_query_is_left_out_by_its_id_not_its_place():
     embeddings, sample_ids = clustered(300, 16, seed=4)
     chosen = np.array([250, 3, 77])
@@ -101,7 +111,7 @@ def test_all_other_samples_can_be_asked_for_but_no_more():
     embeddings, sample_ids = clustered(40, 8, seed=5)
     found = nearest_neighbors(embeddings, sample_ids, cut(embeddings, sample_ids, [7, 20]), 39)
     assert (np.sort(found.neighbor_ids, axis=1)[5] == np.sort(np.delete(sample_ids, 5))).all()
-    with pytest.raises(ValueError, match=r"k=40 neighbours .* pool of 40 samples; ask for at most 39"):
+    with pytest.raises(ValueError, match=r"k=40 neighbours .* pool of 40 samples; use at most 39"):
         nearest_neighbors(embeddings, sample_ids, [(embeddings, sample_ids)], 40)
     with pytest.raises(ValueError, match="k=0"):
         nearest_neighbors(embeddings, sample_ids, [(embeddings, sample_ids)], 0)

@@ -23,7 +23,8 @@ def pool() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Embeddings with equal ones among them, their ids, and the centroids of lists."""
     embeddings, sample_ids = clustered(4000, 32, seed=8)
     embeddings[100:160] = embeddings[100]
-    return embeddings, sample_ids, kmeans(ArrayPoints(embeddings, sample_ids), NUM_LISTS, seed=0).centroids
+    fit = kmeans(ArrayPoints(embeddings, sample_ids), NUM_LISTS, seed=0, spherical=True)
+    return embeddings, sample_ids, fit.centroids.astype(np.float16)
 
 
 def asker(embeddings, sample_ids, centroids, k, at=()):
@@ -41,7 +42,7 @@ def uneven_pool(num_rows: int, num_groups: int) -> tuple[np.ndarray, np.ndarray,
     centres = random.normal(size=(num_groups, 24))
     rows = np.repeat(centres, sizes, axis=0)
     rows = unit(rows + 0.02 * random.normal(size=rows.shape))
-    return rows, np.arange(len(rows)), np.float32(unit(centres))
+    return rows, np.arange(len(rows)), unit(centres)
 
 
 def test_lists_are_those_of_the_most_similar_centroids_and_of_equal_ones_the_first(pool):
@@ -49,7 +50,7 @@ def test_lists_are_those_of_the_most_similar_centroids_and_of_equal_ones_the_fir
     centroids = np.concatenate([centroids, centroids])
     similarity = embeddings.astype(np.float64) @ centroids.astype(np.float64).T
     for num in (1, 7, 128):
-        expected = np.sort(np.argsort(-similarity, axis=1, kind="stable")[:, :num], axis=1)
+        expected = np.argsort(-similarity, axis=1, kind="stable")[:, :num]
         np.testing.assert_array_equal(nearest_lists(embeddings, centroids, num), expected)
 
 
@@ -85,9 +86,19 @@ def test_the_search_of_a_list_is_exact(pool):
     found = InvertedFile(centroids, embeddings, sample_ids).search(embeddings[:100], sample_ids[:100], lists[:100], 8)
     for row in range(0, 100, 9):
         inside = lists[:, 0] == lists[row, 0]
-        own = slice(row, row + 1)
-        expected = brute_force(embeddings[own], sample_ids[own], embeddings[inside], sample_ids[inside], 8)
-        np.testing.assert_array_equal(found.neighbor_ids[own], expected.neighbor_ids)
+        one = slice(row, row + 1)
+        expected = brute_force(embeddings[one], sample_ids[one], embeddings[inside], sample_ids[inside], 8)
+        np.testing.assert_array_equal(found.neighbor_ids[one], expected.neighbor_ids)
+
+
+def test_equal_samples_of_a_list_are_found_by_the_lowest_ids(pool):
+    """60 equal samples lie in one list: no margin of candidates proves which 8 come first."""
+    embeddings, sample_ids, centroids = pool
+    equal = sample_ids[100:160]
+    for cut in ([], [130]):
+        found = search_lists(asker(*pool, 8, cut), embeddings[100:160], equal, centroids, nprobe=1)
+        lowest = np.sort(equal)
+        assert found.neighbor_ids.tolist() == [[i for i in lowest if i != query][:8] for query in equal]
 
 
 def test_nprobe_is_the_smallest_power_of_two_that_reaches_the_recall(pool):

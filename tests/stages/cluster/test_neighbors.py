@@ -76,10 +76,11 @@ def test_the_inverted_file_gives_every_sample_of_uneven_groups_its_neighbours(ra
     write_embeddings(run_dir, rows)
     options = ("cluster.neighbor_search=ivf", "cluster.neighbor_recall=0.8")
     tables = []
-    for num_workers in (1, 3):
+    for num_workers, max_queries in ((1, 10_000), (2, 700), (3, 10_000), (7, 100)):
+        monkeypatch.setattr(cluster_neighbors, "MAX_QUERIES", max_queries)
         figures = search(run_dir, 30, *options, f"cluster.num_workers={num_workers}")
         tables.append(contents(tmp_path, "neighbors"))
-    assert tables[0] == tables[1]
+    assert all(table == tables[0] for table in tables)
     found = found_in(run_dir)
     assert figures["nprobe"] < figures["num_lists"] and (found >= 0).all()
     exact = brute_force(rows, np.arange(len(rows)), rows, np.arange(len(rows)), 30).neighbor_ids
@@ -118,7 +119,7 @@ class _Idle:
 def test_as_many_neighbours_as_samples_are_refused(ray_cluster, tmp_path):
     run_dir = RunDir(tmp_path)
     write_embedded(run_dir)
-    with pytest.raises(ValueError, match=r"cluster\.num_neighbors=1000 of 1000 samples: needed are fewer"):
+    with pytest.raises(ValueError, match=r"cluster\.num_neighbors=1000 of 1000 samples: it must be below"):
         search(run_dir, 1000)
 
 

@@ -1,0 +1,23 @@
+"""Check for faiss, an optional dependency with one build for CPUs and one for GPUs.
+
+k-means does without it by default, so it is imported where it is used and never at the top of a module.
+"""
+
+
+def check_faiss(purpose: str, device: str) -> None:
+    """Raise ValueError where the installed faiss cannot serve `purpose` on a device, "cpu" or "cuda".
+
+    Looks at the build alone: the machine that asks may have no GPU though its workers have.
+    """
+    extra = "gpu" if device == "cuda" else "cpu"
+    try:
+        import faiss
+    except ImportError as error:
+        raise ValueError(
+            f"{purpose} needs faiss, which is not installed: pip install 'elfs-ray[{extra}]' on every machine"
+        ) from error
+    if device == "cuda" and not hasattr(faiss, "StandardGpuResources"):
+        raise ValueError(
+            f"{purpose} runs on a GPU, but the installed faiss is built for CPUs: pip uninstall faiss-cpu, then "
+            "pip install 'elfs-ray[gpu]' on every machine, or set cluster.device=cpu"
+        )
