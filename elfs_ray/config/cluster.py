@@ -35,6 +35,12 @@ class ClusterConfig:
     )
     num_tries: int = option(3, "seedings; the one with the lowest objective is kept", bounds=POSITIVE)
     spherical: bool = option(False, "normalise centroids to unit length")
+    engine: str = option(
+        "auto",
+        "what searches for the nearest centroids: torch or faiss, with the same result; auto takes the faster, torch",
+        choices=("auto", "torch", "faiss"),
+        decides=False,
+    )
     num_neighbors: int | None = option(
         None,
         f"nearest neighbours kept in neighbors/; null takes {TEMI_NEIGHBORS} for temi and 0, none, for others",
@@ -42,12 +48,12 @@ class ClusterConfig:
     )
     neighbor_search: str = option(
         "auto",
-        "exact; ivf: an inverted file, approximate, on CPUs; auto: exact up to 200,000 images on CPUs and on GPUs",
+        "exact; ivf: faiss's inverted file, approximate, on CPUs; auto: exact up to 200,000 images on CPUs and on GPUs",
         choices=("auto", "exact", "ivf"),
     )
     neighbor_recall: float = option(
         0.95,
-        "share of the exact neighbours that ivf has to find, measured on a sample",
+        "share of the exact neighbours that ivf must find, measured on a sample",
         bounds=Bounds(above=0, at_most=1),
     )
     device: str = device_option("assignment, neighbours and TEMI run")

@@ -13,13 +13,9 @@ from elfs_ray.methods.numeric.exact_arithmetic import MAX_NORM, exact_centroids,
 from elfs_ray.methods.numeric.workspace import Workspace
 
 ENGINES = ("torch", "faiss")
+FASTEST_ENGINE = "torch"  # as measured by benchmarks/kmeans.py, on CPUs and on GPUs
 
 _NUM_IDS_IN_ERROR = 10
-
-
-def default_engine(device: str | torch.device) -> str:
-    """The engine that was measured as the fastest on this kind of device: "torch" (benchmarks/kmeans.py)."""
-    return {"cpu": "torch", "cuda": "torch"}[torch.device(device).type]
 
 
 def check_device(device: str | torch.device) -> torch.device:
@@ -59,14 +55,13 @@ def embeddings_to_device(embeddings: np.ndarray, sample_ids: np.ndarray, device:
     return on_device
 
 
-def nearest_centroids(embeddings: torch.Tensor, centroids: np.ndarray, engine: str | None = None) -> torch.Tensor:
-    """The nearest centroid of every embedding, ties to the lower centroid id.
+def nearest_centroids(embeddings: torch.Tensor, centroids: np.ndarray, engine: str = FASTEST_ENGINE) -> torch.Tensor:
+    """Return the nearest centroid of every embedding, ties to the lower centroid id.
 
     embeddings (n, d) float16 of unit length on any device; centroids (k, d), rounded to multiples of 2^-24 if they are
-    not yet. Returns (n,) int64 on the device of the embeddings. The engine defaults to the device's fastest.
+    not yet. Returns (n,) int64 on the device of the embeddings. Every engine gives the same.
     Memory beside the embeddings: 20 k·d bytes and, a chunk of rows, up to 64 MB (CPU) or 1 GB (GPU).
     """
-    engine = engine or default_engine(embeddings.device)
     if engine not in ENGINES:
         raise ValueError(f"engine={engine!r} is unknown; use one of {', '.join(ENGINES)}")
     exact = exact_centroids(centroids, embeddings.device)

@@ -7,8 +7,8 @@ centroid id.
 
 from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 
-import faiss
 import numpy as np
 import torch
 
@@ -20,6 +20,7 @@ from elfs_ray.methods.numeric.exact_arithmetic import (
     flat_nonzero,
     product_error,
 )
+from elfs_ray.methods.numeric.faiss_build import check_faiss
 from elfs_ray.methods.numeric.workspace import Workspace
 
 
@@ -115,8 +116,11 @@ def _rounded_up(value: float) -> float:
     return float(np.nextafter(np.float32(value), np.float32(np.inf)))
 
 
-def _flat_index(centroids: torch.Tensor) -> faiss.Index:
-    index: faiss.IndexFlat | faiss.GpuIndexFlat
+def _flat_index(centroids: torch.Tensor) -> Any:
+    check_faiss("engine='faiss'", centroids.device.type)
+    import faiss  # here alone: engine='torch' does without it
+
+    index: Any
     if centroids.is_cuda:
         if faiss.get_num_gpus() == 0:
             raise ValueError(

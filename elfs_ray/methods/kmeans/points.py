@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from elfs_ray.methods.kmeans.assignment import (
+    FASTEST_ENGINE,
     add_rows,
     check_device,
-    default_engine,
     embeddings_to_device,
     nearest_centroids,
     squared_distances_to,
@@ -77,12 +77,12 @@ class ArrayPoints:
     """
 
     def __init__(
-        self, embeddings: np.ndarray, sample_ids: np.ndarray, *, device: str = "cpu", engine: str | None = None
+        self, embeddings: np.ndarray, sample_ids: np.ndarray, *, device: str = "cpu", engine: str = FASTEST_ENGINE
     ):
         self._device = check_device(device)
         self._embeddings = embeddings_to_device(embeddings, sample_ids, self._device)
         self._sample_ids = sample_ids
-        self._engine = engine or default_engine(self._device)
+        self._engine = engine
         self._order = np.argsort(sample_ids, kind="stable")
         if (np.diff(sample_ids[self._order]) == 0).any():
             raise ValueError("sample_ids hold an id more than once; every sample needs an id of its own")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from elfs_ray.config import Config, ConfigError, check_balance
+from elfs_ray.methods.numeric.faiss_build import check_faiss
 from elfs_ray.runtime.progress import count
 from elfs_ray.runtime.resources import Request, request_workers
 from elfs_ray.stages.stage import Result, Stage
@@ -48,6 +49,7 @@ def _describe(config: Config, num_samples: int) -> str:
 
 def _requests(config: Config, devices: "Devices") -> list[Request]:
     cluster = config.cluster
+    _check_faiss(config, devices.resolve(cluster.device, "cluster.device"))
     if cluster.method == "file":
         return []
     shards = request_workers(
@@ -64,6 +66,19 @@ def _requests(config: Config, devices: "Devices") -> list[Request]:
     workers = cluster.temi.num_workers
     heads = request_workers(devices, "cluster.temi", "TEMI worker", device=cluster.device, num_workers=workers, usual=1)
     return [shards, heads]
+
+
+def _check_faiss(config: Config, device: str) -> None:
+    """Raise ConfigError where the stage needs faiss on a device and the installed one, if any, cannot serve it."""
+    cluster = config.cluster
+    try:
+        if cluster.engine == "faiss" and cluster.method != "file":
+            check_faiss("cluster.engine=faiss", device)
+        if cluster.num_neighbors or (cluster.num_neighbors is None and cluster.method == "temi"):
+            reason = f"cluster.num_neighbors={cluster.num_neighbors}" if cluster.num_neighbors else "cluster.method=temi"
+            check_faiss(reason, "cpu" if cluster.neighbor_search == "ivf" else device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _check(config: Config) -> None:

@@ -14,7 +14,7 @@ import ray
 import torch
 
 from elfs_ray.config import ClusterConfig
-from elfs_ray.methods.kmeans.assignment import add_rows, squared_distances_to
+from elfs_ray.methods.kmeans.assignment import FASTEST_ENGINE, add_rows, squared_distances_to
 from elfs_ray.methods.kmeans.points import ArrayPoints, PartialSums, smallest_ids
 from elfs_ray.methods.numeric.exact_arithmetic import to_fixed_point
 from elfs_ray.runtime.cluster import get_result, num_cpus, num_gpus, resolve_device
@@ -33,6 +33,7 @@ class ShardedPoints:
 
     def __init__(self, config: ClusterConfig, run_dir: RunDir):
         self._device = resolve_device(config.device, "cluster.device")
+        self._engine = FASTEST_ENGINE if config.engine == "auto" else config.engine
         self._memory_bytes = int((config.memory_gib or 0) * (1 << 30))
         num_workers = config.num_workers or (num_gpus() if self._device == "cuda" else num_cpus())
         self._shares = _share_out(run_dir.counted_files(schema.EMBEDDINGS), num_workers)
@@ -80,7 +81,7 @@ class ShardedPoints:
             gpus = 1 if self._device == "cuda" else 0
             options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus, "memory": self._memory_bytes}
             actor: Any = ray.remote(**options, max_restarts=-1, max_task_retries=-1)(_Shard)
-            self._shards = [actor.remote(files, self._device) for files in self._shares]
+            self._shards = [actor.remote(files, self._device, self._engine) for files in self._shares]
         return self._shards
 
     def _on_all(self, method: str, *arguments: Any) -> list[Any]:
@@ -97,9 +98,9 @@ class ShardedPoints:
 class _Shard:
     """Some files of embeddings/, given with their rows, in the memory of one actor."""
 
-    def __init__(self, files: list[tuple[str, int]], device: str):
+    def __init__(self, files: list[tuple[str, int]], device: str, engine: str):
         torch.set_num_threads(1)
-        self._device = device
+        self._device, self._engine = device, engine
         self._files = [path for path, _ in files]
         self._names = [filesystem.basename(path) for path in self._files]
         self._ends = np.cumsum([rows for _, rows in files]).tolist()
@@ -119,7 +120,7 @@ class _Shard:
     @cached_property
     def _points(self) -> ArrayPoints:
         """Read by the first call, not as the actor starts: the driver gets a call's error as it was raised."""
-        return ArrayPoints(self._embeddings, self._sample_ids, device=self._device)
+        return ArrayPoints(self._embeddings, self._sample_ids, device=self._device, engine=self._engine)
 
     def size(self) -> tuple[int, int]:
         return self._points.count, self._points.dim
