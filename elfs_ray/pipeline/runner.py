@@ -82,6 +82,7 @@ def evaluate(config: Config) -> evaluation.EvaluateResult:
         find_units(config.evaluate.test_uri, config.pool.format)
     except (ValueError, OSError) as error:
         raise ConfigError(f"evaluate.test_uri: {error}") from error
+    _check_faiss_of_evaluate(config)
     run_dir = run(config)
     markers = {stage.name: run_dir.complete_marker(stage.name) for stage in STAGES if stage.is_part_of(config)}
     planned = plan_stage(evaluation.STAGE, config, run_dir, markers)
@@ -91,6 +92,18 @@ def evaluate(config: Config) -> evaluation.EvaluateResult:
         with locked(run_dir):
             _run_stage(planned, config, run_dir)
     return evaluation.EvaluateResult.read(run_dir)
+
+
+def _check_faiss_of_evaluate(config: Config) -> None:
+    """Raise ConfigError where the nearest neighbours, which evaluate votes by, cannot be searched."""
+    from elfs_ray.methods.numeric.faiss_build import check_faiss
+    from elfs_ray.runtime.cluster import find_devices
+
+    device = find_devices(config.ray_address).resolve(config.cluster.device, "cluster.device")
+    try:
+        check_faiss("evaluate, which votes by nearest neighbours,", device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _connect(config: Config) -> None:

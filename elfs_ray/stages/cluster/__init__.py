@@ -75,8 +75,9 @@ def _check_faiss(config: Config, device: str) -> None:
         if cluster.engine == "faiss" and cluster.method != "file":
             check_faiss("cluster.engine=faiss", device)
         if cluster.num_neighbors or (cluster.num_neighbors is None and cluster.method == "temi"):
-            reason = f"cluster.num_neighbors={cluster.num_neighbors}" if cluster.num_neighbors else "cluster.method=temi"
-            check_faiss(reason, "cpu" if cluster.neighbor_search == "ivf" else device)
+            num = cluster.num_neighbors
+            key = f"cluster.num_neighbors={num}" if num else "cluster.method=temi"
+            check_faiss(key, "cpu" if cluster.neighbor_search == "ivf" else device)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
