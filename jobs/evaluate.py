@@ -1,4 +1,4 @@
-"""Are the coresets of finished runs good? Train on them, and on what their rivals select, with the true labels.
+"""Compare the coresets of finished runs with baselines, by training on each with the true labels.
 
 For every method, budget and seed a network is trained from scratch for the same number of steps, and tested on images
 that no selection has seen. Trainings share the cluster's devices. What is complete is kept: the same command goes on
@@ -6,23 +6,24 @@ where it was stopped, and more methods, budgets or seeds only add to it. Example
 
     python jobs/evaluate.py runs=[runs/a,runs/b] out=runs/judged test_uri=cifar10/test.parquet pool.label=label \\
       methods=[random,prototypicality,d2,elfs,elfs+score=el2n] budgets=[0.1,0.3]
+
+A single run can evaluate itself at its end: give its job evaluate.test_uri=...
 """
 
 import sys
 
-from elfs_ray.cli import asks_for_help, key_lines, report_errors, split_arguments
+from elfs_ray.cli import asks_for_help, key_lines, print_results, report_errors, split_arguments
 from elfs_ray.config import describe_keys
-from elfs_ray.evaluation.keys import ComparisonConfig
-from elfs_ray.evaluation.plan import describe, load
-from elfs_ray.storage import schema
+from elfs_ray.evaluation.keys import EvaluateRunsConfig
+from elfs_ray.evaluation.workload import describe, load
 from elfs_ray.storage.run_dir import RunDir
 
 
 def help_text() -> str:
-    """Every key with its default."""
+    """Return every key with its default."""
     lines = [str(__doc__), "usage: python jobs/evaluate.py [--dry-run] [--help] key=value ...", ""]
     lines += ["--dry-run  check everything, print what would be selected and trained, do nothing", ""]
-    return "\n".join([*lines, *key_lines(describe_keys(kind=ComparisonConfig))])
+    return "\n".join([*lines, *key_lines(describe_keys(kind=EvaluateRunsConfig))])
 
 
 def main(arguments: list[str]) -> None:
@@ -34,13 +35,9 @@ def main(arguments: list[str]) -> None:
     if options:
         print(describe(config))
         return
-    from elfs_ray.evaluation import run
-    from elfs_ray.evaluation.report import closing_lines
+    from elfs_ray.evaluation.run import run
 
-    lines = run.run(config)
-    print(closing_lines(lines))
-    for what, name in (("table", run.RESULTS_MD), ("chart", run.RESULTS_SVG), ("results", schema.RESULTS_FILE)):
-        print(f"{what:<9}{RunDir(config.out).path(name)}")
+    print_results(run(config), RunDir(config.out))
 
 
 if __name__ == "__main__":

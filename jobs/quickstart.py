@@ -11,16 +11,13 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from elfs_ray.cli import asks_for_help, closing_lines, help_text, report_errors, split_arguments
+from elfs_ray.cli import asks_for_help, help_text, report_errors, run_config, split_arguments
 from elfs_ray.config import load_config
-from elfs_ray.pipeline import runner as pipeline
-from elfs_ray.pipeline.dry_run import describe_plan
+from elfs_ray.evaluation.job import describe
 from elfs_ray.pipeline.plan import PoolCount
 from elfs_ray.pool.images import encode_png
 from elfs_ray.runtime.progress import say
-from elfs_ray.stages.evaluate.run import format_results
 from elfs_ray.storage import filesystem
-from elfs_ray.storage.run_dir import RunDir
 
 YAML = Path(__file__).with_suffix(".yaml")
 NUM_POOL, NUM_TEST = 4000, 1000
@@ -52,14 +49,14 @@ def main() -> None:
     # Digits are for the pool of the YAML beside this file alone; any other one is the user's, and has to be there.
     has_digits = config.pool.uri == load_config(YAML).pool.uri
     pool = Path(config.pool.uri)
+    writes_digits = has_digits and not (pool.exists() and pool.with_name("test.parquet").exists())
     if options:
-        print(describe_plan(config, PoolCount(NUM_POOL) if has_digits and not pool.exists() else None))
+        print(describe(config, PoolCount(NUM_POOL) if writes_digits else None))
         return
-    if has_digits and not (pool.exists() and pool.with_name("test.parquet").exists()):
+    if writes_digits:
         say(f"writing 5,000 digits to {pool.parent}")
         write_digits(pool.parent)
-    print(format_results(pipeline.evaluate(config)))
-    print(closing_lines(config, RunDir(config.run_dir)))
+    run_config(config)
 
 
 if __name__ == "__main__":

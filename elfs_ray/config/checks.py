@@ -153,6 +153,8 @@ def _check_value(key: str, value: Any, bounds: Bounds | None, choices: Sequence[
 
 def check_relations(config: Config) -> None:
     """Checks between keys."""
+    if config.evaluate.test_uri is not None and config.pool.label is None:
+        raise ConfigError("evaluate.test_uri needs the true labels of the pool, too: give pool.label=...")
     if config.cluster.method == "file" and config.cluster.labels_uri is None:
         raise ConfigError("cluster.method=file needs the pseudo-labels: give cluster.labels_uri=...")
     if config.cluster.method == "temi" and config.cluster.num_neighbors == 0:

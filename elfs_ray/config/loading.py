@@ -41,6 +41,11 @@ def load_config(
     # 0 and 0.0 are one fraction, and so of one identity.
     config.select.hard_fraction = [*map(_as_float, fractions)] if isinstance(fractions, list) else _as_float(fractions)
     check_relations(config)
+    idle = [text for text in overrides if text.startswith("evaluate.") and not text.startswith("evaluate.test_uri=")]
+    if config.evaluate.test_uri is None and idle:
+        raise ConfigError(
+            f"{' '.join(idle)}: nothing is evaluated without test images: give evaluate.test_uri=..., too"
+        )
     return config
 
 

@@ -1,1 +1,1 @@
-"""Coresets of finished runs beside their rivals: selections, trainings from scratch, tables (jobs/evaluate.py)."""
+"""How good coresets are: selections of several methods, trainings from scratch on each, tables and a chart."""

@@ -1,4 +1,4 @@
-"""BADGE as a rival: labels are bought round by round, and a network is trained from scratch on those bought so far.
+"""BADGE as a baseline: labels are bought round by round, and a network is trained from scratch on those bought so far.
 
 Reads   proxy_images/, the true labels of what was bought
 Writes  <folder>/round-0000.parquet, ... (sample_id, in the order of buying), one a round, so that none is repeated
@@ -30,7 +30,7 @@ from elfs_ray.storage.run_dir import RunDir
 
 @dataclass(frozen=True)
 class BadgeJob:
-    """What decides the samples that are bought: the pool (ascending ids), how many by each round's end, the seed."""
+    """Hold what decides which samples are bought: pool (ascending ids), how many by the end of each round, seed."""
 
     run_dir: RunDir
     image_size: int
@@ -41,7 +41,7 @@ class BadgeJob:
 
 
 def round_ends(counts: Sequence[int], num_rounds: int) -> tuple[int, ...]:
-    """How many samples are bought by the end of each round: equal rounds from each budget to the next larger one."""
+    """Return how many samples are bought by each round's end: equal rounds from each budget to the next larger one."""
     ends = [
         start + (end - start) * (number + 1) // num_rounds
         for start, end in pairwise([0, *sorted(set(counts))])
@@ -51,7 +51,7 @@ def round_ends(counts: Sequence[int], num_rounds: int) -> tuple[int, ...]:
 
 
 def buy_labels(job: BadgeJob, labels: TrueLabels, folder: str, place: TrialPlace) -> np.ndarray:
-    """The samples in the order of buying, (last round's end,) int64; the first n are those of a budget of n."""
+    """Return the samples in the order of buying, (last round's end,) int64; the first n are those of a budget of n."""
     buy = ray.remote(num_cpus=place.num_cpus_each, num_gpus=place.num_gpus_each, max_retries=3)(_buy)
     with Progress("badge", len(job.round_ends), "rounds") as progress, remote_progress(progress) as board:
         return get_result(buy.remote(job, [ray.put(labels)], folder, place, board))
@@ -87,7 +87,7 @@ def _next_round(
     number: int,
     device: str,
 ) -> np.ndarray:
-    """The ids to buy next, at random in the first round; only the labels of what was bought are looked at."""
+    """Return the ids to buy next, at random in the first round; only the labels of what was bought are looked at."""
     if not len(bought):
         return job.sample_ids[random_selection(job.sample_ids, count, job.seed)]
     chosen = np.sort(bought)

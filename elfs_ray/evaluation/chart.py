@@ -5,10 +5,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from elfs_ray.evaluation.keys import ComparisonConfig
-from elfs_ray.evaluation.plan import Plan
+from elfs_ray.evaluation.keys import EvaluateRunsConfig
 from elfs_ray.evaluation.published import PUBLISHED
 from elfs_ray.evaluation.report import ALL, Line
+from elfs_ray.evaluation.workload import Workload
 
 WIDTH, HEIGHT = 860, 460
 LEFT, RIGHT, TOP, BOTTOM = 56, 190, 24, 44
@@ -31,9 +31,11 @@ class Curve:
     is_published: bool = False
 
 
-def draw_chart(config: ComparisonConfig, plan: Plan, lines: Sequence[Line]) -> str:
+def draw_chart(config: EvaluateRunsConfig, workload: Workload, lines: Sequence[Line]) -> str:
     """The whole results.svg; lines without budgets, such as full, are drawn as one point."""
-    shares = dict(zip(map(str, config.budgets), (n / plan.sources[0].num_samples for n in plan.counts), strict=True))
+    shares = dict(
+        zip(map(str, config.budgets), (n / workload.sources[0].num_samples for n in workload.counts), strict=True)
+    )
     curves = [_measured(line, shares | {ALL: 1.0}) for line in lines]
     low = min(share for curve in curves for share, _, _ in curve.points)
     high = max(share for curve in curves for share, _, _ in curve.points)
@@ -45,7 +47,7 @@ def draw_chart(config: ComparisonConfig, plan: Plan, lines: Sequence[Line]) -> s
 
 
 def _measured(line: Line, shares: dict[str, float]) -> Curve:
-    points = [(shares[budget], 100 * own["mean"], 100 * own["spread"]) for budget, own in line.cells.items()]
+    points = [(shares[budget], 100 * cell.mean, 100 * cell.spread) for budget, cell in line.cells.items()]
     return Curve(line.name, tuple(sorted(points)))
 
 

@@ -1,4 +1,4 @@
-"""What evaluations read that no selection may: true labels and test images."""
+"""What an evaluation reads and no selection may: true labels and test images."""
 
 import hashlib
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from elfs_ray.config import EmbedConfig
+from elfs_ray.evaluation.held_out import class_numbers, list_test_images
 from elfs_ray.methods.training.classifier import LabelledImages
 from elfs_ray.pool.images import BadImage, decode_image, decode_proxy_image, encode_proxy_image
 from elfs_ray.pool.listing import PoolColumns, find_units, list_unit, read_images
@@ -21,7 +22,7 @@ NO_LABEL = -1
 
 @dataclass(frozen=True)
 class TrueLabels:
-    """The true label of every sample of a pool.
+    """Hold the true label of every sample of a pool.
 
     of_id: (num ids,) int32 by sample_id, -1 where there is none. names: those of the numbers where labels are names.
     """
@@ -35,7 +36,7 @@ class TrueLabels:
         return int(self.of_id.max()) + 1
 
     def of(self, sample_ids: np.ndarray) -> np.ndarray:
-        """The labels of some samples, (n,) int32. Raises ValueError where one has none."""
+        """Return the labels of some samples, (n,) int32. Raises ValueError where one has none."""
         labels = self.of_id[sample_ids]
         num_missing = int((labels == NO_LABEL).sum())
         if num_missing:
@@ -44,7 +45,7 @@ class TrueLabels:
 
 
 def read_labels(run_dir: RunDir) -> TrueLabels:
-    """The labels that a run copied from its pool. Memory: 4 bytes a sample, 20 while they are read."""
+    """Read the labels that a run copied from its pool. Memory: 4 bytes a sample, 20 while they are read."""
     index = IndexResult.read(run_dir)
     of_id = np.full(index.rows, NO_LABEL, np.int32)
     for rows in run_dir.read_table(schema.INDEX, columns=[schema.SAMPLE_ID, schema.LABEL]):
@@ -53,7 +54,7 @@ def read_labels(run_dir: RunDir) -> TrueLabels:
 
 
 def list_labels(run_dir: RunDir, pool_uri: str, pool_format: str, columns: PoolColumns) -> TrueLabels:
-    """The labels of a pool that a run took none from, from a listing of it; samples are told by their uris.
+    """Read the labels of a pool that a run copied none of, from a listing of it; uris tell which sample is which.
 
     Memory: the pool's uris twice. Raises ValueError where the pool lists other images than the run's index.
     """
@@ -76,21 +77,18 @@ def list_labels(run_dir: RunDir, pool_uri: str, pool_format: str, columns: PoolC
 
 
 def load_samples(run_dir: RunDir, labels: TrueLabels, sample_ids: np.ndarray, size: int) -> LabelledImages:
-    """Samples of the pool with their true labels. Memory: 3 · size² bytes each."""
+    """Load samples of the pool with their true labels. Memory: 3 · size² bytes each."""
     return LabelledImages(load_proxy_images(run_dir, sample_ids, size), labels.of(sample_ids), sample_ids)
 
 
 def load_test_images(
     test_uri: str, test_format: str, columns: PoolColumns, embed: EmbedConfig, names: tuple[str, ...]
 ) -> LabelledImages:
-    """Every test image, brought to the proxy's resolution as the pool's were; classes numbered as the pool's.
+    """Decode every test image, brought to the proxy's resolution as the pool's were; classes numbered as the pool's.
 
     Memory: 3 · size² bytes each. Raises ValueError for images that cannot be decoded, without label, of unknown class.
     """
     listed = list_test_images(test_uri, test_format, columns)
-    labels = listed[schema.LABEL]
-    if labels.null_count:
-        raise ValueError(f"{labels.null_count} images of {test_uri} have no label: check pool.label")
     size = embed.proxy_image_size
     images = np.empty((listed.num_rows, size, size, 3), np.uint8)
     uris = listed[schema.URI].to_pylist()
@@ -100,30 +98,11 @@ def load_test_images(
         image = decode_image(data, max_pixels=embed.max_image_pixels, min_size=size)
         proxy = encode_proxy_image(image, short_side=size, jpeg_quality=embed.proxy_jpeg_quality)
         images[position] = decode_proxy_image(proxy, size)
-    return LabelledImages(images, _numbers(labels, names), np.arange(len(images)))
-
-
-def list_test_images(test_uri: str, test_format: str, columns: PoolColumns) -> pa.Table:
-    """uri and label of every test image. Raises ValueError where there are none."""
-    listed = pa.concat_tables([list_unit(unit, columns) for unit in find_units(test_uri, test_format)])
-    if not listed.num_rows:
-        raise ValueError(f"{test_uri} holds no images")
-    return listed
-
-
-def _numbers(labels: pa.ChunkedArray, names: tuple[str, ...]) -> np.ndarray:
-    """Labels as the index numbers them: folder names by their place in the pool's sorted names."""
-    if not pa.types.is_string(labels.type):
-        return labels.to_numpy()
-    numbers = {name: number for number, name in enumerate(names)}
-    unknown = sorted(set(labels.to_pylist()) - set(numbers))
-    if unknown:
-        raise ValueError(f"the test images have classes that the pool has not: {', '.join(unknown[:5])}")
-    return np.array([numbers[name] for name in labels.to_pylist()])
+    return LabelledImages(images, class_numbers(test_uri, listed, names), np.arange(len(images)))
 
 
 def digest(*parts: Any) -> str:
-    """A hash of arrays, and of whatever else by its text: 16 hex digits."""
+    """Return a hash of arrays, and of anything else by its text: 16 hex digits."""
     hashed = hashlib.sha256()
     for part in parts:
         if isinstance(part, np.ndarray):

@@ -1,104 +1,158 @@
-"""The table of an evaluation, for people: measured lines, and the paper's numbers in lines of their own."""
+"""The results of an evaluation as tables for people; the paper's numbers have rows of their own."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from elfs_ray.evaluation.keys import ComparisonConfig
-from elfs_ray.evaluation.plan import SUPERVISED, Plan
+from elfs_ray.evaluation.keys import EvaluateRunsConfig
+from elfs_ray.evaluation.methods import METHODS
 from elfs_ray.evaluation.published import PUBLISHED
+from elfs_ray.evaluation.quality import ClusteringQuality, NeighborVote
+from elfs_ray.evaluation.trials import Accuracy
+from elfs_ray.evaluation.workload import Workload
 
-ALL = "all"
+ALL = "all"  # the budget of the method full
 
 
 @dataclass(frozen=True)
 class Line:
-    """A method's figures by budget (as `summarize` has them; "all" for the whole pool), and its hard fractions."""
+    """The accuracies of a method by budget (ALL for the whole pool), and its hard fractions where it has them."""
 
     name: str
-    cells: Mapping[str, Mapping[str, Any]]
+    cells: Mapping[str, Accuracy]
     hard_fractions: Mapping[str, float]
 
 
-def to_markdown(
-    config: ComparisonConfig, plan: Plan, lines: Sequence[Line], quality: Mapping[str, Mapping[str, Any]]
-) -> str:
-    """The whole results.md."""
+@dataclass(frozen=True)
+class Quality:
+    """How good the pseudo-labels and the embeddings of a run are."""
+
+    clustering: ClusteringQuality
+    neighbors: NeighborVote
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that an evaluation measured; quality is by the name of the run."""
+
+    lines: tuple[Line, ...]
+    quality: Mapping[str, Quality]
+
+
+def to_markdown(config: EvaluateRunsConfig, workload: Workload, results: Results) -> str:
+    """Return the whole results.md."""
+    lines = results.lines
     budgets = [str(budget) for budget in config.budgets] + ([ALL] if any(ALL in line.cells for line in lines) else [])
-    shares = _shares(plan, budgets)
-    head = ["test accuracy, %", *(_heading(budget, plan, budgets) for budget in budgets)]
-    rows = [[line.name, *(_cell(line.cells.get(budget)) for budget in budgets)] for line in lines]
-    published = PUBLISHED[config.published] if config.published else {}
-    for name, numbers in published.items():
-        cells = [_published_cell(numbers, share) for share in shares]
-        if any(cell != "–" for cell in cells):
-            rows.append([f"{name}, published", *cells])
+    head = ["test accuracy, %", *_headings(budgets, workload)]
     parts = [
-        f"# {plan.pool_uri}\n\nTested on {config.test_uri}. {config.network}, {config.iterations:,} steps of "
-        f"{config.batch_size} at every budget, {config.seeds} seeds. Measured: the last accuracy, mean ± standard "
+        f"# {workload.pool_uri}\n\nTested on {config.test_uri}. {config.network}, {config.iterations:,} steps of "
+        f"{config.batch_size} at every budget, {config.num_seeds} seeds. Measured: the last accuracy, mean ± standard "
         "deviation over seeds, and in brackets the mean of the best over training.",
-        _table(head, rows),
+        _table(head, [*_measured_rows(lines, budgets), *_published_rows(config, workload, budgets)]),
     ]
-    if any(line.name.split("+")[0] in SUPERVISED for line in lines):
-        proxy = plan.sources[0].base["train"]["network"]
-        parts.append(f"{', '.join(SUPERVISED)}: scores of a {proxy} proxy that learned the true labels.")
-    if published:
+    supervised = [name for name, method in METHODS.items() if method.is_supervised]
+    if any(line.name.split("+")[0] in supervised for line in lines):
+        proxy = workload.sources[0].base["train"]["network"]
+        parts.append(f"{', '.join(supervised)}: scores of a {proxy} proxy that learned the true labels.")
+    if config.published:
         parts.append("Published: the ELFS paper (2406.04273), best over training, read off its figures (±0.2).")
     fractions = [
-        [line.name, *(f"{line.hard_fractions[own]:.2f}" if own in line.hard_fractions else "–" for own in budgets)]
+        [line.name, *(f"{line.hard_fractions[key]:.2f}" if key in line.hard_fractions else "–" for key in budgets)]
         for line in lines
         if line.hard_fractions
     ]
     if fractions:
         parts.append(_table(["hard fraction", *head[1:]], fractions))
-    judged = [
-        [name, f"{own['num_clusters']}", *(f"{100 * own[key]:.1f}" for key in ("accuracy", "purity", "nmi", "ari"))]
-        for name, own in quality.items()
-    ]
-    parts.append(_table(["pseudo-labels, %", "clusters", "right", "purity", "NMI", "ARI"], judged))
+    parts.append(_quality_table(results.quality))
     return "\n\n".join(parts) + "\n"
 
 
-def closing_lines(lines: Sequence[Line]) -> str:
-    """The figures in short, for a terminal."""
-    budgets = list(dict.fromkeys(budget for line in lines for budget in line.cells))
+def closing_lines(results: Results) -> str:
+    """Return the results in short, for a terminal."""
+    lines = results.lines
+    counts = {budget: cell.num_samples for line in lines for budget, cell in line.cells.items()}
+    heads = [f"{budget} ({num_samples:,})" for budget, num_samples in counts.items()]
     width = max(len("selection"), *(len(line.name) for line in lines))
-    shown = [f"{'selection':<{width}}" + "".join(f"  {budget:>13}" for budget in budgets)]
+    widths = [max(len(head), 13) for head in heads]
+    num_seeds = max(cell.num_seeds for line in lines for cell in line.cells.values())
+    shown = [
+        "test accuracy in % by budget (images)" + (f", mean ± spread of {num_seeds} seeds" if num_seeds > 1 else ""),
+        f"{'selection':<{width}}" + "".join(f"  {head:>{wide}}" for head, wide in zip(heads, widths, strict=True)),
+    ]
     for line in lines:
-        cells = [_short_cell(line.cells.get(budget)) for budget in budgets]
-        shown.append(f"{line.name:<{width}}" + "".join(f"  {cell:>13}" for cell in cells))
+        cells = [_short_cell(line.cells.get(budget)) for budget in counts]
+        row = "".join(f"  {cell:>{wide}}" for cell, wide in zip(cells, widths, strict=True))
+        shown.append(f"{line.name:<{width}}{row}")
+    for name, quality in results.quality.items():
+        of_run = f" of {name}" if len(results.quality) > 1 else ""
+        shown += [_describe_clustering(quality.clustering, of_run), _describe_embeddings(quality.neighbors, of_run)]
     return "\n".join(shown)
 
 
-def _shares(plan: Plan, budgets: Sequence[str]) -> list[float]:
-    """The share of the pool of each column."""
-    num_samples = plan.sources[0].num_samples
-    own = [count / num_samples for count in plan.counts]
-    return own + [1.0] * (len(budgets) - len(own))
+def _describe_clustering(clustering: ClusteringQuality, of_run: str) -> str:
+    return (
+        f"pseudo-labels{of_run}: {clustering.accuracy:.1%} right when clusters and classes are matched one to one, "
+        f"purity {clustering.purity:.1%}, NMI {clustering.nmi:.3f}, ARI {clustering.ari:.3f} "
+        f"({clustering.num_clusters} clusters, {clustering.num_classes} classes)"
+    )
 
 
-def _heading(budget: str, plan: Plan, budgets: Sequence[str]) -> str:
-    num_samples = plan.sources[0].num_samples
-    count = num_samples if budget == ALL else plan.counts[budgets.index(budget)]
-    return f"{100 * count / num_samples:.3g}% ({count:,})"
+def _describe_embeddings(vote: NeighborVote, of_run: str) -> str:
+    return (
+        f"embeddings{of_run}: {vote.accuracy:.1%} of {vote.num_queries:,} samples have the class that most of their "
+        f"{vote.num_neighbors} nearest neighbours have"
+    )
 
 
-def _cell(figures: Mapping[str, Any] | None) -> str:
-    if figures is None:
-        return "–"
-    return f"{_short_cell(figures)} ({100 * figures['best_mean']:.1f})"
+def _quality_table(quality: Mapping[str, Quality]) -> str:
+    rows = []
+    for name, of_run in quality.items():
+        clustering = of_run.clustering
+        shares = (clustering.accuracy, clustering.purity, clustering.nmi, clustering.ari, of_run.neighbors.accuracy)
+        rows.append([name, f"{clustering.num_clusters}", *(f"{100 * share:.1f}" for share in shares)])
+    num_neighbors = max(of_run.neighbors.num_neighbors for of_run in quality.values())
+    head = ["pseudo-labels, %", "clusters", "right", "purity", "NMI", "ARI", f"{num_neighbors}-NN of the embeddings"]
+    return _table(head, rows)
 
 
-def _short_cell(figures: Mapping[str, Any] | None) -> str:
-    if figures is None:
-        return "–"
-    spread = f" ± {100 * figures['spread']:.1f}" if figures["seeds"] > 1 else ""
-    return f"{100 * figures['mean']:.1f}{spread}"
+def _headings(budgets: Sequence[str], workload: Workload) -> list[str]:
+    num_samples = workload.sources[0].num_samples
+    counts = [*workload.counts, *[num_samples] * (len(budgets) - len(workload.counts))]
+    return [f"{100 * count / num_samples:.3g}% ({count:,})" for count in counts]
+
+
+def _measured_rows(lines: Sequence[Line], budgets: Sequence[str]) -> list[list[str]]:
+    rows = []
+    for line in lines:
+        cells = [line.cells.get(budget) for budget in budgets]
+        rows.append(
+            [line.name, *(f"{_short_cell(cell)} ({100 * cell.best_mean:.1f})" if cell else "–" for cell in cells)]
+        )
+    return rows
+
+
+def _published_rows(config: EvaluateRunsConfig, workload: Workload, budgets: Sequence[str]) -> list[list[str]]:
+    """Return a row for each method that the paper has a number of at any of the budgets."""
+    num_samples = workload.sources[0].num_samples
+    shares = [count / num_samples for count in workload.counts]
+    shares += [1.0] * (len(budgets) - len(shares))
+    rows = []
+    for name, numbers in (PUBLISHED[config.published] if config.published else {}).items():
+        cells = [_published_cell(numbers, share) for share in shares]
+        if any(cell != "–" for cell in cells):
+            rows.append([f"{name}, published", *cells])
+    return rows
 
 
 def _published_cell(numbers: Mapping[float, float], share: float) -> str:
-    found = [value for kept, value in numbers.items() if abs(kept - share) < 0.005]
-    return f"{found[0]:.1f}" if found else "–"
+    near = [value for kept, value in numbers.items() if abs(kept - share) < 0.005]
+    return f"{near[0]:.1f}" if near else "–"
+
+
+def _short_cell(cell: Accuracy | None) -> str:
+    if cell is None:
+        return "–"
+    spread = f" ± {100 * cell.spread:.1f}" if cell.num_seeds > 1 else ""
+    return f"{100 * cell.mean:.1f}{spread}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

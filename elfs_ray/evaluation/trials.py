@@ -161,16 +161,28 @@ def _train_in_parts(
     return accuracies
 
 
-def summarize(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and spread (the sample standard deviation over seeds) of the trials of one selection."""
-    own = list(rows)
-    last = np.array([row["last_accuracy"] for row in own])
-    best = np.array([row["best_accuracy"] for row in own])
-    return {
-        "num_samples": own[0]["num_samples"],
-        "mean": float(last.mean()),
-        "spread": float(last.std(ddof=1)) if len(last) > 1 else 0.0,
-        "best_mean": float(best.mean()),
-        "best_spread": float(best.std(ddof=1)) if len(best) > 1 else 0.0,
-        "seeds": len(own),
-    }
+@dataclass(frozen=True)
+class Accuracy:
+    """Test accuracies of one selection over its seeds: of the last test, and of the best one of each training.
+
+    A spread is the sample standard deviation over seeds, 0 for a single one.
+    """
+
+    num_samples: int
+    num_seeds: int
+    mean: float
+    spread: float
+    best_mean: float
+    best_spread: float
+
+
+def summarize(rows: Iterable[dict[str, Any]]) -> Accuracy:
+    """Summarize the trials of one selection."""
+    rows = list(rows)
+    last = np.array([row["last_accuracy"] for row in rows])
+    best = np.array([row["best_accuracy"] for row in rows])
+    return Accuracy(rows[0]["num_samples"], len(rows), *_mean_and_spread(last), *_mean_and_spread(best))
+
+
+def _mean_and_spread(values: np.ndarray) -> tuple[float, float]:
+    return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else 0.0

@@ -11,13 +11,9 @@ from collections.abc import Iterator
 from importlib.metadata import version
 
 from elfs_ray.config import Config, ConfigError
-from elfs_ray.pipeline.plan import PlannedStage, check, make_plan, plan_stage, refuse_differences
+from elfs_ray.pipeline.plan import PlannedStage, check, make_plan, refuse_differences
 from elfs_ray.pipeline.replace import remove_stage
-from elfs_ray.pipeline.stages import STAGES
-from elfs_ray.pool.listing import find_units
 from elfs_ray.runtime.progress import count, format_duration, listen, say
-from elfs_ray.stages import evaluate as evaluation
-from elfs_ray.stages.training import check_network
 from elfs_ray.storage import filesystem
 from elfs_ray.storage.run_dir import RunDir
 from elfs_ray.storage.run_lock import RunDirInUse, RunLock
@@ -68,42 +64,6 @@ def locked(run_dir: RunDir) -> Iterator[RunLock]:
         if num_deleted:
             say(f"{count(num_deleted, 'half-written file')} of a killed run removed")
         yield lock
-
-
-def evaluate(config: Config) -> evaluation.EvaluateResult:
-    """Train on the coreset and on random samples with true labels, side by side.
-
-    Runs what is not complete of the pipeline first. Raises ConfigError as `run` does.
-    """
-    if config.evaluate.test_uri is None or config.pool.label is None:
-        raise ConfigError("evaluate needs true labels: give evaluate.test_uri=... and pool.label=...")
-    check_network("evaluate.network", config.evaluate.network)
-    try:
-        find_units(config.evaluate.test_uri, config.pool.format)
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"evaluate.test_uri: {error}") from error
-    _check_faiss_of_evaluate(config)
-    run_dir = run(config)
-    markers = {stage.name: run_dir.complete_marker(stage.name) for stage in STAGES if stage.is_part_of(config)}
-    planned = plan_stage(evaluation.STAGE, config, run_dir, markers)
-    refuse_differences([planned], config, run_dir)
-    if planned.action != "done":
-        _connect(config)
-        with locked(run_dir):
-            _run_stage(planned, config, run_dir)
-    return evaluation.EvaluateResult.read(run_dir)
-
-
-def _check_faiss_of_evaluate(config: Config) -> None:
-    """Raise ConfigError where the nearest neighbours, which evaluate votes by, cannot be searched."""
-    from elfs_ray.methods.numeric.faiss_build import check_faiss
-    from elfs_ray.runtime.cluster import find_devices
-
-    device = find_devices(config.ray_address).resolve(config.cluster.device, "cluster.device")
-    try:
-        check_faiss("evaluate, which votes by nearest neighbours,", device)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def _connect(config: Config) -> None:

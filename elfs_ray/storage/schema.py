@@ -48,15 +48,6 @@ DYNAMICS_SCHEMA = pa.schema(
 RESULTS_SCHEMA = pa.schema(
     [
         ("selection", pa.string()),
-        ("seed", pa.int64()),
-        ("num_samples", pa.int64()),
-        ("last_accuracy", pa.float64()),
-        ("best_accuracy", pa.float64()),
-    ]
-)
-COMPARISON_SCHEMA = pa.schema(
-    [
-        ("selection", pa.string()),
         ("run", pa.string()),
         ("budget", pa.string()),
         ("num_samples", pa.int64()),

@@ -19,7 +19,7 @@ from elfs_ray.config import (
     load_config,
     load_keys,
 )
-from elfs_ray.evaluation.keys import ComparisonConfig
+from elfs_ray.evaluation.keys import EvaluateRunsConfig
 from elfs_ray.pipeline.plan import plan_stage
 from elfs_ray.pipeline.stages import stages_of
 from elfs_ray.stages import cluster
@@ -82,7 +82,7 @@ def test_only_null_is_no_text(tmp_path):
 
 
 def test_texts_in_a_list_are_taken_as_they_are_typed():
-    config = load_keys(ComparisonConfig, overrides=["runs=[007,2024_01_15,~/x]", "out=no", "test_uri=~/test"])
+    config = load_keys(EvaluateRunsConfig, overrides=["runs=[007,2024_01_15,~/x]", "out=no", "test_uri=~/test"])
     assert config.runs == ["007", "2024_01_15", str(Path.home() / "x")]
     assert (config.out, config.test_uri) == ("no", str(Path.home() / "test"))
 
@@ -90,7 +90,7 @@ def test_texts_in_a_list_are_taken_as_they_are_typed():
 def test_the_home_directory_may_be_written_as_the_shell_does(tmp_path):
     keys = [key for key, spec in fields_of(Config) if spec.metadata["is_path"]]
     assert {"run_dir", "pool.uri", "embed.weights", "evaluate.test_uri", "cluster.labels_uri"} == set(keys)
-    config = load_config(None, [*REQUIRED, *(f"{key}=~/a/b" for key in keys)])
+    config = load_config(None, [*REQUIRED, "pool.label=label", *(f"{key}=~/a/b" for key in keys)])
     assert {operator.attrgetter(key)(config) for key in keys} == {str(Path.home() / "a" / "b")}
     assert load_config(None, [*REQUIRED, "pool.uri=s3://b/~/x"]).pool.uri == "s3://b/~/x"
 

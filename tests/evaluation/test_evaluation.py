@@ -16,19 +16,23 @@ import pytest
 from sklearn.neighbors import NearestNeighbors
 
 from elfs_ray.config import ConfigError, deciding_keys
-from elfs_ray.evaluation import run as comparison
+from elfs_ray.evaluation import run as evaluation
+from elfs_ray.evaluation import trials
 from elfs_ray.evaluation.badge import BadgeJob, buy_labels, round_ends
 from elfs_ray.evaluation.chart import draw_chart
 from elfs_ray.evaluation.data import TrueLabels, read_labels
-from elfs_ray.evaluation.plan import describe, load, make_plan
 from elfs_ray.evaluation.published import PUBLISHED
-from elfs_ray.evaluation.report import Line, to_markdown
+from elfs_ray.evaluation.report import Results, closing_lines, to_markdown
+from elfs_ray.evaluation.selections import select_without_labels
 from elfs_ray.evaluation.trials import TrialPlace
+from elfs_ray.evaluation.workload import describe, load, make_workload
 from elfs_ray.methods.selection import pruning
+from elfs_ray.pipeline import reselect
+from elfs_ray.runtime import progress
 from elfs_ray.stages.select import run as select
 from elfs_ray.stages.train import TrainResult
 from elfs_ray.storage import filesystem, schema
-from elfs_ray.storage.run_dir import Marker, RunDir
+from elfs_ray.storage.run_dir import RunDir
 from tests import selections
 from tests.tables import contents, digit_images, digits_config, png, write_trained
 
@@ -60,8 +64,7 @@ def write_run(folder: Path, labels: np.ndarray) -> None:
         keys = {f"{stage}.{key}": value for key, value in deciding_keys(getattr(config, stage)).items()}
         run_dir.mark_complete(replace(run_dir.complete_marker(stage), config=keys))
     result = select.run_select(config, run_dir)
-    keys = {f"select.{key}": value for key, value in deciding_keys(config.select).items()}
-    run_dir.mark_complete(Marker("select", {"seed": 0, "budget": [0.1, 0.3], **keys}, {}, result.to_json()))
+    run_dir.mark_complete(replace(reselect.marker_of(config, run_dir), result=result.to_json()))
 
 
 def write_neighbors(run_dir: RunDir, ids: np.ndarray) -> None:
@@ -82,43 +85,43 @@ def write_test(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
 def keys(folder: Path, out: Path, *others: str) -> list[str]:
     return [
         *(f"runs=[{folder / 'run'}]", f"out={out}", f"test_uri={folder / 'test.parquet'}", "ray_address=local"),
-        *("budgets=[0.1,0.3]", "seeds=2", "network=small_cnn", "lr=0.05", "iterations=12", "batch_size=32"),
+        *("budgets=[0.1,0.3]", "num_seeds=2", "network=small_cnn", "lr=0.05", "iterations=12", "batch_size=32"),
         *("num_tests=3", "badge.rounds=2", f"methods=[{METHODS}]", *others),
     ]
 
 
 @pytest.fixture(scope="module")
-def judged(finished, tmp_path_factory) -> tuple[Path, list[Line]]:
+def judged(finished, tmp_path_factory) -> tuple[Path, Results]:
     out = tmp_path_factory.mktemp("judged")
-    return out, comparison.run(load(keys(finished, out)))
+    return out, evaluation.run(load(keys(finished, out)))
 
 
-def test_every_method_is_trained_on_at_every_budget_with_every_seed_for_the_same_number_of_steps(judged):
-    out, lines = judged
+def test_every_selection_is_trained_on_for_the_same_number_of_steps(judged):
+    """Every method at every budget with every seed; the table has the mean and spread of its rows."""
+    out, results = judged
     rows = pq.read_table(out / "results.parquet").to_pylist()
-    assert [line.name for line in lines] == METHODS.split(",")
-    for line in lines:
-        own = [row for row in rows if row["selection"] == line.name]
+    assert [line.name for line in results.lines] == METHODS.split(",")
+    for line in results.lines:
+        of_line = [row for row in rows if row["selection"] == line.name]
         budgets = [("all", 1000)] if line.name == "full" else [("0.1", 100), ("0.3", 300)]
-        assert {(row["budget"], row["num_samples"], row["seed"]) for row in own} == {
+        assert {(row["budget"], row["num_samples"], row["seed"]) for row in of_line} == {
             (*budget, seed) for budget in budgets for seed in (0, 1)
         }
-        assert all((row["iterations"], len(row["accuracies"])) == (12, 3) for row in own)
+        assert all((row["iterations"], len(row["accuracies"])) == (12, 3) for row in of_line)
         for budget, cell in line.cells.items():
-            last = [row["last_accuracy"] for row in own if row["budget"] == budget]
-            assert cell["mean"] == pytest.approx(np.mean(last)) and cell["spread"] == pytest.approx(
-                np.std(last, ddof=1)
-            )
-            assert cell["best_mean"] >= cell["mean"]
+            last = [row["last_accuracy"] for row in of_line if row["budget"] == budget]
+            assert (cell.mean, cell.spread) == (pytest.approx(np.mean(last)), pytest.approx(np.std(last, ddof=1)))
+            assert cell.best_mean >= cell.mean
 
 
-def test_selections_are_the_runs_own_and_what_each_method_takes_of_its_tables(finished, judged):
+def test_each_method_selects_what_it_should_from_the_tables_of_the_run(finished, judged):
     config = load(keys(finished, judged[0]))
-    chosen = comparison.select_without_labels(config, make_plan(config), RunDir(judged[0]))
-    ids_of = {(own.entry.name, own.budget, own.seed): own.sample_ids for own in chosen}
+    chosen = select_without_labels(config, make_workload(config), RunDir(judged[0]))
+    ids_of = {(made.entry.name, made.budget, made.seed): made.sample_ids for made in chosen}
     run_dir = RunDir(finished / "run")
     for budget, table in (("0.1", "coreset"), ("0.3", "coreset-0.3")):
         assert np.array_equal(ids_of["elfs", budget, 0], np.sort(run_dir.read_column(table, column="sample_id")))
+    assert not (judged[0] / "selections" / "elfs").exists()  # the run has made them
     scores = pa.concat_tables(run_dir.read_table("scores"))
     ids, aum = scores["sample_id"].to_numpy(), scores["aum"].to_numpy()
     assert np.array_equal(ids_of["aum_hardest", "0.1", 1], np.sort(ids[selections.hardest(aum, ids, 100, "low")]))
@@ -145,22 +148,21 @@ def test_test_images_never_reach_a_selection(finished, judged, tmp_path, monkeyp
         raise FileNotFoundError("every selection is made, and here test images would be read for the first time")
 
     # Whatever is selected is selected before the test images are read, and they are gone from then on.
-    monkeypatch.setattr("elfs_ray.evaluation.data.load_test_images", refuse)
+    monkeypatch.setattr(evaluation, "load_test_images", refuse)
     with pytest.raises(FileNotFoundError, match="every selection is made"):
-        comparison.run(config)
+        evaluation.run(config)
     monkeypatch.undo()
     selected = contents(out, "selections", "badge")
     assert selected and contents(tmp_path / "out", "selections", "badge") == selected
     assert not (tmp_path / "out" / "trials").exists()
     with pytest.raises(ConfigError, match="test_uri"):
-        comparison.run(config)
+        evaluation.run(config)
 
 
 def test_badge_looks_at_no_label_that_it_has_not_bought(finished, judged, tmp_path):
     run_dir = RunDir(finished / "run")
     config = load(keys(finished, tmp_path))
-    plan = make_plan(config)
-    settings = comparison._settings(config, plan.sources[0], "cpu", 6)
+    settings = replace(evaluation._settings(config, make_workload(config), "cpu"), iterations=6)
     pool = run_dir.read_column("clusters", "pseudo_labels", column="sample_id")
     labels = read_labels(run_dir)
     job = BadgeJob(run_dir, 8, pool, round_ends([60], 3), settings, 0)
@@ -176,20 +178,36 @@ def test_badge_looks_at_no_label_that_it_has_not_bought(finished, judged, tmp_pa
 
 
 def test_an_evaluation_that_lost_some_of_its_work_ends_with_the_same_bytes(finished, judged):
-    out, lines = judged
+    out, results = judged
     before = contents(out, ".")
     for path in sorted((out / "trials").iterdir())[::2]:
         path.unlink()
-    shutil.rmtree(out / "selections" / "elfs")
+    shutil.rmtree(out / "selections" / "elfs_auto")
     (out / "results.parquet").unlink()
-    assert comparison.run(load(keys(finished, out))) == lines
+    assert evaluation.run(load(keys(finished, out))) == results
     assert contents(out, ".") == before
+
+
+def test_trainings_that_are_there_count_as_done_from_the_start(finished, judged, monkeypatch):
+    """And the state of a training that was killed after it had written its result is removed."""
+    out, results = judged
+    left, kept, *_ = sorted((out / "trials").iterdir())
+    left.unlink()
+    unfinished = Path(str(kept).removesuffix(".json") + trials.UNFINISHED)
+    unfinished.write_bytes(b"of a training that was killed after its result")
+    told: list[tuple[str, int, int]] = []
+    listener = lambda name, unit, done, total, rate, running: told.append((unit, done, total))  # noqa: E731
+    monkeypatch.setattr(progress, "_listeners", [listener])
+    assert evaluation.run(load(keys(finished, out))) == results
+    num_trials = len(list((out / "trials").iterdir()))
+    assert next(line for line in told if line[0] == "trainings") == ("trainings", num_trials - 1, num_trials)
+    assert not unfinished.exists()
 
 
 def test_more_methods_and_seeds_repeat_no_training(finished, judged, tmp_path):
     shutil.copytree(judged[0], tmp_path / "out")
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out" / "trials").iterdir()}
-    comparison.run(load(keys(finished, tmp_path / "out", "methods=[random,elfs+hard_fraction=0.3]", "seeds=3")))
+    evaluation.run(load(keys(finished, tmp_path / "out", "methods=[random,elfs+hard_fraction=0.3]", "num_seeds=3")))
     now = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out" / "trials").iterdir()}
     assert now.items() >= kept.items() and len(now) == len(kept) + 2 + 6
 
@@ -202,26 +220,43 @@ def test_the_runs_are_left_as_they_were(finished, judged):
 
 
 def test_published_numbers_are_marked_and_stand_beside_the_measured_ones(finished, judged):
-    out, lines = judged
+    out, results = judged
     config = load(keys(finished, out, "published=cifar10"))
-    plan = make_plan(config)
-    rows = [line for line in to_markdown(config, plan, lines, {}).splitlines() if line.startswith("|")]
+    workload = make_workload(config)
+    rows = [line for line in to_markdown(config, workload, results).splitlines() if line.startswith("|")]
     published = [row for row in rows if "published" in row]
     assert "| elfs, published | 87.0 | 93.3 | – |" in published and "| full, published | – | – | 95.5 |" in published
     numbers = {f"{value:.1f}" for own in PUBLISHED["cifar10"].values() for share, value in own.items() if share == 0.1}
     assert all(any(f"| {number} |" in row for row in published) for number in numbers)
-    assert "read off its figures" in to_markdown(config, plan, lines, {})
+    assert "read off its figures" in to_markdown(config, workload, results)
     plain = load(keys(finished, out))
-    assert "published" not in to_markdown(plain, plan, lines, {}).lower()
-    chart = draw_chart(config, plan, lines)
-    assert "elfs, published" in chart and "published" not in draw_chart(plain, plan, lines).replace(".published", "")
-    assert chart.count("class='band'") == len(lines) and ElementTree.fromstring(chart) is not None
+    assert "published" not in to_markdown(plain, workload, results).lower()
+    chart = draw_chart(config, workload, results.lines)
+    assert "elfs, published" in chart
+    assert "published" not in draw_chart(plain, workload, results.lines).replace(".published", "")
+    assert chart.count("class='band'") == len(results.lines) and ElementTree.fromstring(chart) is not None
+
+
+def test_the_closing_lines_have_every_selection_and_the_quality_of_the_run(judged):
+    _, results = judged
+    _, head, *lines = closing_lines(results).splitlines()
+    assert head.split()[1:] == ["0.1", "(100)", "0.3", "(300)", "all", "(1,000)"]
+    assert [line.split()[0] for line in lines] == [*METHODS.split(","), "pseudo-labels:", "embeddings:"]
+    assert all("±" in line for line in lines[:-2])
+    single = Results(
+        tuple(
+            replace(line, cells={budget: replace(cell, num_seeds=1) for budget, cell in line.cells.items()})
+            for line in results.lines
+        ),
+        {},
+    )
+    assert "±" not in closing_lines(single)
 
 
 def test_the_plan_says_what_would_be_done_and_does_nothing(finished, tmp_path):
-    said = describe(load(keys(finished, tmp_path / "out")))
-    assert "38 trainings of small_cnn, 12 steps each" in said and "0.3: 300 images" in said
-    assert "elfs: what the run selects by" in said and "hard fraction 0.1" in said
+    text = describe(load(keys(finished, tmp_path / "out")))
+    assert "38 trainings of small_cnn, 12 steps each" in text and "0.3: 300 images" in text
+    assert "elfs: what the run selects by" in text and "hard fraction 0.1" in text
     assert not (tmp_path / "out").exists()
 
 
@@ -229,7 +264,7 @@ def test_the_plan_says_what_would_be_done_and_does_nothing(finished, tmp_path):
     ("changed", "needed"),
     [
         (["runs=[/no/such]"], "no complete stage"),
-        (["methods=[elf]"], "'elf' is none of elfs"),
+        (["methods=[elf]"], "'elf' must be one of elfs"),
         (["methods=[elfs,elfs]"], "names one twice"),
         (["methods=[elfs+scor=aum]"], "did you mean select.score"),
         (["methods=[badge+score=aum]"], "badge is not made by select"),
@@ -244,12 +279,12 @@ def test_the_plan_says_what_would_be_done_and_does_nothing(finished, tmp_path):
         (["network=resnet"], "must be one of"),
         (["network=linear"], "must be one of"),
         (["iteration=3"], "did you mean iterations"),
-        (["seeds=0"], "needed is a number >= 1"),
+        (["num_seeds=0"], "needed is a number >= 1"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_before_any_work(finished, tmp_path, changed, needed):
     with pytest.raises(ConfigError, match=needed):
-        comparison.run(load([*keys(finished, tmp_path / "out"), *changed]))
+        evaluation.run(load([*keys(finished, tmp_path / "out"), *changed]))
     assert not (tmp_path / "out").exists()
 
 
@@ -259,10 +294,10 @@ def test_test_images_of_the_pool_itself_are_refused(finished, tmp_path):
     rows = filesystem.read_table(path)
     uris = rows["uri"].to_pylist()
     uris[7] = f"{finished / 'test.parquet'}#row=3"
-    own = tmp_path / "run" / "index" / Path(path).name
-    filesystem.write_table(str(own), rows.set_column(1, "uri", pa.array(uris)))
+    copied = tmp_path / "run" / "index" / Path(path).name
+    filesystem.write_table(str(copied), rows.set_column(1, "uri", pa.array(uris)))
     with pytest.raises(ConfigError, match="shares 1 images with the pool"):
-        make_plan(load(keys(finished, tmp_path / "out", f"runs=[{tmp_path / 'run'}]")))
+        make_workload(load(keys(finished, tmp_path / "out", f"runs=[{tmp_path / 'run'}]")))
 
 
 def test_runs_without_labels_or_of_another_pool_are_refused(finished, tmp_path):
@@ -271,20 +306,20 @@ def test_runs_without_labels_or_of_another_pool_are_refused(finished, tmp_path):
     index = run_dir.complete_marker("index")
     run_dir.mark_complete(replace(index, config={"pool.uri": "/other", "pool.label": None}))
     with pytest.raises(ConfigError, match=r"no true labels, as its pool.label was null: give pool.label="):
-        make_plan(load(keys(finished, tmp_path / "out", f"runs=[{tmp_path / 'run'}]")))
+        make_workload(load(keys(finished, tmp_path / "out", f"runs=[{tmp_path / 'run'}]")))
     with pytest.raises(ConfigError, match="a run of another pool"):
-        make_plan(load(keys(finished, tmp_path / "out", f"runs=[{finished / 'run'},{tmp_path / 'run'}]")))
+        make_workload(load(keys(finished, tmp_path / "out", f"runs=[{finished / 'run'},{tmp_path / 'run'}]")))
 
 
-def test_two_runs_of_one_pool_have_a_line_each_and_share_what_needs_no_pseudo_label(finished, tmp_path):
+def test_two_runs_of_one_pool_share_what_needs_no_pseudo_label(finished, tmp_path):
     shutil.copytree(finished / "run", tmp_path / "other")
     other = RunDir(tmp_path / "other")
     index, cluster = other.complete_marker("index"), other.complete_marker("cluster")
     other.mark_complete(replace(index, config={**index.config, "pool.label": None}))
     other.mark_complete(replace(cluster, result={**cluster.result, "method": "temi"}))
     runs = f"runs=[{finished / 'run'},{tmp_path / 'other'}]"
-    plan = make_plan(load(keys(finished, tmp_path / "out", runs, "methods=[random,d2,elfs,dual]")))
-    assert [entry.name for entry in plan.entries] == [
+    workload = make_workload(load(keys(finished, tmp_path / "out", runs, "methods=[random,d2,elfs,dual]")))
+    assert [entry.name for entry in workload.entries] == [
         "random",
         "d2",
         "elfs-file",
@@ -295,7 +330,7 @@ def test_two_runs_of_one_pool_have_a_line_each_and_share_what_needs_no_pseudo_la
 
 
 @pytest.mark.slow
-def test_a_job_that_is_killed_half_way_ends_with_the_bytes_of_an_undisturbed_one(finished, judged, tmp_path):
+def test_a_killed_job_ends_with_the_bytes_of_an_undisturbed_one(finished, judged, tmp_path):
     command = [sys.executable, str(JOB), *keys(finished, tmp_path)]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         while len(list(tmp_path.glob("trials/*.json"))) < 5:
@@ -311,16 +346,19 @@ def test_a_job_that_is_killed_half_way_ends_with_the_bytes_of_an_undisturbed_one
 
 
 @pytest.mark.slow
-def test_supervised_rivals_score_a_proxy_that_learned_the_true_labels_and_leave_the_run_alone(finished, tmp_path):
+def test_supervised_methods_score_a_proxy_that_learned_the_true_labels(finished, tmp_path):
+    """And they leave the run as it was."""
     before = contents(finished / "run", "clusters", "dynamics", "scores", "train")
-    lines = comparison.run(load(keys(finished, tmp_path, "methods=[aum_ccs,el2n,forgetting]")))
-    assert [line.name for line in lines] == ["aum_ccs", "el2n", "forgetting"]
+    results = evaluation.run(load(keys(finished, tmp_path, "methods=[aum_ccs,el2n,forgetting]")))
+    assert [line.name for line in results.lines] == ["aum_ccs", "el2n", "forgetting"]
     (folder,) = (tmp_path / "supervised").iterdir()
-    own = RunDir(folder)
-    ids, labels = (own.read_column("clusters", "pseudo_labels", column=name) for name in ("sample_id", "pseudo_label"))
+    run_dir = RunDir(folder)
+    ids, labels = (
+        run_dir.read_column("clusters", "pseudo_labels", column=name) for name in ("sample_id", "pseudo_label")
+    )
     assert np.array_equal(labels, digit_images(NUM_POOL)[1][ids])
-    assert TrainResult.read(own).epochs == 2
+    assert TrainResult.read(run_dir).epochs == 2
     coresets = [RunDir(path.parent) for path in tmp_path.glob("selections/*/*/coreset-0.3")]
     sizes = [len(selection.read_column("coreset-0.3", column="sample_id")) for selection in coresets]
-    assert sizes == [300] * 4  # CCS draws for each seed
+    assert sizes == [300] * 4  # CCS has two seeds
     assert contents(finished / "run", "clusters", "dynamics", "scores", "train") == before

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 from elfs_ray.config import describe_keys
-from elfs_ray.evaluation.keys import METHODS, ComparisonConfig
+from elfs_ray.evaluation.keys import EvaluateRunsConfig
+from elfs_ray.evaluation.methods import METHODS
 
 JOB = Path(__file__).parent.parent.parent / "jobs" / "evaluate.py"
 
@@ -17,7 +18,7 @@ def type_job(*arguments: str) -> subprocess.CompletedProcess:
 def test_help_lists_every_key_and_method():
     result = type_job("--help")
     assert result.returncode == 0, result.stderr
-    assert all(key in result.stdout for key, _, _ in describe_keys(kind=ComparisonConfig))
+    assert all(key in result.stdout for key, _, _ in describe_keys(kind=EvaluateRunsConfig))
     assert all(method in result.stdout for method in METHODS)
 
 

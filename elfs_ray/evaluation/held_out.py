@@ -1,0 +1,75 @@
+"""The labelled images that selections are tested on, which must not be in the pool: listed and checked, not decoded."""
+
+import numpy as np
+import pyarrow as pa
+
+from elfs_ray.config import ConfigError
+from elfs_ray.pool.listing import PoolColumns, Unit, find_units, list_unit
+from elfs_ray.storage import filesystem, schema
+from elfs_ray.storage.run_dir import RunDir
+
+
+def list_test_images(test_uri: str, test_format: str, columns: PoolColumns) -> pa.Table:
+    """Return uri and label of every test image; labels are integers, or names where folders name the classes.
+
+    Raises ConfigError where there are none, or one has no label.
+    """
+    try:
+        listed = pa.concat_tables([list_unit(unit, columns) for unit in find_units(test_uri, test_format)])
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"test_uri: {str(error).replace('pool.uri', 'test_uri')}") from error
+    if not listed.num_rows:
+        raise ConfigError(f"test_uri={test_uri!r} holds no images")
+    if listed[schema.LABEL].null_count:
+        raise ConfigError(
+            f"test_uri={test_uri!r} has {listed[schema.LABEL].null_count} images without a label: check pool.label"
+        )
+    return listed
+
+
+def refuse_shared_units(test_uri: str, pool_uri: str, pool_format: str) -> None:
+    """Raise ConfigError where a folder or file is in both the pool and the test images, by their listings alone.
+
+    Images that both reach by different paths are found by `refuse_shared_images`, once the pool has an index.
+    """
+    tested, pooled = (find_units(uri, pool_format) for uri in (test_uri, pool_uri))
+    shared = [*_inside(tested, pooled), *_inside(pooled, tested)]
+    if shared:
+        raise ConfigError(
+            f"test_uri={test_uri!r} and the pool share {shared[0]}: images that could be selected cannot test a "
+            "selection; give other images"
+        )
+
+
+def _inside(units: list[Unit], others: list[Unit]) -> list[str]:
+    """Return the uris of the units that are among the others, or in a folder of them."""
+    uris = {unit.uri for unit in others}
+    folders = tuple(f"{unit.uri.rstrip('/')}/" for unit in others if unit.format == "folder" and unit.recursive)
+    return [unit.uri for unit in units if unit.uri in uris or unit.uri.startswith(folders)]
+
+
+def refuse_shared_images(test_uri: str, listed: pa.Table, run_dir: RunDir) -> None:
+    """Raise ConfigError where a test image is in the index of a run. Memory: the uris of both."""
+    tested = listed[schema.URI].to_numpy()
+    for path in run_dir.table_files(schema.INDEX):
+        shared = np.intersect1d(tested, filesystem.read_table(path, [schema.URI])[schema.URI].to_numpy())
+        if len(shared):
+            raise ConfigError(
+                f"test_uri={test_uri!r} shares {len(shared)} images with the pool, {shared[0]} among them: images that "
+                "could be selected cannot test a selection"
+            )
+
+
+def class_numbers(test_uri: str, listed: pa.Table, names: tuple[str, ...]) -> np.ndarray:
+    """Return the labels of test images (n,) as the index numbers them: names by their place among the pool's.
+
+    Raises ConfigError for a name that the pool does not have.
+    """
+    labels = listed[schema.LABEL]
+    if not pa.types.is_string(labels.type):
+        return labels.to_numpy()
+    numbers = {name: number for number, name in enumerate(names)}
+    unknown = sorted(set(labels.to_pylist()) - set(numbers))
+    if unknown:
+        raise ConfigError(f"test_uri={test_uri!r} has classes that the pool does not have: {', '.join(unknown[:5])}")
+    return np.array([numbers[name] for name in labels.to_pylist()])

@@ -1,0 +1,96 @@
+"""The evaluation that a job makes of its own run, at its end, where evaluate.test_uri names images to test on.
+
+The pipeline goes first. Methods are compared at all budgets of the run, and everything is written to evaluate/ in the
+run directory, laid out as run.py says.
+"""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from elfs_ray.config import Config, ConfigError
+from elfs_ray.evaluation.held_out import list_test_images, refuse_shared_units
+from elfs_ray.evaluation.keys import keys_of_job
+from elfs_ray.evaluation.workload import (
+    MIN_SAMPLES,
+    describe_trainings,
+    parse_method,
+    refuse_duplicates,
+    selection_config,
+)
+from elfs_ray.pipeline import runner
+from elfs_ray.pipeline.dry_run import describe_plan
+from elfs_ray.pipeline.plan import PoolCount
+from elfs_ray.pipeline.stages import stages_of
+from elfs_ray.pool.listing import PoolColumns
+from elfs_ray.runtime.progress import say
+from elfs_ray.stages import select
+from elfs_ray.stages.training import check_network
+from elfs_ray.storage.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from elfs_ray.evaluation.report import Results
+
+
+def describe(config: Config, pool: PoolCount | None = None) -> str:
+    """Return what `run` would do, with counts and resources, after the same checks. Raises ConfigError.
+
+    pool: the size of a pool that the job itself writes, with the test images, before it runs.
+    """
+    check(config, images_are_there=pool is None)
+    lines = [describe_plan(config, pool)]
+    if config.evaluate.test_uri is not None:
+        methods = [parse_method(text)[0] for text in config.evaluate.methods]
+        trainings = describe_trainings(config.evaluate, methods, len(config.budgets))
+        lines.append(_why_not(config) or f"{trainings}; on {', '.join(config.evaluate.methods)}")
+    return "\n".join(lines)
+
+
+def run(config: Config) -> RunDir:
+    """Run the pipeline, then evaluate its coresets where config.evaluate.test_uri is given, as far as not complete.
+
+    Raises ConfigError, before any work, for a config that cannot be run.
+    """
+    return run_with_results(config)[0]
+
+
+def run_with_results(config: Config) -> tuple[RunDir, "Results | None"]:
+    """Do what `run` does; return what the evaluation measured, too, None where there is none."""
+    check(config)
+    run_dir = runner.run(config)
+    if config.evaluate.test_uri is None:
+        return run_dir, None
+    if reason := _why_not(config):
+        say(reason)
+        return run_dir, None
+    from elfs_ray.evaluation.run import run as evaluate
+
+    return run_dir, evaluate(keys_of_job(config))
+
+
+def _why_not(config: Config) -> str:
+    """Return why a run that names test images is not evaluated; nothing where it is."""
+    return "" if select.STAGE in stages_of(config) else f"evaluate  left out, as until={config.until}"
+
+
+def check(config: Config, *, images_are_there: bool = True) -> None:
+    """Check what can be checked of an evaluation before there is a run. Raises ConfigError."""
+    evaluate = config.evaluate
+    if evaluate.test_uri is None:
+        return
+    check_network("evaluate.network", evaluate.network)
+    try:
+        refuse_duplicates("methods", evaluate.methods)
+        for text in evaluate.methods:
+            selection_config(
+                text, evaluate, asdict(config), config.run_dir, config.budgets, config.select.hard_fraction
+            )
+        if images_are_there:
+            columns = PoolColumns(config.pool.image_column, config.pool.label)
+            list_test_images(evaluate.test_uri, config.pool.format, columns)
+            refuse_shared_units(evaluate.test_uri, config.pool.uri, config.pool.format)
+    except ConfigError as error:
+        raise ConfigError(f"evaluate.{error}") from error
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
+    if any(isinstance(budget, int) and budget < MIN_SAMPLES for budget in config.budgets):
+        raise ConfigError(f"budget={config.budget}: a training of the evaluation needs at least {MIN_SAMPLES} images")

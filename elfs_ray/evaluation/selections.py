@@ -1,0 +1,146 @@
+"""The samples of every line of an evaluation: selections without labels first, then those that buy or have labels.
+
+Reads   the tables of the runs; true labels for badge and the supervised methods alone; test images never
+Writes  selections/, badge/ and supervised/ of the folder that the config names as `out`, see run.py
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+
+from elfs_ray.config import USES_HARD_FRACTION, Config, load_config
+from elfs_ray.evaluation.badge import BadgeJob, buy_labels, round_ends
+from elfs_ray.evaluation.data import TrueLabels, digest
+from elfs_ray.evaluation.keys import EvaluateRunsConfig
+from elfs_ray.evaluation.report import ALL
+from elfs_ray.evaluation.supervised import write_labels_as_clusters
+from elfs_ray.evaluation.trials import TrialPlace
+from elfs_ray.evaluation.workload import Entry, Source, Workload
+from elfs_ray.methods.training.classifier import ClassifierSettings
+from elfs_ray.pipeline import reselect
+from elfs_ray.runtime.progress import format_duration, say
+from elfs_ray.stages.select import CoresetResult, SelectResult
+from elfs_ray.stages.train.run import run_train
+from elfs_ray.storage import filesystem, schema
+from elfs_ray.storage.run_dir import Marker, Overlay, RunDir
+
+SUPERVISED_HERE = ("cluster", "train", "dynamics", "scores")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The samples of a line at one budget for one seed: ascending ids (n,) int64; its hard fraction if it has one."""
+
+    entry: Entry
+    budget: str
+    seed: int
+    sample_ids: np.ndarray
+    hard_fraction: float | None = None
+
+
+def select_without_labels(config: EvaluateRunsConfig, workload: Workload, out: RunDir) -> list[Selection]:
+    """Select for every line that needs no true label, from the tables of its run."""
+    selections = []
+    for entry in workload.entries:
+        if entry.method_name == "full":
+            everything = _pseudo_labelled(workload.sources[0])
+            selections += [Selection(entry, ALL, seed, everything) for seed in range(config.num_seeds)]
+        elif entry.config is not None and not entry.method.is_supervised:
+            selections += _coresets(config, entry, entry.source.run_dir, out.path("selections", entry.name))
+    return selections
+
+
+def buy_and_select(
+    config: EvaluateRunsConfig,
+    workload: Workload,
+    out: RunDir,
+    labels: TrueLabels,
+    settings: ClassifierSettings,
+    place: TrialPlace,
+) -> list[Selection]:
+    """Select for the lines that buy labels, by trainings of `settings`, or that have them all."""
+    selections = []
+    run_dir = None
+    for entry in workload.entries:
+        if entry.method_name == "badge":
+            selections += _buy(config, workload, out, entry, labels, settings, place)
+        elif entry.method.is_supervised:
+            run_dir = run_dir or _train_supervised(config, workload.sources[0], out, labels)
+            selections += _coresets(config, entry, run_dir, out.path("selections", entry.name))
+    return selections
+
+
+def _pseudo_labelled(source: Source) -> np.ndarray:
+    """Return every sample that can be selected: ascending ids (n,) int64."""
+    return np.sort(source.run_dir.read_column(schema.CLUSTERS, schema.PSEUDO_LABELS_DIR, column=schema.SAMPLE_ID))
+
+
+def _coresets(config: EvaluateRunsConfig, entry: Entry, run_dir: RunDir, out: str) -> list[Selection]:
+    """Return the coresets of a line: the run's where it made the same selection, else written below `out`."""
+    assert entry.config is not None
+    selections = []
+    for seed in range(config.num_seeds):
+        selection = replace(entry.config, seed=seed) if entry.method.is_per_seed else entry.config
+        folder, coresets = _kept_or_written(selection, run_dir, out, entry.name)
+        for budget, table in zip(selection.budgets, schema.coreset_tables(selection.budgets), strict=True):
+            ids = np.sort(folder.read_column(table, column=schema.SAMPLE_ID))
+            has_fraction = selection.select.method in USES_HARD_FRACTION
+            fraction = coresets[table].hard_fraction if has_fraction else None
+            selections.append(Selection(entry, str(budget), seed, ids, fraction))
+    return selections
+
+
+def _kept_or_written(
+    config: Config, run_dir: RunDir, out: str, name: str
+) -> tuple[RunDir, Mapping[str, CoresetResult]]:
+    """Return where a selection is, written by stage select unless it is there, and what is known of its coresets."""
+    wanted = reselect.marker_of(config, run_dir)
+    folder = Overlay(filesystem.join(out, wanted.identity), run_dir, reselect.OWN_TABLES)
+    # The run first: a search for its hard fraction is too dear to be done again.
+    for place in (run_dir, folder):
+        marker = place.success_marker(reselect.SELECT)
+        if marker is not None and marker.is_made_as(wanted) and not place.damage(reselect.SELECT):
+            return place, SelectResult.from_json(marker.result).coresets
+    marker = reselect.write(config, folder)
+    say(f"select    {name} in {format_duration(marker.seconds)}")
+    return folder, SelectResult.from_json(marker.result).coresets
+
+
+def _buy(
+    config: EvaluateRunsConfig,
+    workload: Workload,
+    out: RunDir,
+    entry: Entry,
+    labels: TrueLabels,
+    settings: ClassifierSettings,
+    place: TrialPlace,
+) -> list[Selection]:
+    """Let BADGE buy labels; one order of buying serves all budgets and seeds."""
+    source, pool = entry.source, _pseudo_labelled(entry.source)
+    settings = replace(settings, iterations=config.badge.iterations or max(1, config.iterations // 4))
+    ends = round_ends(workload.counts, config.badge.rounds)
+    size = source.base["embed"]["proxy_image_size"]
+    job = BadgeJob(source.run_dir, size, pool, ends, settings, int(source.base["seed"]))
+    made_of = (source.run_dir.identity("embed"), sorted(asdict(settings).items()), ends, job.seed, pool, labels.of_id)
+    bought = buy_labels(job, labels, out.path("badge", digest(*made_of)), place)
+    return [
+        Selection(entry, str(budget), seed, np.sort(bought[:count]))
+        for seed in range(config.num_seeds)
+        for budget, count in zip(config.budgets, workload.counts, strict=True)
+    ]
+
+
+def _train_supervised(config: EvaluateRunsConfig, source: Source, out: RunDir, labels: TrueLabels) -> RunDir:
+    """Train the first run's proxy on true labels by stage train, unless it is there; return where its scores go."""
+    made_of = (source.run_dir.identity("train"), labels.of_id)
+    run_dir = Overlay(out.path("supervised", digest(*made_of)), source.run_dir, SUPERVISED_HERE)
+    if run_dir.success_marker("cluster") is None:
+        write_labels_as_clusters(run_dir, source.run_dir, labels)
+    if run_dir.success_marker("train") is None:
+        overrides = [f"run_dir={run_dir.uri}", f"train.device={config.device}"]
+        if config.proxy.num_workers is not None:
+            overrides.append(f"train.num_workers={config.proxy.num_workers}")
+        result = run_train(load_config(None, overrides, base=source.base), run_dir)
+        run_dir.mark_complete(Marker("train", {}, {"cluster": run_dir.identity("cluster")}, result.to_json()))
+    return run_dir

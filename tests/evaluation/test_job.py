@@ -1,0 +1,128 @@
+"""A job that names test images evaluates its run at its end; what it would refuse then, it refuses at once."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from elfs_ray.cli import run_config
+from elfs_ray.config import Config, ConfigError, fields_of, load_config
+from elfs_ray.config.evaluate import EvaluateConfig
+from elfs_ray.evaluation import job
+from elfs_ray.evaluation.keys import keys_of_job
+from tests.tables import digit_images, png
+
+JOBS = Path(__file__).parent.parent.parent / "jobs"
+NUM_POOL, NUM_TEST = 300, 100
+SETTINGS = ("evaluate.network=small_cnn", "evaluate.iterations=12", "evaluate.batch_size=32", "evaluate.num_seeds=2")
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> Path:
+    """A folder with 300 labelled digits, pool.parquet, and 100 others, test.parquet."""
+    folder = tmp_path_factory.mktemp("digits")
+    images, labels = digit_images(NUM_POOL + NUM_TEST)
+    for name, part in (("pool", slice(NUM_POOL)), ("test", slice(NUM_POOL, None))):
+        columns = {"image": [png(image) for image in images[part]], "label": labels[part].astype(np.int32)}
+        pq.write_table(pa.table(columns), folder / f"{name}.parquet")
+    return folder
+
+
+def config_of(digits: Path, run_dir: Path, *overrides: str, name: str = "cifar10") -> Config:
+    return load_config(
+        JOBS / f"{name}.yaml",
+        [
+            *(f"pool.uri={digits / 'pool.parquet'}", "pool.label=label", f"run_dir={run_dir}", "ray_address=local"),
+            *("budget=[0.1,0.3]", "select.hard_fraction=0.1", "embed.encoder=pixels", "embed.image_size=8"),
+            *("embed.proxy_image_size=8", "embed.resize=null", "cluster.method=kmeans", "cluster.num_clusters=10"),
+            *("cluster.num_workers=2", "train.network=small_cnn", "train.epochs=1", "train.num_workers=1"),
+            *("train.augmentation=crop", "train.crop_padding=1", f"evaluate.test_uri={digits / 'test.parquet'}"),
+            *SETTINGS,
+            *overrides,
+        ],
+    )
+
+
+def test_a_job_with_test_images_evaluates_all_its_budgets(ray_cluster, digits, tmp_path, capfd):
+    """The same command again repeats nothing; another method adds its trainings alone."""
+    run_config(config_of(digits, tmp_path))
+    printed = capfd.readouterr().out
+    lines = {line.split()[0]: line for line in printed.splitlines()}
+    assert {"elfs", "random", "pseudo-labels:", "embeddings:", "table", "coreset", "report"} <= lines.keys()
+    assert "0.1 (30)" in lines["selection"] and "0.3 (90)" in lines["selection"]
+    assert lines["table"].split()[1] == str(tmp_path / "evaluate" / "results.md")
+    rows = pq.read_table(tmp_path / "evaluate" / "results.parquet").to_pylist()
+    assert [(row["selection"], row["num_samples"]) for row in rows if row["seed"] == 1] == [
+        (method, count) for method in ("elfs", "random") for count in (30, 90)
+    ]
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "evaluate" / "trials").iterdir()}
+    assert len(times) == 8
+    run_config(config_of(digits, tmp_path, "evaluate.methods=[random,elfs,aum_hardest]"))
+    again = capfd.readouterr()
+    assert "nothing to do: every stage is complete" in again.err
+    assert all(lines[method] in again.out for method in ("elfs", "random"))
+    now = {path: path.stat().st_mtime_ns for path in (tmp_path / "evaluate" / "trials").iterdir()}
+    assert now.items() >= times.items() and len(now) == 12
+
+
+def test_a_run_that_ends_before_select_says_that_it_is_not_evaluated(ray_cluster, digits, tmp_path, capfd):
+    config = config_of(digits, tmp_path, "until=index")
+    assert "evaluate  left out, as until=index" in job.describe(config)
+    job.run(config)
+    assert "evaluate  left out, as until=index" in capfd.readouterr().err
+    assert not (tmp_path / "evaluate").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "needed"),
+    [
+        (["pool.label=null"], r"evaluate\.test_uri needs the true labels of the pool, too: give pool\.label="),
+        (["evaluate.test_uri=null"], r"evaluate\.network=small_cnn .* give evaluate\.test_uri="),
+        (["evaluate.network=linear"], r"evaluate\.network='linear'"),
+        (["evaluate.methods=[elf]"], r"evaluate\.methods: 'elf' must be one of elfs"),
+        (["evaluate.methods=[elfs,elfs]"], r"evaluate\.methods=\['elfs', 'elfs'\] names one twice"),
+        (["evaluate.methods=[elfs+scor=aum]"], r"did you mean select\.score"),
+        (["evaluate.methods=[d2]"], r"evaluate\.methods: d2: .*give cluster\.num_neighbors=10"),
+        (["evaluate.test_uri=/no/such"], r"evaluate\.test_uri: test_uri='/no/such' does not exist"),
+        (["budget=1"], "needs at least 2 images"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_before_any_work(digits, tmp_path, overrides, needed):
+    with pytest.raises(ConfigError, match=needed):
+        job.run(config_of(digits, tmp_path / "run", *overrides))
+    assert not (tmp_path / "run").exists()
+
+
+def test_test_images_that_are_in_the_pool_are_refused_before_any_work(digits, tmp_path):
+    for pool, test in ((digits, digits / "test.parquet"), (digits / "test.parquet", digits)):
+        with pytest.raises(ConfigError, match=r"and the pool share .*test\.parquet"):
+            job.run(config_of(digits, tmp_path / "run", f"pool.uri={pool}", f"evaluate.test_uri={test}"))
+    for name in ("train/cat/1.png", "val/cat/2.png"):
+        path = tmp_path / "folder" / name
+        path.parent.mkdir(parents=True)
+        path.write_bytes(png(digit_images(1)[0][0]))
+    places = (f"pool.uri={tmp_path / 'folder'}", f"evaluate.test_uri={tmp_path / 'folder' / 'val'}")
+    with pytest.raises(ConfigError, match="and the pool share"):
+        job.run(config_of(digits, tmp_path / "run", *places, "pool.label=folder"))
+
+
+@pytest.mark.parametrize("name", ["imagenet", "cifar10", "cifar100", "stl10", "cinic10"])
+def test_the_dry_run_of_every_job_says_what_it_would_evaluate(digits, tmp_path, name):
+    config = config_of(digits, tmp_path / "run", "evaluate.methods=[elfs,random,full]", name=name)
+    assert job.describe(config).endswith("10 trainings of small_cnn, 12 steps each; on elfs, random, full")
+
+
+def test_the_evaluator_gets_every_key_of_the_section(digits, tmp_path):
+    """Each key, changed, changes what the evaluator is told."""
+    plain = keys_of_job(config_of(digits, tmp_path))
+    for key, spec in fields_of(EvaluateConfig):
+        changed = config_of(digits, tmp_path)
+        section, _, name = f"evaluate.{key}".rpartition(".")
+        target = changed
+        for part in section.split("."):
+            target = getattr(target, part)
+        choices = [choice for choice in spec.metadata["choices"] if choice != getattr(target, name)]
+        setattr(target, name, choices[0] if choices else "another")
+        assert keys_of_job(changed) != plain, key
