@@ -32,6 +32,7 @@ from elfs_ray.methods.numeric.precision import resolve_precision
 from elfs_ray.methods.training.classifier import ClassifierSettings
 from elfs_ray.pipeline.runner import locked
 from elfs_ray.runtime.cluster import connect, resolve_device
+from elfs_ray.runtime.progress import say
 from elfs_ray.stages.index import IndexResult
 from elfs_ray.stages.training.classifier_inputs import training_settings
 from elfs_ray.storage import filesystem, schema
@@ -59,8 +60,19 @@ def run(config: EvaluateRunsConfig) -> Results:
         filesystem.write_table(out.path(schema.RESULTS_FILE), table)
         results = Results(tuple(_lines(rows)), _quality(workload, out, labels, device))
         filesystem.write_bytes(out.path(RESULTS_MD), to_markdown(config, workload, results).encode())
-        filesystem.write_bytes(out.path(RESULTS_SVG), draw_chart(config, workload, results.lines).encode())
+        _write_chart(config, workload, out, results)
         return results
+
+
+def _write_chart(config: EvaluateRunsConfig, workload: Workload, out: RunDir, results: Results) -> None:
+    """Write the chart where matplotlib is installed; else say how to get one."""
+    try:
+        chart = draw_chart(config, workload, results.lines)
+    except ImportError as error:
+        say(f"no chart: {error}; pip install 'elfs-ray[chart]' and the same command draws it")
+        filesystem.delete(out.path(RESULTS_SVG))  # one of other results would be taken for that of these
+        return
+    filesystem.write_bytes(out.path(RESULTS_SVG), chart)
 
 
 def written_files(out: RunDir) -> Iterator[tuple[str, str]]:

@@ -231,10 +231,24 @@ def test_published_numbers_are_marked_and_stand_beside_the_measured_ones(finishe
     assert "read off its figures" in to_markdown(config, workload, results)
     plain = load(keys(finished, out))
     assert "published" not in to_markdown(plain, workload, results).lower()
-    chart = draw_chart(config, workload, results.lines)
-    assert "elfs, published" in chart
-    assert "published" not in draw_chart(plain, workload, results.lines).replace(".published", "")
-    assert chart.count("class='band'") == len(results.lines) and ElementTree.fromstring(chart) is not None
+    chart, plain_chart = (draw_chart(judged_by, workload, results.lines).decode() for judged_by in (config, plain))
+    assert "elfs, published" in chart and "published" not in plain_chart
+    bands = [item for item in ElementTree.fromstring(chart).iter() if item.get("id", "").startswith("band-")]
+    assert len(bands) == len(results.lines)
+    assert "dc:date" not in chart and chart == draw_chart(config, workload, results.lines).decode()
+
+
+def test_without_matplotlib_the_table_is_written_all_the_same(finished, judged, monkeypatch, capfd):
+    out, results = judged
+    before = contents(out, ".")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert evaluation.run(load(keys(finished, out))) == results
+    assert "pip install 'elfs-ray[chart]'" in capfd.readouterr().err
+    table = contents(out, ".")
+    assert before.keys() - table.keys() == {"results.svg"} and table["results.md"] == before["results.md"]
+    monkeypatch.undo()
+    evaluation.run(load(keys(finished, out)))
+    assert contents(out, ".") == before
 
 
 def test_the_closing_lines_have_every_selection_and_the_quality_of_the_run(judged):
