@@ -1,0 +1,160 @@
+"""Every key that a job takes is read by the code that the job runs, as the type checker sees it.
+
+mypy tells of what class each attribute that the sources read is. A key counts as read where it is read of its own
+section in a module that does something; the modules of config/ declare and check, and there only what others call in
+turn counts, such as Config.budgets. Sections whose keys are handed over by name must have them all where they arrive.
+"""
+
+import ast
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
+from pathlib import Path
+
+import pytest
+from mypy.build import BuildSource, build
+from mypy.inspections import find_by_location
+from mypy.nodes import Expression, MypyFile
+from mypy.options import Options
+from mypy.types import Instance, Type, get_proper_type
+
+from elfs_ray.config import Config, PretrainConfig, TemiConfig, fields_of
+from elfs_ray.config.evaluate import EvaluateConfig
+from elfs_ray.evaluation.keys import EvaluateRunsConfig
+from elfs_ray.methods.simclr.training import SimclrSettings, ViewSettings
+from elfs_ray.methods.temi.heads import TemiSettings
+from elfs_ray.pipeline import reselect
+
+ROOT = Path(__file__).parent.parent.parent
+PIPELINE_JOBS = ("imagenet", "cifar10", "cifar100", "stl10", "cinic10")
+# A key of these that is not read by name is handed over with its name to one of the classes.
+HANDED_OVER = {PretrainConfig: (SimclrSettings, ViewSettings), TemiConfig: (TemiSettings,)}
+KEY_NAMES = {name.rpartition(".")[2] for kind in (Config, EvaluateRunsConfig) for name, _ in fields_of(kind)}
+Read = tuple[str, str]  # full name of a class, attribute
+
+
+@dataclass
+class Reads:
+    """What each function of some modules reads, "" being what is outside of functions."""
+
+    attributes: dict[str, set[Read]] = field(default_factory=lambda: defaultdict(set))
+    names: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+
+    def add_module(self, source: str, tree: MypyFile, types: Mapping[Expression, Type]) -> None:
+        """Add the names in a source, and its attributes with the classes of their owners, which mypy knows."""
+        for function, node in _with_functions(ast.parse(source), ""):
+            if isinstance(node, ast.Name):
+                self.names[function].add(node.id)
+            elif isinstance(node, ast.Attribute):
+                self.names[function].add(node.attr)
+                if node.attr in KEY_NAMES:
+                    owner = node.value
+                    place = (owner.lineno, owner.col_offset, owner.end_lineno, owner.end_col_offset)
+                    kind = get_proper_type(types.get(find_by_location(tree, *place)))
+                    if isinstance(kind, Instance):
+                        # What is read of a subclass is read of the class that declares it.
+                        self.attributes[function] |= {(base.fullname, node.attr) for base in kind.type.mro}
+
+
+def _with_functions(node: ast.AST, function: str) -> Iterator[tuple[str, ast.AST]]:
+    """Yield every node with the name of the outermost function that it is in."""
+    for child in ast.iter_child_nodes(node):
+        inside = function or (child.name if isinstance(child, ast.FunctionDef) else "")
+        yield inside, child
+        yield from _with_functions(child, inside)
+
+
+@cache
+def reads() -> dict[str, Reads]:
+    """Return what each package at the top of elfs_ray reads."""
+    options = Options()
+    options.export_types = options.preserve_asts = options.check_untyped_defs = True
+    options.incremental = False
+    options.ignore_missing_imports, options.follow_imports = True, "skip"  # types of elfs_ray are all it takes
+    paths = sorted((ROOT / "elfs_ray").rglob("*.py"))
+    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths]
+    result = build([BuildSource(str(path), name) for path, name in zip(paths, modules, strict=True)], options)
+    packages: dict[str, Reads] = defaultdict(Reads)
+    for path, module in zip(paths, modules, strict=True):
+        tree = result.files[module]
+        packages[module.partition(".")[2].partition(".")[0]].add_module(path.read_text(), tree, result.types)
+    return packages
+
+
+def read_by(packages: tuple[str, ...]) -> set[Read]:
+    """Return what some packages read, themselves or through functions and properties of config/ that do not check."""
+    config = reads()["config"]
+    functions = {name for name in config.names if name and "check" not in name and not name.startswith("load")}
+    found = set().union(*(read for package in packages for read in reads()[package].attributes.values()))
+    called = set().union(*(names for package in packages for names in reads()[package].names.values()))
+    done: set[str] = set()
+    while left := (functions & called) - done:
+        for name in left:
+            found |= config.attributes[name]
+            called |= config.names[name]
+        done |= left
+    return found
+
+
+def unread(kind: type, packages: tuple[str, ...], prefix: str = "") -> list[str]:
+    """Return the keys of a section, and of those in it, that the packages do not read."""
+    found, missing = read_by((*packages, "methods")), []
+    for spec in fields(kind):
+        if not spec.metadata:
+            missing += unread(spec.type, packages, f"{prefix}{spec.name}.")
+            continue
+        declared = next(base for base in reversed(kind.__mro__) if spec.name in getattr(base, "__annotations__", {}))
+        owner = f"{declared.__module__}.{declared.__qualname__}"
+        targets = [target for target in HANDED_OVER.get(kind, ()) if spec.name in target.__dataclass_fields__]
+        read = {(f"{target.__module__}.{target.__qualname__}", spec.name) for target in targets} | {(owner, spec.name)}
+        if not read & found:
+            missing.append(prefix + spec.name)
+    return missing
+
+
+RUN = ("cli", "pipeline", "runtime", "stages")
+EVALUATION = ("cli", "evaluation")
+
+
+@pytest.mark.timeout(600)
+def test_every_key_of_a_run_is_read_by_what_a_run_does():
+    keys_of_evaluation = {f"evaluate.{key}" for key, _ in fields_of(EvaluateConfig)}
+    assert set(unread(Config, RUN)) <= keys_of_evaluation
+    assert unread(Config, (*RUN, "evaluation")) == []
+
+
+@pytest.mark.timeout(600)
+def test_every_key_of_an_evaluation_is_read_by_the_evaluator():
+    assert unread(EvaluateRunsConfig, EVALUATION) == []
+    assert unread(EvaluateConfig, EVALUATION) == []
+
+
+@pytest.mark.timeout(600)
+def test_a_key_that_nobody_reads_is_found():
+    read = (f"{EvaluateConfig.__module__}.EvaluateConfig", "lr")
+    functions = [attributes for attributes in reads()["evaluation"].attributes.values() if read in attributes]
+    assert functions
+    for attributes in functions:
+        attributes.remove(read)
+    try:
+        assert unread(EvaluateConfig, EVALUATION) == ["lr"]
+    finally:
+        for attributes in functions:
+            attributes.add(read)
+
+
+@pytest.mark.parametrize("name", PIPELINE_JOBS)
+def test_the_job_of_each_benchmark_is_the_whole_command_line_of_a_run(name):
+    """It runs `run_job` over the YAML of its name and nothing else, so that what a run reads, the job reads."""
+    tree = ast.parse((ROOT / "jobs" / f"{name}.py").read_text())
+    main = tree.body[-1]
+    assert isinstance(main, ast.If)
+    assert [ast.unparse(line) for line in main.body] == [
+        "sys.exit(run_job(__doc__, Path(__file__).with_suffix('.yaml')))"
+    ]
+
+
+def test_every_key_of_a_reselection_is_one_of_a_run():
+    """What it does not take, it refuses: see tests/pipeline/test_reselect.py."""
+    assert set(reselect.KEYS) <= {key for key, _ in fields_of(Config)}
