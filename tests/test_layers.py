@@ -1,4 +1,4 @@
-"""Imports run down only, a stage is known by its folder, of the stages index alone reads true labels: held by reading the sources."""
+"""Imports run down only, a stage is known by its folder, one stage reads true labels: held by reading the sources."""
 
 import ast
 import subprocess

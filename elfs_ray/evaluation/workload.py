@@ -207,7 +207,7 @@ def selection_config(
     fraction = {"elfs": hard_fraction, "aum_ccs": settings.proxy.ccs_hard_fraction}.get(name, 0)
     overrides = [
         f"run_dir={run_uri}",
-        f"budget={list(budgets)}",
+        f"budget={budgets[0] if len(budgets) == 1 else list(budgets)}",
         "on_change=refuse",
         f"select.hard_fraction={fraction}",
     ]

@@ -64,7 +64,8 @@ def write_run(folder: Path, labels: np.ndarray) -> None:
         keys = {f"{stage}.{key}": value for key, value in deciding_keys(getattr(config, stage)).items()}
         run_dir.mark_complete(replace(run_dir.complete_marker(stage), config=keys))
     result = select.run_select(config, run_dir)
-    run_dir.mark_complete(replace(reselect.marker_of(config, run_dir), result=result.to_json()))
+    wanted = reselect.marker_of(config, run_dir)
+    run_dir.mark_complete(replace(wanted, result=result.to_json(), outputs=run_dir.measure(wanted.outputs)))
 
 
 def write_neighbors(run_dir: RunDir, ids: np.ndarray) -> None:
