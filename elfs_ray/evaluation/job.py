@@ -12,6 +12,7 @@ from elfs_ray.evaluation.held_out import list_test_images, refuse_shared_units
 from elfs_ray.evaluation.keys import keys_of_job
 from elfs_ray.evaluation.workload import (
     MIN_SAMPLES,
+    check_neighbor_search,
     describe_trainings,
     parse_method,
     refuse_duplicates,
@@ -78,6 +79,7 @@ def check(config: Config, *, images_are_there: bool = True) -> None:
     if evaluate.test_uri is None:
         return
     check_network("evaluate.network", evaluate.network)
+    check_neighbor_search(evaluate.device, "evaluate.device", config.ray_address)
     try:
         refuse_duplicates("methods", evaluate.methods)
         for text in evaluate.methods:

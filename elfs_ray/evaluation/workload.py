@@ -90,6 +90,7 @@ def refuse_duplicates(key: str, values: Sequence[Any]) -> None:
 
 def make_workload(config: EvaluateRunsConfig) -> Workload:
     """Check runs, methods, budgets, labels and test images; return what is to be done. Raises ConfigError."""
+    check_neighbor_search(config.device, "device", config.ray_address)
     sources = _sources(config.runs)
     first = sources[0].run_dir
     entries = tuple(entry for method in config.methods for entry in _entries(method, sources, config))
@@ -108,6 +109,17 @@ def make_workload(config: EvaluateRunsConfig) -> Workload:
         class_numbers(config.test_uri, listed, names)
     refuse_shared_images(config.test_uri, listed, first)
     return workload
+
+
+def check_neighbor_search(device: str, key: str, ray_address: str | None) -> None:
+    """Raise ConfigError where nearest neighbours, by which embeddings are judged, cannot be searched on the device."""
+    from elfs_ray.methods.numeric.faiss_build import check_faiss
+    from elfs_ray.runtime.cluster import find_devices
+
+    try:
+        check_faiss("an evaluation, which searches nearest neighbours,", find_devices(ray_address).resolve(device, key))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _sources(uris: list[str]) -> tuple[Source, ...]:
