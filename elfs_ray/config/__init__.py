@@ -1,7 +1,7 @@
-"""Every key a job takes: one dataclass a section of the config, one file each; run.py puts them together.
+"""All config keys: a dataclass for each section, in a file of its own; run.py combines them into `Config`.
 
-A key is declared once, by `option`. Keys that do not decide a stage's result (numbers of workers, batch sizes that only
-change speed) may differ between a run and its continuation.
+A key is declared once, by `option`. A run may be resumed with other values of keys that do not decide a stage's result,
+such as numbers of workers.
 """
 
 from elfs_ray.config.checks import (

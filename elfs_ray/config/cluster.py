@@ -1,4 +1,4 @@
-"""cluster.*: pseudo-labels."""
+"""Keys of section cluster: how embeddings become pseudo-labels."""
 
 from dataclasses import dataclass, field
 
@@ -10,55 +10,60 @@ from elfs_ray.config.temi import TEMI_NEIGHBORS, TemiConfig
 
 @dataclass
 class ClusterConfig:
-    """Pseudo-labels."""
+    """Clustering of the embeddings into pseudo-classes."""
 
     method: str = option(
         "kmeans",
-        "kmeans; temi: deep clustering after it; file: pseudo-labels made elsewhere",
+        "kmeans; temi: deep clustering on top of k-means; file: pseudo-labels made elsewhere, see labels_uri",
         choices=("kmeans", "temi", "file"),
     )
     num_clusters: int | str = option(
         MISSING,
-        "the expected number of classes, or auto for an estimate",
+        "number of clusters, best the expected number of classes; auto estimates it",
         unit="clusters",
         choices=("auto",),
         bounds=Bounds(at_least=2),
     )
     labels_uri: str | None = option(
         None,
-        "method=file: Parquet with pseudo_label (integers from 0) and sample_id or uri, for every embedded image",
+        "for method=file: Parquet with pseudo_label (integers from 0) and sample_id or uri, for every embedded image",
         is_path=True,
     )
-    max_iterations: int = option(100, "Lloyd iterations of each try, at most", bounds=POSITIVE)
+    max_iterations: int = option(100, "maximum number of Lloyd iterations of each try", bounds=POSITIVE)
     tolerance: float = option(
-        1e-4, "stop when the objective improves by a smaller share than this", bounds=Bounds(at_least=0, below=1)
+        1e-4,
+        "stop when an iteration improves the objective by less than this fraction",
+        bounds=Bounds(at_least=0, below=1),
     )
-    num_tries: int = option(3, "seedings; the one with the lowest objective is kept", bounds=POSITIVE)
+    num_tries: int = option(3, "number of seedings; the result with the lowest objective is kept", bounds=POSITIVE)
     spherical: bool = option(False, "normalise centroids to unit length")
     engine: str = option(
         "auto",
-        "what searches for the nearest centroids: torch or faiss, with the same result; auto takes the faster, torch",
+        "library that searches for the nearest centroids, with the same result; auto uses the faster one, torch",
         choices=("auto", "torch", "faiss"),
         decides=False,
     )
     num_neighbors: int | None = option(
         None,
-        f"nearest neighbours kept in neighbors/; null takes {TEMI_NEIGHBORS} for temi and 0, none, for others",
+        f"nearest neighbours of each image to keep in neighbors/; null means {TEMI_NEIGHBORS} for temi, else 0 (none)",
         bounds=Bounds(at_least=0),
     )
     neighbor_search: str = option(
         "auto",
-        "exact; ivf: faiss's inverted file, approximate, on CPUs; auto: exact up to 200,000 images on CPUs and on GPUs",
+        "exact; ivf: approximate, by faiss on CPUs; auto: exact on GPUs, and on CPUs up to 200,000 images",
         choices=("auto", "exact", "ivf"),
     )
     neighbor_recall: float = option(
         0.95,
-        "share of the exact neighbours that ivf must find, measured on a sample",
+        "fraction of the exact neighbours that ivf must find, measured on a sample",
         bounds=Bounds(above=0, at_most=1),
     )
-    device: str = device_option("assignment, neighbours and TEMI run")
+    device: str = device_option("assignment, neighbour search and TEMI run")
     num_workers: int | None = option(
-        None, "shards in memory at once; null takes one a GPU, or one a CPU", bounds=POSITIVE, decides=False
+        None,
+        "number of shards in memory at once; null means one for each GPU, or one for each CPU",
+        bounds=POSITIVE,
+        decides=False,
     )
     memory_gib: float | None = memory_option("shard")
     temi: TemiConfig = field(default_factory=TemiConfig)

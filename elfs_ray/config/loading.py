@@ -1,6 +1,6 @@
-"""The config of a run: defaults, YAML and `key=value` overrides, merged by OmegaConf and checked before work starts.
+"""Load a config: defaults, then a YAML file, then `key=value` overrides, merged by OmegaConf and checked.
 
-The files beside this one declare the keys, a section each; checks.py holds the checks.
+The neighbouring files declare the keys, one file for each section; checks.py has the checks.
 """
 
 import contextlib
@@ -17,10 +17,7 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, UnsupportedValueType
 
-from elfs_ray.config.checks import (
-    check_fields,
-    check_relations,
-)
+from elfs_ray.config.checks import check_fields, check_relations
 from elfs_ray.config.declaration import ConfigError, fields_of
 from elfs_ray.config.run import Config
 from elfs_ray.config.select import HardFraction
@@ -32,13 +29,15 @@ Keys = TypeVar("Keys")  # a dataclass of options
 def load_config(
     yaml_path: str | Path | None = None, overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None
 ) -> Config:
-    """Defaults, then those of `base` (nested, as in YAML), then a YAML file, then `key=value` overrides; checked.
+    """Return a checked config from defaults, `base`, a YAML file and `key=value` overrides, in this order.
+
+    base: values that replace defaults, nested as in YAML.
 
     Raises ConfigError for an unknown key, a value of the wrong type or outside its bounds, or a missing key.
     """
     config = load_keys(Config, yaml_path, overrides, base)
     fractions = config.select.hard_fraction
-    # 0 and 0.0 are one fraction, and so of one identity.
+    # A stage's identity hashes the JSON of its keys, in which 0 and 0.0 differ although they are the same fraction.
     config.select.hard_fraction = [*map(_as_float, fractions)] if isinstance(fractions, list) else _as_float(fractions)
     check_relations(config)
     idle = [text for text in overrides if text.startswith("evaluate.") and not text.startswith("evaluate.test_uri=")]
@@ -55,11 +54,13 @@ def load_keys(
     overrides: Sequence[str] = (),
     base: Mapping[str, Any] | None = None,
 ) -> Keys:
-    """`load_config` for any dataclass of options, each key checked by itself. Raises ConfigError.
+    """Do what `load_config` does for any dataclass of options, without the checks of keys against each other.
 
-    A key that is a text takes it as typed, but for null; of one that is a path, ~ becomes the home directory.
+    A key of type str takes its value as typed, except null; in a path, a leading ~ becomes the home directory.
+
+    Raises ConfigError.
     """
-    merged = _defaults(kind)  # type: ignore[arg-type]  # mypy doubts that a type has a hash
+    merged = _defaults(kind)  # type: ignore[arg-type]  # mypy does not know that every class is hashable
     if base is not None:
         merged = _merge(merged, OmegaConf.create(dict(base)), "the run directory's config")
     if yaml_path is not None:
@@ -76,8 +77,12 @@ def load_keys(
 
 
 def expand_home(path: str) -> str:
-    """A path as the shell would have it: ~ becomes the home directory."""
-    with contextlib.suppress(ValueError):  # of a NUL, which whoever opens the path refuses
+    """Return a path with a leading ~ replaced by the home directory, as a shell does.
+
+    Shells leave the ~ of an argument such as `pool.uri=~/x` alone, and no shell reads the YAML.
+    """
+    # expanduser raises for a NUL character, which opening the path refuses anyway, with a message about the path.
+    with contextlib.suppress(ValueError):
         return os.path.expanduser(path)
     return path
 
@@ -92,12 +97,12 @@ def _expand_paths(config: Any) -> None:
 
 
 def _as_float(value: HardFraction) -> HardFraction:
-    """Return a number as float, a word as it is."""
+    """Return a number as float, and a word unchanged."""
     return value if isinstance(value, str) else float(value)
 
 
 def _resolve(merged: DictConfig) -> Any:
-    """The config as plain Python, with ${...} filled in. Raises ConfigError for keys that have no value."""
+    """Return the config as plain dataclasses, with ${...} filled in. Raises ConfigError for keys without a value."""
     try:
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
@@ -109,14 +114,15 @@ def _resolve(merged: DictConfig) -> Any:
 
 @lru_cache
 def _defaults(kind: type) -> DictConfig:
-    """Every key with its default; merging copies it."""
+    """Return every key of a dataclass with its default. The result is shared: merge into it, never change it."""
     merged = OmegaConf.structured(kind)
+    # Struct mode makes OmegaConf refuse keys that are not declared, so a misspelt key is an error.
     OmegaConf.set_struct(merged, True)
     return merged
 
 
 def describe_keys(yaml_path: str | Path | None = None, kind: type = Config) -> Iterator[tuple[str, str, str]]:
-    """(key, default with its unit, meaning) of every key, with the defaults of a YAML file where one is given."""
+    """Yield (key, default with its unit, help text) of every key; a YAML file replaces the defaults that it sets."""
     merged = _defaults(kind)
     if yaml_path is not None:
         merged = _merge(merged, _load_yaml(yaml_path, kind), str(yaml_path))
@@ -136,7 +142,7 @@ def describe_keys(yaml_path: str | Path | None = None, kind: type = Config) -> I
 
 
 def deciding_keys(section: Any) -> dict[str, Any]:
-    """The keys of one section (a dataclass above) that decide its stage's result, with their values."""
+    """Return the keys of one section that decide its stage's result, with their values."""
     keys: dict[str, Any] = {}
     for spec in dataclasses.fields(section):
         value = getattr(section, spec.name)
@@ -154,10 +160,12 @@ def _load_yaml(path: str | Path, kind: type) -> DictConfig:
         loaded = OmegaConf.load(path)
         if isinstance(loaded, DictConfig):
             loaded = _with_texts(loaded, _typed(Path(path).read_text("utf-8")), kind)
-    except Exception as error:  # of the YAML parser, of the file system, of text that is none
+    # Broken files raise errors of many kinds: YAML's, OmegaConf's, OSError, UnicodeDecodeError, RecursionError.
+    except Exception as error:
         raise ConfigError(f"config file {str(path)!r} cannot be read: {error}") from error
     if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"{path} holds a list: needed are keys with values")
+        raise ConfigError(f"{path} holds a list: a config file must hold keys with values, such as budget: 0.1")
+    # Before merging, as OmegaConf's own messages show the values that they refuse.
     _refuse_credentials("", OmegaConf.to_container(loaded))
     return loaded
 
@@ -165,9 +173,11 @@ def _load_yaml(path: str | Path, kind: type) -> DictConfig:
 def _parse_override(override: str, kind: type) -> DictConfig:
     key, equals, value = override.partition("=")
     _refuse_credentials(key, value)
+    # "???" is OmegaConf's mark for a missing value.
     if not equals or not key or value.strip() == MISSING:
-        raise ConfigError(f"{override!r} is not an override: write key=value (see --help for the keys)")
+        raise ConfigError(f"{override!r} is not an override: write key=value (--help lists the keys)")
     try:
+        # A text is not parsed at all: YAML would refuse "a: b", "[1" or "*", which are names of files.
         if _texts(kind).get(key) is False:
             return OmegaConf.create(_nested(key, None if value in ("", "null") else value))
         return _with_texts(OmegaConf.from_dotlist([override]), _nested(key, _typed(value)), kind)
@@ -176,15 +186,16 @@ def _parse_override(override: str, kind: type) -> DictConfig:
 
 
 def _typed(text: str) -> Any:
-    """YAML with every value as the text that it is; no tag makes an object of it."""
+    """Return what YAML text holds, with every scalar as the text that was typed."""
+    # BaseLoader resolves no types and no tags, so that !!python/object makes no object.
     return yaml.BaseLoader(text).get_single_data()
 
 
 @lru_cache
 def _texts(kind: type) -> dict[str, bool]:
-    """The keys that are texts, and whether each is a list of them."""
+    """Return the keys whose values are texts, with True for a list of texts and False for a single one."""
     types = {key: spec.type for key, spec in fields_of(kind)}
-    return {key: own == list[str] for key, own in types.items() if own in (str, str | None, list[str])}
+    return {key: type_ == list[str] for key, type_ in types.items() if type_ in (str, str | None, list[str])}
 
 
 def _nested(key: str, value: Any) -> Any:
@@ -194,21 +205,31 @@ def _nested(key: str, value: Any) -> Any:
 
 
 def _with_texts(read: DictConfig, typed: Any, kind: type) -> DictConfig:
-    """What YAML read, with every text as it was typed: YAML has 7 for 007, 20240115 for 2024_01_15, false for no."""
+    """Return what YAML read, but with every text as it was typed.
+
+    YAML turns 007 into 7, 2024_01_15 into 20240115 and no into false. For a key whose type is str that is damage: a
+    folder may have any of these names. So such values are taken from `typed`, the same YAML read without types.
+    """
+    texts = _texts(kind)
 
     def restore(value: Any, text: Any, key: str) -> Any:
         if isinstance(value, dict) and isinstance(text, dict):
-            own = {name: f"{key}.{name}" if key else str(name) for name in value}
-            return {name: restore(nested, text.get(name, nested), own[name]) for name, nested in value.items()}
-        if key in _texts(kind) and isinstance(value, list) and isinstance(text, list):
+            restored = {}
+            for name, nested in value.items():
+                nested_key = f"{key}.{name}" if key else str(name)
+                restored[name] = restore(nested, text.get(name, nested), nested_key)
+            return restored
+        if key in texts and isinstance(value, list) and isinstance(text, list):
             return [restore(*pair, key) for pair in zip(value, text, strict=True)]
-        return text if key in _texts(kind) and isinstance(text, str) and value is not None else value
+        is_text = key in texts and isinstance(text, str)
+        # null stays null, also for a key of type str.
+        return text if is_text and value is not None else value
 
     return OmegaConf.create(restore(OmegaConf.to_container(read), typed, ""))
 
 
 def _refuse_credentials(key: str, value: Any) -> None:
-    """Raise ConfigError for credentials in any value, before a message could show them."""
+    """Raise ConfigError for credentials in any value, before another message could show them."""
     if isinstance(value, dict):
         for name, nested in value.items():
             _refuse_credentials(f"{key}.{name}" if key else str(name), nested)

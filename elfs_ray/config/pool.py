@@ -1,4 +1,4 @@
-"""pool.*: the images to choose from."""
+"""Keys of section pool: where the images are and how they are stored."""
 
 from dataclasses import dataclass
 
@@ -9,17 +9,21 @@ from elfs_ray.config.declaration import option
 
 @dataclass
 class PoolConfig:
-    """The images to choose from."""
+    """The images to select from."""
 
     uri: str = option(
         MISSING, "folder of images, Parquet file(s) or WebDataset tar(s); local path, s3:// or gs://", is_path=True
     )
-    format: str = option("auto", "how the pool is stored", choices=("auto", "folder", "parquet", "webdataset"))
+    format: str = option(
+        "auto", "how the pool is stored; auto detects it", choices=("auto", "folder", "parquet", "webdataset")
+    )
     image_column: str | None = option(
-        None, "Parquet: column of image bytes, Hugging Face image structs or uris; null takes 'image', else 'uri'"
+        None,
+        "for Parquet: column of image bytes, Hugging Face image structs or uris; null means 'image' if there is one, "
+        "else 'uri'",
     )
     label: str | None = option(
         None,
-        "where true labels are, copied for evaluate alone: a Parquet column of integers, 'folder' for the name of an "
-        "image's folder, 'cls' for WebDataset; null copies none",
+        "where true labels are, for evaluate alone: the name of a Parquet column of integers, 'folder' for the "
+        "name of each image's folder, 'cls' for WebDataset; null means no labels",
     )

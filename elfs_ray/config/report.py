@@ -1,4 +1,4 @@
-"""report.*: what a person looks at."""
+"""Keys of section report: the HTML report of a run."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from elfs_ray.config.declaration import Bounds, option
 
 @dataclass
 class ReportConfig:
-    """What a person looks at."""
+    """The HTML report of a run."""
 
     images_per_grid: int = option(
         40, "images shown of each group", unit="images", bounds=Bounds(at_least=1, at_most=100)

@@ -1,4 +1,4 @@
-"""The whole config: the keys of a run, and the sections of its stages."""
+"""The whole config of a run: its global keys, and a section for each stage."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,42 +16,44 @@ from elfs_ray.config.select import USES_HARD_FRACTION, HardFraction, SelectConfi
 from elfs_ray.config.train import TrainConfig
 
 Budget = int | float
-"""A number of samples, or a fraction of the embedded ones: 1 is one sample, 1.0 all."""
+"""A number of samples (int) or a fraction of the embedded samples (float): 1 is one sample, 1.0 is all of them."""
 if TYPE_CHECKING:
     Budgets = Budget | list[Budget]
 else:
-    Budgets = Any  # OmegaConf has no union with a list; `load_config` lets nothing else through
+    # OmegaConf 2.3 knows no union with a list in it, so it is told Any; check_fields refuses all other values.
+    Budgets = Any
 
 
 @dataclass
 class Config:
-    """A whole run."""
+    """The config of a run."""
 
     run_dir: str = option(
-        MISSING, "where tables and report go; local path, s3:// or gs://", decides=False, is_path=True
+        MISSING, "folder for tables and report; local path, s3:// or gs://", decides=False, is_path=True
     )
     budget: Budgets = option(
         MISSING,
-        "samples to label: a fraction of the embedded images (0.1, 1.0) or an integer count; [0.1,0.3] gives a coreset "
-        "for each, the first in coreset/, the others in coreset-<budget>/",
+        "how many images to select: a fraction of the embedded images (0.1, 1.0) or a number (500); a list such as "
+        "[0.1,0.3] makes a coreset for each, the first in coreset/, the others in coreset-<budget>/",
         unit="fraction or images",
         bounds=Bounds(above=0),
     )
-    seed: int = option(0, "every random choice follows from it", bounds=Bounds(at_least=0, below=2**63))
+    seed: int = option(0, "seed of all random choices", bounds=Bounds(at_least=0, below=2**63))
     on_change: str = option(
         "refuse",
-        "when a stage was made with another config or is damaged: refuse, or rerun it and what depends on it",
+        "what to do with a stage that was made with another config or is damaged: refuse to run, or rerun it and the "
+        "stages that depend on it",
         choices=("refuse", "rerun"),
         decides=False,
     )
-    until: str | None = option(None, "the last stage to run; null runs them all", decides=False)
+    until: str | None = option(None, "last stage to run; null runs all stages", decides=False)
     ray_address: str | None = option(
         None,
-        "Ray cluster to use; null takes RAY_ADDRESS, else a cluster on this machine, else starts one; 'local' always "
-        "starts one",
+        "address of a Ray cluster; null means RAY_ADDRESS, else a cluster that runs on this machine, else a new one; "
+        "'local' always starts a new one",
         decides=False,
     )
-    ray_logs: bool = option(False, "show what Ray's workers print, too", decides=False)
+    ray_logs: bool = option(False, "also show what Ray's workers print", decides=False)
     pool: PoolConfig = field(default_factory=PoolConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     embed: EmbedConfig = field(default_factory=EmbedConfig)
@@ -63,17 +65,17 @@ class Config:
 
     @property
     def pretrains(self) -> bool:
-        """Whether the run trains its own encoder."""
+        """Return whether the run trains its own encoder."""
         return self.embed.encoder == SELF_SUPERVISED and self.embed.weights is None
 
     @property
     def budgets(self) -> list[Budget]:
-        """One or more budgets, as a list."""
+        """Return the budgets as a list, also when there is only one."""
         return self.budget if isinstance(self.budget, list) else [self.budget]
 
     @property
     def hard_fractions(self) -> list[HardFraction]:
-        """The hard fraction of each budget, or the word for how it is found; 0 where the method has none."""
+        """Return the hard fraction of each budget, a number or the word for how to choose it; 0 for other methods."""
         if self.select.method not in USES_HARD_FRACTION:
             return [0.0] * len(self.budgets)
         fractions = self.select.hard_fraction

@@ -1,4 +1,4 @@
-"""Every key with every kind of bad value: one clear message, exit code 2, no traceback, no work begun."""
+"""Every key with every kind of bad value: one clear message, exit code 2, no traceback, and no work started."""
 
 import contextlib
 import io
@@ -27,7 +27,7 @@ FLAGS = {key for key, spec in KEYS.items() if spec.type is bool}
 CHOSEN = {key for key, spec in KEYS.items() if spec.metadata["choices"] and not spec.metadata["bounds"]}
 TEXTS = set(KEYS) - NUMBERS - FLAGS - CHOSEN - {"train.mean", "train.std"}
 WRONG_FOR_ALL = ["${oops}"]
-WRONG_FOR_OTHERS = ["[[1]]", "{a: 1}"]  # than texts, which take what is typed
+WRONG_FOR_ALL_BUT_TEXTS = ["[[1]]", "{a: 1}"]  # which a text takes as typed
 WRONG_FOR = {
     "a number": (NUMBERS, ["fast", "true", "nan", "inf", "-7", "99999999999999999999"]),
     "a flag": (FLAGS, ["maybe", "1.5", "nan"]),
@@ -37,26 +37,26 @@ WRONG_FOR = {
 }
 
 
-def in_the_job(*arguments: str) -> tuple[int, str]:
-    """(exit code, what is said) of the job, called as its script does."""
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+def run_the_job(*arguments: str) -> tuple[int, str]:
+    """Run the job as its script does; return its exit code and what it prints."""
+    output = io.StringIO()
+    with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
         code = cli.run_job("a job", YAML, list(arguments))
-    return code, said.getvalue()
+    return code, output.getvalue()
 
 
-def test_every_key_is_of_one_kind():
+def test_every_key_is_of_exactly_one_kind():
     kinds = [NUMBERS, FLAGS, CHOSEN, TEXTS, {"train.mean", "train.std"}]
     assert set().union(*kinds) == set(KEYS) and sum(map(len, kinds)) == len(KEYS)
 
 
 @pytest.mark.parametrize("kind", WRONG_FOR)
-def test_every_key_refuses_what_is_not(kind):
+def test_every_key_refuses_values_of_other_kinds(kind):
     keys, values = WRONG_FOR[kind]
-    values = values if kind == "a text" else [*WRONG_FOR_OTHERS, *values]
+    values = values if kind == "a text" else [*WRONG_FOR_ALL_BUT_TEXTS, *values]
     assert keys
     for key in sorted(keys):
-        # Nothing is null, where a key may be that.
+        # "key=" means null, which is a good value for some keys.
         empty = [] if "None" in str(KEYS[key].type) else [""]
         for value in [*WRONG_FOR_ALL, *values, *empty]:
             with pytest.raises(ConfigError) as caught:
@@ -87,11 +87,11 @@ def test_every_key_refuses_what_is_not(kind):
         ["cluster.num_neighbors=3"],
     ],
 )
-def test_a_job_with_a_bad_config_ends_with_one_message_and_no_work(arguments, pool, tmp_path):
+def test_a_job_with_a_bad_config_ends_with_one_message(arguments, pool, tmp_path):
     run_dir = tmp_path / "run"
-    code, said = in_the_job(f"pool.uri={pool}", f"run_dir={run_dir}", "embed.encoder=pixels", *FITTING, *arguments)
-    assert code == 2 and said.startswith("error: "), said
-    assert "Traceback" not in said
+    code, output = run_the_job(f"pool.uri={pool}", f"run_dir={run_dir}", "embed.encoder=pixels", *FITTING, *arguments)
+    assert code == 2 and output.startswith("error: "), output
+    assert "Traceback" not in output
     assert not run_dir.exists()
 
 
@@ -99,7 +99,7 @@ BROKEN_YAML = (b"a: [1", b"\xff\xfe\x00", b"a: &a [*a]", b"- 1", b"train: 3", b"
 
 
 @pytest.mark.parametrize("content", BROKEN_YAML)
-def test_a_broken_yaml_is_refused_with_its_name(tmp_path, content):
+def test_a_broken_yaml_file_is_refused_by_name(tmp_path, content):
     (tmp_path / "job.yaml").write_bytes(content)
     with pytest.raises(ConfigError, match=r"job\.yaml"):
         load_config(tmp_path / "job.yaml", base=BASE)
@@ -110,7 +110,7 @@ FITTING = ["budget=1", "cluster.num_clusters=2", "select.hard_fraction=0.1"]
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory) -> Path:
-    """A folder of three digits."""
+    """Return a folder with three images of digits."""
     folder = tmp_path_factory.mktemp("pool")
     images, _ = digit_images(3)
     for number, image in enumerate(images):
@@ -126,7 +126,7 @@ VALUES = st.one_of(
     ),
     st.text(max_size=12),
 )
-# Keys whose values would have the test look for a cluster, or for files on a network.
+# Keys for which a random value would make the test look for a cluster, or for files on a network.
 ELSEWHERE = {"ray_address", "embed.encoder", "run_dir", "pool.uri", "embed.weights", "cluster.labels_uri"}
 
 
@@ -134,10 +134,10 @@ ELSEWHERE = {"ray_address", "embed.encoder", "run_dir", "pool.uri", "embed.weigh
 @example(key="train.batch_size", value="999999")
 @example(key="cluster.num_neighbors", value="2")
 @given(key=st.sampled_from(sorted(set(KEYS) - ELSEWHERE)) | st.text(max_size=12), value=VALUES)
-def test_whatever_is_typed_the_job_can_run_or_says_why_not(pool, tmp_path, key, value):
+def test_a_job_with_any_input_can_run_or_says_why_not(pool, tmp_path, key, value):
     run_dir = tmp_path / "run"
     arguments = [f"pool.uri={pool}", f"run_dir={run_dir}", "embed.encoder=pixels", "ray_address=local", *FITTING]
-    code, said = in_the_job("--dry-run", *arguments, f"{key}={value}")
-    assert code in (0, 2), said
-    assert ("error: " in said) == (code == 2) and "Traceback" not in said
+    code, output = run_the_job("--dry-run", *arguments, f"{key}={value}")
+    assert code in (0, 2), output
+    assert ("error: " in output) == (code == 2) and "Traceback" not in output
     assert not run_dir.exists()

@@ -1,4 +1,4 @@
-"""config: one clear message for every bad value, before any work."""
+"""Loading a config: what overrides what, one clear message for each bad value, and which keys decide a result."""
 
 import contextlib
 import operator
@@ -31,13 +31,11 @@ from tests.tables import mark
 REQUIRED = ["run_dir=/run", "pool.uri=/pool", "budget=0.1", "cluster.num_clusters=10", "select.hard_fraction=0.3"]
 
 SELF_SUPERVISED = "embed.encoder=self_supervised"
-
-
 INPUTS = {name: Marker(name, {}, {}, run_id=f"{name} made once") for name in ("index", "cluster", "train")}
 
 
-def selected(config: Config) -> Marker:
-    """The marker of a stage select that is complete, and wrote nothing."""
+def select_marker(config: Config) -> Marker:
+    """Return the marker of a complete stage select that wrote no tables."""
     identities = {name: marker.identity for name, marker in INPUTS.items()}
     runs = {name: marker.run_id for name, marker in INPUTS.items()}
     return Marker(SELECT.name, SELECT.deciding_config(config), identities, input_runs=runs)
@@ -59,10 +57,11 @@ def test_overrides_win_over_the_yaml_file_and_the_file_over_defaults(tmp_path):
 @pytest.mark.parametrize(
     "typed", ["2024_01_15", "007", "1e3", "on", "0x10", "1:30", "a: b", "[1]", "#2", "*", "'x'", " x"]
 )
-def test_a_text_is_taken_as_it_is_typed(tmp_path, typed):
+def test_a_text_is_taken_as_typed(tmp_path, typed):
     config = load_config(None, [*REQUIRED, f"run_dir={typed}", f"pool.label={typed}"])
     assert (config.run_dir, config.pool.label) == (typed, typed)
-    if typed[0] not in "[#*' " and ": " not in typed:  # what YAML takes for a text or a number, without quotes
+    # The others would need quotes in a YAML file.
+    if typed[0] not in "[#*' " and ": " not in typed:
         (tmp_path / "job.yaml").write_text(f"run_dir: {typed}\npool: {{label: {typed}, uri: x}}\n")
         for config in (
             load_config(tmp_path / "job.yaml", REQUIRED[2:]),
@@ -71,7 +70,7 @@ def test_a_text_is_taken_as_it_is_typed(tmp_path, typed):
             assert (config.run_dir, config.pool.label) == (typed, typed)
 
 
-def test_only_null_is_no_text(tmp_path):
+def test_null_is_the_only_value_that_is_not_a_text(tmp_path):
     (tmp_path / "job.yaml").write_text("pool: {label: null}\n")
     for config in (
         load_config(None, [*REQUIRED, "pool.label=x", "pool.label=null"]),
@@ -81,13 +80,13 @@ def test_only_null_is_no_text(tmp_path):
     assert "bad value for run_dir" in message_of("run_dir=null")
 
 
-def test_texts_in_a_list_are_taken_as_they_are_typed():
+def test_texts_in_a_list_are_taken_as_typed():
     config = load_keys(EvaluateRunsConfig, overrides=["runs=[007,2024_01_15,~/x]", "out=no", "test_uri=~/test"])
     assert config.runs == ["007", "2024_01_15", str(Path.home() / "x")]
     assert (config.out, config.test_uri) == ("no", str(Path.home() / "test"))
 
 
-def test_the_home_directory_may_be_written_as_the_shell_does(tmp_path):
+def test_a_leading_tilde_is_the_home_directory(tmp_path):
     keys = [key for key, spec in fields_of(Config) if spec.metadata["is_path"]]
     assert {"run_dir", "pool.uri", "embed.weights", "evaluate.test_uri", "cluster.labels_uri"} == set(keys)
     config = load_config(None, [*REQUIRED, "pool.label=label", *(f"{key}=~/a/b" for key in keys)])
@@ -106,47 +105,47 @@ def test_missing_keys_are_all_named_at_once():
 
 
 @pytest.mark.parametrize(
-    ("override", "needed"),
+    ("override", "message"),
     [
-        ("train.lr=-1", "needed is a number > 0"),
+        ("train.lr=-1", "must be a number > 0"),
         ("train.lr=fast", "could not be converted to Float"),
         ("train.epochs=1.5", "could not be converted to Integer"),
-        ("train.momentum=1", "needed is a number >= 0 and < 1"),
-        ("train.augmentation=cutout", "needed is one of crop_flip, crop, resized_crop_flip, none"),
-        ("train.mean=[1,2]", "needed are 3 numbers"),
-        ("train.std=[1,1,0]", "needed are numbers > 0"),
+        ("train.momentum=1", "must be a number >= 0 and < 1"),
+        ("train.augmentation=cutout", "must be one of crop_flip, crop, resized_crop_flip, none"),
+        ("train.mean=[1,2]", "must be 3 numbers"),
+        ("train.std=[1,1,0]", "must be numbers > 0"),
         ("train.min_lr=1", "is above the learning rate"),
         ("train.image_size=64", "is above embed.proxy_image_size=32"),
         ("cluster.temi.batch_size=100 cluster.temi.num_workers=3", "give a multiple of 3"),
-        ("budget=0", "needed is a number > 0"),
-        ("budget=-3", "needed is a number > 0"),
+        ("budget=0", "must be a number > 0"),
+        ("budget=-3", "must be a number > 0"),
         ("budget=nan", "bad value for budget"),
-        ("select.hard_fraction=-0.1", "needed is a number >= 0 and < 1"),
-        ("select.hard_fraction=best", "needed is a number >= 0 and < 1 or one of auto, search"),
+        ("select.hard_fraction=-0.1", "must be a number >= 0 and < 1"),
+        ("select.hard_fraction=best", "must be a number >= 0 and < 1 or one of auto, search"),
         ("select.hard_fraction=[0.1,auto] budget=[0.1,0.2,0.3]", "has 2 values for 3 budgets"),
-        ("select.search_step=0", "needed is a number > 0"),
-        ("cluster.num_clusters=1", "needed is a number >= 2"),
+        ("select.search_step=0", "must be a number > 0"),
+        ("cluster.num_clusters=1", "must be a number >= 2"),
         ("embed.encoder=", "embed.encoder"),
         ("train.network=linear train.reading=streamed", "reads no images"),
         ("train.network=linear select.hard_fraction=search", "linear sees embeddings: give auto or a number"),
         ("train.momentum=0", "train.nesterov=true, which needs momentum: give train.nesterov=false"),
-        ("pretrain.momentum=0", "needed is a number > 0 and < 1"),
+        ("pretrain.momentum=0", "must be a number > 0 and < 1"),
         ("cluster.method=temi cluster.num_neighbors=0", "learns from neighbours: give a number, or null for 50"),
-        ("cluster.num_clusters=65537 select.balance=true", "needed are 65,536 at most, or select.balance=false"),
-        (f"{SELF_SUPERVISED} pretrain.epochs=3 pretrain.warmup_epochs=3", "needed are fewer than 3 epochs"),
-        (f"{SELF_SUPERVISED} pretrain.warmup_epochs=400", "needed are fewer than 400 epochs"),
-        (f"{SELF_SUPERVISED} pretrain.profile=cpu pretrain.warmup_epochs=16", "needed are fewer than 16 epochs"),
+        ("cluster.num_clusters=65537 select.balance=true", "give at most 65,536 clusters, or select.balance=false"),
+        (f"{SELF_SUPERVISED} pretrain.epochs=3 pretrain.warmup_epochs=3", "must be less than 3 epochs"),
+        (f"{SELF_SUPERVISED} pretrain.warmup_epochs=400", "must be less than 400 epochs"),
+        (f"{SELF_SUPERVISED} pretrain.profile=cpu pretrain.warmup_epochs=16", "must be less than 16 epochs"),
         ("train=3", "bad value"),
         ("pool=null", "bad value"),
         ("budget", "write key=value"),
         ("=3", "write key=value"),
     ],
 )
-def test_a_bad_value_is_refused_with_what_is_needed(override, needed):
-    assert needed in message_of(*override.split(" "))
+def test_a_bad_value_is_refused_with_what_is_allowed(override, message):
+    assert message in message_of(*override.split(" "))
 
 
-def test_a_config_file_that_is_not_there_or_holds_no_keys_is_refused(tmp_path):
+def test_a_missing_config_file_and_one_without_keys_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="does not exist"):
         load_config(tmp_path / "none.yaml", REQUIRED)
     (tmp_path / "list.yaml").write_text("- 1\n- 2\n")
@@ -155,25 +154,25 @@ def test_a_config_file_that_is_not_there_or_holds_no_keys_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "given",
+    "overrides",
     [
         "train.momentum=0 train.nesterov=false",
         "cluster.method=temi",
         "cluster.num_clusters=65536 select.balance=true",
         f"{SELF_SUPERVISED} pretrain.epochs=0 pretrain.warmup_epochs=5",
         f"{SELF_SUPERVISED} pretrain.epochs=3",
-        "pretrain.epochs=3 pretrain.warmup_epochs=3",  # of no pretraining
+        "pretrain.epochs=3 pretrain.warmup_epochs=3",  # unused, as the run does not pretrain
     ],
 )
-def test_what_looks_like_it_and_can_run_is_not_refused(given):
-    load_config(None, [*REQUIRED, *given.split(" ")])
+def test_values_next_to_the_refused_ones_are_accepted(overrides):
+    load_config(None, [*REQUIRED, *overrides.split(" ")])
 
 
 @pytest.mark.parametrize(
-    ("overrides", "num_samples", "needed"),
+    ("overrides", "num_samples", "message"),
     [
         ([], 0, "holds no images"),
-        (["budget=1", "cluster.num_clusters=2"], 1, "holds one image: needed are at least 2"),
+        (["budget=1", "cluster.num_clusters=2"], 1, "holds one image: a selection needs at least 2"),
         (["cluster.num_clusters=11"], 10, "more than the pool's 10 samples"),
         (["budget=101"], 100, "budget"),
         (["budget=0.001"], 100, "rounds down to no sample"),
@@ -181,36 +180,38 @@ def test_what_looks_like_it_and_can_run_is_not_refused(given):
         (["budget=95", "select.hard_fraction=0.06"], 100, "hard_fraction"),
     ],
 )
-def test_what_does_not_fit_the_pool_is_refused_once_its_size_is_known(overrides, num_samples, needed):
+def test_a_config_that_does_not_fit_the_pool_is_refused(overrides, num_samples, message):
     config = load_config(None, [*REQUIRED, *overrides])
-    with pytest.raises(ConfigError, match=needed):
+    with pytest.raises(ConfigError, match=message):
         check_against_pool(config, num_samples)
 
 
-def test_clusters_of_a_file_are_counted_before_a_selection_has_to_balance_over_them(tmp_path):
+def test_too_many_clusters_of_a_file_to_balance_over_are_refused(tmp_path):
+    """Stage cluster counts them, long before stage select would balance over them."""
     config = load_config(None, [*REQUIRED, "cluster.method=file", "cluster.labels_uri=/x", "select.balance=true"])
     for num_clusters in (65536, 65537):
         mark(RunDir(tmp_path), ClusterResult(100_000, num_clusters, "file", workers=1, sizes=[]))
-        refused = pytest.raises(ConfigError, match=r"select\.balance=true over 65,537 clusters")
+        refused = pytest.raises(ConfigError, match=r"select\.balance=true with 65,537 clusters")
         with refused if num_clusters > 65536 else contextlib.nullcontext():
             cluster.STAGE.check_result(config, RunDir(tmp_path))
 
 
-def test_beta_may_be_zero_or_all_that_is_pruned():
+def test_beta_may_be_zero_or_all_that_the_budget_leaves():
     for beta in ("0", "0.9"):
         check_against_pool(load_config(None, [*REQUIRED, f"select.hard_fraction={beta}"]), 1003)
 
 
-def test_a_hard_fraction_may_be_a_word_alone_or_among_numbers_for_the_methods_that_have_one():
+def test_a_hard_fraction_may_be_a_word_alone_or_among_numbers():
+    """A method without a hard fraction ignores it."""
     for words, expected in (("auto", ["auto"] * 3), ("[search,0.2,auto]", ["search", 0.2, "auto"])):
-        asked = [*REQUIRED, "budget=[0.1,0.3,0.5]", f"select.hard_fraction={words}"]
-        config = load_config(None, asked)
+        overrides = [*REQUIRED, "budget=[0.1,0.3,0.5]", f"select.hard_fraction={words}"]
+        config = load_config(None, overrides)
         assert config.hard_fractions == expected
         check_against_pool(config, 1003)
-        assert load_config(None, [*asked, "select.method=random"]).hard_fractions == [0.0] * 3
+        assert load_config(None, [*overrides, "select.method=random"]).hard_fractions == [0.0] * 3
 
 
-def test_numbers_of_workers_do_not_decide_a_result_and_science_does():
+def test_training_keys_decide_a_result_and_numbers_of_workers_do_not():
     keys = deciding_keys(load_config(None, REQUIRED).train)
     assert "num_workers" not in keys and "device" not in keys
     assert {"epochs", "lr", "network", "augmentation"} <= set(keys)
@@ -226,24 +227,24 @@ def test_numbers_of_workers_do_not_decide_a_result_and_science_does():
         (["budget=[0.1,0.2]", "select.hard_fraction=[0.2,search]"], True),
     ],
 )
-def test_the_keys_of_search_decide_only_where_something_is_searched(overrides, searches):
+def test_the_keys_of_search_decide_only_where_there_is_a_search(overrides, searches):
     keys = deciding_keys(load_config(None, [*REQUIRED, *overrides]).select)
     assert {"search_step" in keys, "search_iterations" in keys, "search_holdout" in keys} == {searches}
     assert {"hard_fraction", "method", "score", "balance"} <= set(keys)
 
 
 @pytest.mark.parametrize(("hard_fraction", "action"), [("0.3", "done"), ("search", "rerun")])
-def test_a_changed_key_of_search_is_refused_only_where_something_is_searched(tmp_path, hard_fraction, action):
+def test_a_changed_key_of_search_matters_only_where_there_is_a_search(tmp_path, hard_fraction, action):
     run_dir = RunDir(tmp_path)
-    asked = [*REQUIRED, f"select.hard_fraction={hard_fraction}"]
-    before, after = (load_config(None, [*asked, f"select.search_iterations={steps}"]) for steps in (5, 6))
-    run_dir.mark_complete(selected(before))
+    overrides = [*REQUIRED, f"select.hard_fraction={hard_fraction}"]
+    before, after = (load_config(None, [*overrides, f"select.search_iterations={steps}"]) for steps in (5, 6))
+    run_dir.mark_complete(select_marker(before))
     assert plan_stage(SELECT, before, run_dir, INPUTS).action == "done"
     assert plan_stage(SELECT, after, run_dir, INPUTS).action == action
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "action", "told"),
+    ("before", "after", "action", "differences"),
     [
         ("select.hard_fraction=0", "select.hard_fraction=0.0", "done", ()),
         (
@@ -254,17 +255,17 @@ def test_a_changed_key_of_search_is_refused_only_where_something_is_searched(tmp
         ("seed=0", "seed=1", "rerun", ("seed: 0 there, 1 now",)),
     ],
 )
-def test_what_means_the_same_is_done_and_every_difference_is_shown(tmp_path, before, after, action, told):
+def test_equal_values_change_nothing_and_every_difference_is_shown(tmp_path, before, after, action, differences):
     run_dir = RunDir(tmp_path)
-    config, changed = (load_config(None, [*REQUIRED, *given.split(" ")]) for given in (before, after))
-    run_dir.mark_complete(selected(config))
+    config, changed = (load_config(None, [*REQUIRED, *overrides.split(" ")]) for overrides in (before, after))
+    run_dir.mark_complete(select_marker(config))
     planned = plan_stage(SELECT, changed, run_dir, INPUTS)
-    assert (planned.action, planned.differences) == (action, told)
+    assert (planned.action, planned.differences) == (action, differences)
 
 
-def test_a_difference_in_a_key_of_no_value_or_in_the_inputs_alone_is_shown(tmp_path):
+def test_a_difference_in_the_inputs_or_in_a_removed_key_is_shown(tmp_path):
     run_dir, config = RunDir(tmp_path), load_config(None, REQUIRED)
-    marker = selected(config)
+    marker = select_marker(config)
     for changes, difference in (
         ({"config": {**marker.config, "select.gone": None}}, "select.gone: null there, none now"),
         ({"inputs": {**marker.inputs, "copy": "another"}}, "made from another copy"),
@@ -300,7 +301,7 @@ VALUES = st.one_of(
 
 @settings(max_examples=300, deadline=None)
 @given(key=st.sampled_from(KEYS) | st.text(max_size=15), value=VALUES)
-def test_whatever_is_typed_gives_a_config_or_one_config_error(key, value):
+def test_any_input_gives_a_config_or_a_config_error(key, value):
     try:
         load_config(None, [*REQUIRED, f"{key}={value}"])
     except ConfigError as error:

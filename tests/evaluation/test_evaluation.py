@@ -294,7 +294,7 @@ def test_the_plan_says_what_would_be_done_and_does_nothing(finished, tmp_path):
         (["network=resnet"], "must be one of"),
         (["network=linear"], "must be one of"),
         (["iteration=3"], "did you mean iterations"),
-        (["num_seeds=0"], "needed is a number >= 1"),
+        (["num_seeds=0"], "must be a number >= 1"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_before_any_work(finished, tmp_path, changed, needed):

@@ -89,7 +89,7 @@ def test_a_run_that_ends_before_select_says_that_it_is_not_evaluated(ray_cluster
 @pytest.mark.parametrize(
     ("overrides", "needed"),
     [
-        (["pool.label=null"], r"evaluate\.test_uri needs the true labels of the pool, too: give pool\.label="),
+        (["pool.label=null"], r"evaluate\.test_uri also needs the true labels of the pool: give pool\.label="),
         (["evaluate.test_uri=null"], r"evaluate\.network=small_cnn .* give evaluate\.test_uri="),
         (["evaluate.network=linear"], r"evaluate\.network='linear'"),
         (["evaluate.methods=[elf]"], r"evaluate\.methods: 'elf' must be one of elfs"),

@@ -271,7 +271,7 @@ def test_another_pool_is_measured_itself_where_an_older_one_was_indexed(ray_clus
     (tmp_path / "few").mkdir()
     (tmp_path / "few" / "0.png").write_bytes(png(digit_images(1)[0][0]))
     run(pool, tmp_path / "run", "until=index")
-    with pytest.raises(ConfigError, match="holds one image: needed are at least 2"):
+    with pytest.raises(ConfigError, match="holds one image: a selection needs at least 2"):
         run(tmp_path / "few", tmp_path / "run", "until=index", "on_change=rerun", "budget=1", "select.hard_fraction=0")
 
 

@@ -226,10 +226,10 @@ def test_days_of_work_on_cpus_are_told_before_they_begin(ray_cluster, pool, tmp_
         (("pretrain.network=resnet19",), "pretrain.network='resnet19': must be one of"),
         (("pretrain.image_size=32",), "pretrain.image_size=32 is above embed.proxy_image_size=16"),
         (("embed.image_size=32",), "embed.image_size=32 is above embed.proxy_image_size=16"),
-        (("embed.resize=32",), "embed.resize=32 is above .* embed.resize=null takes what fits"),
+        (("embed.resize=32",), "embed.resize=32 is above .* embed.resize=null takes the largest size that fits"),
         (("embed.encoder=pixels", "until=pretrain"), "until='pretrain': must be one of index, embed, cluster"),
         (("pretrain.compile=true", "pretrain.num_workers=2"), "give pretrain.num_workers=1"),
-        ((f"embed.weights_sha256={'0' * 64}",), "the weights are trained in this run"),
+        ((f"embed.weights_sha256={'0' * 64}",), "this run trains the weights itself"),
         (("pretrain.temperature=0",), "pretrain.temperature=0"),
     ],
 )
