@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from elfs_ray.stages.select import SelectResult
 from elfs_ray.stages.select.run import run_select
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
@@ -31,30 +32,30 @@ def spoiled(ray_cluster, tmp_path_factory) -> RunDir:
 
 
 @pytest.fixture(scope="module")
-def searched(spoiled) -> dict:
-    """The figures of a search for two budgets."""
+def searched(spoiled) -> SelectResult:
+    """The result of a search for two budgets."""
     config = digits_config(spoiled.uri, "budget=[0.2,0.4]", "select.hard_fraction=search", *SETTINGS)
     return run_select(config, spoiled)
 
 
 def test_the_hard_fraction_that_drops_the_wrong_pseudo_labels_is_found(searched):
-    first, second = searched["coresets"].values()
-    assert [trial["hard_fraction"] for trial in first["hard_fraction_evidence"]["trials"]] == [0.0, 0.3, 0.6]
-    assert [trial["hard_fraction"] for trial in second["hard_fraction_evidence"]["trials"]] == [0.0, 0.3, 0.6]
-    for own in (first, second):
-        evidence = own["hard_fraction_evidence"]
+    first, second = searched.coresets.values()
+    assert [trial["hard_fraction"] for trial in first.hard_fraction_evidence["trials"]] == [0.0, 0.3, 0.6]
+    assert [trial["hard_fraction"] for trial in second.hard_fraction_evidence["trials"]] == [0.0, 0.3, 0.6]
+    for coreset in (first, second):
+        evidence = coreset.hard_fraction_evidence
         accuracies = {trial["hard_fraction"]: trial["accuracy"] for trial in evidence["trials"]}
         assert evidence["found_by"] == "search" and 150 < evidence["held_out"] < 250
-        assert own["hard_fraction"] == max(accuracies, key=accuracies.__getitem__) == 0.6
+        assert coreset.hard_fraction == max(accuracies, key=accuracies.__getitem__) == 0.6
         assert accuracies[0.6] > accuracies[0.0] + 0.2
 
 
 def test_the_coreset_is_the_one_of_the_number_that_was_found(spoiled, searched):
     folder = Path(spoiled.uri)
-    found = contents(folder, "coreset", "coreset-0.4")
-    given = digits_config(spoiled.uri, "budget=[0.2,0.4]", "select.hard_fraction=0.6")
-    run_select(given, spoiled)
-    assert contents(folder, "coreset", "coreset-0.4") == found
+    searched_for = contents(folder, "coreset", "coreset-0.4")
+    fixed = digits_config(spoiled.uri, "budget=[0.2,0.4]", "select.hard_fraction=0.6")
+    run_select(fixed, spoiled)
+    assert contents(folder, "coreset", "coreset-0.4") == searched_for
 
 
 def test_no_training_is_repeated_and_another_search_uses_none_of_them(spoiled, searched):
@@ -66,25 +67,25 @@ def test_no_training_is_repeated_and_another_search_uses_none_of_them(spoiled, s
         kept = 200 if trial.base_name.startswith("200-") else 400
         accuracy = 0.99 if trial.base_name == f"{kept}-0.3.json" else 0.5
         filesystem.write_bytes(trial.path, json.dumps({"accuracy": accuracy}).encode())
-    asked = ("budget=[0.2,0.4]", "select.hard_fraction=search", *SETTINGS)
-    again = run_select(digits_config(spoiled.uri, *asked), spoiled)["coresets"]
-    assert [own["hard_fraction"] for own in again.values()] == [0.3, 0.3]
-    other = run_select(digits_config(spoiled.uri, *asked, "budget=0.4", "select.search_iterations=61"), spoiled)
-    assert other["coresets"]["coreset"]["hard_fraction"] == 0.6
+    keys = ("budget=[0.2,0.4]", "select.hard_fraction=search", *SETTINGS)
+    again = run_select(digits_config(spoiled.uri, *keys), spoiled).coresets
+    assert [coreset.hard_fraction for coreset in again.values()] == [0.3, 0.3]
+    other = run_select(digits_config(spoiled.uri, *keys, "budget=0.4", "select.search_iterations=61"), spoiled)
+    assert other.coresets["coreset"].hard_fraction == 0.6
 
 
 def test_words_and_numbers_may_be_mixed_and_auto_needs_no_training(spoiled):
     config = digits_config(spoiled.uri, "budget=[0.2,0.4,50]", "select.hard_fraction=[0.1,auto,auto]")
-    given, *found = run_select(config, spoiled)["coresets"].values()
-    assert given["hard_fraction"] == 0.1 and "hard_fraction_evidence" not in given
-    for own in found:
-        assert own["hard_fraction_evidence"]["found_by"] == "auto"
-        assert 0 <= own["hard_fraction"] <= 1 - own["rows"] / 1000
+    fixed, *estimated = run_select(config, spoiled).coresets.values()
+    assert fixed.hard_fraction == 0.1 and fixed.hard_fraction_evidence is None
+    for coreset in estimated:
+        assert coreset.hard_fraction_evidence["found_by"] == "auto"
+        assert 0 <= coreset.hard_fraction <= 1 - coreset.rows / 1000
 
 
 def test_a_pool_too_small_to_search_is_refused(ray_cluster, tmp_path):
     run_dir = RunDir(tmp_path)
     write_trained(run_dir, num_samples=20)
     config = digits_config(tmp_path, "select.hard_fraction=search", "budget=1")
-    with pytest.raises(ValueError, match=r"give a number, auto, or another select\.search_holdout"):
+    with pytest.raises(ValueError, match=r"give a number, auto or another select\.search_holdout"):
         run_select(config, run_dir)

@@ -63,7 +63,7 @@ def test_coreset_equals_sort_and_slice_for_every_score_and_beta(
     np.testing.assert_array_equal(coreset["rank"], np.arange(count))
     assert result.rows == count
     first = result.coresets["coreset"]
-    assert (first["num_hard"], first["num_easy"]) == (start, len(ids) - start - count)
+    assert (first.num_hard, first.num_easy) == (start, len(ids) - start - count)
     assert (tmp_path / "coreset.txt").read_text().splitlines() == [f"/digits/{i}.png" for i in coreset["sample_id"]]
 
 
