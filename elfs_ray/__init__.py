@@ -2,7 +2,7 @@
 
     pool ──► index ──► embed ──► cluster ──► train ──► select ──► coreset + report
 
-Given a pool of unlabelled images and a budget, it returns the images worth labelling.
+Given a pool of unlabelled images and a budget, it selects the images that are worth labelling.
 
     import elfs_ray
     config = elfs_ray.load_config("jobs/cifar10.yaml", ["pool.uri=/data/cifar10", "run_dir=/data/run"])
@@ -15,7 +15,7 @@ __all__ = ["__version__", "load_config", "run"]
 
 
 def __getattr__(name: str):
-    # Workers import methods and storage alone; what the driver needs is imported when it is asked for.
+    # Imported on first use: a Ray worker imports elfs_ray.methods only, and must not load the pipeline for it.
     if name == "run":
         from elfs_ray.evaluation.job import run
 

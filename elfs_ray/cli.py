@@ -1,4 +1,4 @@
-"""The command line that every job shares: key=value overrides, --help, --dry-run, one message for an error."""
+"""The command line that all jobs share: key=value overrides, --help, --dry-run, and one message for an error."""
 
 import os
 import signal
@@ -23,45 +23,49 @@ EXIT_OK, EXIT_FAILED, EXIT_BAD_CONFIG, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1,
 
 
 def run_job(description: str, yaml_path: str | Path, arguments: list[str] | None = None) -> int:
-    """Run a job: the pipeline, and the evaluation that is asked for, with the keys of `yaml_path` and the command line.
+    """Run a job: the pipeline, and the evaluation if the config has one; return the exit code.
 
-    Returns the exit code: 0 done, 2 for a config that cannot be run (one message, no work begun), 1 for a failure, 130
-    for Ctrl-C, 143 for SIGTERM.
+    The config is that of `yaml_path` with the overrides of the command line. Exit codes: 0 done, 1 a failure,
+    2 a config that cannot be run (no work was started), 130 Ctrl-C, 143 SIGTERM.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     return report_errors(lambda: _run(description, yaml_path, arguments))
 
 
 def report_errors(job: Callable[[], None]) -> int:
-    """Call `job`; turn what it raises, Ctrl-C and SIGTERM into a message and an exit code."""
+    """Call `job`; turn its errors, Ctrl-C and SIGTERM into one message and an exit code."""
     on_sigterm = _OnSigterm()
     signal.signal(signal.SIGTERM, on_sigterm)
     try:
         job()
         sys.stdout.flush()
     except BrokenPipeError:
-        # Who read the output has seen enough, as `head` does. Python's own flush at exit would complain.
+        # The reader of a pipe has closed it, as `head` does; that is no failure. Without a new stdout, Python's flush
+        # at exit would print a traceback.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ConfigError, BadMarkerError) as error:
         say(f"error: {error}")
         return EXIT_BAD_CONFIG
     except KeyboardInterrupt as stop:
-        what, code = ("terminated", EXIT_TERMINATED) if on_sigterm.came else ("interrupted", EXIT_INTERRUPTED)
-        _say_what_is_kept(stop, what)
+        how, code = ("terminated", EXIT_TERMINATED) if on_sigterm.came else ("interrupted", EXIT_INTERRUPTED)
+        _say_what_is_kept(stop, how)
         return code
     except Exception as error:
         if os.environ.get("ELFS_RAY_TRACEBACK"):
             raise
         say(
             f"failed: {type(error).__name__}: {error}\n"
-            "What is complete is kept; the same command goes on from there. ELFS_RAY_TRACEBACK=1 shows the traceback."
+            "Completed work is kept: run the same command to resume. Set ELFS_RAY_TRACEBACK=1 to see the traceback."
         )
         return EXIT_FAILED
     return EXIT_OK
 
 
 class _OnSigterm:
-    """Ends the job as Ctrl-C does. Ray lets a KeyboardInterrupt through its calls, and nothing else as it was."""
+    """A handler of SIGTERM that stops the job as Ctrl-C does, and remembers that it was called.
+
+    It raises KeyboardInterrupt because that is the only exception that Ray's calls pass on unchanged.
+    """
 
     came = False
 
@@ -70,13 +74,15 @@ class _OnSigterm:
         raise KeyboardInterrupt
 
 
-def _say_what_is_kept(stop: KeyboardInterrupt, what: str) -> None:
-    """One line: what is kept and how to go on. Who is told to stop once more ends at once, without waiting for Ray."""
+def _say_what_is_kept(stop: KeyboardInterrupt, how: str) -> None:
+    """Print one line that says what is kept and how to resume."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        # Ray's processes on this machine end with the one that started them, however it ends.
+        # A second Ctrl-C ends the process at once instead of waiting for Ray to shut down. That is safe: Ray's
+        # processes on this machine end with the process that started them, however that ends.
         signal.signal(number, signal.SIG_DFL)
-    kept = "; ".join(getattr(stop, "__notes__", ())) or "what is complete is kept"
-    line = f"{what}: {kept}; the same command goes on from there"
+    kept = "; ".join(getattr(stop, "__notes__", ())) or "completed work is kept"
+    line = f"{how}: {kept}; run the same command to resume"
+    # A terminal shows ^C and perhaps half a line of progress: the message starts on a line of its own.
     say(f"\n{line}" if sys.stderr.isatty() else line)
 
 
@@ -86,6 +92,7 @@ def _run(description: str, yaml_path: str | Path, arguments: list[str]) -> None:
         return
     options, overrides = split_arguments(arguments)
     config = load_config(yaml_path, overrides)
+    # These imports load Ray, which takes seconds, and --help should not wait for it.
     if options:
         from elfs_ray.evaluation.job import describe
 
@@ -95,7 +102,7 @@ def _run(description: str, yaml_path: str | Path, arguments: list[str]) -> None:
 
 
 def run_config(config: Config) -> None:
-    """Run the pipeline, and the evaluation that the config asks for; print the results and where everything is."""
+    """Run the pipeline, and the evaluation if the config has one; print the results and where everything is."""
     from elfs_ray.evaluation.job import keys_of_job, run_with_results
 
     run_dir, results = run_with_results(config)
@@ -115,28 +122,32 @@ def print_results(results: "Results", out: RunDir) -> None:
 
 
 def asks_for_help(arguments: Iterable[str]) -> bool:
-    """Whether --help or -h is among the arguments."""
+    """Return whether --help or -h is among the arguments."""
     return not {"--help", "-h"}.isdisjoint(arguments)
 
 
 def split_arguments(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
-    """(options, overrides): --dry-run or nothing, and the rest. Raises ConfigError for an option that no job has."""
+    """Return (options, overrides): --dry-run or nothing, and all other arguments. Raises ConfigError for other options.
+
+    An argument is an option if it begins with "-".
+    """
     arguments = list(arguments)
     options = [argument for argument in arguments if argument.startswith("-")]
     unknown = sorted(set(options) - {"--dry-run"})
     if unknown:
-        raise ConfigError(f"unknown option {' '.join(unknown)}: there are --help, --dry-run and key=value")
+        raise ConfigError(f"unknown option {' '.join(unknown)}: use --help, --dry-run and key=value")
     return options, [argument for argument in arguments if argument not in options]
 
 
 def coreset_line(run_dir: RunDir, table: str, num_rows: int) -> str:
-    """Return where the list of a coreset is."""
+    """Return the line that says where the list of a coreset is."""
     return f"coreset  {run_dir.path(schema.coreset_text_file(table))}  ({count(num_rows, 'image')})"
 
 
 def closing_lines(config: Config, run_dir: RunDir) -> str:
-    """Return where the coreset and the report are."""
+    """Return the last lines of a job: where the coreset and the report are."""
     lines = []
+    # A run that ends before stage select, because of `until`, has neither.
     if run_dir.success_marker(SelectResult.stage):
         for table, coreset in SelectResult.read(run_dir).coresets.items():
             lines.append(coreset_line(run_dir, table, coreset.rows))
@@ -146,14 +157,15 @@ def closing_lines(config: Config, run_dir: RunDir) -> str:
 
 
 def help_text(description: str, yaml_path: str | Path) -> str:
+    """Return the text of --help: usage, options, and every key with the default that a YAML file gives it."""
     job = Path(sys.argv[0]).name
     lines = [
         description,
         "",
         f"usage: python jobs/{job} [--dry-run] [--help] key=value ...",
         "",
-        "--dry-run  check everything, print the plan with counts and resources, do nothing",
-        f"until=...  one of {', '.join(stage.name for stage in STAGES)}",
+        "--dry-run  check everything and print the plan, with counts and resources, without running it",
+        f"until=...  stop after a stage: {', '.join(stage.name for stage in STAGES)}",
         f"The defaults below are those of {Path(yaml_path).name}.",
         "",
     ]
@@ -161,7 +173,7 @@ def help_text(description: str, yaml_path: str | Path) -> str:
 
 
 def key_lines(keys: Iterable[tuple[str, str, str]]) -> list[str]:
-    """Two lines for each (key, default, meaning): what it means, and its default."""
+    """Return two lines for each (key, default, help text): the key with its help text, and its default."""
     keys = list(keys)
     width = max(len(key) for key, _, _ in keys)
     return [

@@ -96,7 +96,7 @@ def _kept_or_written(
 ) -> tuple[RunDir, Mapping[str, CoresetResult]]:
     """Return where a selection is, written by stage select unless it is there, and what is known of its coresets."""
     wanted = reselect.marker_of(config, run_dir)
-    folder = Overlay(filesystem.join(out, wanted.identity), run_dir, reselect.OWN_TABLES)
+    folder = Overlay(filesystem.join(out, wanted.identity), run_dir, reselect.SELECTION_PREFIXES)
     # The run first: a search for its hard fraction is too dear to be done again.
     for place in (run_dir, folder):
         marker = place.success_marker(reselect.SELECT)

@@ -1,1 +1,1 @@
-"""The order of the stages: which are complete, which run, in which order. No science here."""
+"""Run the stages in order: plan what is complete and what must run, check it, run it. No science here."""

@@ -1,4 +1,4 @@
-"""What a run would do with each stage, and every check that can be made before it does."""
+"""Plan what a run does with each stage, and check everything that can be checked before it starts."""
 
 import json
 import secrets
@@ -15,13 +15,13 @@ from elfs_ray.stages.stage import Result, Stage
 from elfs_ray.storage import filesystem
 from elfs_ray.storage.run_dir import BadMarkerError, Marker, RunDir
 
-MIN_UNITS_COUNTED = 64
+MIN_UNITS_COUNTED = 64  # of more than twice as many tars or folders, only every second, third, ... is counted
 UNIT_NOUNS = {"folder": "folder", "parquet": "Parquet file", "webdataset": "tar"}
 
 
 @dataclass(frozen=True)
 class PoolCount:
-    """The samples of a pool; `basis` says what they were estimated from, and is empty where they were counted."""
+    """The number of samples in a pool; `basis` says what it was estimated from, and is empty for an exact count."""
 
     num_samples: int
     basis: str = ""
@@ -33,10 +33,12 @@ class PoolCount:
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """What a run would do with a stage: 'done', 'continue', 'run', or 'rerun' because of `differences`.
+    """What a run does with a stage.
 
-    'rerun' replaces what was made with another config, from other inputs, by nobody knows what, or was damaged since.
-    `marker` is the one that the stage has, or starts with.
+    action: 'done' for a complete stage; 'continue' for one that was started in the same way; 'run' for one that has
+        left nothing; 'rerun' for one whose tables must be replaced, because of `differences`: they were made with
+        another config or from other inputs, no marker accounts for them, or they are damaged.
+    marker: the marker that a complete or started stage has, else the one that it will start with.
     """
 
     stage: Stage
@@ -46,9 +48,11 @@ class PlannedStage:
 
 
 def check(config: Config, run_dir: RunDir, pool: PoolCount | None = None) -> list[PlannedStage]:
-    """Check all that can be known before work starts; return the plan. Raises ConfigError.
+    """Check everything that can be checked before work starts; return the plan.
 
-    pool: its size, where it is not there yet to be counted.
+    pool: the size of the pool, where it cannot be counted yet.
+
+    Raises ConfigError.
     """
     try:
         _check_places(config, run_dir)
@@ -69,26 +73,28 @@ def _check_places(config: Config, run_dir: RunDir) -> None:
     if filesystem.exists(run_dir.uri) and not filesystem.is_dir(run_dir.uri):
         raise ConfigError(f"run_dir={config.run_dir} is a file: give a folder, which need not exist yet")
     pool = filesystem.absolute(config.pool.uri)
+    # With the slashes, /data/pool-run is not in /data/pool.
     if f"{run_dir.uri}/".startswith(f"{pool}/"):
         raise ConfigError(
             f"run_dir={config.run_dir} is in the pool, pool.uri={config.pool.uri}: its tables would be listed as "
-            "images the next time. Give a folder that is elsewhere"
+            "images by the next run. Give a folder outside of the pool"
         )
 
 
 def make_plan(config: Config, run_dir: RunDir) -> list[PlannedStage]:
-    """Return what a run would do with each stage. Raises ConfigError for a marker that cannot be read."""
+    """Return what a run does with each stage. Raises ConfigError for a marker that cannot be read."""
     plan: list[PlannedStage] = []
     markers: dict[str, Marker] = {}
     for stage in stages_of(config):
         planned = plan_stage(stage, config, run_dir, markers)
+        # A stage that is to rerun passes on a new run_id, so whatever was made from its old tables reruns, too.
         markers[stage.name] = planned.marker
         plan.append(planned)
     return plan
 
 
 def plan_stage(stage: Stage, config: Config, run_dir: RunDir, markers: Mapping[str, Marker]) -> PlannedStage:
-    """Return what a run would do with one stage; `markers` are those of the stages before it."""
+    """Return what a run does with one stage; `markers` are those of the stages before it."""
     wanted = wanted_marker(stage, config, markers)
     try:
         success, started = run_dir.success_marker(stage.name), run_dir.started_marker(stage.name)
@@ -97,21 +103,24 @@ def plan_stage(stage: Stage, config: Config, run_dir: RunDir, markers: Mapping[s
         raise ConfigError(str(error)) from error
     present = success or started
     if present is None:
+        # Tables without any marker may be of another config, so they are replaced and never continued.
         return PlannedStage(stage, "rerun" if obstacles else "run", wanted, obstacles)
     changes = () if present.is_made_as(wanted) else _changes(present, wanted)
     differences = (*changes, *obstacles, *run_dir.damage(stage.name))
     if differences:
         return PlannedStage(stage, "rerun", wanted, differences)
+    # The present marker rather than the wanted one: it has the run_id that later stages record as their input.
     return PlannedStage(stage, "done" if success else "continue", present)
 
 
 def wanted_marker(stage: Stage, config: Config, markers: Mapping[str, Marker]) -> Marker:
-    """Return the marker that a stage would start with; `markers` are those of the stages before it."""
+    """Return the marker with which a stage would start; `markers` are those of the stages before it."""
     inputs = {name: markers[name] for name in stage.inputs(config)}
     return Marker(
         stage.name,
         stage.deciding_config(config),
         {name: marker.identity for name, marker in inputs.items()},
+        # Random: tables that are made twice may differ under one identity, as the images of the pool may have changed.
         run_id=secrets.token_hex(8),
         input_runs={name: marker.run_id for name, marker in inputs.items()},
         outputs={name: {} for name in stage.outputs(config)},
@@ -119,35 +128,38 @@ def wanted_marker(stage: Stage, config: Config, markers: Mapping[str, Marker]) -
 
 
 def _check_size(config: Config, run_dir: RunDir, plan: list[PlannedStage], pool: PoolCount | None = None) -> None:
-    """Check the config against what complete stages have counted, else against the pool where it can be counted."""
+    """Check the config against the counts of complete stages, else against the pool if it can be counted exactly."""
     for planned in plan:
         if planned.action == "done":
             planned.stage.check_result(config, run_dir)
     if not is_done(IndexResult, plan):
         pool = pool or count_pool(config, run_dir, plan)
+        # On an estimate nobody is refused: stage index checks the exact count once it has it.
         if pool.is_exact:
             check_against_pool(config, pool.num_samples)
 
 
 def is_done(result: type[Result], plan: list[PlannedStage]) -> bool:
-    """Return whether the stage with this result is complete, with the very config of the plan."""
+    """Return whether the stage with this result is complete, and was made with the config of the plan."""
     return any(planned.stage.result is result and planned.action == "done" for planned in plan)
 
 
 def count_pool(config: Config, run_dir: RunDir, plan: list[PlannedStage]) -> PoolCount:
-    """The samples in the pool: from index/ where it is complete, else from the listing.
+    """Return the number of samples in the pool: from index/ where it is complete, else from the listing.
 
-    Of 128 tars or folders and more, 64 or more are counted and the others taken to hold as many.
-    Memory: of tars and of folders in a bucket the listings of 16 at a time (see pool/listing.py), of others nothing.
+    Of 128 or more tars or folders, at least 64 are counted, and the others are assumed to hold as many on average.
+
+    Memory: the listings of 16 tars or bucket folders at a time (see pool/listing.py), else almost none.
     """
     if is_done(IndexResult, plan):
         return PoolCount(IndexResult.read(run_dir).rows)
     units = find_units(config.pool.uri, config.pool.format)
     columns = PoolColumns(config.pool.image_column, config.pool.label)
     kind = units[0].format
+    # A Parquet file has its number of rows in its footer; a tar must be read and a folder listed, so these are sampled.
     step = 1 if kind == "parquet" else max(1, len(units) // MIN_UNITS_COUNTED)
     counted = units[::step]
-    with ThreadPoolExecutor(16) as threads:
+    with ThreadPoolExecutor(16) as threads:  # which mostly wait for a disk or an object store
         total = sum(threads.map(lambda unit: count_unit(unit, columns), counted))
     if step == 1:
         return PoolCount(total)
@@ -156,15 +168,17 @@ def count_pool(config: Config, run_dir: RunDir, plan: list[PlannedStage]) -> Poo
 
 
 def _changes(present: Marker, wanted: Marker) -> tuple[str, ...]:
-    """Return what makes two markers of one stage differ, at least one line, by the JSON that is hashed."""
+    """Return how two markers of one stage differ, in at least one line."""
     lines = []
     for key in sorted(set(present.config) | set(wanted.config)):
+        # Compared as the JSON that the identity hashes: 1 and 1.0 are equal in Python but differ there, and a budget of
+        # 1 is one sample where 1.0 is the whole pool.
         before, now = (
-            json.dumps(marker.config[key], sort_keys=True) if key in marker.config else "none"
+            json.dumps(marker.config[key], sort_keys=True) if key in marker.config else "not set"
             for marker in (present, wanted)
         )
         if before != now:
-            lines.append(f"{key}: {before} there, {now} now")
+            lines.append(f"{key}: {before} in the run directory, {now} now")
     names = dict.fromkeys((*wanted.inputs, *present.inputs))
     changed = [name for name in names if _input(present, name) != _input(wanted, name)]
     return tuple(lines) or (f"made from another {', '.join(changed)}",)
@@ -175,7 +189,7 @@ def _input(marker: Marker, name: str) -> tuple[str | None, str | None]:
 
 
 def refuse_differences(plan: list[PlannedStage], config: Config, run_dir: RunDir) -> None:
-    """Raise ConfigError where stages would be replaced and config.on_change does not say so."""
+    """Raise ConfigError if stages would be replaced and config.on_change does not allow it."""
     replaced = [planned for planned in plan if planned.action == "rerun"]
     if not replaced or config.on_change == "rerun":
         return

@@ -1,4 +1,7 @@
-"""What is in the way of a stage that is to be made again, and its removal."""
+"""Find what must be replaced before a stage can rerun, and delete it so that a kill in between leaves no false result.
+
+A table belongs to the stage whose marker claims it. Nothing else in the run directory is deleted.
+"""
 
 import dataclasses
 from collections.abc import Iterator
@@ -10,16 +13,19 @@ from elfs_ray.stages.stage import Stage
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import Marker, RunDir
 
-HALF_REMOVED = "half removed"  # in the config of a marker: no stage has this key
+HALF_REMOVED = "half removed"  # a key that no stage has: a marker with it never equals the one that a run wants
 
 
 def marker_of(stage: Stage, run_dir: RunDir) -> Marker | None:
-    """Return the marker of a stage that is complete or was started."""
+    """Return the marker of a stage that is complete or was started, else None."""
     return run_dir.success_marker(stage.name) or run_dir.started_marker(stage.name)
 
 
 def other_writer(name: str, stage: Stage, run_dir: RunDir) -> Stage | None:
-    """Return the stage whose marker claims a table of `stage`: embed and copy both write proxy_images/."""
+    """Return another stage whose marker claims a table of `stage`, else None.
+
+    embed and copy can both write proxy_images/: copy does where the encoder is pretrained on the copies.
+    """
     for other in STAGES:
         marker = marker_of(other, run_dir) if other is not stage else None
         if marker is not None and name in marker.outputs:
@@ -28,22 +34,24 @@ def other_writer(name: str, stage: Stage, run_dir: RunDir) -> Stage | None:
 
 
 def describe_obstacles(stage: Stage, config: Config, run_dir: RunDir) -> Iterator[str]:
-    """Yield a line for each folder of a stage that holds files which its own marker does not account for."""
+    """Yield a line for each folder of a stage that holds files for which the stage's own marker does not account."""
     present = marker_of(stage, run_dir)
     claimed = {stage.name, *present.outputs} if present else set()
-    # A file, as report.html, is written whole whatever was there: only a folder can hold what is left over.
+    # Only tables: a single file such as report.html is overwritten as a whole, but a folder can keep old files among
+    # the new ones, and a reader would take them for rows of the table.
     for name in dict.fromkeys((*stage.tables(config), stage.name)):
         if name in claimed or not filesystem.list_files(run_dir.path(name), recursive=True):
             continue
         other = other_writer(name, stage, run_dir)
-        origin = f"was written by stage {other.name}" if other else "is there, no marker says how it was made"
+        origin = f"was written by stage {other.name}" if other else "exists, but no marker says how it was made"
         yield f"{name}/ {origin}"
 
 
 def replaced_names(stage: Stage, wanted: Marker, run_dir: RunDir) -> list[str]:
-    """Return the folders and files that make way for a stage, by their names in the run directory.
+    """Return the names of the folders and files in the run directory that must be deleted before a stage reruns.
 
-    They are what its marker claims and what it is to write, with all of another stage that has written some of that.
+    These are the outputs that its present marker claims and those that it will write. If another stage has written one
+    of the latter, all outputs of that stage are replaced too: it would be incomplete without that one.
     """
     names: dict[str, None] = {}
     for name in wanted.outputs:
@@ -52,23 +60,26 @@ def replaced_names(stage: Stage, wanted: Marker, run_dir: RunDir) -> list[str]:
             marker = marker_of(other, run_dir)
             names |= dict.fromkeys((other.name, *(marker.outputs if marker else ())))
     present = marker_of(stage, run_dir)
-    # What the marker claims and the stage no longer writes may be another's by now.
+    # A table that the marker claims may have been written by another stage since; then it is that stage's, and stays.
     claimed = [name for name in (present.outputs if present else ()) if not other_writer(name, stage, run_dir)]
     names |= dict.fromkeys((*claimed, *wanted.outputs, stage.name))
     return [name for name in names if filesystem.exists(run_dir.path(name))]
 
 
 def remove_stage(stage: Stage, wanted: Marker, run_dir: RunDir) -> None:
-    """Remove what makes way for a stage, but for the marker of its own start, which the next start replaces."""
+    """Delete what a stage replaces, except the marker of its own start, which its next start overwrites."""
     names = replaced_names(stage, wanted, run_dir)
-    say(f"{stage.name:<9} is made again: {', '.join(names)} are replaced")
+    say(f"{stage.name:<9} reruns and replaces {', '.join(names)}")
+    # The order matters, as a kill may come between any two lines. First every marker is made one that no config wants,
+    # then the markers of success go, and only then the tables: half-deleted tables always belong to a marker that makes
+    # the next run replace them, never to one that makes it skip or continue the stage.
     for other in STAGES:
         marker = marker_of(other, run_dir)
         if other.name in names and marker is not None:
-            # Killed from here on, nobody may take what is left for a result, or for one that was only begun.
             run_dir.mark_started(dataclasses.replace(marker, config={**marker.config, HALF_REMOVED: True}))
             filesystem.delete(run_dir.path(other.name, schema.SUCCESS_FILE))
     for name in names:
+        # The stage's own folder is last, and keeps its started marker for as long as any table is left.
         if name != stage.name:
             filesystem.delete(run_dir.path(name))
     run_dir.clear(stage.name)

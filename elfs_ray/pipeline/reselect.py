@@ -1,8 +1,8 @@
-"""Another coreset from a finished run: only the selection is made again, into coresets/<name>/ of the run directory.
+"""Select another coreset from a finished run, into coresets/<name>/ of its run directory.
 
-There it has the layout of the run's own: coreset/, coreset.txt, a coreset-<budget>/ for every further budget, select/.
-Whatever is not given stays as the run had it. The scores that the run left are read; nothing of the run is replaced,
-and nothing is trained except by select.hard_fraction=search.
+Reads the tables of the run, its scores among them, and replaces none. Writes coreset/, coreset.txt, a
+coreset-<budget>/ for each further budget and select/, in the layout of the run. Keys that are not set keep the values
+of the run. Nothing is trained, except for select.hard_fraction=search.
 """
 
 import dataclasses
@@ -23,11 +23,11 @@ from elfs_ray.storage.run_dir import Marker, Overlay, RunDir
 
 KEYS = ("run_dir", "budget", "seed", "on_change", "ray_address", "ray_logs")
 SELECT = STAGE.name
-OWN_TABLES = (SELECT, schema.CORESET)  # what a selection writes; all else is the run's
+SELECTION_PREFIXES = (SELECT, schema.CORESET)  # of the names that a selection writes; all others are the run's
 
 
 def load(overrides: Sequence[str]) -> tuple[Config, str]:
-    """Return the run's own config with `key=value` overrides, and the name of the selection. Raises ConfigError."""
+    """Return the config of the run with `key=value` overrides, and the name of the selection. Raises ConfigError."""
     values = dict(override.partition("=")[::2] for override in overrides)
     for key in ("run_dir", "name"):
         if not values.get(key):
@@ -35,26 +35,29 @@ def load(overrides: Sequence[str]) -> tuple[Config, str]:
     name = values.pop("name")
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
         raise ConfigError(
-            f"name={name!r}: must be made of letters, digits, '_', '-' and '.', as it becomes a folder's name"
+            f"name={name!r}: must consist of letters, digits, '_', '-' and '.', as it becomes a folder's name"
         )
     fixed = [key for key in values if key not in KEYS and not key.startswith("select.")]
     if fixed:
-        raise ConfigError(f"{', '.join(fixed)} cannot be given here: give name, select.* or one of {', '.join(KEYS)}")
+        raise ConfigError(
+            f"{', '.join(fixed)} cannot be changed here, as only the selection is made again: give name, select.* or "
+            f"one of {', '.join(KEYS)}"
+        )
     run_dir = RunDir(expand_home(values["run_dir"]))
     keys = [override for override in overrides if not override.startswith("name=")]
     return load_config(None, keys, base=config_of(run_dir)), name
 
 
 def folder_of(config: Config, name: str) -> Overlay:
-    """Return the folder of a named selection, which reads from the run directory that it is in."""
+    """Return the folder of a named selection, which reads all other tables from the run directory around it."""
     run_dir = RunDir(config.run_dir)
-    return Overlay(run_dir.path(schema.CORESETS_DIR, name), run_dir, OWN_TABLES)
+    return Overlay(run_dir.path(schema.CORESETS_DIR, name), run_dir, SELECTION_PREFIXES)
 
 
 def describe(config: Config, name: str) -> str:
-    """Describe what `run` would write. Raises ConfigError as it does."""
+    """Return what `run` would write, a line for each coreset. Raises ConfigError as `run` does."""
     folder = folder_of(config, name)
-    action = "is there" if _is_done(config, folder) else "would be written"
+    action = "is complete" if _is_done(config, folder) else "would be written"
     from elfs_ray.pipeline.dry_run import describe_budgets
 
     lines = describe_budgets(config, TrainResult.read(folder).rows)
@@ -65,9 +68,9 @@ def describe(config: Config, name: str) -> str:
 
 
 def run(config: Config, name: str) -> SelectResult:
-    """Make the selection `name`, unless it is there; return what stage select returns.
+    """Make the selection `name`, unless it is complete; return the result of stage select.
 
-    Raises ConfigError for a budget that does not fit, and for a selection of that name made otherwise.
+    Raises ConfigError for a budget that does not fit, and for a selection of that name with other keys.
     """
     from elfs_ray.runtime.cluster import connect
 
@@ -75,7 +78,7 @@ def run(config: Config, name: str) -> SelectResult:
     if not _is_done(config, folder):
         connect(config.ray_address, show_worker_logs=config.ray_logs)
         with locked(folder.base):
-            # Once more: until now another driver may have had the run directory.
+            # Checked again: until this one got the lock, another driver may have made this very selection.
             if not _is_done(config, folder):
                 marker = write(config, folder)
                 say(f"select    complete in {format_duration(marker.seconds)}")
@@ -85,9 +88,9 @@ def run(config: Config, name: str) -> SelectResult:
 
 
 def write(config: Config, folder: Overlay) -> Marker:
-    """Select into a folder that nobody else writes to, over Ray; return the marker of stage select.
+    """Select into a folder that nobody else writes to, on Ray; return the marker of stage select.
 
-    What an unfinished try with the same config left is continued, anything else in the folder is replaced.
+    Resumes a selection that was started with the same config; deletes anything else in the folder.
     """
     from elfs_ray.stages.select.run import run_select
 
@@ -101,8 +104,8 @@ def write(config: Config, folder: Overlay) -> Marker:
     complete = dataclasses.replace(
         marker,
         result=result.to_json(),
-        # scores/ is the run's, and not measured here.
-        outputs=folder.measure(name for name in marker.outputs if name.startswith(OWN_TABLES)),
+        # Without scores/, which belongs to the run and may be replaced with it.
+        outputs=folder.measure(name for name in marker.outputs if name.startswith(SELECTION_PREFIXES)),
         seconds=round(time.time() - start_s, 3),
     )
     folder.mark_complete(complete)
@@ -110,7 +113,12 @@ def write(config: Config, folder: Overlay) -> Marker:
 
 
 def config_of(run_dir: RunDir) -> dict[str, Any]:
-    """What a run directory says of its own selection, images and training, nested; with what every config needs."""
+    """Return the keys of a finished run that a selection reads, nested as in YAML, from the run's markers.
+
+    Keys that a config must have but a selection does not read, such as the pool, are taken from the run as well.
+
+    Raises ConfigError for a run that is not complete up to stage select.
+    """
     base: dict[str, Any] = {"embed": {}, "train": {}, "select": {}}
     for stage in ("select", "train", "embed"):
         marker = run_dir.success_marker(stage)
@@ -119,6 +127,7 @@ def config_of(run_dir: RunDir) -> dict[str, Any]:
         for key, value in marker.config.items():
             section, _, name = key.rpartition(".")
             (base[section] if section else base)[name] = value
+    # A run without a search has no search_* keys among those that decide, but may have been told them.
     base["select"] |= SelectResult.read(run_dir).search
     index = run_dir.success_marker("index")
     assert index is not None, run_dir.uri
@@ -130,12 +139,15 @@ def config_of(run_dir: RunDir) -> dict[str, Any]:
 
 
 def marker_of(config: Config, run_dir: RunDir) -> Marker:
-    """Return the marker that a selection from a finished run starts with."""
+    """Return the marker with which a selection from a finished run starts."""
     return wanted_marker(STAGE, config, {stage: run_dir.complete_marker(stage) for stage in STAGE.inputs(config)})
 
 
 def _is_done(config: Config, folder: Overlay) -> bool:
-    """Return whether this very selection is complete. Raises ConfigError for another one, and budgets of no fit."""
+    """Return whether this very selection is complete.
+
+    Raises ConfigError for a damaged run, a budget that does not fit it, and a folder that holds anything else.
+    """
     run_dir = folder.base
     damage = [line for stage in ("index", "cluster", SELECT) for line in run_dir.damage(stage)]
     if damage:
@@ -150,11 +162,11 @@ def _is_done(config: Config, folder: Overlay) -> bool:
     if config.on_change == "rerun":
         return is_same and success is not None and not lost
     if present is None and filesystem.list_files(folder.uri, recursive=True):
-        how = "holds files, and no marker says how they were made"
+        problem = "holds files, and no marker says how they were made"
     elif present is not None and not is_same:
-        how = "was made otherwise"
+        problem = "was made with other keys"
     elif lost:
-        how = f"is damaged: {'; '.join(lost)}"
+        problem = f"is damaged: {'; '.join(lost)}"
     else:
         return success is not None
-    raise ConfigError(f"{folder.uri} {how}: give another name, or on_change=rerun to replace it")
+    raise ConfigError(f"{folder.uri} {problem}: give another name, or on_change=rerun to replace it")

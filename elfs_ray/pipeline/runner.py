@@ -1,6 +1,6 @@
-"""Runs the stages in their order: skip what is complete, refuse what was made with another config, time each.
+"""Run the stages in order: skip complete ones, refuse those made with another config, resume unfinished ones.
 
-No science here: a stage is a function of (config, run_dir) that reads tables and writes its own.
+A stage is a function of (config, run_dir) that reads tables of earlier stages and writes its own.
 """
 
 import contextlib
@@ -22,11 +22,12 @@ RECORDED_VERSIONS = ("elfs-ray", "ray", "torch", "torchvision", "pyarrow", "nump
 
 
 def run(config: Config) -> RunDir:
-    """Run every stage that is not complete, up to config.until where that is given.
+    """Run every stage that is not complete, up to config.until if that is set; return the run directory.
 
     Raises ConfigError, before any work, for a config that cannot be run or that differs from the run directory's.
     """
     run_dir = RunDir(config.run_dir)
+    # Planned before Ray starts and without the lock: a bad config is refused, and a complete run is done, in a second.
     plan = check(config, run_dir)
     if all(planned.action == "done" for planned in plan):
         say(f"nothing to do: every stage is complete in {run_dir.uri}")
@@ -35,22 +36,27 @@ def run(config: Config) -> RunDir:
     _connect(config)
     _announce_requests(plan, config)
     with locked(run_dir) as lock:
-        # Once more: until now another driver may have had the run directory.
+        # Planned again: until this one got the lock, another driver may have completed, started or replaced stages.
         plan = make_plan(config, run_dir)
         refuse_differences(plan, config, run_dir)
         for planned in plan:
+            # A lost lock interrupts the main thread; a run in another thread learns of it only here.
             lock.check()
             if planned.action == "done":
                 say(f"{planned.stage.name:<9} complete, skipped")
                 continue
             _run_stage(planned, config, run_dir)
+            # A budget that fits the listing may be too large once embed has rejected images. Later stages take hours.
             planned.stage.check_result(config, run_dir)
     return run_dir
 
 
 @contextlib.contextmanager
 def locked(run_dir: RunDir) -> Iterator[RunLock]:
-    """The run directory for this driver alone, without the half-written files of killed ones. Raises ConfigError."""
+    """Lock a run directory for this driver, and delete the half-written files of killed ones.
+
+    Raises ConfigError while another driver has the lock, and for a run directory that cannot be written.
+    """
     with contextlib.ExitStack() as stack:
         try:
             lock = stack.enter_context(RunLock(run_dir.uri, say))
@@ -58,11 +64,12 @@ def locked(run_dir: RunDir) -> Iterator[RunLock]:
             raise ConfigError(str(error)) from error
         except OSError as error:
             raise ConfigError(
-                f"run_dir={run_dir.uri} cannot be written: {error}. Repair that, or give another run_dir."
+                f"run_dir={run_dir.uri} cannot be written: {error}. Fix the cause, or give another run_dir."
             ) from error
+        # Only now: until the lock is held, such a file may be one that another driver is writing.
         num_deleted = filesystem.delete_half_written(run_dir.uri)
         if num_deleted:
-            say(f"{count(num_deleted, 'half-written file')} of a killed run removed")
+            say(f"deleted {count(num_deleted, 'half-written file')} of a killed run")
         yield lock
 
 
@@ -78,7 +85,7 @@ def _connect(config: Config) -> None:
 
 
 def _announce_requests(plan: list[PlannedStage], config: Config) -> None:
-    """Say what each stage that is to run will ask of the cluster. Raises ConfigError for what it cannot have."""
+    """Print what each stage that will run asks of the cluster. Raises ConfigError for what the cluster cannot have."""
     from elfs_ray.runtime.cluster import devices_of_cluster
     from elfs_ray.runtime.resources import check_request, describe_shortage
 
@@ -86,12 +93,13 @@ def _announce_requests(plan: list[PlannedStage], config: Config) -> None:
     say(f"devices   {devices.describe()}")
     stages = [planned.stage for planned in plan if planned.action != "done"]
     requests = {stage.name: stage.requests(config, devices) for stage in stages}
+    # All are checked before any is printed: an error comes alone, rather than after promises for earlier stages.
     for stage in stages:
         for request in requests[stage.name]:
             check_request(request, devices)
     for stage in stages:
         if requests[stage.name]:
-            say(f"{stage.name:<9} will ask for {', '.join(request.describe() for request in requests[stage.name])}")
+            say(f"{stage.name:<9} will request {', '.join(request.describe() for request in requests[stage.name])}")
         for shortage in filter(None, (describe_shortage(request, devices) for request in requests[stage.name])):
             say(f"{stage.name:<9} will wait for nodes: {shortage}")
         for line in stage.advice(config, devices):
@@ -103,23 +111,24 @@ def _run_stage(planned: PlannedStage, config: Config, run_dir: RunDir) -> None:
     if planned.action == "rerun":
         remove_stage(stage, marker, run_dir)
     elif planned.action == "continue":
-        say(f"{stage.name:<9} started before, goes on")
-    # Started before anything is written: what an unfinished stage leaves is never continued with another config.
+        say(f"{stage.name:<9} was started before, resumes")
+    # Before the stage writes anything, so that its unfinished tables are never continued with another config.
     run_dir.mark_started(marker)
     start_s = time.time()
     try:
         result = stage.run(config, run_dir)
     except KeyboardInterrupt as stop:
-        stop.add_note(
-            f"stopped in stage {stage.name}, what it has saved and every stage before it are in {run_dir.uri}"
-        )
+        # The command line prints this note; see cli.py.
+        stop.add_note(f"stopped in stage {stage.name}; its progress and all earlier stages are kept in {run_dir.uri}")
         raise
     complete = dataclasses.replace(
         marker,
         result=result.to_json(),
+        # Sizes, by which later runs notice files that were lost or cut short.
         outputs=run_dir.measure(marker.outputs),
         seconds=round(time.time() - start_s, 3),
         versions={name: version(name) for name in RECORDED_VERSIONS} | {"python": platform.python_version()},
     )
+    # Last of all: only this makes the tables readable to later stages.
     run_dir.mark_complete(complete)
     say(f"{stage.name:<9} complete in {format_duration(complete.seconds)}")

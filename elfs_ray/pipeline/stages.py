@@ -1,7 +1,7 @@
-"""The stages, in their order. A new one is a folder of stages/ and a line here.
+"""List the stages in order. A new stage is a folder of stages/ and a line here.
 
 index ──► embed ──► cluster ──► train ──► select ──► report
-index ──► copy ──► pretrain ──► embed ──► ...               with an encoder that is trained on the pool itself
+index ──► copy ──► pretrain ──► embed ──► ...               for an encoder that is trained on the pool itself
 """
 
 from elfs_ray.config import Config, ConfigError
@@ -21,7 +21,7 @@ STAGES = (
 
 
 def stages_of(config: Config) -> tuple[Stage, ...]:
-    """Return the stages of a run, in their order, up to config.until. Raises ConfigError for one that it has not."""
+    """Return the stages of a run in order, up to config.until. Raises ConfigError if the run has no such stage."""
     stages = tuple(stage for stage in STAGES if stage.is_part_of(config))
     if config.until is None:
         return stages

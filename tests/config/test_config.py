@@ -251,8 +251,8 @@ def test_a_changed_key_of_search_matters_only_where_there_is_a_search(tmp_path, 
             *("budget=[0.1,1] select.hard_fraction=[0,0.5]", "budget=[0.1,1] select.hard_fraction=[0.0,0.5]"),
             *("done", ()),
         ),
-        ("budget=1", "budget=1.0", "rerun", ("budget: 1 there, 1.0 now",)),
-        ("seed=0", "seed=1", "rerun", ("seed: 0 there, 1 now",)),
+        ("budget=1", "budget=1.0", "rerun", ("budget: 1 in the run directory, 1.0 now",)),
+        ("seed=0", "seed=1", "rerun", ("seed: 0 in the run directory, 1 now",)),
     ],
 )
 def test_equal_values_change_nothing_and_every_difference_is_shown(tmp_path, before, after, action, differences):
@@ -267,7 +267,7 @@ def test_a_difference_in_the_inputs_or_in_a_removed_key_is_shown(tmp_path):
     run_dir, config = RunDir(tmp_path), load_config(None, REQUIRED)
     marker = select_marker(config)
     for changes, difference in (
-        ({"config": {**marker.config, "select.gone": None}}, "select.gone: null there, none now"),
+        ({"config": {**marker.config, "select.gone": None}}, "select.gone: null in the run directory, not set now"),
         ({"inputs": {**marker.inputs, "copy": "another"}}, "made from another copy"),
         ({"input_runs": {**marker.input_runs, "train": "another"}}, "made from another train"),
     ):

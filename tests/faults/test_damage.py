@@ -155,8 +155,8 @@ def test_damaged_stages_are_made_again_to_the_same_bytes_when_told_to(ray_cluste
     assert contents(copy, *TABLES) == contents(finished, *TABLES)
     assert (copy / "coreset.txt").read_bytes() == (finished / "coreset.txt").read_bytes()
     said = capsys.readouterr().err
-    assert "1 half-written file of a killed run removed" in said and not half_written.exists()
-    assert "embed     is made again: embeddings, proxy_images, rejected, embed are replaced" in said
+    assert "deleted 1 half-written file of a killed run" in said and not half_written.exists()
+    assert "embed     reruns and replaces embeddings, proxy_images, rejected, embed" in said
     assert not (copy / "_LOCK.json").exists()
     assert all(planned.action == "done" for planned in _plan(pool, copy))
 

@@ -139,7 +139,9 @@ def test_a_job_that_is_stopped_and_submitted_again_equals_an_undisturbed_run(hea
 
     finished = ray_job("submit", "--submission-id", "second", *entrypoint, address=head)
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert "cluster   complete, skipped" in finished.stdout and "train     started before, goes on" in finished.stdout
+    assert (
+        "cluster   complete, skipped" in finished.stdout and "train     was started before, resumes" in finished.stdout
+    )
     assert f"coreset  {tmp_path / 'run' / 'coreset.txt'}" in finished.stdout
 
     run(load_config(ROOT / "jobs" / "cifar10.yaml", [*overrides, f"run_dir={tmp_path / 'undisturbed'}"]))

@@ -29,7 +29,7 @@ JOB = Path(__file__).parents[2] / "jobs" / "cifar10.py"
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory) -> Path:
-    """A folder of 200 real digits, one empty file and one text among them."""
+    """Return a folder of 200 images of real digits, one empty file and one text file."""
     folder = tmp_path_factory.mktemp("pool")
     images, labels = digit_images(200)
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
@@ -75,7 +75,7 @@ def finished(ray_cluster, pool, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def labelled(ray_cluster, pool, tmp_path_factory) -> Path:
-    """As `finished`, of the same pool with the labels that its folders are."""
+    """Return a run like `finished`, but with the folders of the same pool as its labels."""
     run_dir = tmp_path_factory.mktemp("labelled")
     run(pool, run_dir, "pool.label=folder")
     return run_dir
@@ -88,7 +88,7 @@ def test_every_stage_leaves_its_tables_and_marker(finished):
         assert marker is not None and marker.seconds > 0 and marker.versions["ray"]
 
 
-def test_embeddings_and_rejected_are_the_index_and_the_coreset_is_the_budget(finished):
+def test_no_sample_is_lost_and_the_coreset_has_the_size_of_the_budget(finished):
     def ids(table: str) -> list[int]:
         return pq.ParquetDataset(RunDir(finished).table_files(table)).read()["sample_id"].to_pylist()
 
@@ -109,7 +109,7 @@ def test_a_changed_key_is_refused_with_the_difference_and_what_to_do(finished, p
     with pytest.raises(ConfigError) as caught:
         run(pool, finished, "train.epochs=2")
     message = str(caught.value)
-    assert "train: train.epochs: 3 there, 2 now" in message
+    assert "train: train.epochs: 3 in the run directory, 2 now" in message
     assert "on_change=rerun to replace train, select, report" in message
 
 
@@ -125,67 +125,66 @@ def test_labels_change_nothing_but_the_label_column(finished, labelled):
     assert contents(labelled, *tables) == contents(finished, *tables)
 
 
-def test_a_changed_key_reruns_only_what_depends_on_it_when_told_to(labelled, pool, capsys):
+def test_on_change_rerun_replaces_only_what_depends_on_a_changed_key(labelled, pool, capsys):
     kept = contents(labelled, "index", "embeddings", "clusters", "dynamics")
     first_coreset = contents(labelled, "coreset")
     run(pool, labelled, "pool.label=folder", "select.hard_fraction=0.5", "on_change=rerun")
     said = capsys.readouterr().err
     assert "train     complete, skipped" in said
-    assert "select    is made again: scores, coreset, coreset.txt, select are replaced" in said
+    assert "select    reruns and replaces scores, coreset, coreset.txt, select" in said
     assert contents(labelled, "index", "embeddings", "clusters", "dynamics") == kept
     assert contents(labelled, "coreset") != first_coreset
 
 
-def test_a_reselection_and_the_runs_further_budgets_lie_apart(ray_cluster, finished, pool, tmp_path):
-    own = RunDir(shutil.copytree(finished, tmp_path / "run"))
-    reselect.run(*reselect.load([f"run_dir={own.uri}", "name=0.3", "budget=0.5"]))
+def test_a_reselection_does_not_collide_with_the_runs_other_budgets(ray_cluster, finished, pool, tmp_path):
+    run_dir = RunDir(shutil.copytree(finished, tmp_path / "run"))
+    reselect.run(*reselect.load([f"run_dir={run_dir.uri}", "name=0.3", "budget=0.5"]))
     reselected = contents(tmp_path / "run", "coresets")
-    run(pool, own.uri, "budget=[0.25,0.4]", "on_change=rerun")
-    assert len(own.read_column("coreset-0.4", column="sample_id")) == 80
-    run(pool, own.uri, "budget=[0.25,0.3]", "on_change=rerun")
-    assert len(own.read_column("coreset-0.3", column="sample_id")) == 60
+    run(pool, run_dir.uri, "budget=[0.25,0.4]", "on_change=rerun")
+    assert len(run_dir.read_column("coreset-0.4", column="sample_id")) == 80
+    run(pool, run_dir.uri, "budget=[0.25,0.3]", "on_change=rerun")
+    assert len(run_dir.read_column("coreset-0.3", column="sample_id")) == 60
     assert not (tmp_path / "run" / "coreset-0.4").exists(), "what the run made with other budgets is replaced"
     assert contents(tmp_path / "run", "coresets") == reselected
-    with pytest.raises(ConfigError, match=r"coresets/0\.3 was made otherwise: give another name"):
-        reselect.run(*reselect.load([f"run_dir={own.uri}", "name=0.3", "budget=0.5"]))
+    with pytest.raises(ConfigError, match=r"coresets/0\.3 was made with other keys: give another name"):
+        reselect.run(*reselect.load([f"run_dir={run_dir.uri}", "name=0.3", "budget=0.5"]))
 
 
-def test_files_where_a_further_budget_is_to_be_written_are_told_and_replaced_when_asked(
-    finished, pool, tmp_path, capsys
-):
-    """As when somebody deletes the markers of stage select, or copies a coreset there."""
-    own = RunDir(shutil.copytree(finished, tmp_path / "run"))
+def test_unexplained_files_in_a_coresets_folder_are_refused_or_replaced(finished, pool, tmp_path, capsys):
+    """Somebody has deleted the markers of stage select, or copied a coreset there."""
+    run_dir = RunDir(shutil.copytree(finished, tmp_path / "run"))
     shutil.copytree(tmp_path / "run" / "coreset", tmp_path / "run" / "coreset-0.3")
     both = ["budget=[0.25,0.3]"]
-    with pytest.raises(ConfigError, match=r"select: coreset-0\.3/ is there, no marker says how it was made"):
-        run(pool, own.uri, *both)
+    with pytest.raises(ConfigError, match=r"select: coreset-0\.3/ exists, but no marker says how it was made"):
+        run(pool, run_dir.uri, *both)
     shutil.rmtree(tmp_path / "run" / "select")
-    run(pool, own.uri, *both, "on_change=rerun")
-    assert "select    is made again: scores, coreset, coreset-0.3, coreset.txt" in capsys.readouterr().err
-    ids = own.read_column("coreset-0.3", column="sample_id")
+    run(pool, run_dir.uri, *both, "on_change=rerun")
+    assert "select    reruns and replaces scores, coreset, coreset-0.3, coreset.txt" in capsys.readouterr().err
+    ids = run_dir.read_column("coreset-0.3", column="sample_id")
     assert len(ids) == len(set(ids.tolist())) == 60
 
 
-def test_a_proxy_on_the_embeddings_leaves_its_records_and_a_coreset(finished, pool, tmp_path):
+def test_a_linear_proxy_trains_on_the_embeddings_and_gives_a_coreset(finished, pool, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     kept = contents(tmp_path / "run", "index", "embeddings", "proxy_images", "clusters")
     run(pool, tmp_path / "run", "train.network=linear", "train.num_workers=null", "on_change=rerun")
-    own = RunDir(tmp_path / "run")
-    assert (TrainResult.read(own).reading, TrainResult.read(own).workers) == ("embeddings", 1)
+    run_dir = RunDir(tmp_path / "run")
+    result = TrainResult.read(run_dir)
+    assert (result.reading, result.workers) == ("embeddings", 1)
     assert contents(tmp_path / "run", "index", "embeddings", "proxy_images", "clusters") == kept
     assert contents(tmp_path / "run", "dynamics") != contents(finished, "dynamics")
-    assert SelectResult.read(own).rows == SelectResult.read(RunDir(finished)).rows
+    assert SelectResult.read(run_dir).rows == SelectResult.read(RunDir(finished)).rows
 
 
 def test_an_unfinished_stage_is_not_continued_with_another_config(ray_cluster, pool, tmp_path):
     run(pool, tmp_path, "until=embed")
     (tmp_path / "embed" / "_SUCCESS.json").unlink()
-    with pytest.raises(ConfigError, match=r"embed\.proxy_image_size: 8 there, 9 now"):
+    with pytest.raises(ConfigError, match=r"embed\.proxy_image_size: 8 in the run directory, 9 now"):
         run(pool, tmp_path, "until=embed", "embed.proxy_image_size=9")
 
 
 @pytest.mark.parametrize(
-    ("override", "needed"),
+    ("override", "message"),
     [
         ("pool.uri=/no/such/place", "does not exist"),
         ("embed.encoder=resnet", "encoder"),
@@ -200,8 +199,8 @@ def test_an_unfinished_stage_is_not_continued_with_another_config(ray_cluster, p
         ),
     ],
 )
-def test_what_cannot_run_is_refused_before_any_work(pool, tmp_path, override, needed):
-    with pytest.raises(ConfigError, match=needed):
+def test_a_config_that_cannot_run_is_refused_before_any_work(pool, tmp_path, override, message):
+    with pytest.raises(ConfigError, match=message):
         run(pool, tmp_path / "new", override)
     assert not (tmp_path / "new").exists()
 
@@ -211,7 +210,7 @@ def test_a_run_directory_that_is_a_file_or_in_the_pool_is_refused(pool, tmp_path
     with pytest.raises(ConfigError, match=r"run_dir=.*/file is a file: give a folder"):
         run(pool, tmp_path / "file")
     for place in (pool, Path(pool) / "run"):
-        with pytest.raises(ConfigError, match=r"is in the pool.*Give a folder that is elsewhere"):
+        with pytest.raises(ConfigError, match=r"is in the pool.*Give a folder outside of the pool"):
             run(pool, place)
         assert not (place / "index").exists()
 
@@ -232,17 +231,17 @@ def test_weights_that_cannot_be_downloaded_end_a_job_in_one_line(pool, tmp_path)
 
 
 @pytest.mark.parametrize(("sizes", "budget"), [((1, 20), 500), ((0, 1), 50)])
-def test_a_pool_of_many_folders_is_refused_on_no_estimate_of_its_size(tmp_path, sizes, budget):
-    """Of 130 folders every other one is counted, and those hold the fewest images."""
+def test_no_budget_is_refused_because_of_an_estimate(tmp_path, sizes, budget):
+    """Every other one of 130 folders is counted, and those hold the fewest images."""
     image = png(digit_images(1)[0][0])
     for number in range(130):
         folder = tmp_path / "pool" / f"{number:03d}"
         folder.mkdir(parents=True)
         for name in range(sizes[number % 2]):
             (folder / f"{name}.png").write_bytes(image)
-    for asked, fits in ((budget, True), (1, True), (5000, False)):
+    for requested, fits in ((budget, True), (1, True), (5000, False)):
         config = load_config(
-            JOB.with_suffix(".yaml"), overrides(tmp_path / "pool", tmp_path / "run", f"budget={asked}")
+            JOB.with_suffix(".yaml"), overrides(tmp_path / "pool", tmp_path / "run", f"budget={requested}")
         )
         plan = describe_plan(config)
         assert f"in {tmp_path / 'pool'}, an estimate from 65 of its 130 folders" in plan
@@ -250,24 +249,24 @@ def test_a_pool_of_many_folders_is_refused_on_no_estimate_of_its_size(tmp_path, 
             assert "budget    5000 does not fit the estimate; stage index counts every image" in plan
 
 
-def test_an_image_that_cannot_be_used_counts_against_the_budget_before_anything_is_clustered(ray_cluster, tmp_path):
+def test_a_budget_above_the_usable_images_is_refused_after_embed(ray_cluster, tmp_path):
     images, _ = digit_images(12)
     (tmp_path / "pool").mkdir()
     for number, image in enumerate(images):
         (tmp_path / "pool" / f"{number:02d}.png").write_bytes(png(image) if number else b"broken")
-    asked = ["budget=12", "select.hard_fraction=0", "cluster.num_clusters=2"]
-    for _ in range(2):  # as embed ends, and from then on before anything starts
+    keys = ["budget=12", "select.hard_fraction=0", "cluster.num_clusters=2"]
+    for _ in range(2):  # when embed ends, and in later runs before anything starts
         with pytest.raises(
             ConfigError, match=r"budget is 12 for a pool of 11 .*1 more could not be used, see rejected/"
         ):
-            run(tmp_path / "pool", tmp_path / "run", *asked)
+            run(tmp_path / "pool", tmp_path / "run", *keys)
         assert (tmp_path / "run" / "embed" / "_SUCCESS.json").exists() and not (tmp_path / "run" / "cluster").exists()
-    config = load_config(JOB.with_suffix(".yaml"), overrides(tmp_path / "pool", tmp_path / "run", *asked, "budget=0.5"))
+    config = load_config(JOB.with_suffix(".yaml"), overrides(tmp_path / "pool", tmp_path / "run", *keys, "budget=0.5"))
     plan = describe_plan(config)
     assert "pool      12 images" in plan and "budget    5 images" in plan
 
 
-def test_another_pool_is_measured_itself_where_an_older_one_was_indexed(ray_cluster, pool, tmp_path):
+def test_a_new_pool_is_counted_and_not_taken_from_the_old_index(ray_cluster, pool, tmp_path):
     (tmp_path / "few").mkdir()
     (tmp_path / "few" / "0.png").write_bytes(png(digit_images(1)[0][0]))
     run(pool, tmp_path / "run", "until=index")
@@ -297,16 +296,19 @@ def test_a_pool_and_a_run_directory_in_a_bucket_give_the_same_tables(finished, p
         finished, *without
     )
     for table in with_uris:
-        own, local = (pa.concat_tables(RunDir(place).read_table(table)) for place in (run_dir, finished))
-        assert [uri.removeprefix(s3_bucket) for uri in own["uri"].to_pylist()] == local["uri"].to_pylist()
-        assert own.drop_columns("uri").equals(local.drop_columns("uri"))
+        remote, local = (pa.concat_tables(RunDir(place).read_table(table)) for place in (run_dir, finished))
+        assert [uri.removeprefix(s3_bucket) for uri in remote["uri"].to_pylist()] == local["uri"].to_pylist()
+        assert remote.drop_columns("uri").equals(local.drop_columns("uri"))
     assert filesystem.read_bytes(f"{run_dir}/report.html")
     assert any(name.startswith("train/checkpoints/") for name in written)
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_training_ends_in_one_line_and_no_process_and_goes_on_to_the_same_tables(finished, pool, tmp_path):
-    """The job runs as users run it, in a terminal's process group and on a Ray of its own."""
+def test_ctrl_c_in_training_leaves_no_process_and_a_run_that_resumes(finished, pool, tmp_path):
+    """It ends with one line, and the resumed run has the tables of an undisturbed one.
+
+    The job runs as users run it, in the process group of a terminal and on its own Ray.
+    """
     run_dir = tmp_path / "run"
     command = [sys.executable, str(JOB), *overrides(pool, run_dir, "ray_address=local")]
     environment = {**os.environ, "RAY_ADDRESS": ""}
@@ -320,8 +322,8 @@ def test_ctrl_c_in_training_ends_in_one_line_and_no_process_and_goes_on_to_the_s
     assert job.wait(timeout=100) == 130
     last = (tmp_path / "said").read_text().splitlines()[-1]
     assert last == (
-        f"interrupted: stopped in stage train, what it has saved and every stage before it are in {run_dir}; the same "
-        "command goes on from there"
+        f"interrupted: stopped in stage train; its progress and all earlier stages are kept in {run_dir}; run the same "
+        "command to resume"
     )
     while processes_of_session(job.pid):
         assert time.monotonic() < deadline, processes_of_session(job.pid)
@@ -329,18 +331,18 @@ def test_ctrl_c_in_training_ends_in_one_line_and_no_process_and_goes_on_to_the_s
     assert not (run_dir / "train" / "_SUCCESS.json").exists() and not (run_dir / "_LOCK.json").exists()
     resumed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
     assert resumed.returncode == 0, resumed.stderr
-    assert "train     started before, goes on" in resumed.stderr
+    assert "train     was started before, resumes" in resumed.stderr
     assert "coreset  " in resumed.stdout
     assert contents(run_dir, *TABLES) == contents(finished, *TABLES)
 
 
 def processes_of_session(session: int) -> list[int]:
-    """The processes of a terminal's session that run."""
-    found = []
+    """Return the pids of the running processes of a terminal's session."""
+    pids = []
     for folder in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # a process may end while it is looked at
             if folder.name.isdigit():
-                state, _, _, own = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
-                if int(own) == session and state not in "ZX":
-                    found.append(int(folder.name))
-    return found
+                state, _, _, its_session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+                if int(its_session) == session and state not in "ZX":
+                    pids.append(int(folder.name))
+    return pids

@@ -1,4 +1,4 @@
-"""What makes way for a stage that is made again, and a run that is killed while it does."""
+"""What is deleted before a stage reruns, and a run that is killed while it deletes."""
 
 import contextlib
 from dataclasses import replace
@@ -54,7 +54,7 @@ def test_a_kill_while_tables_are_removed_never_leaves_a_result(tmp_path, monkeyp
     assert set(actions(config, run_dir).values()) == {"rerun"}
 
 
-def test_tables_without_a_marker_make_way_and_files_alone_are_written_over(tmp_path):
+def test_tables_without_a_marker_are_replaced_and_single_files_overwritten(tmp_path):
     config, run_dir = digits_config(tmp_path), RunDir(tmp_path)
     complete(config, run_dir)
     for stage, action in (("select", "rerun"), ("report", "run")):
@@ -62,7 +62,7 @@ def test_tables_without_a_marker_make_way_and_files_alone_are_written_over(tmp_p
         assert actions(config, run_dir)[stage] == action
 
 
-def test_copies_that_another_stage_wrote_make_way_with_all_of_it(tmp_path):
+def test_copies_of_another_stage_are_replaced_with_all_of_that_stage(tmp_path):
     plain, pretrained = (
         digits_config(tmp_path, "until=embed", f"embed.encoder={encoder}") for encoder in ("pixels", "self_supervised")
     )
@@ -78,8 +78,8 @@ def test_copies_that_another_stage_wrote_make_way_with_all_of_it(tmp_path):
     assert actions(pretrained, run_dir) == {"index": "done", "copy": "run", "pretrain": "run", "embed": "run"}
 
 
-def test_a_table_that_another_stage_writes_by_now_is_left_alone(tmp_path):
-    """As after an encoder was pretrained where embed had written the copies, and these were deleted by hand."""
+def test_a_table_that_another_stage_has_written_since_is_left_alone(tmp_path):
+    """Embed had written the copies, they were deleted by hand, and then an encoder was pretrained on new ones."""
     config, run_dir = digits_config(tmp_path, "until=embed"), RunDir(tmp_path)
     complete(config, run_dir)
     run_dir.mark_complete(Marker("copy", {}, {}, outputs=run_dir.measure(["proxy_images"])))
