@@ -1,1 +1,1 @@
-"""What every stage needs of Ray and of the terminal: the cluster, progress, metrics."""
+"""Services that every stage uses: the Ray cluster, requests to it, progress in the terminal, metrics."""

@@ -1,4 +1,4 @@
-"""What every stage needs of Ray: a connection, the device to use, tasks run a few at a time."""
+"""Use a Ray cluster: connect, see its devices, run tasks a few at a time, follow the progress of remote workers."""
 
 import concurrent.futures
 import contextlib
@@ -16,25 +16,29 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from elfs_ray.config import ConfigError
 from elfs_ray.runtime.progress import Progress, count
 
-# Before a worker imports numpy or torch: one thread for each CPU that it was given, not one for each of the machine's.
+# By default BLAS and OpenMP start a thread for each CPU of the machine in every worker. With a worker on each CPU that
+# is the square of the CPUs in threads, which are slower together than one thread a worker. The libraries read these
+# variables when they are imported, so they must be in the environment in which Ray starts the workers.
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-# Every step of a network on a CPU asks for its activations anew. In huge pages that is a fortieth of the page faults,
-# and a seventh less time. A C library other than glibc ignores it.
+# Each step of a network on a CPU allocates its activations anew. In huge pages that costs a fortieth of the page
+# faults and takes a seventh less time. C libraries other than glibc ignore the variable.
 _HUGE_PAGES = {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")}
+# One runs and one waits on each CPU, so that no CPU is idle while the driver handles a result.
 TASKS_PER_CPU = 2
-OUT_OF_MEMORY_RETRIES = 7  # of a task, each after twice the time: two minutes; Ray by itself would try for ever
+# Ray by itself retries a task that was killed for lack of memory for ever. Pauses double: 7 retries take two minutes.
+OUT_OF_MEMORY_RETRIES = 7
 
 
 def connect(address: str | None, *, show_worker_logs: bool = False, **init_options: Any) -> None:
-    """Connect to Ray, starting one on this machine where there is none; nothing happens when already connected.
+    """Connect to a Ray cluster, or start one on this machine; do nothing if this process is connected already.
 
-    Ray's own messages below errors are left to its log files, so that progress can be read. `init_options` are further
-    ones of ray.init.
+    address: as ray_address in the config. init_options: further options of ray.init.
     """
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_task_oom_retries", str(OUT_OF_MEMORY_RETRIES))
+    # Ray's warnings and notes go to its log files alone: in the terminal they would bury the progress.
     for name in ("ray", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
     on_sigterm = signal.getsignal(signal.SIGTERM)
@@ -46,13 +50,19 @@ def connect(address: str | None, *, show_worker_logs: bool = False, **init_optio
         **init_options,
     )
     if threading.current_thread() is threading.main_thread():
-        # Ray's core has put a handler of its own below Python's, which aborts; a job is stopped by this signal.
+        # ray.init replaces the C-level handler of SIGTERM by one that aborts the process. Setting Python's handler
+        # again restores it. `ray job stop` and batch schedulers send SIGTERM, and the job must then say what it has
+        # kept.
         signal.signal(signal.SIGTERM, on_sigterm if callable(on_sigterm) else signal.getsignal(signal.SIGTERM))
 
 
 @dataclass(frozen=True)
 class Devices:
-    """What stages can run on now, and `where` that is, for people. `may_grow`: nodes may come while a stage waits."""
+    """The CPUs, GPUs and memory on which stages can run now.
+
+    where: a phrase for messages, such as "on this machine". node_cpus, node_memory_bytes: those of the largest node.
+    may_grow: whether nodes may join while a stage waits.
+    """
 
     num_cpus: int
     num_gpus: int
@@ -62,7 +72,10 @@ class Devices:
     may_grow: bool = False
 
     def resolve(self, device: str, key: str) -> str:
-        """Turn auto, cpu or cuda into cpu or cuda. Raises ConfigError for a GPU where there can be none."""
+        """Return cpu or cuda for auto, cpu or cuda. Raises ConfigError for cuda where there can be no GPU.
+
+        key: the key of the config that holds `device`, for the message.
+        """
         if device == "cuda" and not self.num_gpus and not self.may_grow:
             raise ConfigError(f"{key}=cuda, but there is no GPU {self.where}: add one, or set {key}=cpu")
         if device == "auto":
@@ -70,14 +83,15 @@ class Devices:
         return device
 
     def describe(self) -> str:
-        """Return a line such as: 8 CPUs and 1 GPU that the Ray cluster has now."""
+        """Return a line such as "8 CPUs and 1 GPU in the Ray cluster now"."""
         return f"{count(self.num_cpus, 'CPU')} and {count(self.num_gpus, 'GPU')} {self.where}"
 
 
 def find_devices(address: str | None) -> Devices:
-    """The devices of the Ray cluster at `address` or RAY_ADDRESS; without either, or for "local", of this machine.
+    """Return the devices of the Ray cluster at `address` or RAY_ADDRESS.
 
-    Starts nothing. Raises ConfigError where no cluster answers.
+    Without either, or for "local", return those of this machine. Start no cluster, so that a dry run is quick. Raises
+    ConfigError if no cluster answers.
     """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     if ray.is_initialized():
@@ -85,8 +99,9 @@ def find_devices(address: str | None) -> Devices:
     if address == "local":
         import torch
 
+        # The CPUs that this process may use, which in a container or a batch job are fewer than the machine's.
         num_cpus = len(os.sched_getaffinity(0))
-        return Devices(num_cpus, torch.cuda.device_count(), "of this machine", num_cpus)
+        return Devices(num_cpus, torch.cuda.device_count(), "on this machine", num_cpus)
     try:
         connect(address)
     except ConnectionError as error:
@@ -97,13 +112,13 @@ def find_devices(address: str | None) -> Devices:
 def devices_of_cluster() -> Devices:
     """Return the devices of the cluster that this process is connected to."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    # Ray has no public way to tell whether this process started the cluster, which then is this machine and stays so,
-    # or joined one, which may have an autoscaler.
+    # A cluster that this process started is this machine and never grows; one that it joined may have an autoscaler.
+    # Ray has no public way to tell the two apart.
     driver: Any = ray._private.worker._global_node
     return Devices(
         num_cpus=int(sum(node.get("CPU", 0) for node in nodes)),
         num_gpus=int(sum(node.get("GPU", 0) for node in nodes)),
-        where="that the Ray cluster has now",
+        where="in the Ray cluster now",
         node_cpus=int(max(node.get("CPU", 0) for node in nodes)),
         node_memory_bytes=int(max(node.get("memory", 0) for node in nodes)),
         may_grow=not driver.is_head(),
@@ -111,32 +126,38 @@ def devices_of_cluster() -> Devices:
 
 
 def num_cpus() -> int:
-    """Return the CPUs that the cluster has now; at least 1, as a task that waits brings nodes where it can grow."""
+    """Return the number of CPUs in the cluster now, but at least 1.
+
+    A cluster that grows may begin with no worker node; one waiting task is what makes its autoscaler add the first.
+    """
     return max(1, devices_of_cluster().num_cpus)
 
 
 def num_gpus() -> int:
-    """Return the GPUs that the cluster has now; at least 1 where it may grow."""
+    """Return the number of GPUs in the cluster now, but at least 1 if the cluster may grow."""
     devices = devices_of_cluster()
     return devices.num_gpus or int(devices.may_grow)
 
 
 def resolve_device(device: str, key: str) -> str:
-    """`Devices.resolve` on what the cluster has now."""
+    """Return `Devices.resolve` for the cluster as it is now."""
     return devices_of_cluster().resolve(device, key)
 
 
 def run_tasks(
     function: Callable[..., Any], arguments: Iterable[tuple], *, num_gpus_each: float = 0, num_cpus_each: float = 1
 ) -> Iterator[tuple[int, Any]]:
-    """Run `function(*arguments)` as Ray tasks, a few for each CPU in flight; yield (position, result) as they end.
+    """Run `function(*arguments)` as Ray tasks, a few at a time for each CPU; yield (position, result) as each ends.
 
-    Raises what the first failed task raised.
+    position: that of the arguments. Results come in the order in which tasks end. Raises the exception of the first
+    task that fails.
+
+    Memory: the references of the tasks in flight; results stay with Ray until they are yielded.
     """
     remote = ray.remote(num_cpus=num_cpus_each, num_gpus=num_gpus_each, max_retries=3)(function)
     in_flight: dict[ray.ObjectRef, int] = {}
     for position, argument in enumerate(arguments):
-        # Counted anew each time: the tasks that wait make a cluster grow, and its new CPUs take more of them.
+        # The CPUs are counted anew each time: waiting tasks make a cluster grow, and new CPUs can take more tasks.
         if len(in_flight) >= TASKS_PER_CPU * num_cpus():
             yield _next_result(in_flight)
         in_flight[remote.remote(*argument)] = position
@@ -150,7 +171,10 @@ def _next_result(in_flight: dict[ray.ObjectRef, int]) -> tuple[int, Any]:
 
 
 def get_result(reference: ray.ObjectRef) -> Any:
-    """ray.get, but what a task raised as it was raised there."""
+    """Return ray.get of a reference, but raise the exception of a failed task as the task raised it.
+
+    ray.get itself raises a RayTaskError whose message is the whole remote traceback.
+    """
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
@@ -158,9 +182,9 @@ def get_result(reference: ray.ObjectRef) -> Any:
 
 
 def call_interruptibly(function: Callable[[], Any]) -> Any:
-    """Call `function` in a thread of its own and return or raise what it does, so that Ctrl-C reaches the caller.
+    """Call `function` in another thread, so that Ctrl-C reaches the caller; return its result or raise its exception.
 
-    In the main thread, Ray Train would take the signal over and end the process without a word.
+    In the main thread, Ray Train would handle the signal itself and end the process without a message.
     """
     outcome: concurrent.futures.Future = concurrent.futures.Future()
 
@@ -175,13 +199,13 @@ def call_interruptibly(function: Callable[[], Any]) -> Any:
 
 
 class _Board:
-    """Holds how far remote workers are; an actor beside the driver."""
+    """An actor on the driver's node that holds the progress of remote workers."""
 
     def __init__(self) -> None:
         self._state: tuple[int, str] = (0, "")
 
     def write(self, done: int, note: str) -> None:
-        # What was noted stays until there is something new: a reader that looks now and then misses none for good.
+        # An empty note keeps the last one: the driver reads twice a second and would miss a note that was replaced.
         self._state = (done, note or self._state[1])
 
     def read(self) -> tuple[int, str]:
@@ -190,14 +214,18 @@ class _Board:
 
 @contextlib.contextmanager
 def remote_progress(progress: Progress) -> Iterator[Any]:
-    """Show what remote workers report: yields an actor with `write.remote(done, note)`, read twice a second."""
-    # On the driver's node: one on a node that is lost would take the stage with it.
+    """Show the progress of remote workers: yield an actor on which they call `write.remote(done, note)`.
+
+    The actor is read twice a second.
+    """
+    # On the driver's node: with an actor on a worker's node, losing that node would fail the stage.
     here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(_Board).remote()
     stop = threading.Event()
 
     def watch() -> None:
         while not stop.wait(0.5):
+            # A progress line that is not shown must not fail a stage.
             with contextlib.suppress(ray.exceptions.RayError):
                 progress.update(*ray.get(board.read.remote()))
 

@@ -1,7 +1,7 @@
-"""What a run reports to Ray's metrics, for Prometheus and the dashboard of cluster_configs/grafana-dashboard.json.
+"""Report a run to Ray's metrics, for Prometheus and the dashboard in cluster_configs/grafana-dashboard.json.
 
-Ray puts ray_ before each name and exports it on every node. The driver reports what every stage's progress says; the
-first worker of a training adds the metrics of an epoch that its stage names (Stage.epoch_gauges).
+Ray puts ray_ before each name and exports the metrics on every node. The driver reports the progress of every stage;
+the first worker of a training adds the metrics of each epoch that its stage names (Stage.epoch_gauges).
 """
 
 from collections.abc import Mapping
@@ -9,21 +9,22 @@ from functools import lru_cache
 
 from ray.util.metrics import Gauge
 
-# Name: meaning, labels.
+# Name: (description, labels).
 GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "elfs_running": ("1 while the stage runs, else 0", ("stage",)),
-    "elfs_done": ("what the stage has done, in its unit", ("stage", "unit")),
-    "elfs_total": ("what the stage has to do, in its unit", ("stage", "unit")),
-    "elfs_per_s": ("done a second since the stage's first progress", ("stage", "unit")),
+    "elfs_done": ("units of work that the stage has done", ("stage", "unit")),
+    "elfs_total": ("units of work that the stage has in all", ("stage", "unit")),
+    "elfs_per_s": ("units of work a second, since the stage's first progress", ("stage", "unit")),
     "elfs_rejected": ("images that could not be used", ()),
 }
 
 
 def epoch_gauge(stage: str, metric: str) -> str:
-    """Return the name of the gauge of an epoch's metric."""
+    """Return the name of the gauge for a metric of each epoch."""
     return f"elfs_{stage}_{metric}"
 
 
+# Cached, because Ray must see one gauge for each name in a process, not one for each report.
 @lru_cache
 def _gauge(name: str) -> Gauge:
     meaning, labels = GAUGES[name]
@@ -50,6 +51,6 @@ def report_rejected(count: int) -> None:
 
 
 def report_epoch(stage: str, meanings: Mapping[str, str], metrics: Mapping[str, float]) -> None:
-    """Set the gauges of an epoch of a stage, one for each metric that has a meaning."""
+    """Set the gauges of an epoch of a stage, one for each metric in `meanings`."""
     for metric, meaning in meanings.items():
         _epoch_gauge(epoch_gauge(stage, metric), meaning).set(metrics[metric])

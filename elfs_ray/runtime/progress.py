@@ -1,4 +1,4 @@
-"""Progress that a person can follow: one line that renews itself in a terminal, a line now and then in a log file."""
+"""Show progress: in a terminal one line that is rewritten in place, in a log file a line every ten seconds."""
 
 import sys
 import time
@@ -8,19 +8,21 @@ from types import TracebackType
 TERMINAL_INTERVAL_S = 0.2
 LOG_INTERVAL_S = 10.0
 
-# Called with (name, unit, done, total, rate, whether it goes on) whenever a line could be printed.
+# Called with (name, unit, done, total, units a second, whether it is still running) whenever a line may be printed.
 Listener = Callable[[str, str, int, int, float, bool], None]
 _listeners: list[Listener] = []
 
 
 def listen(listener: Listener) -> None:
-    """Tell `listener` of all progress from now on; once, however often it is given."""
+    """Call `listener` for all progress from now on. Adding a listener twice has no effect."""
     if listener not in _listeners:
         _listeners.append(listener)
 
 
 class Progress:
-    """Counts what a stage has done; prints done/total, share, rate and time left.
+    """A progress line: work done and in all, percentage, rate and time left.
+
+    done: work that an earlier run has done. It counts as done, but not in the rate.
 
     with Progress("embed", total=3925, unit="images") as progress:
         progress.advance(512)
@@ -28,7 +30,7 @@ class Progress:
 
     def __init__(self, name: str, total: int, unit: str, done: int = 0):
         self._name, self._total, self._unit = name, total, unit
-        self._done = self._found_done = self._rated_from = done
+        self._done = self._done_before = self._rated_from = done
         self._note = ""
         self._in_terminal = sys.stderr.isatty()
         self._start_s = self._printed_s = time.monotonic()
@@ -36,13 +38,14 @@ class Progress:
         self._printed: tuple[int, str] | None = None
 
     def advance(self, amount: int, note: str = "") -> None:
-        """Count `amount` more as done; `note` is shown behind the figures from now on."""
+        """Count `amount` more as done; `note` is shown at the end of the line from now on."""
         self.update(self._done + amount, note)
 
     def update(self, done: int, note: str = "") -> None:
-        """Set how much is done."""
+        """Set how much is done; `note` as in `advance`."""
         if self._rated_from_s is None and done > self._done:
-            # Rates count from the first progress on: what came before it was the start of workers.
+            # The rate is measured from the first progress: before it, workers were starting, which would make the rate
+            # too low and the time left too long.
             self._rated_from, self._rated_from_s = done, time.monotonic()
         self._done, self._note = done, note or self._note
         interval = TERMINAL_INTERVAL_S if self._in_terminal else LOG_INTERVAL_S
@@ -57,9 +60,11 @@ class Progress:
     def __exit__(
         self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # In a log, the line of the end may have been printed by the last update.
         if error is None and (self._in_terminal or self._printed != (self._done, self._note)):
             self._print(end="\n")
         elif error is not None and self._in_terminal:
+            # The message of the error must not be written behind the progress.
             sys.stderr.write("\n")
         self._tell(running=False)
 
@@ -68,11 +73,11 @@ class Progress:
             listener(self._name, self._unit, self._done, self._total, self._rate(), running)
 
     def _rate(self) -> float:
-        """Done a second since the first progress; over the whole time when all was done at once."""
+        """Return units a second since the first progress, or over the whole time if all was done at once."""
         now_s = time.monotonic()
         if self._rated_from_s is not None and self._done > self._rated_from and now_s > self._rated_from_s:
             return (self._done - self._rated_from) / (now_s - self._rated_from_s)
-        return (self._done - self._found_done) / max(now_s - self._start_s, 1e-9)
+        return (self._done - self._done_before) / max(now_s - self._start_s, 1e-9)
 
     def _print(self, end: str) -> None:
         self._printed_s = time.monotonic()
@@ -87,18 +92,19 @@ class Progress:
         else:
             line += f"  starting, {format_duration(self._printed_s - self._start_s)}"
         line += f"  {self._note}" if self._note else ""
+        # \r and ESC[2K: go to the start of the line and erase it, as the new one may be shorter.
         sys.stderr.write(f"\r\x1b[2K{line}{end}" if self._in_terminal else f"{line}{end}")
         sys.stderr.flush()
 
 
 def say(line: str) -> None:
-    """Print one line for the person who watches."""
+    """Print one line to stderr, where progress goes; stdout is for results."""
     sys.stderr.write(line + "\n")
     sys.stderr.flush()
 
 
 def format_duration(seconds: float) -> str:
-    """7.2 s, 4:05 or 1:02:03."""
+    """Return a duration as 7.2 s, 4:05 or 1:02:03."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -107,7 +113,7 @@ def format_duration(seconds: float) -> str:
 
 
 def count(number: int, noun: str, nouns: str | None = None) -> str:
-    """1 image, 2,000 images."""
+    """Return a number with its noun, as 1 image or 2,000 images; `nouns` is the plural if it needs more than an s."""
     return f"{number:,} {noun if number == 1 else nouns or noun + 's'}"
 
 

@@ -1,4 +1,4 @@
-"""Requests to the cluster: how many workers, and the CPUs, GPUs and memory of each."""
+"""Request workers from the cluster: how many, and the CPUs, GPUs and memory of each."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,9 +14,10 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Request:
-    """Workers that hold their CPUs, GPUs and memory while their part of a stage runs, and let go of them then.
+    """Workers that hold CPUs, GPUs and memory while their part of a stage runs.
 
-    `key` is the section of the config that asks. A stage can begin with `fewest` workers.
+    key: the section of the config that sets them. fewest, most: the stage begins with the fewest, and uses up to the
+    most. cpus, gpus, memory_gib: those of each worker.
     """
 
     key: str
@@ -28,7 +29,7 @@ class Request:
     memory_gib: float | None
 
     def describe(self) -> str:
-        """2 to 4 encoders of 1 CPU, 1 GPU, 8 GiB."""
+        """Return a phrase such as "2 to 4 encoders of 1 CPU, 1 GPU, 8 GiB"."""
         number = count(self.most, self.noun)
         if self.fewest != self.most:
             number = f"{self.fewest:,} to {number}"
@@ -49,18 +50,21 @@ def request_workers(
     cpus: int = 1,
     memory_gib: float | None = None,
 ) -> Request:
-    """Return what the config section `key` asks for; `usual` is the number of CPU workers where the config names none.
+    """Return the workers that the config section `key` requests.
 
-    Raises ConfigError for a GPU where there can be none, and for a number of workers that only the user can give.
+    noun: the singular name of a worker. usual: the number of workers on CPUs if `num_workers` is None; on GPUs it is
+    the number of GPUs.
+
+    Raises ConfigError for a GPU where there can be none, and for a number of workers that only the user can know.
     """
     gpus = int(devices.resolve(device, f"{key.partition('.')[0]}.device") == "cuda")
     workers = worker_range(num_workers, f"{key}.num_workers")
     if workers is None:
         if not (devices.num_gpus if gpus else devices.num_cpus):
             raise ConfigError(
-                f"{key}.num_workers=null takes what is there, and there is no {'GPU' if gpus else 'CPU'} "
-                f"{devices.where}: give {key}.num_workers=..., and {key.partition('.')[0]}.device=cuda where GPUs are "
-                "to come"
+                f"{key}.num_workers=null means as many as there are now, and there is no {'GPU' if gpus else 'CPU'} "
+                f"{devices.where}: give {key}.num_workers=..., and {key.partition('.')[0]}.device=cuda if GPUs will "
+                "join"
             )
         workers = (devices.num_gpus if gpus else usual,) * 2
     fewest, most = workers
@@ -68,15 +72,15 @@ def request_workers(
 
 
 def check_request(request: Request, devices: "Devices") -> None:
-    """Raise ConfigError for more than the cluster has, unless it may grow."""
+    """Raise ConfigError for a request that the cluster cannot meet now, unless the cluster may grow."""
     shortage = describe_shortage(request, devices)
     if shortage and not devices.may_grow:
         raise ConfigError(f"{shortage}: lower it, or use a larger cluster (ray_address)")
 
 
 def describe_shortage(request: Request, devices: "Devices") -> str:
-    """Say what a request needs that the cluster does not have now; empty where it has all."""
-    # Where there is no node yet, its size says nothing: the totals below do.
+    """Return what a request needs and the cluster does not have now; empty if it has everything."""
+    # Without any node yet, the size of the largest one says nothing; the totals below do.
     if 0 < devices.node_cpus < request.cpus:
         return (
             f"{request.key}.cpus_per_worker={request.cpus} is more than the {count(devices.node_cpus, 'CPU')} of the "
@@ -92,7 +96,7 @@ def describe_shortage(request: Request, devices: "Devices") -> str:
     for noun, number in (("CPU", devices.num_cpus), ("GPU", devices.num_gpus)):
         if needed[noun] > number:
             return (
-                f"{request.key}.num_workers asks for {request.describe()}: {count(needed[noun], noun)} in all, and "
+                f"{request.key}.num_workers requests {request.describe()}: {count(needed[noun], noun)} in all, and "
                 f"there are {number:,} {devices.where}"
             )
     return ""

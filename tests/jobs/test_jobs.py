@@ -113,7 +113,7 @@ def test_a_gpu_that_is_not_there_is_refused_by_the_dry_run(pool, tmp_path):
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     result = type_job("cifar10", "--dry-run", "train.device=cuda", *arguments, env=environment)
     assert result.returncode == 2
-    assert "train.device=cuda, but there is no GPU of this machine" in result.stderr
+    assert "train.device=cuda, but there is no GPU on this machine" in result.stderr
 
 
 def test_help_that_is_cut_short_by_its_reader_is_no_error():

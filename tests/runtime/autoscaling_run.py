@@ -1,10 +1,10 @@
-"""A cluster that begins with a head alone and grows by Ray's own autoscaler (v2): run by test_autoscaling.py.
+"""Run the pipeline on a cluster that begins with only a head and grows by Ray's autoscaler; see test_autoscaling.py.
 
     python tests/runtime/autoscaling_run.py FOLDER key=value ...
 
-only in process, network and mount namespaces of its own, as root: fixed ports are used, a folder of Ray's is covered.
-Nodes are processes of this machine (provider fake_multinode). Runs the pipeline into FOLDER/run, up to embed and then
-to its end, and prints a line for each number of worker nodes that the cluster has had.
+Run it only as root in new process, network and mount namespaces: it uses fixed ports and mounts over a folder of Ray.
+Nodes are processes on this machine (provider fake_multinode). The pipeline runs into FOLDER/run, up to embed and then
+to its end; a line is printed whenever the number of worker nodes changes.
 """
 
 import json
@@ -63,7 +63,7 @@ LAUNCHER = {
 
 
 def add_providers_defaults(folder: Path) -> None:
-    """Ray's wheel lacks the file of defaults that the provider reads: a copy of its folder with one, for this run."""
+    """Mount a copy of the provider's folder that has the file of defaults, which Ray's wheel lacks."""
     package = Path(fake_multi_node.__path__[0])
     complete = shutil.copytree(package, folder / "fake_multi_node")
     (complete / "example.yaml").write_text(json.dumps(LAUNCHER))

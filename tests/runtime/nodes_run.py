@@ -1,9 +1,9 @@
-"""Three nodes of Ray on one machine, one of which is lost in every stage: run by test_cluster_nodes.py.
+"""Run the pipeline on several Ray nodes on one machine and lose one in every stage; see test_cluster_nodes.py.
 
     python tests/runtime/nodes_run.py processes|namespaces FOLDER key=value ...
 
-runs the pipeline into FOLDER/one on a head and one node, then into FOLDER/three on a head and two nodes. There, as soon
-as a stage has begun, a node is taken away without notice and another one is added. The head has no CPUs.
+The pipeline runs into FOLDER/one on a head and one node, then into FOLDER/three on a head and two nodes. In the second
+run, as soon as a stage is at work, a node is killed without notice and another one is added. The head has no CPUs.
 """
 
 import os
@@ -23,12 +23,10 @@ from elfs_ray.runtime.cluster import connect
 JOB = Path(__file__).parents[2] / "jobs" / "cifar10.yaml"
 NODE_CPUS = 4
 STAGES = ("index", "embed", "cluster", "train", "select", "report")
-# What shows that work of a stage is under way, in the run directory; the marker is written before any work.
-BEGUN = {"embed": "embeddings/*.parquet", "train": "dynamics/epoch=001/*.parquet"}
-
-
+# Files that show that a stage is at work. The marker of its start is not enough: it is written before any work.
+AT_WORK = {"embed": "embeddings/*.parquet", "train": "dynamics/epoch=001/*.parquet"}
 OBJECT_STORE_BYTES = 200 << 20
-# A node that is cut off is missed after 4 s.
+# Ray then notices within 4 s that a node is cut off; by default it takes much longer.
 HEALTH_CHECK = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
@@ -38,7 +36,7 @@ HEALTH_CHECK = {
 
 
 class Processes:
-    """A head and nodes beside it, as processes."""
+    """A head and further nodes, as processes with one address."""
 
     def __init__(self, folder: Path) -> None:
         self._cluster = Cluster(shutdown_at_exit=True)
@@ -62,14 +60,14 @@ class Processes:
 
 
 class Namespaces:
-    """A head and nodes on a bridge, each node in a network namespace of its own."""
+    """A head and further nodes on a network bridge, each node in its own network namespace."""
 
     address = "10.77.0.1:6379"
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._links, self._count = folder, [], 0
         os.environ |= HEALTH_CHECK
-        run("mount -t tmpfs none /run")  # where ip keeps names
+        run("mount -t tmpfs none /run")  # in which ip keeps the names of namespaces
         run("ip link set lo up")
         run("ip link add bridge type bridge")
         run("ip address add 10.77.0.1/24 dev bridge")
@@ -100,14 +98,14 @@ class Namespaces:
             time.sleep(0.1)
 
     def lose(self) -> None:
-        """Cut the oldest node off, and wait until it is missed."""
+        """Cut off the oldest node, and wait until Ray notices."""
         link, address = self._links.pop(0)
         run(f"ip link set {link} down")
         while address in alive():
             time.sleep(0.1)
 
     def end(self) -> None:
-        """All ends with the namespaces."""
+        """Do nothing: everything ends with the namespaces."""
 
 
 def run(command: str) -> None:
@@ -119,8 +117,8 @@ def alive() -> set[str]:
 
 
 def lose_a_node(nodes: Processes | Namespaces, run_dir: Path, stage: str, work: Future) -> None:
-    """Wait until a stage is at work, take a node away, add one."""
-    pattern = BEGUN.get(stage, f"{stage}/_STARTED.json")
+    """Wait until a stage is at work, lose a node and add one."""
+    pattern = AT_WORK.get(stage, f"{stage}/_STARTED.json")
     while not list(run_dir.glob(pattern)) and not work.done():
         time.sleep(0.01)
     finished = (run_dir / stage / "_SUCCESS.json").exists()
@@ -152,7 +150,7 @@ def main() -> None:
         nodes.add()
         pipeline.run(config_of(folder / "one", overrides))
         nodes.add()
-        # Ray starts nodes in the main thread alone, so the stages are in another.
+        # Ray can start nodes only in the main thread, so the stages run in another one.
         with ThreadPoolExecutor(1) as stages:
             for stage in STAGES:
                 work = stages.submit(pipeline.run, config_of(folder / "three", overrides, until=stage))

@@ -1,4 +1,4 @@
-"""A cluster that begins without a worker node grows for a stage and shrinks after it, by Ray's own autoscaler."""
+"""A cluster without worker nodes grows for a stage and shrinks after it, by Ray's autoscaler."""
 
 import shutil
 import subprocess
@@ -25,13 +25,13 @@ pytestmark = [
 
 @pytest.fixture
 def folder():
-    """In /tmp, because the paths of Ray's sockets may have no more than 107 characters."""
+    """Yield a folder in /tmp, because the paths of Ray's sockets may have at most 107 characters."""
     path = Path(tempfile.mkdtemp(prefix="ea-", dir="/tmp"))
     yield path
     shutil.rmtree(path, ignore_errors=True)
 
 
-def test_a_cluster_without_workers_grows_for_embed_shrinks_and_grows_for_the_rest(folder, ray_cluster):
+def test_a_cluster_grows_for_embed_shrinks_and_grows_again(folder, ray_cluster):
     images, _ = digit_images(400)
     (folder / "pool").mkdir()
     for number, image in enumerate(images):
@@ -45,21 +45,21 @@ def test_a_cluster_without_workers_grows_for_embed_shrinks_and_grows_for_the_res
     ]
     script = f"ip link set lo up && exec {sys.executable} {SCRIPT} {folder} {' '.join(overrides)}"
     result = subprocess.run([*NAMESPACES, "sh", "-c", script], capture_output=True, text=True, timeout=800)
-    said = result.stdout.splitlines()
+    output = result.stdout.splitlines()
     assert result.returncode == 0, result.stdout + result.stderr[-5000:]
-    assert said[0].endswith("0 CPUs and 0 GPUs that the Ray cluster has now")
-    (refused,) = (line for line in said if line.startswith("refused "))
-    assert "there is no CPU that the Ray cluster has now: give embed.num_workers=" in refused
+    assert output[0].endswith("0 CPUs and 0 GPUs in the Ray cluster now")
+    (refused,) = (line for line in output if line.startswith("refused "))
+    assert "there is no CPU in the Ray cluster now: give embed.num_workers=" in refused
     waits = (
-        "embed     will wait for nodes: embed.num_workers asks for 4 encoders of 1 CPU: 4 CPUs in all, and there are 0"
+        "embed     will wait for nodes: embed.num_workers requests 4 encoders of 1 CPU: 4 CPUs in all, and there are 0"
     )
     assert waits in result.stderr
 
-    before, after = said[: said.index("embedded")], said[said.index("embedded") : said.index("finished")]
+    before, after = output[: output.index("embedded")], output[output.index("embedded") : output.index("finished")]
     has_grown = {"workers 1", "workers 2"}.intersection
     assert before[1] == "workers 0" and has_grown(before)
     assert "workers 0" in after and has_grown(after)
-    assert said[-1] == "workers 0"
+    assert output[-1] == "workers 0"
 
     run(load_config(SCRIPT.parents[2] / "jobs" / "cifar10.yaml", [*overrides, f"run_dir={folder / 'local'}"]))
     assert contents(folder / "run", *TABLES) == contents(folder / "local", *TABLES)

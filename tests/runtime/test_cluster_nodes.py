@@ -1,4 +1,4 @@
-"""Three nodes, one of which is lost in every stage, give the tables of one node; the same on addresses of their own."""
+"""A cluster that loses a node in every stage gives the tables of a single node."""
 
 import shutil
 import subprocess
@@ -19,7 +19,7 @@ TABLES = ("index", "rejected", "embeddings", "proxy_images", "clusters", "dynami
 
 @pytest.fixture
 def folder():
-    """In /tmp, because the paths of Ray's sockets may have no more than 107 characters."""
+    """Yield a folder in /tmp, because the paths of Ray's sockets may have at most 107 characters."""
     path = Path(tempfile.mkdtemp(prefix="en-", dir="/tmp"))
     yield path
     shutil.rmtree(path, ignore_errors=True)

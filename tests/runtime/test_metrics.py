@@ -1,4 +1,4 @@
-"""What a run reports to Ray's metrics, and the dashboard that asks for it."""
+"""The metrics that a run reports to Ray, and the dashboard that shows them."""
 
 import json
 import re
@@ -13,8 +13,6 @@ from elfs_ray.runtime import metrics
 from elfs_ray.runtime.progress import Progress, listen
 
 DASHBOARD = Path(__file__).parents[2] / "cluster_configs" / "grafana-dashboard.json"
-
-
 # Every gauge of a run, with its labels.
 GAUGES = {name: labels for name, (_, labels) in metrics.GAUGES.items()} | {
     metrics.epoch_gauge(stage.name, metric): () for stage in STAGES for metric in stage.epoch_gauges
@@ -27,24 +25,24 @@ def queries() -> list[str]:
     return variables + [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
 
 
-def test_the_dashboard_asks_for_every_metric_and_for_no_other():
-    asked = {name for query in queries() for name in re.findall(r"ray_\w+", query)}
-    assert asked == {f"ray_{name}" for name in GAUGES}
+def test_the_dashboard_queries_every_metric_and_no_other():
+    queried = {name for query in queries() for name in re.findall(r"ray_\w+", query)}
+    assert queried == {f"ray_{name}" for name in GAUGES}
 
 
-def test_the_dashboard_asks_for_labels_that_its_metrics_have():
-    own = {"SessionName"} | {label for labels in GAUGES.values() for label in labels}
+def test_the_dashboard_queries_labels_that_the_metrics_have():
+    existing = {"SessionName"} | {label for labels in GAUGES.values() for label in labels}
     dashboard = json.loads(DASHBOARD.read_text())
     legends = [target["legendFormat"] for panel in dashboard["panels"] for target in panel["targets"]]
     labels = {label for query in queries() for label in re.findall(r"\{(\w+)=", query)}
-    assert labels | {label for legend in legends for label in re.findall(r"\{\{(\w+)\}\}", legend)} <= own
+    assert labels | {label for legend in legends for label in re.findall(r"\{\{(\w+)\}\}", legend)} <= existing
     assert len({tuple(panel["gridPos"][key] for key in "xy") for panel in dashboard["panels"]}) == len(
         dashboard["panels"]
     )
 
 
 @pytest.mark.slow
-def test_a_node_exports_under_the_dashboards_names_and_labels_what_was_reported(ray_cluster):
+def test_a_node_exports_the_names_labels_and_values_of_the_dashboard(ray_cluster):
     import ray
 
     listen(metrics.report_progress)
@@ -62,9 +60,9 @@ def test_a_node_exports_under_the_dashboards_names_and_labels_what_was_reported(
             address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
             with urllib.request.urlopen(address, timeout=10) as response:
                 exported = response.read().decode()
-    found = dict(re.findall(r"^(ray_elfs_\w+)\{(.*)\} \S+$", exported, re.MULTILINE))
-    assert set(found) == {f"ray_{name}" for name in GAUGES}
+    labels_of = dict(re.findall(r"^(ray_elfs_\w+)\{(.*)\} \S+$", exported, re.MULTILINE))
+    assert set(labels_of) == {f"ray_{name}" for name in GAUGES}
     for name, labels in GAUGES.items():
-        assert all(f'{label}="' in found[f"ray_{name}"] for label in (*labels, "SessionName")), found
+        assert all(f'{label}="' in labels_of[f"ray_{name}"] for label in (*labels, "SessionName")), labels_of
     assert re.search(r'ray_elfs_total\{.*stage="embed".*\} 200', exported)
     assert re.search(r"ray_elfs_rejected\{.*\} 3", exported)

@@ -1,4 +1,4 @@
-"""progress: what a person reads in a terminal and in a log."""
+"""The progress that a user reads in a terminal and in a log."""
 
 import pytest
 
@@ -11,11 +11,11 @@ def test_durations_are_written_as_people_write_them(seconds, text):
     assert format_duration(seconds) == text
 
 
-def test_one_is_singular():
+def test_a_count_of_one_is_singular():
     assert (count(1, "image"), count(2000, "image"), count(3, "try", "tries")) == ("1 image", "2,000 images", "3 tries")
 
 
-def test_a_log_has_the_end_once_however_often_it_is_reported(capsys, monkeypatch):
+def test_a_log_has_the_last_line_only_once(capsys, monkeypatch):
     monkeypatch.setattr(progress, "LOG_INTERVAL_S", 0.0)
     with Progress("train", total=10, unit="images") as shown:
         shown.update(5)
@@ -26,7 +26,7 @@ def test_a_log_has_the_end_once_however_often_it_is_reported(capsys, monkeypatch
     assert "10/10 images 100%" in lines[1] and lines[1].endswith("epoch 2/2")
 
 
-def test_a_stage_that_fails_does_not_claim_its_end(capsys):
+def test_a_failed_stage_does_not_print_its_last_line(capsys):
     with pytest.raises(RuntimeError), Progress("train", total=10, unit="images"):
         raise RuntimeError
     assert capsys.readouterr().err == ""

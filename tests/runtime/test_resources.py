@@ -1,4 +1,4 @@
-"""What stages ask for, on one machine and on clusters that may grow."""
+"""The workers that stages request, on one machine and on clusters that may grow."""
 
 import re
 from pathlib import Path
@@ -13,9 +13,9 @@ from elfs_ray.runtime.resources import Request, check_request, describe_shortage
 from tests.tables import digits_config
 
 GIB = 1 << 30
-FIXED = Devices(96, 8, "that the Ray cluster has now", node_cpus=48, node_memory_bytes=100 * GIB)
-EMPTY = Devices(0, 0, "that the Ray cluster has now", node_cpus=0, node_memory_bytes=0, may_grow=True)
-SMALL = Devices(4, 0, "that the Ray cluster has now", node_cpus=4, node_memory_bytes=GIB, may_grow=True)
+FIXED = Devices(96, 8, "in the Ray cluster now", node_cpus=48, node_memory_bytes=100 * GIB)
+EMPTY = Devices(0, 0, "in the Ray cluster now", node_cpus=0, node_memory_bytes=0, may_grow=True)
+SMALL = Devices(4, 0, "in the Ray cluster now", node_cpus=4, node_memory_bytes=GIB, may_grow=True)
 
 
 def config(*overrides: str) -> Config:
@@ -39,14 +39,14 @@ def refusal(stage: str, devices: Devices, *overrides: str) -> str:
 
 
 def shortages(stage: str, devices: Devices, *overrides: str) -> list[str]:
-    """What is said of requests that are not refused."""
+    """Return what a stage must wait for; fail if its requests are refused."""
     requests = requests_of(stage, devices, *overrides)
     for request in requests:
         check_request(request, devices)
     return [shortage for request in requests if (shortage := describe_shortage(request, devices))]
 
 
-def test_a_stage_that_is_not_told_takes_the_gpus_that_are_there():
+def test_without_a_number_of_workers_a_stage_requests_all_gpus():
     assert described("embed", FIXED) == "8 encoders of 1 CPU, 1 GPU"
     assert described("cluster", FIXED, "cluster.device=cpu") == "96 shards of 1 CPU"
     assert described("train", FIXED) == "8 workers of 1 CPU, 1 GPU"
@@ -64,21 +64,21 @@ def test_a_stage_that_is_not_told_takes_the_gpus_that_are_there():
         ("pretrain", ("pretrain.device=cuda",), "no GPU .*: give pretrain.num_workers="),
     ],
 )
-def test_on_a_cluster_without_nodes_the_number_has_to_be_given(stage, overrides, remedy):
+def test_a_cluster_without_nodes_needs_a_number_of_workers(stage, overrides, remedy):
     assert re.search(remedy, refusal(stage, EMPTY, *overrides))
 
 
-def test_ranges_cpus_and_memory_are_said():
-    asked = ("embed.num_workers=2-16", "embed.cpus_per_worker=4", "embed.memory_gib=7.5")
-    assert described("embed", FIXED, *asked) == "2 to 16 encoders of 4 CPUs, 1 GPU, 7.5 GiB"
+def test_a_request_is_described_with_its_range_cpus_and_memory():
+    overrides = ("embed.num_workers=2-16", "embed.cpus_per_worker=4", "embed.memory_gib=7.5")
+    assert described("embed", FIXED, *overrides) == "2 to 16 encoders of 4 CPUs, 1 GPU, 7.5 GiB"
     assert described("cluster", FIXED, "cluster.method=temi", "cluster.temi.num_workers=2") == (
         "8 shards of 1 CPU, 1 GPU, 2 TEMI workers of 1 CPU, 1 GPU"
     )
 
 
-def test_more_than_a_ray_that_this_process_started_has_is_refused():
+def test_more_than_a_cluster_of_fixed_size_has_is_refused():
     assert refusal("train", FIXED, "train.num_workers=9") == (
-        "train.num_workers asks for 9 workers of 1 CPU, 1 GPU: 9 GPUs in all, and there are 8 that the Ray cluster has "
+        "train.num_workers requests 9 workers of 1 CPU, 1 GPU: 9 GPUs in all, and there are 8 in the Ray cluster "
         "now: lower it, or use a larger cluster (ray_address)"
     )
     assert shortages("train", FIXED, "train.num_workers=8-16") == []
@@ -87,7 +87,7 @@ def test_more_than_a_ray_that_this_process_started_has_is_refused():
     assert "more than the 100.0 GiB" in refusal("cluster", FIXED, "cluster.memory_gib=101")
 
 
-def test_a_cluster_that_may_grow_is_asked_for_more_than_it_has_and_the_shortage_is_said():
+def test_a_cluster_that_may_grow_accepts_larger_requests_as_shortages():
     for devices in (EMPTY, SMALL):
         (shortage,) = shortages("train", devices, "train.num_workers=9", "train.device=cuda", "train.cpus_per_worker=4")
         assert f"9 workers of 4 CPUs, 1 GPU: 36 CPUs in all, and there are {devices.num_cpus} that" in shortage
@@ -97,21 +97,21 @@ def test_a_cluster_that_may_grow_is_asked_for_more_than_it_has_and_the_shortage_
 
 
 def test_a_gpu_where_there_can_be_none_is_refused():
-    none = Devices(8, 0, "of this machine", 8)
-    assert "train.device=cuda, but there is no GPU of this machine" in refusal("train", none, "train.device=cuda")
+    none = Devices(8, 0, "on this machine", 8)
+    assert "train.device=cuda, but there is no GPU on this machine" in refusal("train", none, "train.device=cuda")
 
 
-def test_several_workers_of_pretraining_are_refused_on_cpus():
+def test_several_pretraining_workers_are_refused_on_cpus():
     assert described("pretrain", FIXED, "pretrain.device=cpu") == "1 worker of 1 CPU"
     message = refusal("pretrain", FIXED, "pretrain.device=cpu", "pretrain.num_workers=2")
     assert "pretrain.num_workers=2 on CPUs" in message and "give pretrain.num_workers=1" in message
 
 
-def test_devices_are_described_in_a_line():
-    assert FIXED.describe() == "96 CPUs and 8 GPUs that the Ray cluster has now"
+def test_devices_are_described_in_one_line():
+    assert FIXED.describe() == "96 CPUs and 8 GPUs in the Ray cluster now"
 
 
-def test_a_ray_of_this_process_does_not_grow_and_one_that_it_joined_may(ray_cluster):
-    """A worker has joined the cluster, as the driver of a submitted job has."""
+def test_only_a_cluster_that_was_joined_may_grow(ray_cluster):
+    """The worker here has joined the cluster, as the driver of a submitted job does."""
     assert not devices_of_cluster().may_grow
     assert ray.get(ray.remote(devices_of_cluster).remote()).may_grow

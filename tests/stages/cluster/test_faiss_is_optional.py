@@ -14,7 +14,7 @@ from elfs_ray.runtime.cluster import Devices
 from elfs_ray.stages.cluster import STAGE as CLUSTER
 from tests.tables import digits_config
 
-CPUS, GPUS = (Devices(8, num_gpus, "that the Ray cluster has now", 8) for num_gpus in (0, 1))
+CPUS, GPUS = (Devices(8, num_gpus, "in the Ray cluster now", 8) for num_gpus in (0, 1))
 
 # Run by a process in which faiss cannot be imported.
 PLAIN_INSTALL = """
