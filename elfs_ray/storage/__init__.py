@@ -1,1 +1,1 @@
-"""What is on disk: columns and file names, the run directory, pools and images. No ray, no config."""
+"""Files of a run, on disk or in a bucket: columns and file names, the run directory and its lock. No ray, no config."""

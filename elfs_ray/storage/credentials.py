@@ -1,7 +1,8 @@
-"""URIs that carry credentials: told apart without being shown, since tables, logs and reports show URIs."""
+"""Refuse URIs that contain credentials, without showing them: tables, logs and reports all contain URIs."""
 
 import re
 
+# Query parameters of pyarrow's URIs and of presigned links to S3 and Google Cloud Storage.
 _SECRET = re.compile(
     r"[?&#;](access_key|secret_key|(session_|access_)?token|sig|signature|awsaccesskeyid|x-(amz|goog)-[a-z-]+)=",
     re.IGNORECASE,
@@ -9,15 +10,16 @@ _SECRET = re.compile(
 
 
 def holds_credentials(uri: str) -> bool:
-    """Whether a URI carries a user, a password, a key or a token."""
-    _, scheme, rest = uri.partition("://")
-    return bool(scheme) and ("@" in rest.split("/", 1)[0] or _SECRET.search(rest) is not None)
+    """Return whether a URI contains a user, a password, a key or a token."""
+    _, separator, rest = uri.partition("://")
+    # An @ is a letter like any other in a path, but before the first slash it ends "user:password".
+    return bool(separator) and ("@" in rest.split("/", 1)[0] or _SECRET.search(rest) is not None)
 
 
 def refuse_credentials(uri: str, what: str) -> None:
-    """Raise ValueError, which does not show the URI, for one with credentials in it; `what` says whose it is."""
+    """Raise ValueError for a URI that contains credentials; the message has `what` in place of the URI."""
     if holds_credentials(uri):
         raise ValueError(
             f"{what} is a URI with credentials in it, which tables and logs would show: give scheme://bucket/path, and "
-            "credentials in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role)"
+            "set credentials in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role)"
         )

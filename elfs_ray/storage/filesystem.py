@@ -1,7 +1,8 @@
-"""Files by path or URI, local or in an object store, through pyarrow.fs alone.
+"""Read, write, list and delete files by path or URI, on a local disk or in an object store, through pyarrow.fs.
 
-A write is seen whole or not at all: local files are written beside their place, flushed, and moved there; an object
-store shows an object only when its upload is complete. A URI is a bucket and a name, in which ? and @ are letters.
+Every write is atomic: readers see a complete file or none. A local file is written under a temporary name in the same
+folder, flushed to disk and renamed; an object store shows an object only once its upload is complete. In a URI,
+everything after the bucket is a name, so ? and @ have no special meaning.
 """
 
 import contextlib
@@ -23,8 +24,8 @@ from elfs_ray.storage.credentials import refuse_credentials
 from elfs_ray.storage.object_store import explained, open_store, upload
 
 ROWS_PER_GROUP = 1 << 16
-THREADS = 32  # that wait for an object store at a time
-_HALF_WRITTEN = re.compile(r".*\.[0-9a-f]{32}\.tmp")
+THREADS = 32  # requests at a time; the threads only wait, so there may be many more than CPUs
+_HALF_WRITTEN = re.compile(r".*\.[0-9a-f]{32}\.tmp")  # the temporary names of `open_atomic`
 
 T = TypeVar("T")
 
@@ -32,8 +33,9 @@ T = TypeVar("T")
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     """Return the file system of a local path or URI (s3://, gs://, file://) and the path within it.
 
-    Raises ValueError for a scheme that pyarrow does not know, for no bucket, and for credentials.
+    Raises ValueError for a scheme that pyarrow does not know, for a missing bucket, and for a URI with credentials.
     """
+    # Not pyarrow's FileSystem.from_uri for a whole URI: it would parse ?, # and % in the names of files.
     if "://" not in uri:
         return fs.LocalFileSystem(), os.path.abspath(uri)
     scheme, rest = uri.split("://", 1)
@@ -51,11 +53,12 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
 
 
 def absolute(uri: str) -> str:
-    """Return a form of the path that means the same on every machine: local paths become absolute."""
+    """Return a path that means the same in every process: local paths become absolute, URIs stay."""
     return uri.rstrip("/") if "://" in uri else os.path.abspath(uri)
 
 
 def join(uri: str, *parts: str) -> str:
+    """Return a path or URI with further parts behind it, separated by slashes."""
     return posixpath.join(uri, *parts)
 
 
@@ -78,30 +81,31 @@ def is_dir(uri: str) -> bool:
 
 @explained
 def file_size(uri: str) -> int | None:
-    """Return the number of bytes of a file; None if there is no file of that name."""
+    """Return the size of a file in bytes, or None if there is no such file."""
     filesystem, path = resolve(uri)
     info = filesystem.get_file_info(path)
     return info.size if info.type == fs.FileType.File else None
 
 
 def list_files(uri: str, *, recursive: bool = False) -> list[fs.FileInfo]:
-    """List the files in a folder, sorted by path; none when the folder does not exist.
+    """List the files in a folder, sorted by path; a folder that does not exist has none.
 
-    Memory: about 1 KB a file. Raises ValueError for a local name that is not UTF-8.
+    Raises ValueError for a local name that is not UTF-8. Memory: about 1 KB for each file.
     """
     return [info for info in _list(uri, recursive) if info.type == fs.FileType.File]
 
 
 def list_dirs(uri: str) -> list[fs.FileInfo]:
-    """List the folders directly in a folder, as `list_folder` does."""
+    """List the folders directly in a folder, sorted by path, as `list_folder` does."""
     return [info for info in list_folder(uri) if info.type == fs.FileType.Directory]
 
 
 def list_folder(uri: str) -> list[fs.FileInfo]:
-    """List the files and folders directly in a folder, sorted by path; none when the folder does not exist.
+    """List the files and folders directly in a folder, sorted by path; a folder that does not exist has none.
 
-    Memory: about 1 KB for each; on gs:// for every file below it, as pyarrow lists no folders of names there.
+    Memory: about 1 KB for each entry; on gs:// about 1 KB for every file below the folder.
     """
+    # On gs://, pyarrow does not list folders that exist only as prefixes of names, so all files below are listed.
     if isinstance(resolve(uri)[0], fs.GcsFileSystem):
         return _directly_in(resolve(uri)[1], _list(uri, recursive=True))
     return _list(uri, recursive=False)
@@ -114,11 +118,11 @@ def _list(uri: str, recursive: bool) -> list[fs.FileInfo]:
     try:
         return sorted(filesystem.get_file_info(selector), key=lambda info: info.path)
     except UnicodeDecodeError as error:
-        raise ValueError(f"the name of {error.object!r} is not UTF-8, as names of files must be: rename it") from error
+        raise ValueError(f"the name of {error.object!r} is not UTF-8, which file names must be: rename it") from error
 
 
 def _directly_in(path: str, infos: list[fs.FileInfo]) -> list[fs.FileInfo]:
-    """Return what lies directly in a folder, for a store that lists all objects below it and has no folders."""
+    """Return the files and folders directly in a folder, from a listing of all files below it."""
     files = [info for info in infos if info.type == fs.FileType.File]
     depth = len(path.split("/"))
     folders = {info.path.split("/")[depth] for info in files if len(info.path.split("/")) > depth + 1}
@@ -136,7 +140,7 @@ def read_bytes(uri: str) -> bytes:
 
 @contextlib.contextmanager
 def local_file(uri: str) -> Iterator[str]:
-    """Yield the path of a file on this machine with the content of `uri`: the file itself, else a temporary copy."""
+    """Yield the path of a local file with the content of `uri`: the file itself, or a temporary copy of an object."""
     filesystem, path = resolve(uri)
     if isinstance(filesystem, fs.LocalFileSystem):
         yield path
@@ -150,7 +154,7 @@ def local_file(uri: str) -> Iterator[str]:
 
 @explained
 def read_range(uri: str, column: str, first: int, last: int) -> pa.Table:
-    """Read the rows of a Parquet file with first <= column <= last, from the row groups that can hold any."""
+    """Read the rows of a Parquet file with first <= column <= last; row groups that can have none are skipped."""
     filesystem, path = resolve(uri)
     condition = [(column, ">=", first), (column, "<=", last)]
     return pq.read_table(path, filesystem=filesystem, partitioning=None, filters=condition)
@@ -158,18 +162,18 @@ def read_range(uri: str, column: str, first: int, last: int) -> pa.Table:
 
 @explained
 def read_slice(uri: str, first: int, end: int) -> pa.Table:
-    """Read the rows first..end-1 of a Parquet file, counted from 0, from the row groups that hold them."""
+    """Read the rows first..end-1 of a Parquet file, counted from 0; row groups without any are skipped."""
     with open_parquet(uri) as file:
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         starts = [0, *accumulate(sizes)]
         groups = [group for group, size in enumerate(sizes) if starts[group] < end and starts[group] + size > first]
-        if not groups:
+        if not groups:  # read_row_groups refuses an empty list
             return file.schema_arrow.empty_table()
         return file.read_row_groups(groups).slice(first - starts[groups[0]], end - first)
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Write a file whole or not at all, making its folder where there is none."""
+    """Write a file atomically; its folder is made if there is none."""
     with open_atomic(uri) as sink:
         sink.write(data)
 
@@ -177,19 +181,22 @@ def write_bytes(uri: str, data: bytes) -> None:
 @explained
 def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
     filesystem, path = resolve(uri)
-    # partitioning=None: a folder called epoch=003 adds no column.
+    # partitioning=None, as pyarrow would take a folder called epoch=003 for a partition and add a column `epoch`.
     return pq.read_table(path, columns=columns, filesystem=filesystem, partitioning=None)
 
 
 def write_table(
     uri: str, table: pa.Table, rows_per_group: int = ROWS_PER_GROUP, encodings: Mapping[str, str] | None = None
 ) -> None:
-    """Write a Parquet file whole or not at all; the same rows give the same bytes. Memory: the table once more.
+    """Write a Parquet file atomically; the same rows give the same bytes.
 
-    encodings: Parquet's encoding of columns that do better without a dictionary.
+    encodings: Parquet encodings by column name, for columns that are smaller without a dictionary.
+
+    Memory: a second copy of the table.
     """
     with open_atomic(uri) as sink:
-        # Pages and dictionaries end where chunks do.
+        # combine_chunks: Parquet's pages and dictionaries end where the chunks of a table end, so that the same rows in
+        # other chunks would give other bytes.
         pq.write_table(
             table.combine_chunks(),
             sink,
@@ -202,8 +209,9 @@ def write_table(
 
 @explained
 def open_parquet(uri: str) -> pq.ParquetFile:
-    """Open a Parquet file to read column by column; its footer is read once."""
+    """Open a Parquet file to read it in parts; its footer is read once."""
     filesystem, path = resolve(uri)
+    # pre_buffer fetches the columns of a row group in few large requests, instead of one for each column.
     return pq.ParquetFile(path, filesystem=filesystem, pre_buffer=True)
 
 
@@ -215,35 +223,35 @@ def num_rows(uri: str) -> int:
 
 
 def map_files(function: Callable[[str], T], uris: Iterable[str]) -> list[T]:
-    """Call a function that mostly waits, as `num_rows` does, on many files, 32 at a time; results in their order."""
+    """Call a function that mostly waits, such as `num_rows`, on many files; return the results in the same order."""
     with ThreadPoolExecutor(THREADS) as threads:
         return list(threads.map(function, uris))
 
 
 @explained
 def read_schema(uri: str) -> pa.Schema:
-    """Return the columns of a Parquet file, from its footer."""
+    """Return the schema of a Parquet file, from its footer."""
     filesystem, path = resolve(uri)
     return pq.read_schema(path, filesystem=filesystem)
 
 
 @explained
 def delete(uri: str) -> None:
-    """Delete a file, or a folder with all it holds; nothing happens where there is none."""
+    """Delete a file, or a folder with everything in it; do nothing if there is none."""
     filesystem, path = resolve(uri)
     kind = filesystem.get_file_info(path).type
     if kind == fs.FileType.File:
         filesystem.delete_file(path)
     elif kind == fs.FileType.Directory:
-        # Of a folder that is only a part of names nothing is left to delete once its objects are.
+        # In an object store a folder is a prefix of names: with its objects deleted, pyarrow finds no folder to delete.
         with contextlib.suppress(FileNotFoundError):
             filesystem.delete_dir(path)
 
 
 def delete_half_written(uri: str) -> int:
-    """Delete what killed writers left of their files in a folder and below it, and return how many there were.
+    """Delete the temporary files that killed writers have left in a folder and below it; return how many.
 
-    Only local folders have any, and only while nobody writes to one may this be called.
+    Call it only while nobody writes there. Object stores keep no part of an upload that was not completed.
     """
     filesystem, path = resolve(uri)
     if not isinstance(filesystem, fs.LocalFileSystem):
@@ -257,26 +265,29 @@ def delete_half_written(uri: str) -> int:
 
 @contextlib.contextmanager
 def open_atomic(uri: str) -> Iterator[Any]:
-    """Open a binary file to write, which appears under its name, with its folders, if the block ends without error.
+    """Open a binary file to write; it appears under its name, with its folders, if the block ends without an error.
 
-    Memory: none of a local file, an object's bytes until it is uploaded.
+    Memory: the whole content for an object, which is uploaded at the end; none for a local file.
     """
     filesystem, path = resolve(uri)
     if not isinstance(filesystem, fs.LocalFileSystem):
-        # Buffered, so that a failure half-way uploads nothing.
+        # Closing pyarrow's output stream completes the upload, also on an error. So all is buffered first.
         buffer = pa.BufferOutputStream()
         yield buffer
         upload(uri, buffer.getvalue(), filesystem, path)
         return
     os.makedirs(os.path.dirname(path), exist_ok=True)
+    # In the same folder, as a rename is atomic only within a file system; with a random name, as a lost worker and its
+    # replacement may write the same file at the same time.
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
     try:
         with open(temporary, "wb") as sink:
             yield sink
             sink.flush()
+            # Without it, a power failure may leave the new name with no content.
             os.fsync(sink.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException:  # KeyboardInterrupt, too
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
@@ -284,7 +295,7 @@ def open_atomic(uri: str) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def open_atomic_on_disk(uri: str) -> Iterator[Any]:
-    """Do what `open_atomic` does for a file of any size: an object lies in a temporary folder until its upload."""
+    """Do what `open_atomic` does, without its memory: an object is a temporary file on disk until its upload."""
     filesystem, path = resolve(uri)
     if isinstance(filesystem, fs.LocalFileSystem):
         with open_atomic(uri) as sink:

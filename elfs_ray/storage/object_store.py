@@ -1,9 +1,9 @@
-"""Object stores through pyarrow.fs: how a bucket is opened, what is tried again, and what a refusal means.
+"""Open buckets through pyarrow.fs, retry transient errors, and explain refusals.
 
-What fails for a while (5xx, throttling, lost connections) is tried again with growing pauses, for about a minute; a
-refusal or a missing object is final. What a store needs to know comes from the environment alone, credentials included:
-AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or an instance's role, AWS_ENDPOINT_URL, AWS_REGION;
-GOOGLE_APPLICATION_CREDENTIALS or a service account, STORAGE_EMULATOR_HOST.
+Transient errors (5xx, throttling, lost connections) are retried with growing pauses for about a minute; a refusal or a
+missing object is final. Credentials and settings come from the environment only: AWS_ACCESS_KEY_ID and
+AWS_SECRET_ACCESS_KEY or an instance's role, AWS_ENDPOINT_URL, AWS_REGION; GOOGLE_APPLICATION_CREDENTIALS or a service
+account, STORAGE_EMULATOR_HOST.
 """
 
 import contextlib
@@ -21,13 +21,15 @@ import pyarrow as pa
 from pyarrow import fs
 
 BUCKET_SCHEMES = ("s3", "gs", "gcs")
-MAX_ATTEMPTS = 10  # of each request; pauses double up to 20 s, half of that on average: a minute in all
+# For each request to S3. Pauses double up to 20 s, and are half of that on average: about a minute in all.
+MAX_ATTEMPTS = 10
 CONNECT_TIMEOUT_S = 10
 RETRY_TIME_LIMIT = timedelta(minutes=2)
 UPLOAD_PAUSES_S = (1, 2, 4, 8, 16)
-DEFAULT_REGION = "us-east-1"  # for stores at a custom endpoint, which know no regions
+DEFAULT_REGION = "us-east-1"  # stores at a custom endpoint know no regions, but the client insists on one
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+# pyarrow raises OSError for all of these; only its message has the store's status or error code.
 _TRANSIENT = re.compile(r"HTTP status (429|5\d\d)|SLOW_DOWN|THROTTL|NETWORK_CONN|SERVICE_UNAVAILABLE|INTERNAL_FAIL")
 _REFUSED = re.compile(
     r"HTTP status 40[13]|ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE|EXPIRED|INVALID_CLIENT|PERMISSION_DENIED|"
@@ -39,6 +41,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+# A client looks up the bucket's region and keeps connections open, so each process has one for each bucket.
 @functools.lru_cache(maxsize=64)
 def open_store(scheme: str, bucket: str) -> tuple[fs.FileSystem, str]:
     """Return the file system that holds a bucket, and the bucket's path in it.
@@ -61,7 +64,7 @@ def _open_s3(bucket: str) -> fs.S3FileSystem:
     scheme, address = _endpoint(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"))
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     if address is None:
-        # The bucket's region, which need not be the machine's.
+        # The bucket's region may differ from the machine's. Where it cannot be found out, AWS_REGION is the best guess.
         with contextlib.suppress(OSError):
             region = fs.resolve_s3_region(bucket)
     return fs.S3FileSystem(
@@ -69,7 +72,7 @@ def _open_s3(bucket: str) -> fs.S3FileSystem:
         scheme=scheme,
         endpoint_override=address,
         connect_timeout=CONNECT_TIMEOUT_S,
-        allow_delayed_open=True,  # small objects take one request
+        allow_delayed_open=True,  # a small object then takes one request instead of a multipart upload's three
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=MAX_ATTEMPTS),
     )
 
@@ -81,7 +84,7 @@ def _open_gcs() -> fs.GcsFileSystem:
 
 
 def _endpoint(url: str | None) -> tuple[str | None, str | None]:
-    """Return (scheme, host and port) of an endpoint."""
+    """Return (scheme, "host:port") of an endpoint's URL."""
     if not url:
         return None, None
     scheme, separator, address = url.rstrip("/").rpartition("://")
@@ -89,9 +92,9 @@ def _endpoint(url: str | None) -> tuple[str | None, str | None]:
 
 
 def explained(function: Callable[P, T]) -> Callable[P, T]:
-    """Make a function of a URI raise PermissionError or FileNotFoundError, with advice, for a store's refusal.
+    """Decorate a function of a URI so that it raises errors that name the URI and say what to do.
 
-    Arrow's errors then name the file, too.
+    A store's refusal becomes a PermissionError, a missing bucket a FileNotFoundError; Arrow's errors name the file.
     """
 
     @functools.wraps(function)
@@ -113,23 +116,23 @@ def explained(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def _meaning(uri: str, error: OSError) -> OSError | None:
-    """Return the error of an object store in our words; None if it speaks for itself."""
+    """Return a clearer error for one of an object store; None if it is clear by itself."""
     if "://" not in uri or isinstance(error, FileNotFoundError | PermissionError):
         return None
     if _REFUSED.search(str(error)):
         return PermissionError(
-            f"{uri}: the store refuses access. It was not tried again. Every node needs credentials in its "
-            f"environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role), with rights to this bucket: {error}"
+            f"{uri}: the store refuses access, which was not retried. Every node needs credentials in its environment "
+            f"(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role) with rights to this bucket: {error}"
         )
     if _NO_BUCKET.search(str(error)):
-        return FileNotFoundError(f"{uri}: there is no such bucket; make it, or correct the name")
+        return FileNotFoundError(f"{uri}: there is no such bucket; create it, or correct the name")
     return None
 
 
 @explained
 def upload(uri: str, data: pa.Buffer, store: fs.FileSystem, path: str) -> None:
-    """Upload an object, again after transient faults that the store's client does not retry by itself."""
-    for pause_s in (*UPLOAD_PAUSES_S, None):
+    """Upload an object; retry transient errors that the store's client does not retry by itself."""
+    for pause_s in (*UPLOAD_PAUSES_S, None):  # None: the last attempt, whose error is final
         try:
             with store.open_output_stream(path) as sink:
                 sink.write(data)
@@ -137,4 +140,5 @@ def upload(uri: str, data: pa.Buffer, store: fs.FileSystem, path: str) -> None:
         except OSError as error:
             if pause_s is None or not _TRANSIENT.search(str(error)):
                 raise
+        # A random pause, as many workers meet the same throttling at the same time and should not return together.
         time.sleep(pause_s * random.uniform(0.5, 1))

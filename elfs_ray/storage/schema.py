@@ -1,4 +1,4 @@
-"""Every table of a run directory: its name, columns, types and file names, in one place."""
+"""Define every table of a run directory in one place: its name, columns, types and file names."""
 
 import posixpath
 from collections.abc import Sequence
@@ -74,21 +74,25 @@ SUCCESS_FILE = "_SUCCESS.json"
 STARTED_FILE = "_STARTED.json"
 CENTROIDS_FILE = "centroids.parquet"
 PSEUDO_LABELS_DIR = "pseudo_labels"
-CORESETS_DIR = "coresets"  # selections made again from a finished run, a folder each
+CORESETS_DIR = "coresets"  # further selections from a finished run, a folder each
 REPORT_FILE = "report.html"
 RESULTS_FILE = "results.parquet"
 METRICS_FILE = "metrics.json"
 ENCODER_FILE = "encoder.pt"
-DATASET_FILE = "dataset.json"  # beside the train and test pools of a published benchmark
+DATASET_FILE = "dataset.json"  # next to the train and test pools of a published benchmark
 
 
 def embeddings_schema(dim: int) -> pa.Schema:
-    """sample_id int64, embedding fixed_size_list<float16>[dim] of unit length."""
+    """Return the schema of embeddings/: sample_id int64, embedding fixed_size_list<float16>[dim] of unit length."""
     return pa.schema([(SAMPLE_ID, pa.int64()), (EMBEDDING, pa.list_(pa.float16(), dim))])
 
 
 def neighbors_schema(num_neighbors: int) -> pa.Schema:
-    """sample_id int64, neighbor_ids fixed_size_list<int64>[k] most similar first, similarity (cosine) float32."""
+    """Return the schema of neighbors/, where k is `num_neighbors`.
+
+    sample_id int64, neighbor_ids fixed_size_list<int64>[k] with the most similar first, similarity
+    fixed_size_list<float32>[k] (cosine).
+    """
     return pa.schema(
         [
             (SAMPLE_ID, pa.int64()),
@@ -110,22 +114,23 @@ def matrix_of(table: pa.Table, column: str) -> np.ndarray:
 
 
 def centroids_schema(dim: int) -> pa.Schema:
-    """centroid_id int32, centroid fixed_size_list<float32>[dim]."""
+    """Return the schema of the centroids: centroid_id int32, centroid fixed_size_list<float32>[dim]."""
     return pa.schema([(CENTROID_ID, pa.int32()), (CENTROID, pa.list_(pa.float32(), dim))])
 
 
 def coreset_text_file(table: str) -> str:
-    """Return the name of the text file beside a coreset's table that has its uris, one a line."""
+    """Return the name of the text file of a coreset, next to its table, which lists its uris, one a line."""
     return f"{table}.txt"
 
 
 def range_file(first_id: int, last_id: int) -> str:
-    """Return the name of the file that holds sample ids first_id..last_id, inclusive; names sort as their ids do."""
+    """Return the name of the file that holds sample ids first_id..last_id, inclusive."""
+    # Twelve digits, so that names sort in the order of their ids.
     return f"part-{first_id:012d}-{last_id:012d}.parquet"
 
 
 def parse_range_file(path: str) -> tuple[int, int]:
-    """Return the (first, last) sample id that the file at a path holds, whose name `range_file` made."""
+    """Return the (first, last) sample id in the name of a file, as `range_file` made it."""
     first, last = posixpath.basename(path).removeprefix("part-").removesuffix(".parquet").split("-")
     return int(first), int(last)
 
@@ -136,10 +141,10 @@ def epoch_dir(epoch: int) -> str:
 
 
 def rank_file(rank: int, world_size: int) -> str:
-    """Return the file in which one training worker records its samples of one epoch."""
+    """Return the name of the file in which a training worker records its samples of an epoch."""
     return f"rank-{rank:05d}-of-{world_size:05d}.parquet"
 
 
 def coreset_tables(budgets: Sequence[int | float]) -> list[str]:
-    """Return the table of each coreset of a selection: coreset for its first budget, coreset-<budget> for others."""
+    """Return the table of each coreset of a selection: coreset for the first budget, coreset-<budget> for others."""
     return [CORESET, *(f"{CORESET}-{budget}" for budget in budgets[1:])]

@@ -1,4 +1,4 @@
-"""Files whole or not at all, the same bytes for the same table, and names of any kind."""
+"""Atomic writes, the same bytes for the same table, and files with names of any characters."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from elfs_ray.storage import filesystem
 
 @pytest.fixture(params=["local", "s3", "gcs"])
 def root(request, tmp_path) -> str:
-    """A folder on disk, and one in each kind of bucket."""
+    """Return a folder on disk, and one in each kind of bucket."""
     return str(tmp_path) if request.param == "local" else request.getfixturevalue(f"{request.param}_bucket") + "/root"
 
 
@@ -24,7 +24,7 @@ def table(num_rows: int) -> pa.Table:
     return pa.table({"sample_id": ids, "uri": [f"/pool/{i}.png" for i in ids], "score": np.sqrt(ids)})
 
 
-def test_a_written_file_is_read_back_and_its_folders_are_made(root):
+def test_a_file_is_read_back_and_its_folders_are_made(root):
     uri = filesystem.join(root, "a", "b", "file.bin")
     assert not filesystem.exists(uri)
     filesystem.write_bytes(uri, b"\x00content")
@@ -34,7 +34,7 @@ def test_a_written_file_is_read_back_and_its_folders_are_made(root):
 
 
 @pytest.mark.parametrize("opened", [filesystem.open_atomic, filesystem.open_atomic_on_disk])
-def test_a_writer_that_fails_leaves_nothing_and_what_was_there_stays(root, opened):
+def test_a_writer_that_fails_leaves_the_old_file_and_nothing_new(root, opened):
     new, old = filesystem.join(root, "new"), filesystem.join(root, "old")
     filesystem.write_bytes(old, b"before")
     for uri in (new, old):
@@ -66,11 +66,11 @@ def test_a_writer_that_is_killed_leaves_no_file_of_that_name(tmp_path):
     assert not any(name.endswith(".parquet") for name in os.listdir(tmp_path))
 
 
-def test_the_same_table_gives_the_same_bytes_however_it_is_chunked(tmp_path):
+def test_a_table_gives_the_same_bytes_in_any_chunks(tmp_path):
     whole = table(70_000)
     chunked = pa.concat_tables([whole.slice(start, 777) for start in range(0, len(whole), 777)])
-    for name, given in (("whole", whole), ("again", table(70_000)), ("chunked", chunked)):
-        filesystem.write_table(str(tmp_path / name), given)
+    for name, rows in (("whole", whole), ("again", table(70_000)), ("chunked", chunked)):
+        filesystem.write_table(str(tmp_path / name), rows)
     assert (tmp_path / "whole").read_bytes() == (tmp_path / "again").read_bytes() == (tmp_path / "chunked").read_bytes()
 
 
@@ -109,7 +109,7 @@ def test_listings_are_sorted_and_tell_files_from_folders(root):
     assert filesystem.is_dir(filesystem.join(root, "sub")) and not filesystem.is_dir(filesystem.join(root, "a.txt"))
 
 
-def test_deleting_takes_files_and_folders_and_nothing_else(root):
+def test_delete_removes_files_and_folders_and_nothing_else(root):
     for name in ("a", "sub/b", "sub/deep/c", "subway"):
         filesystem.write_bytes(filesystem.join(root, name), b"x")
     for name in ("sub", "a", "never_there"):
@@ -128,7 +128,7 @@ def test_a_name_of_any_characters_names_one_file(root, name):
     assert info.base_name == f"{name}.bin"
 
 
-def test_a_relative_path_means_the_same_after_a_change_of_folder(tmp_path, monkeypatch):
+def test_an_absolute_path_stays_the_same_in_another_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     uri = filesystem.absolute("runs/first/")
     assert uri == str(tmp_path / "runs/first")
@@ -137,7 +137,7 @@ def test_a_relative_path_means_the_same_after_a_change_of_folder(tmp_path, monke
     assert filesystem.absolute("s3://bucket/run/") == "s3://bucket/run"
 
 
-def test_an_unknown_scheme_is_an_error_that_says_what_is_known():
+def test_an_unknown_scheme_is_an_error_that_names_the_known_ones():
     with pytest.raises(ValueError, match=r"'ftp://host/pool' cannot be opened.*s3://bucket/path or gs://bucket/path"):
         filesystem.exists("ftp://host/pool")
 
@@ -150,7 +150,7 @@ def test_a_name_that_is_not_utf8_is_an_error_that_shows_it(tmp_path):
 
 
 @pytest.mark.parametrize("first_and_end", [(0, 1), (65_535, 65_537), (65_536, 131_072), (131_000, 131_082), (5, 5)])
-def test_a_slice_of_rows_is_that_of_the_whole_table(root, first_and_end):
+def test_a_slice_of_rows_equals_that_of_the_whole_table(root, first_and_end):
     uri = filesystem.join(root, "part.parquet")
     whole = table(2 * filesystem.ROWS_PER_GROUP + 10)
     filesystem.write_table(uri, whole)
@@ -158,7 +158,7 @@ def test_a_slice_of_rows_is_that_of_the_whole_table(root, first_and_end):
     assert filesystem.read_slice(uri, first, end).equals(whole.slice(first, end - first))
 
 
-def test_a_slice_of_rows_costs_the_row_groups_that_hold_them(tmp_path):
+def test_a_slice_of_rows_reads_only_the_row_groups_that_hold_them(tmp_path):
     def bytes_read() -> int:
         return int(Path("/proc/self/io").read_text().split()[1])
 

@@ -1,4 +1,4 @@
-"""Object stores that fail, refuse and stall, behind a real S3 protocol; and credentials, which nothing may show."""
+"""Object stores that fail, refuse and stall, behind a real S3 protocol; and credentials, which must not be shown."""
 
 import os
 import signal
@@ -28,7 +28,7 @@ WITH_CREDENTIALS = (
 
 
 @pytest.mark.parametrize("kind", ["503", "500", "429", "reset", "cut"])
-def test_a_read_and_a_write_outlast_a_fault_that_passes(s3_server, s3_bucket, kind):
+def test_a_read_and_a_write_outlast_a_transient_fault(s3_server, s3_bucket, kind):
     uri = filesystem.join(s3_bucket, "part.bin")
     if kind != "cut":
         s3_server.fail(kind, 1, method="PUT", key="part.bin")
@@ -47,7 +47,7 @@ def test_a_store_that_refuses_is_asked_once_and_the_message_helps(s3_server, s3_
     assert not filesystem.exists(uri)
 
 
-def test_a_missing_bucket_or_object_is_said_at_once(s3_server, s3_bucket):
+def test_a_missing_bucket_or_object_is_an_error_without_retries(s3_server, s3_bucket):
     with pytest.raises(FileNotFoundError, match="no such bucket"):
         filesystem.write_bytes("s3://never-made/part.bin", b"content")
     before = s3_server.num_requests()
@@ -78,7 +78,7 @@ def test_a_large_object_survives_a_round_trip_and_half_an_upload_is_none(s3_serv
     assert filesystem.read_bytes(uri) == data
 
 
-def test_a_folder_of_many_objects_costs_a_request_a_thousand(s3_server, s3_bucket):
+def test_a_thousand_objects_cost_one_request_to_list(s3_server, s3_bucket):
     uris = [filesystem.join(s3_bucket, "many", f"{number:04d}") for number in range(1500)]
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(lambda uri: filesystem.write_bytes(uri, b"x"), uris))

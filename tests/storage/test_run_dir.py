@@ -1,4 +1,4 @@
-"""Markers tell what is complete and with which config; rows are found by id in range files."""
+"""Markers say what is complete and with which config; rows are read by id from range files."""
 
 import json
 import pickle
@@ -17,7 +17,10 @@ MISSING = 6
 
 @pytest.fixture
 def run_dir(tmp_path) -> RunDir:
-    """A table `embeddings` in three range files, one row of it missing and the rows of each file in reverse."""
+    """Return a run directory with a table `embeddings` in three range files.
+
+    One row is missing, and the rows of each file are in reverse order.
+    """
     run_dir = RunDir(tmp_path / "run")
     for first, last in BLOCKS:
         ids = [i for i in range(last, first - 1, -1) if i != MISSING]
@@ -58,13 +61,13 @@ def test_identity_follows_config_and_inputs_alone():
     assert len({MARKER.identity, *others}) == 6
 
 
-def test_the_marker_of_a_stage_that_is_not_complete_is_an_error_that_names_it(run_dir):
+def test_a_stage_that_is_not_complete_is_an_error_that_names_it(run_dir):
     run_dir.mark_started(MARKER)
     with pytest.raises(FileNotFoundError, match=r"stage 'embed' is not complete in .*: run it first"):
         run_dir.complete_marker("embed")
 
 
-def test_a_table_is_its_parquet_files_in_order_and_nothing_beside_them(run_dir):
+def test_a_table_is_its_parquet_files_in_order_and_no_other_files(run_dir):
     run_dir.mark_complete(Marker("embeddings", {}, {}, {}))
     filesystem.write_bytes(run_dir.path("embeddings", "part-0-1.parquet.0123.tmp"), b"half-written")
     filesystem.write_bytes(run_dir.path("embeddings", "folder.parquet", "x"), b"")
@@ -81,7 +84,7 @@ def test_a_column_is_read_in_file_order(run_dir):
 
 
 @pytest.mark.parametrize("ids", [[12, 0, 5], [3], [7, 7, 1, 7], list(range(5)), [11, 10, 4, 5]])
-def test_rows_come_in_the_order_of_the_ids_asked_for(run_dir, ids):
+def test_rows_come_in_the_order_of_the_requested_ids(run_dir, ids):
     rows = run_dir.read_rows("embeddings", np.array(ids), ["square", "name"])
     assert rows["sample_id"].to_pylist() == ids
     assert rows["square"].to_pylist() == [i * i for i in ids]
@@ -104,7 +107,7 @@ def test_no_ids_give_no_rows_with_every_column(run_dir):
     assert rows.num_rows == 0 and rows["name"].to_pylist() == []
 
 
-def test_names_of_range_files_sort_as_their_ids_do_and_are_read_back():
+def test_names_of_range_files_sort_by_id_and_are_read_back():
     ranges = [(0, 9), (10, 99), (100, 65_535), (65_536, 999_999_999_999)]
     names = [schema.range_file(*ids) for ids in ranges]
     assert names == sorted(names)
@@ -118,7 +121,7 @@ def test_a_run_directory_travels_to_a_worker_in_another_folder(tmp_path, monkeyp
     assert pickle.loads(pickle.dumps(run_dir)).path("index", "x") == str(tmp_path / "run/index/x")
 
 
-def test_an_overlay_has_its_own_tables_reads_all_others_and_leaves_them_as_they_were(run_dir, tmp_path):
+def test_an_overlay_reads_tables_of_the_other_run_and_writes_only_here(run_dir, tmp_path):
     run_dir.mark_complete(MARKER)
     overlay = pickle.loads(pickle.dumps(Overlay(tmp_path / "own", run_dir, ("select", "coreset"))))
     assert overlay.identity("embed") == run_dir.identity("embed")

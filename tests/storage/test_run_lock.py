@@ -1,4 +1,4 @@
-"""One driver at a time: who is refused, who takes over, and what a driver that was taken for dead does."""
+"""One driver at a time: which one is refused, which one takes over, and what a driver does that lost its lock."""
 
 import errno
 import fcntl
@@ -26,7 +26,7 @@ HOLDER = (
 
 @pytest.fixture(params=["local", "object store"])
 def root(request, tmp_path) -> str:
-    """A place on disk, and one in a bucket."""
+    """Return a run directory on disk, and one in a bucket."""
     return str(tmp_path / "run") if request.param == "local" else request.getfixturevalue("s3_bucket") + "/run"
 
 
@@ -49,9 +49,9 @@ def elsewhere() -> Owner:
 
 
 def take_over(root: str, owner: Owner) -> None:
-    """Write as a driver does that sees neither a sign of life nor the kernel lock of another machine.
+    """Write as a driver does that sees neither renewals nor the kernel lock of another machine.
 
-    A sign of life that was under way may overwrite it; then that driver reads a foreign token back, and tries again.
+    A renewal that is under way may overwrite the lock; the driver then reads a foreign token back and retries.
     """
     for _ in range(100):
         write_owner(root, owner)
@@ -66,7 +66,7 @@ def hold_in_a_process(root: str) -> subprocess.Popen:
     return holder
 
 
-def test_a_lock_names_its_owner_and_is_gone_at_the_end_also_after_an_error(root):
+def test_a_lock_names_its_owner_and_is_released_also_after_an_error(root):
     for error in (None, ValueError, KeyboardInterrupt):
         try:
             with lock(root):
@@ -79,7 +79,7 @@ def test_a_lock_names_its_owner_and_is_gone_at_the_end_also_after_an_error(root)
         assert not filesystem.exists(f"{root}/{LOCK_FILE}")
 
 
-def test_it_is_renewed_while_it_is_held(root):
+def test_a_lock_is_renewed_while_it_is_held(root):
     with lock(root) as held:
         held.check()
         deadline = time.monotonic() + 30
@@ -101,7 +101,7 @@ def test_a_second_driver_on_the_same_machine_is_refused_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("waited_for", [True, False], ids=["reaped", "zombie"])
-def test_a_killed_driver_is_followed_at_once(tmp_path, waited_for):
+def test_the_lock_of_a_killed_driver_is_taken_over_at_once(tmp_path, waited_for):
     holder = hold_in_a_process(str(tmp_path))
     os.kill(holder.pid, signal.SIGKILL)
     if waited_for:
@@ -116,13 +116,13 @@ def test_a_killed_driver_is_followed_at_once(tmp_path, waited_for):
     holder.wait()
 
 
-def test_a_pid_that_another_process_has_now_does_not_keep_a_lock(root):
+def test_a_lock_is_not_kept_by_a_new_process_with_the_old_pid(root):
     write_owner(root, replace(Owner.of_this_process(), process_start="1"))
     with lock(root):
         assert owner_on_disk(root).process_start != "1"
 
 
-def test_a_driver_elsewhere_that_renews_its_lock_is_left_alone(root):
+def test_a_driver_on_another_machine_that_renews_its_lock_keeps_it(root):
     owner, stop = elsewhere(), threading.Event()
     write_owner(root, owner)
 
@@ -144,25 +144,28 @@ def test_a_driver_elsewhere_that_renews_its_lock_is_left_alone(root):
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{}", b"[1]", b"\xff", b'{"token": "x"}'])
-def test_a_lock_that_nobody_renews_is_taken_over_once_it_has_expired(root, content):
+def test_a_lock_that_nobody_renews_is_taken_over_when_it_expires(root, content):
     filesystem.write_bytes(f"{root}/{LOCK_FILE}", elsewhere().to_json() if content is None else content)
     said: list[str] = []
     with lock(root, said):
         assert owner_on_disk(root).pid == os.getpid()
-    assert "watching for up to 1 s" in said[0] and "is taken over" in said[1]
+    assert "watching for up to 1 s" in said[0] and "taking over its lock" in said[1]
     assert not filesystem.exists(f"{root}/{LOCK_FILE}")
 
 
-def test_a_driver_whose_lock_was_taken_over_stops_and_leaves_it_there(root):
+def test_a_driver_that_lost_its_lock_stops_and_leaves_the_lock(root):
     other = elsewhere()
-    with pytest.raises(RunDirInUse, match=r"another one took .* over \(pid .* of anna on node-7"), lock(root) as held:
+    with (
+        pytest.raises(RunDirInUse, match=r"another driver took over .* \(pid .* of anna on node-7"),
+        lock(root) as held,
+    ):
         take_over(root, other)  # ended by the interrupt
         held.check()
     assert owner_on_disk(root) == other
 
 
 def test_nobody_takes_over_from_a_driver_that_has_the_kernel_lock(tmp_path):
-    """However long it gives no sign of life, as a machine that shares the disk sees it."""
+    """Not even another machine that shares the disk and sees no renewal for a long time."""
     holder = hold_in_a_process(str(tmp_path))
     try:
         os.kill(holder.pid, signal.SIGSTOP)
@@ -177,7 +180,7 @@ def test_nobody_takes_over_from_a_driver_that_has_the_kernel_lock(tmp_path):
         holder.wait()
 
 
-def test_on_a_disk_without_kernel_locks_a_driver_is_alone_too(tmp_path, monkeypatch):
+def test_a_second_driver_is_refused_without_kernel_locks_too(tmp_path, monkeypatch):
     def no_locks(file, operation):
         raise OSError(errno.ENOLCK, "no locks available")
 
@@ -190,7 +193,7 @@ def test_on_a_disk_without_kernel_locks_a_driver_is_alone_too(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("left_by_a_dead_driver", [False, True])
-def test_of_many_drivers_that_start_together_one_has_the_lock_at_a_time(tmp_path, left_by_a_dead_driver):
+def test_only_one_of_many_drivers_that_start_together_gets_the_lock(tmp_path, left_by_a_dead_driver):
     if left_by_a_dead_driver:
         write_owner(str(tmp_path), replace(Owner.of_this_process(), pid=2**22 + 1))
     holders, most, outcomes, start = [], [], [], threading.Barrier(8)
