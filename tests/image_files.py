@@ -1,4 +1,4 @@
-"""Image files as tests write them."""
+"""Encode image files for tests."""
 
 import io
 import struct
@@ -14,7 +14,7 @@ def encode(image: Image.Image, form: str = "PNG", **options) -> bytes:
 
 
 def grey_png(width: int, height: int, compressed_rows: bytes) -> bytes:
-    """A grey PNG made by hand, whose header may claim more pixels than it holds."""
+    """Return a grey PNG made by hand, whose header may claim more pixels than the file holds."""
     data = b"\x89PNG\r\n\x1a\n"
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     for kind, content in ((b"IHDR", header), (b"IDAT", compressed_rows), (b"IEND", b"")):

@@ -1,4 +1,4 @@
-"""An S3 server of the tests' own, in a process of its own, and a bucket on it for each test."""
+"""An S3 server for the tests, in another process, with a new bucket for each test."""
 
 import json
 import os
@@ -17,11 +17,14 @@ import pytest
 from pyarrow import fs
 
 SERVER = Path(__file__).with_name("s3_server.py")
-PORTS = range(20_000, 30_000)  # below those that Linux gives away by itself
+PORTS = range(20_000, 30_000)  # below the ephemeral ports, which Linux gives to outgoing connections
 
 
 def environment() -> dict[str, str]:
-    """Where a server will be, and credentials for it: for os.environ, before Ray starts and hands it to its workers."""
+    """Return the address of the future server and credentials for it.
+
+    They must be in os.environ before Ray starts, which passes them on to its workers.
+    """
     return {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}",
         "AWS_ACCESS_KEY_ID": "test",
@@ -32,7 +35,7 @@ def environment() -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port on which nothing listens."""
+    """Return a port on which nothing listens."""
     while True:
         port = random.choice(PORTS)
         with socket.socket() as probe:
@@ -45,26 +48,26 @@ def free_port() -> int:
 
 @dataclass(frozen=True)
 class S3Server:
-    """A server that runs at `endpoint`."""
+    """A running server at `endpoint`."""
 
     endpoint: str
 
     def fail(self, kind: str, count: int, method: str | None = None, key: str = "") -> None:
-        """Let the next `count` requests fail: of one method, and with `key` in their path (see s3_server.py)."""
+        """Make the next `count` requests fail that have this method and `key` in their path (see s3_server.py)."""
         fault = {"kind": kind, "count": count, "key": key, **({"method": method} if method else {})}
         urllib.request.urlopen(self.endpoint + "/_faults", data=json.dumps(fault).encode(), timeout=10).close()
 
     def fail_no_more(self) -> None:
-        """End the faults that are left."""
+        """Cancel the remaining faults."""
         self.fail("none", 0)
 
     def num_requests(self) -> int:
-        """Requests so far."""
+        """Return the number of requests so far."""
         with urllib.request.urlopen(self.endpoint + "/_requests", timeout=10) as response:
             return sum(json.load(response).values())
 
     def make_bucket(self) -> str:
-        """A new empty bucket, as s3://<bucket>."""
+        """Return a new empty bucket, as s3://<bucket>."""
         name = f"bucket-{uuid.uuid4().hex[:12]}"
         scheme, _, address = self.endpoint.partition("://")
         store = fs.S3FileSystem(endpoint_override=address, scheme=scheme, allow_bucket_creation=True)
@@ -73,7 +76,7 @@ class S3Server:
 
 
 def start_server(log: Path) -> tuple[subprocess.Popen, S3Server]:
-    """A server at os.environ's AWS_ENDPOINT_URL, once it answers. What it says goes to the file `log`."""
+    """Start a server at AWS_ENDPOINT_URL and return it once it answers; its output goes to the file `log`."""
     endpoint = os.environ["AWS_ENDPOINT_URL"]
     with log.open("wb") as sink:
         command = [sys.executable, str(SERVER), endpoint.rpartition(":")[2]]
@@ -93,7 +96,7 @@ def start_server(log: Path) -> tuple[subprocess.Popen, S3Server]:
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory) -> Iterator[S3Server]:
-    """An S3 server for the session."""
+    """Start an S3 server for the session."""
     process, server = start_server(tmp_path_factory.mktemp("s3") / "server.log")
     yield server
     process.terminate()
@@ -102,5 +105,5 @@ def s3_server(tmp_path_factory) -> Iterator[S3Server]:
 
 @pytest.fixture
 def s3_bucket(s3_server: S3Server) -> str:
-    """A new empty bucket, as s3://<bucket>."""
+    """Return a new empty bucket, as s3://<bucket>."""
     return s3_server.make_bucket()

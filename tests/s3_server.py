@@ -1,9 +1,9 @@
-"""An S3 server on 127.0.0.1: `python tests/s3_server.py PORT`. Buckets live in its memory and end with it.
+"""An S3 server on 127.0.0.1: `python tests/s3_server.py PORT`. Buckets are in its memory and end with it.
 
-moto answers; faults can be put before it, as object stores and networks have them:
+moto answers the requests. Before it does, requests can be made to fail as object stores and networks do:
 
-    POST   /_faults    {"kind": "503", "count": 3, "method": "GET", "key": "part"}    the next 3 such requests fail
-    GET    /_requests                                                                 requests so far, by method
+    POST   /_faults    {"kind": "503", "count": 3, "method": "GET", "key": "part"}    make the next 3 such requests fail
+    GET    /_requests                                                                 count requests so far, by method
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
 from werkzeug.serving import run_simple
 
-SLOW_S = 5.0  # longer than the client waits for a connection that says nothing
+SLOW_S = 5.0  # longer than the client waits for data on a silent connection
 XML = "<?xml version='1.0' encoding='UTF-8'?><Error><Code>{code}</Code><Message>a test</Message></Error>"
 ERRORS = {
     "403": ("403 Forbidden", "AccessDenied"),
@@ -28,10 +28,10 @@ ERRORS = {
 
 
 class FaultyStore:
-    """A WSGI application: another one, behind the faults that were ordered.
+    """A WSGI application that passes requests on to another one, except for those that it was told to fail.
 
-    Kinds: a status of ERRORS; "reset" closes the connection without an answer, "cut" in the middle of the body, "slow"
-    answers after SLOW_S. An order for 0 requests ends all faults.
+    Kinds of faults: a status in ERRORS; "reset" closes the connection without an answer, "cut" in the middle of the
+    body; "slow" answers after SLOW_S. A fault with count 0 cancels all faults.
     """
 
     def __init__(self, store: Callable[..., Iterable[bytes]]):

@@ -1,6 +1,6 @@
-"""The selections written out for a pool in memory, by sorting: what those over files are compared with.
+"""Selections by sorting a pool in memory: the reference for the selections over files.
 
-Each returns positions into the arrays that it was given, hard-first.
+Each returns positions in its input arrays, hardest first.
 """
 
 import numpy as np
@@ -32,7 +32,7 @@ def easiest(scores: np.ndarray, sample_ids: np.ndarray, budget_count: int, direc
 def double_end(
     scores: np.ndarray, sample_ids: np.ndarray, budget_count: int, hard_fraction: float, direction: Direction
 ) -> np.ndarray:
-    """ELFS (2406.04273): without the hardest ⌊βN⌋ samples, and those behind the budget."""
+    """Select as ELFS does (2406.04273): drop the hardest ⌊βN⌋ samples and take the next ones up to the budget."""
     start = window_start(scores.size, budget_count, hard_fraction)
     return hard_first(scores, sample_ids, direction)[start : start + budget_count]
 
@@ -45,7 +45,7 @@ def balanced_double_end(
     hard_fraction: float,
     direction: Direction,
 ) -> np.ndarray:
-    """Double-end pruning of each pseudo-class alone."""
+    """Select by double-end pruning within each pseudo-class."""
     order = hard_first(scores, sample_ids, direction)
     windows = balanced_windows(np.bincount(pseudo_labels), budget_count, hard_fraction)
     kept = np.zeros(scores.size, bool)
@@ -63,15 +63,20 @@ def stratified(
     seed: int,
     num_strata: int = 50,
 ) -> np.ndarray:
-    """CCS (2210.15809, algorithm 1): strata of equal score range behind the hardest ⌊βN⌋, a random draw in each."""
+    """Select as CCS does (2210.15809, algorithm 1).
+
+    Drop the hardest ⌊βN⌋ samples, divide the others into strata of equal score range and sample in each at random.
+    """
     order = hard_first(scores, sample_ids, direction)
     left = order[window_start(order.size, budget_count, hard_fraction) :]
     strata = strata_of(scores[left], float(scores[left].min()), float(scores[left].max()), direction, num_strata)
-    drawn = left[hard_first_order(stratified_keys(strata, sample_ids[left], seed), sample_ids[left])]
+    shuffled = left[hard_first_order(stratified_keys(strata, sample_ids[left], seed), sample_ids[left])]
     counts = np.bincount(strata, minlength=num_strata)
+    shares = allocate_evenly(counts, budget_count)
     kept = np.zeros(scores.size, bool)
-    for own, share in zip(np.split(drawn, np.cumsum(counts)), allocate_evenly(counts, budget_count), strict=False):
-        kept[own[:share]] = True
+    # np.split gives an empty part after the last stratum.
+    for stratum, share in zip(np.split(shuffled, np.cumsum(counts)), shares, strict=False):
+        kept[stratum[:share]] = True
     return order[kept[order]]
 
 
@@ -83,7 +88,7 @@ def dual_beta(
     seed: int,
     exponent: float = 4.0,
 ) -> np.ndarray:
-    """DUAL (2502.06905): draws by Beta weights around the mean probability of the ten highest scores."""
+    """Select as DUAL does (2502.06905): sample by Beta weights around the mean probability of the ten top scores."""
     order = hard_first(dual, sample_ids, "high")
     anchor = float(mean_prob[order[:DUAL_NUM_ANCHORS]].mean(dtype=np.float64))
     keys = dual_beta_keys(dual, mean_prob, sample_ids, anchor, 1 - budget_count / order.size, seed, exponent)

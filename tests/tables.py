@@ -1,4 +1,4 @@
-"""Run directories with real digits in them, as the earlier stages leave them, for tests of one stage alone."""
+"""Run directories with real digits, as earlier stages would leave them, for tests of a single stage."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ GAPS = (3, 77, 500)  # ids that were rejected
 
 
 def digits_config(run_dir: Path, *overrides: str) -> Config:
-    """A config for run directories of scikit-learn's digits, small enough for a test."""
+    """Return a config for run directories of scikit-learn's digits, small enough for a test."""
     return load_config(
         None,
         [
@@ -48,13 +48,13 @@ def digits_config(run_dir: Path, *overrides: str) -> Config:
 
 
 def digit_images(num_samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """(n, 8, 8) uint8 real handwritten digits and their labels (n,)."""
+    """Return real handwritten digits, (n, 8, 8) uint8, and their labels, (n,)."""
     digits = load_digits()
     return (digits.images[:num_samples] * 15.9).astype(np.uint8), digits.target[:num_samples]
 
 
 def write_embedded(run_dir: RunDir, num_samples: int = 1003) -> np.ndarray:
-    """Write index/, embeddings/, proxy_images/ and rejected/; the ids that are embedded."""
+    """Write index/, embeddings/, proxy_images/ and rejected/; return the ids that are embedded."""
     images, _ = digit_images(num_samples)
     ids = np.arange(num_samples)
     uris = [f"/digits/{i}.png" for i in ids]
@@ -69,26 +69,25 @@ def write_embedded(run_dir: RunDir, num_samples: int = 1003) -> np.ndarray:
     vectors = images.reshape(num_samples, -1).astype(np.float64)
     vectors -= vectors.mean(1, keepdims=True)
     embeddings = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
-    for first, own in files_of(num_samples):
+    for first, ids in files_of(num_samples):
         name = schema.range_file(first, min(first + ROWS_PER_FILE, num_samples) - 1)
-        table = pa.table(
-            [own, schema.matrix_column(embeddings[own])], schema=schema.embeddings_schema(embeddings.shape[1])
-        )
+        columns = [ids, schema.matrix_column(embeddings[ids])]
+        table = pa.table(columns, schema=schema.embeddings_schema(embeddings.shape[1]))
         filesystem.write_table(run_dir.path(schema.EMBEDDINGS, name), table)
-        table = pa.table([own, [png(images[i]) for i in own]], schema=schema.PROXY_IMAGES_SCHEMA)
+        table = pa.table([ids, [png(images[i]) for i in ids]], schema=schema.PROXY_IMAGES_SCHEMA)
         filesystem.write_table(run_dir.path(schema.PROXY_IMAGES, name), table)
-    embedded = np.concatenate([own for _, own in files_of(num_samples)])
+    embedded = np.concatenate([ids for _, ids in files_of(num_samples)])
     mark(run_dir, EmbedResult(len(embedded), len(rejected), embeddings.shape[1]))
     return embedded
 
 
 def write_clustered(run_dir: RunDir, num_samples: int = 1003) -> np.ndarray:
-    """Write what `write_embedded` does and clusters/, with the digit itself as pseudo-label; the ids."""
+    """Write what `write_embedded` does and clusters/, with the digit itself as pseudo-label; return the ids."""
     embedded = write_embedded(run_dir, num_samples)
     _, labels = digit_images(num_samples)
-    for first, own in files_of(num_samples):
+    for first, ids in files_of(num_samples):
         name = schema.range_file(first, min(first + ROWS_PER_FILE, num_samples) - 1)
-        columns = [own, labels[own].astype(np.int32), np.zeros(len(own), np.float32)]
+        columns = [ids, labels[ids].astype(np.int32), np.zeros(len(ids), np.float32)]
         table = pa.table(columns, schema=schema.PSEUDO_LABELS_SCHEMA)
         filesystem.write_table(run_dir.path(schema.CLUSTERS, schema.PSEUDO_LABELS_DIR, name), table)
     sizes = np.bincount(labels[embedded], minlength=10).tolist()
@@ -97,7 +96,7 @@ def write_clustered(run_dir: RunDir, num_samples: int = 1003) -> np.ndarray:
 
 
 def write_trained(run_dir: RunDir, num_samples: int = 1003, num_epochs: int = 5, num_ranks: int = 3) -> dict:
-    """Write what `write_clustered` does and dynamics/ of made-up probabilities; the records, (epochs, n) each."""
+    """Write what `write_clustered` does and dynamics/ of made-up probabilities; return these, (epochs, n) each."""
     ids = write_clustered(run_dir, num_samples)
     rng = np.random.default_rng(0)
     target = rng.beta(2, 1, (num_epochs, len(ids))).astype(np.float32).round(2)
@@ -106,8 +105,8 @@ def write_trained(run_dir: RunDir, num_samples: int = 1003, num_epochs: int = 5,
     for epoch in range(num_epochs):
         rank_of = rng.integers(0, num_ranks, len(ids))
         for rank in range(num_ranks):
-            own = rank_of == rank
-            columns = [ids[own], target[epoch, own], other[epoch, own], el2n[epoch, own]]
+            here = rank_of == rank
+            columns = [ids[here], target[epoch, here], other[epoch, here], el2n[epoch, here]]
             path = run_dir.path(schema.DYNAMICS, schema.epoch_dir(epoch), schema.rank_file(rank, num_ranks))
             filesystem.write_table(path, pa.table(columns, schema=schema.DYNAMICS_SCHEMA))
     mark(run_dir, TrainResult(len(ids), num_epochs, num_ranks, "memory", []))
@@ -115,7 +114,7 @@ def write_trained(run_dir: RunDir, num_samples: int = 1003, num_epochs: int = 5,
 
 
 def files_of(num_samples: int):
-    """(first id, embedded ids) of each file."""
+    """Yield (first id, embedded ids) of each file."""
     for first in range(0, num_samples, ROWS_PER_FILE):
         ids = np.arange(first, min(first + ROWS_PER_FILE, num_samples))
         yield first, ids[~np.isin(ids, GAPS)]
@@ -131,7 +130,7 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def contents(folder: Path, *tables: str) -> dict[str, bytes]:
-    """Path within the run directory and bytes of every file of some tables, markers aside."""
+    """Return the bytes of every file of some tables, by path within the run directory; without markers."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for table in tables

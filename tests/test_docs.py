@@ -1,4 +1,4 @@
-"""README, BENCHMARKS and docs/ stay true: links lead somewhere, commands take the keys that their jobs have."""
+"""README, BENCHMARKS and docs/: links and file names lead to files, and jobs accept the keys of every command."""
 
 import re
 import shlex
@@ -41,12 +41,12 @@ def missing_files(page: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_and_names_of_files_lead_to_files(page):
+def test_links_and_file_names_lead_to_files(page):
     assert broken_links(page.read_text(), page.parent) == []
     assert missing_files(page.read_text()) == []
 
 
-def test_a_broken_link_and_a_missing_file_are_noticed():
+def test_a_broken_link_and_a_missing_file_are_detected():
     assert broken_links("[a](README.md#b) [c](docs/none.md) [d](https://none.org)", ROOT) == ["docs/none.md"]
     assert missing_files("`jobs/none.py` `jobs/cifar10.py` `test_none.py` `test_docs.py`") == [
         "jobs/none.py",
@@ -68,7 +68,7 @@ def test_commands_of_the_pages_can_be_run():
             command = [sys.executable, f"jobs/{job}.py", "--help"]
             help_text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
             known_keys[job] = {line.split()[0] for line in help_text.splitlines() if line.strip()}
-        # reselect lists its keys of a run's config and its own, evaluate and prepare all of theirs.
+        # These jobs have no YAML of their own; their --help lists every key that they accept.
         assert {override.partition("=")[0] for override in overrides} <= known_keys[job], (job, overrides)
 
 

@@ -1,4 +1,4 @@
-"""Imports run down only, a stage is known by its folder, one stage reads true labels: held by reading the sources."""
+"""Read the sources: imports run down only, only a stage knows its own name, and one stage reads true labels."""
 
 import ast
 import subprocess
@@ -40,7 +40,7 @@ READS_LABELS = "elfs_ray.stages.index.run"
 
 
 def sources() -> dict[str, str]:
-    """Dotted module name and source of every module of the package."""
+    """Return the source of every module of the package, by dotted name."""
     return {
         ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path.read_text()
         for path in sorted(PACKAGE.rglob("*.py"))
@@ -48,7 +48,7 @@ def sources() -> dict[str, str]:
 
 
 def imports(module: str, source: str) -> Iterator[str]:
-    """What a module imports, anywhere in it, as dotted names: `from a import b` gives a.b."""
+    """Yield the dotted names that a module imports, also inside functions; `from a import b` gives a.b."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -58,14 +58,14 @@ def imports(module: str, source: str) -> Iterator[str]:
 
 
 def is_stage(module: str, source: str) -> bool:
-    """Whether a module of stages/ does the work of a stage: <name>/run.py with run_<name>."""
+    """Return whether a module does the work of a stage: it is stages/<name>/run.py and defines run_<name>."""
     parts = module.split(".")
     functions = [node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
     return parts[1] == "stages" and parts[-1] == "run" and f"run_{parts[-2]}" in functions
 
 
 def import_faults(modules: dict[str, str]) -> list[str]:
-    """Every import that the rule forbids."""
+    """Return a line for every import that the rules forbid."""
     stages = {module for module, source in modules.items() if is_stage(module, source)}
     faults = []
     for module, source in modules.items():
@@ -85,7 +85,7 @@ def import_faults(modules: dict[str, str]) -> list[str]:
 
 
 def stage_comparisons(source: str) -> list[str]:
-    """Every comparison in a source with the name of a stage, alone or in a list."""
+    """Return every comparison in a source with the name of a stage, alone or in a list."""
     return [
         ast.unparse(node)
         for node in ast.walk(ast.parse(source))
@@ -97,19 +97,19 @@ def stage_comparisons(source: str) -> list[str]:
 
 
 def label_reads(source: str) -> list[str]:
-    """Every place in a source that can reach the column of true labels."""
+    """Return every place in a source that can reach the column of true labels."""
     tree = ast.parse(source)
-    found = []
+    places = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and (
             node.attr == "LABEL" or (node.attr == "label" and ast.unparse(node.value).endswith("pool"))
         ):
-            found.append(ast.unparse(node))
+            places.append(ast.unparse(node))
         elif isinstance(node, ast.Constant) and node.value == "label":
-            found.append("'label'")
+            places.append("'label'")
         elif isinstance(node, ast.ImportFrom) and any(alias.name == "LABEL" for alias in node.names):
-            found.append("import LABEL")
-    return found
+            places.append("import LABEL")
+    return places
 
 
 def test_imports_run_down_only():
@@ -123,13 +123,13 @@ def test_imports_run_down_only():
     assert not import_faults(modules), "\n".join(import_faults(modules))
 
 
-def test_every_stage_of_the_pipeline_is_told_from_its_parts():
-    found = {module.split(".")[-2] for module, source in sources().items() if is_stage(module, source)}
-    assert found == STAGE_NAMES
+def test_the_folders_with_a_stage_are_the_stages_of_the_pipeline():
+    folders = {module.split(".")[-2] for module, source in sources().items() if is_stage(module, source)}
+    assert folders == STAGE_NAMES
 
 
-def test_nobody_but_a_stage_itself_switches_on_its_name():
-    """What is known of a stage is in its `STAGE`, so that adding one touches its folder and pipeline/stages.py."""
+def test_only_a_stage_itself_switches_on_its_name():
+    """All knowledge of a stage is in its `STAGE`, so that adding one touches its folder and pipeline/stages.py."""
     for module, source in sources().items():
         if module.split(".")[1:3] not in [["stages", name] for name in STAGE_NAMES]:
             assert not stage_comparisons(source), (module, stage_comparisons(source))
@@ -141,7 +141,7 @@ def test_nobody_but_a_stage_itself_switches_on_its_name():
         "stage == 'train'",
         "'embed' != stage.name",
         "if name in ('copy', x): pass",
-        "[own for own in plan if own.stage.name == 'index']",
+        "[planned for planned in plan if planned.stage.name == 'index']",
     ],
 )
 def test_a_comparison_with_the_name_of_a_stage_is_found(source):
@@ -150,7 +150,7 @@ def test_a_comparison_with_the_name_of_a_stage_is_found(source):
 
 
 def test_the_list_of_stages_is_quick_to_import():
-    """--help and --dry-run read it, and a worker imports only its own stage."""
+    """--help and --dry-run import it, and a worker must import only its own stage."""
     heavy = "{'ray', 'torch', 'torchvision', 'faiss', 'scipy', 'sklearn'}"
     script = f"import sys, elfs_ray.pipeline.stages; print(sorted({heavy}.intersection(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200, check=True)

@@ -1,4 +1,4 @@
-"""Ray Train's workers as processes, for tests that kill one."""
+"""Find the processes of Ray Train's workers, for tests that kill one."""
 
 from pathlib import Path
 
@@ -6,16 +6,20 @@ import ray
 
 
 def training_worker_pids() -> list[int]:
-    """The processes of this Ray's training workers: children of the raylet that this process started."""
+    """Return the pids of the training workers of this process's Ray.
+
+    They are children of its raylet, which has the session's folder in its command line. Other Rays on this machine have
+    other sessions.
+    """
     session = ray._private.worker._global_node.get_session_dir_path()
-    found = []
+    pids = []
     for folder in Path("/proc").iterdir():
         try:
             title = (folder / "cmdline").read_bytes() if folder.name.isdigit() else b""
             if title.startswith(b"ray::") and b"TrainWorker" in title:
                 parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
                 if session.encode() in Path(f"/proc/{parent}/cmdline").read_bytes():
-                    found.append(int(folder.name))
-        except OSError:
+                    pids.append(int(folder.name))
+        except OSError:  # a process may end while it is looked at
             continue
-    return sorted(found)
+    return sorted(pids)

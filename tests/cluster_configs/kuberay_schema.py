@@ -1,8 +1,8 @@
-"""The schema of KubeRay's RayJob (ray.io/v1), written out from the operator's types, for what is ours to fill in.
+"""The schema of KubeRay's RayJob (ray.io/v1), written from the operator's types.
 
-The operator's own CRD, some 800 kB with the whole of a pod in it, is in no package that tests could install. Here every
-field that RayJobSpec and RayClusterSpec have is named with its type, so that a misspelt or misplaced one is found; of a
-pod those that a cluster of ours can have use for. What the API server does with a field it does not know: it drops it.
+The API server silently drops fields that it does not know, so a misspelt or misplaced one must be detected here. The
+operator's own CRD, about 800 kB with the whole schema of a pod, is in no package that tests could install. This schema
+has every field of RayJobSpec and RayClusterSpec, and those fields of a pod that our cluster configs may use.
 """
 
 from typing import Any

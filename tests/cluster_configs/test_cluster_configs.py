@@ -1,4 +1,4 @@
-"""The files in cluster_configs/ are what Ray's launcher takes, and hold what their comments promise."""
+"""The files in cluster_configs/ are valid for Ray's launcher and KubeRay, and do what their comments promise."""
 
 import copy
 import re
@@ -30,7 +30,7 @@ def load(name: str) -> dict[str, Any]:
 
 
 def launched(name: str) -> dict[str, Any]:
-    """A launcher file as `ray up` sees it, with Ray's defaults filled in."""
+    """Return a launcher file as `ray up` sees it, with Ray's defaults filled in."""
     return prepare_config(load(name))
 
 
@@ -76,7 +76,7 @@ def test_no_task_runs_on_the_launchers_head(name: str):
 
 
 @on_each_cloud
-def test_the_launchers_workers_are_spot_nodes_with_gpus_and_spot_nodes_with_cpus_alone(name: str):
+def test_the_launchers_workers_are_spot_nodes_with_and_without_gpus(name: str):
     config = launched(name)
     workers = {key: node for key, node in config["available_node_types"].items() if key != config["head_node_type"]}
     assert all(SPOT[name](node["node_config"]) for node in workers.values())
@@ -87,7 +87,7 @@ def test_the_launchers_workers_are_spot_nodes_with_gpus_and_spot_nodes_with_cpus
 
 
 @on_each_cloud
-def test_a_launcher_cluster_gives_back_idle_nodes_and_stops_none(name: str):
+def test_a_launcher_cluster_terminates_idle_nodes(name: str):
     config = launched(name)
     assert 0 < config["idle_timeout_minutes"] <= 10
     assert config["provider"]["cache_stopped_nodes"] is False
@@ -97,14 +97,14 @@ def test_a_launcher_cluster_gives_back_idle_nodes_and_stops_none(name: str):
 
 
 @on_each_cloud
-def test_the_launchers_dashboard_listens_on_the_head_alone(name: str):
+def test_the_launchers_dashboard_listens_only_on_the_head(name: str):
     start = launched(name)["head_start_ray_commands"][-1]
     assert re.findall(r"--dashboard-host=(\S+)", start) == ["127.0.0.1"]
     assert "security_group" not in launched(name)["provider"]
 
 
 @on_each_cloud
-def test_every_launcher_node_has_the_token_and_asks_for_it(name: str):
+def test_every_launcher_node_has_the_token_and_requires_it(name: str):
     config = launched(name)
     assert "--env RAY_AUTH_MODE=token" in config["docker"]["run_options"]
     assert config["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
@@ -117,7 +117,7 @@ def test_launcher_nodes_install_nothing_when_they_start(name: str):
     assert not [command for command in commands if "install" in command]
 
 
-def test_the_rayjob_is_what_kuberays_types_allow(ray_job: dict[str, Any]):
+def test_the_rayjob_is_valid_for_kuberay(ray_job: dict[str, Any]):
     validate(ray_job, RAY_JOB)
 
 
@@ -134,7 +134,7 @@ def test_the_rayjob_is_what_kuberays_types_allow(ray_job: dict[str, Any]):
         ("spec.rayClusterSpec.workerGroupSpecs.0.template.spec.containers.0.resources.limits", "memory", "160 GB"),
     ],
 )
-def test_a_misspelt_key_or_a_value_of_another_type_in_the_rayjob_is_found(ray_job, place, key, value):
+def test_a_misspelt_key_or_a_wrong_type_in_the_rayjob_is_detected(ray_job, place, key, value):
     changed = copy.deepcopy(ray_job)
     target: Any = changed
     for part in place.split("."):
@@ -150,7 +150,7 @@ def test_the_rayjob_scales_with_autoscaler_v2(ray_cluster_spec: dict[str, Any]):
     assert 0 < ray_cluster_spec["autoscalerOptions"]["idleTimeoutSeconds"] <= 600
     for group in ray_cluster_spec["workerGroupSpecs"]:
         assert 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
-        # The second autoscaler takes a restarted container for a node that it does not know.
+        # Autoscaler v2 takes a restarted container for an unknown node.
         assert group["template"]["spec"]["restartPolicy"] == "Never"
 
 
@@ -158,38 +158,38 @@ def test_no_task_runs_on_the_rayjobs_head(ray_cluster_spec: dict[str, Any]):
     assert ray_cluster_spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
 
 
-def test_the_rayjobs_workers_are_spot_pods_with_gpus_and_spot_pods_with_cpus_alone(ray_cluster_spec: dict[str, Any]):
+def test_the_rayjobs_workers_are_spot_pods_with_and_without_gpus(ray_cluster_spec: dict[str, Any]):
     pods = [group["template"]["spec"] for group in ray_cluster_spec["workerGroupSpecs"]]
     assert all(pod["nodeSelector"] == {"cloud.google.com/gke-spot": "true"} for pod in pods)
     assert sorted("nvidia.com/gpu" in pod["containers"][0]["resources"]["limits"] for pod in pods) == [False, True]
 
 
-def test_the_rayjob_asks_for_a_token_and_opens_no_port_to_the_world(ray_cluster_spec: dict[str, Any]):
+def test_the_rayjob_requires_a_token_and_opens_no_public_port(ray_cluster_spec: dict[str, Any]):
     assert ray_cluster_spec["authOptions"] == {"mode": "token"}
     assert ray_cluster_spec["headGroupSpec"]["serviceType"] == "ClusterIP"
     assert not ray_cluster_spec["headGroupSpec"].get("enableIngress")
 
 
-def test_the_rayjob_takes_its_cluster_down_and_tries_a_failed_job_again(ray_job: dict[str, Any]):
+def test_the_rayjob_deletes_its_cluster_and_retries_a_failed_job(ray_job: dict[str, Any]):
     assert ray_job["spec"]["shutdownAfterJobFinishes"] is True
     assert ray_job["spec"]["ttlSecondsAfterFinished"] > 0
     assert ray_job["spec"]["backoffLimit"] > 0
 
 
-def test_the_rayjobs_gpus_come_for_a_stage_and_go_after_it(ray_job: dict[str, Any]):
+def test_the_rayjobs_gpus_are_requested_by_stages_and_released_after(ray_job: dict[str, Any]):
     (gpus,) = (
         group["maxReplicas"] * int(limits["nvidia.com/gpu"])
         for group in ray_job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
         if "nvidia.com/gpu" in (limits := group["template"]["spec"]["containers"][0]["resources"]["limits"])
     )
-    asked = dict(word.split("=") for word in ray_job["spec"]["entrypoint"].split() if "=" in word)
+    overrides = dict(word.split("=") for word in ray_job["spec"]["entrypoint"].split() if "=" in word)
     for stage in ("embed", "cluster", "train"):
-        assert asked[f"{stage}.device"] == "cuda"
-        assert asked[f"{stage}.num_workers"].rpartition("-")[2] == str(gpus)
+        assert overrides[f"{stage}.device"] == "cuda"
+        assert overrides[f"{stage}.num_workers"].rpartition("-")[2] == str(gpus)
     assert all(group["minReplicas"] == 0 for group in ray_job["spec"]["rayClusterSpec"]["workerGroupSpecs"])
 
 
-def test_the_rayjob_runs_a_job_that_the_image_holds_with_keys_that_exist(ray_job: dict[str, Any]):
+def test_the_rayjob_runs_an_existing_job_with_keys_that_exist(ray_job: dict[str, Any]):
     from elfs_ray.config import load_config
 
     python, option, module, *overrides = ray_job["spec"]["entrypoint"].split()
@@ -211,13 +211,13 @@ def test_every_file_names_the_image_of_this_version(ray_cluster_spec: dict[str, 
 
 
 @pytest.mark.parametrize("name", ["aws.yaml", "gcp.yaml", "kuberay-rayjob.yaml", "Dockerfile"])
-def test_every_file_says_at_its_top_what_to_edit(name: str):
+def test_every_file_begins_with_what_to_edit(name: str):
     lines = (CLUSTER_CONFIGS / name).read_text().splitlines()
     comment = lines[: next(position for position, line in enumerate(lines) if not line.startswith("#"))]
     assert any(line.startswith("# Edit") for line in comment)
 
 
-def test_a_submitted_working_directory_holds_the_jobs_and_no_runs(tmp_path: Path):
+def test_a_submitted_working_directory_has_the_jobs_and_no_runs(tmp_path: Path):
     for folder in (".git", ".venv", "runs", "tests", "jobs", "elfs_ray/methods", "elfs_ray/__pycache__"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "file.py").write_text("")
