@@ -63,7 +63,7 @@ def test_tables_of_shards_add_up_to_the_table_of_the_pool() -> None:
 
 
 def test_a_label_outside_its_range_is_refused_with_the_range() -> None:
-    with pytest.raises(ValueError, match=r"second label array holds ids from -1 to 1; need 0 to 2"):
+    with pytest.raises(ValueError, match=r"second label array holds ids from -1 to 1; they must be 0 to 2"):
         contingency_table(np.array([0, 1]), np.array([-1, 1]), 3, 3)
     with pytest.raises(ValueError, match="one length"):
         contingency_table(np.array([0, 1]), np.array([1]), 3, 3)
@@ -74,7 +74,7 @@ def test_an_empty_table_is_refused() -> None:
         matched_accuracy(np.zeros((3, 3), dtype=np.int64))
 
 
-def test_heads_that_differ_by_a_renaming_agree_fully_and_random_heads_hardly() -> None:
+def test_renamed_heads_agree_fully_and_random_heads_hardly() -> None:
     rng = np.random.default_rng(0)
     labels = rng.integers(10, size=2000)
     heads = np.stack([labels, rng.permutation(10)[labels], rng.integers(10, size=2000)])

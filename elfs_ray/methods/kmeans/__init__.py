@@ -1,1 +1,1 @@
-"""k-means over unit-length embeddings, the same for any number of shards."""
+"""k-means over unit-length embeddings, with the same result for any number of shards."""

@@ -1,7 +1,7 @@
-"""k-means over shards: one Lloyd loop, the same bytes for any number of workers.
+"""Lloyd's k-means over shards: one loop, and the same bytes for any number of workers.
 
-The loop sees `Points` (points.py): it asks for the partial sums of an assignment and never for rows. Sums of
-embeddings are exact (exact_arithmetic.py), so they do not depend on how the pool is cut or who finishes first.
+The loop sees the pool as `Points` (points.py), which return the sums of an assignment and never rows. These sums are
+exact (numeric/exact_arithmetic.py), so they depend neither on how the pool is cut nor on which worker finishes first.
 """
 
 import math
@@ -18,18 +18,17 @@ from elfs_ray.methods.numeric.hashing import hash_uint64
 
 SEED_ROWS_PER_CLUSTER = 32
 MIN_SEED_ROWS = 4096
-_SPLIT_OFFSET = 2.0**-6
+_SPLIT_OFFSET = 2.0**-6  # relative to a cluster's spread: small, but enough for the two halves to move apart
 _ITERATIONS_TO_SETTLE = 5
-_MAX_COUNT = 2**28
+_MAX_COUNT = 2**28  # coordinates are multiples of 2^-24 of at most 1: more of them might not fit float64's 53 bits
 
 
 @dataclass(frozen=True)
 class KMeansResult:
-    """Centroids (k, d) float32 (multiples of 2^-24) and what is known about them.
+    """Centroids (k, d) float32, multiples of 2^-24, with their cluster sizes and objective.
 
-    `counts` (k,) int64 and `objective` (the sum of squared distances) are those of these very centroids; `history`
-    holds the objective before every update, so that `history[-1] == objective` and an update less than its length ran.
-    `attempt` is the try that won.
+    `counts` (k,) int64 and `objective`, the sum of squared distances, belong to exactly these centroids. `history` is
+    the objective before every update and the final one. `attempt` is the number of the try that won, from 0.
     """
 
     centroids: np.ndarray
@@ -48,7 +47,7 @@ class KMeansResult:
 
 @dataclass(frozen=True)
 class KMeansState:
-    """Where a fit stands between two iterations; `kmeans(start=...)` goes on from it to the same result."""
+    """The state of a fit between two iterations, from which `kmeans(start=...)` resumes to the same result."""
 
     attempt: int = 0
     centroids: np.ndarray | None = None
@@ -57,7 +56,7 @@ class KMeansState:
     best: KMeansResult | None = None
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """The state as named arrays, as `numpy.savez` takes them."""
+        """Return the state as named arrays for `numpy.savez`."""
         arrays = {"attempt": np.array(self.attempt), "last_split": np.array(self.last_split)}
         arrays["history"] = np.array(self.history, dtype=np.float64)
         if self.centroids is not None:
@@ -71,7 +70,7 @@ class KMeansState:
 
     @staticmethod
     def from_arrays(arrays: Mapping[str, np.ndarray]) -> "KMeansState":
-        """The state that `to_arrays` was asked for."""
+        """Return the state whose `to_arrays` gave these arrays."""
         best = None
         if "best_centroids" in arrays:
             best = KMeansResult(
@@ -101,25 +100,26 @@ def kmeans(
     start: KMeansState | None = None,
     on_iteration: Callable[[KMeansState], None] | None = None,
 ) -> KMeansResult:
-    """Lloyd's k-means on all points, from k-means++ seeds; the try with the lowest objective wins.
+    """Run Lloyd's k-means on all points, from k-means++ seeds, and return the try with the lowest objective.
 
     A try ends when an update lowers the objective by no more than `tolerance` of it, or after `max_iterations` updates.
     `spherical` keeps the centroids at unit length. An empty cluster takes half of the cluster with the largest squared
-    error. `on_iteration` is given the state after every assignment; a fit that starts from it takes the same course.
+    error. `on_iteration` is called with the state after every assignment; a fit that starts from that state ends in the
+    same bytes. Memory beside the points': 32 k·d bytes.
     Raises ValueError for arguments out of range, and where the pool has fewer distinct points than clusters.
-    Memory beside the points': 32 k·d bytes.
     """
     _check_arguments(points, num_clusters, max_iterations, tolerance, num_tries)
     state = start or KMeansState()
     if state.centroids is not None and state.centroids.shape != (num_clusters, points.dim):
         raise ValueError(
-            f"the saved state has centroids of shape {state.centroids.shape}, this fit needs "
-            f"{(num_clusters, points.dim)}; start it without the state"
+            f"the saved state has centroids of shape {state.centroids.shape}, but this fit needs "
+            f"{(num_clusters, points.dim)}; start without the state"
         )
     while state.attempt < num_tries:
         if state.centroids is None:
             state = replace(state, centroids=_seed(points, num_clusters, seed, state.attempt))
         assert state.centroids is not None
+        # Assigning before the update means that counts and objective always belong to the centroids that are kept.
         totals = points.assign(state.centroids)
         assert totals.counts.sum() == points.count, "an assignment lost or repeated samples"
         state = replace(state, history=(*state.history, _objective(totals, state.centroids)))
@@ -136,7 +136,8 @@ def kmeans(
 def _check_arguments(points: Points, num_clusters: int, max_iterations: int, tolerance: float, num_tries: int) -> None:
     if not 1 <= num_clusters <= points.count:
         raise ValueError(
-            f"num_clusters={num_clusters}, but the pool has {points.count} samples; it must be between 1 and that"
+            f"num_clusters={num_clusters}, but the pool has {points.count} samples; it must be between 1 and "
+            f"{points.count}"
         )
     if max_iterations < 0 or num_tries < 1 or not tolerance >= 0:
         raise ValueError(
@@ -145,7 +146,8 @@ def _check_arguments(points: Points, num_clusters: int, max_iterations: int, tol
         )
     if points.count > _MAX_COUNT:
         raise ValueError(
-            f"the pool has {points.count} samples; sums are exact up to {_MAX_COUNT}: cluster a part of the pool"
+            f"the pool has {points.count} samples, but sums are exact for at most {_MAX_COUNT}; cluster a part of the "
+            "pool"
         )
 
 
@@ -157,14 +159,17 @@ def _seed(points: Points, num_clusters: int, seed: int, attempt: int) -> np.ndar
 
 
 def _objective(totals: PartialSums, centroids: np.ndarray) -> float:
-    """Sum of squared distances from exact totals: Σ‖x‖² - 2 c·Σx + n‖c‖², cluster by cluster."""
+    """Return the sum of squared distances from exact totals: Σ‖x‖² - 2 c·Σx + n‖c‖², cluster by cluster."""
+    # The three terms nearly cancel. Totals are exact and fsum rounds once, so only the products round; still, clusters
+    # of identical points could come out a little below 0.
     products = np.einsum("kd,kd->k", centroids, totals.sums)
     norms = np.einsum("kd,kd->k", centroids, centroids, dtype=np.float64)
     return max(0.0, math.fsum(totals.squared_norms - 2 * products + totals.counts * norms))
 
 
 def _has_converged(state: KMeansState, tolerance: float) -> bool:
-    """Whether the last update gained too little. The halves of a split cluster are given time to part first."""
+    """Return True where the last update lowered the objective by no more than `tolerance` of it."""
+    # The halves of a split cluster start almost equal and gain little at first: give them time to move apart.
     updates = len(state.history) - 1
     if updates < 1 or updates - state.last_split < _ITERATIONS_TO_SETTLE:
         return False
@@ -184,11 +189,12 @@ def _updated(state: KMeansState, totals: PartialSums, spherical: bool, seed: int
     assert state.centroids is not None
     occupied = totals.counts > 0
     means = state.centroids.astype(np.float64)
-    means[occupied] = totals.sums[occupied] / totals.counts[occupied, None]
+    means[occupied] = totals.sums[occupied] / totals.counts[occupied, None]  # an empty cluster keeps its centroid
     split = False
     if not occupied.all():
         split = _split_for_empty(means, totals, (seed, state.attempt, len(state.history)))
     if spherical:
+        # The mean of points that cancel out has no direction: keep the centroid as it was.
         norms = np.linalg.norm(means, axis=1, keepdims=True)
         means = np.where(norms > 0, means / np.where(norms > 0, norms, 1), state.centroids)
     last_split = len(state.history) if split else state.last_split
@@ -196,9 +202,10 @@ def _updated(state: KMeansState, totals: PartialSums, spherical: bool, seed: int
 
 
 def _split_for_empty(means: np.ndarray, totals: PartialSums, key: tuple[int, int, int]) -> bool:
-    """Give every empty cluster half of the one with the largest squared error; whether there was one to split.
+    """Give every empty cluster half of the one with the largest squared error; return True where one was split.
 
-    The two means part along a random diagonal. Clusters of equal points have no error and are never split.
+    `means` changes in place: the two halves move apart along a random diagonal. Clusters of equal points have no error
+    and are never split.
     """
     counts = totals.counts.astype(np.float64)
     norms = np.einsum("kd,kd->k", means, means)
@@ -206,13 +213,15 @@ def _split_for_empty(means: np.ndarray, totals: PartialSums, key: tuple[int, int
     split = False
     for empty in np.flatnonzero(totals.counts == 0).tolist():
         largest = int(errors.argmax())
+        # Squared norms are rounded to the fixed-point unit, so an error of a unit per point may be none at all.
         if errors[largest] <= FIXED_POINT_UNIT * counts[largest]:
             break
-        heads = hash_uint64(*key, empty, np.arange(means.shape[1])) >> np.uint64(63)
+        heads = hash_uint64(*key, empty, np.arange(means.shape[1])) >> np.uint64(63)  # one coin toss per coordinate
         spread = math.sqrt(errors[largest] / counts[largest] / means.shape[1])
         offset = _SPLIT_OFFSET * spread * np.where(heads, 1, -1)
         means[empty] = means[largest] + offset
         means[largest] -= offset
+        # Halve the bookkeeping as well, so that several empty clusters do not all split the same one.
         errors[[empty, largest]] = errors[largest] / 2
         counts[[empty, largest]] = counts[largest] / 2
         split = True

@@ -1,4 +1,4 @@
-"""An estimate of the number of clusters, with its evidence."""
+"""An estimate of the number of clusters by their silhouette."""
 
 from dataclasses import dataclass
 
@@ -16,36 +16,39 @@ MIN_ROWS_PER_CLUSTER = 20
 
 @dataclass(frozen=True)
 class ClusterEstimate:
-    """An estimated number of clusters, and each number that was tried with its silhouette and objective."""
+    """An estimated number of clusters, with the silhouette and objective of every number that was tried."""
 
     num_clusters: int
     evidence: tuple[dict[str, float], ...]
 
 
 def estimate_num_clusters(rows: torch.Tensor, *, seed: int, max_clusters: int = 1000) -> ClusterEstimate:
-    """The number of clusters with the highest simplified silhouette, for rows (m, d) float16 of unit length.
+    """Return the number of clusters with the highest simplified silhouette, for rows (m, d) float16 of unit length.
 
-    The silhouette (b - a) / max(a, b) of a row compares its distances a to the own and b to the next centroid; the mean
-    peaks where clusters are tight and apart (Rousseeuw 1987; simplified by Hruschka et al., ICDM 2004; its peak agrees
-    with the full silhouette's, Vendramin et al. 2010). Tried are 2, 3, ... in steps of about 1.4 up to `max_clusters`
-    or a cluster for `MIN_ROWS_PER_CLUSTER` rows, then ever finer around the best. Run it on a sample of
-    `ESTIMATE_ROWS`: `points.on_sample(partial(estimate_num_clusters, seed=seed), ESTIMATE_ROWS, seed)`.
+    The silhouette (b - a) / max(a, b) of a row compares its distances a to its centroid and b to the next one. The mean
+    peaks where clusters are tight and far apart (Rousseeuw 1987; simplified by Hruschka et al., ICDM 2004; its peak
+    agrees with the full silhouette's, Vendramin et al. 2010). The search tries 2, 3, 4, 6, 8, ..., each about 1.4 times
+    the last, up to `max_clusters` or one cluster per `MIN_ROWS_PER_CLUSTER` rows, then bisects around the best.
+
+    Run it on a sample: `points.on_sample(partial(estimate_num_clusters, seed=seed), ESTIMATE_ROWS, seed)`.
     Memory: 16 m·k bytes for the largest k tried. Raises ValueError for too few rows or distinct rows.
     """
     points = ArrayPoints(rows.cpu().numpy(), np.arange(len(rows)), device=str(rows.device))
+    # Viewed as one opaque value each, rows are compared by their bytes.
     num_distinct = len(np.unique(rows.cpu().numpy().view(np.dtype((np.void, 2 * points.dim)))))
     largest = min(max_clusters, len(rows) // MIN_ROWS_PER_CLUSTER, num_distinct - 1)
     if largest < 2:
         raise ValueError(
-            f"{len(rows)} embeddings, {num_distinct} of them distinct, and max_clusters={max_clusters}; an estimate of "
-            f"num_clusters needs at least {2 * MIN_ROWS_PER_CLUSTER}, 3 and 2: give the number of clusters yourself"
+            f"num_clusters cannot be estimated from {len(rows)} embeddings, {num_distinct} of them distinct, with "
+            f"max_clusters={max_clusters}; they must be at least {2 * MIN_ROWS_PER_CLUSTER}, 3 and 2. Set the number "
+            "of clusters yourself"
         )
     tried: dict[int, dict[str, float]] = {}
     wanted = {min(largest, round(2 * 2 ** (step / 2))) for step in range(2 * largest.bit_length())}
     while wanted:
         for num_clusters in sorted(wanted):
             tried[num_clusters] = _silhouette(points, rows, num_clusters, seed)
-        best = max(tried, key=lambda k: (tried[k]["silhouette"], -k))
+        best = max(tried, key=lambda k: (tried[k]["silhouette"], -k))  # of equals the fewest clusters
         neighbors = [
             max((k for k in tried if k < best), default=best),
             min((k for k in tried if k > best), default=best),
@@ -58,6 +61,7 @@ def _silhouette(points: ArrayPoints, rows: torch.Tensor, num_clusters: int, seed
     fit = kmeans(points, num_clusters, seed=seed, max_iterations=20, tolerance=1e-3, num_tries=2)
     centroids = torch.from_numpy(fit.centroids).to(rows.device)
     distances = distances_to_seeds(rows, squared_norms(rows), centroids)
-    own, other = np.sqrt(distances.topk(2, dim=0, largest=False).values.cpu().numpy())
-    silhouettes = np.divide(other - own, other, out=np.zeros_like(own), where=other > 0)
+    nearest, second = np.sqrt(distances.topk(2, dim=0, largest=False).values.cpu().numpy())
+    # b >= a by the choice of the centroids, so max(a, b) is b. It is 0 only where two centroids coincide on the row.
+    silhouettes = np.divide(second - nearest, second, out=np.zeros_like(nearest), where=second > 0)
     return {"num_clusters": num_clusters, "silhouette": float(silhouettes.mean()), "objective": fit.objective}

@@ -1,6 +1,7 @@
-"""What k-means clusters: a pool that answers an assignment with sums, in one array or in shards on many workers.
+"""The pool as k-means sees it: something that assigns its samples to centroids and returns sums.
 
-Sums of embeddings are exact (exact_arithmetic.py), so they do not depend on how the pool is cut.
+`Points` is the interface, for a pool in one array or in shards on many workers; `ArrayPoints` is one shard in memory.
+Sums of embeddings are exact (numeric/exact_arithmetic.py), so they do not depend on how the pool is cut.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,10 +28,10 @@ T = TypeVar("T")
 
 @dataclass
 class PartialSums:
-    """What an assignment leaves of a shard: sums (k, d) float64, counts (k,) int64, squared_norms (k,) float64.
+    """The totals of an assignment: sums (k, d) float64, counts (k,) int64, squared_norms (k,) float64.
 
-    `squared_norms` are the sums of ‖x‖² over each cluster. All three are exact, in any order of addition (‖x‖² is
-    rounded to a multiple of 2^-24 first).
+    `squared_norms` are the sums of ‖x‖² over each cluster. All three are exact and can be added in any order: each ‖x‖²
+    is rounded to a multiple of 2^-24 first.
     """
 
     sums: np.ndarray
@@ -45,33 +46,33 @@ class PartialSums:
 
 
 class Points(Protocol):
-    """The pool as k-means sees it: in one array, or in shards on many workers."""
+    """A pool of embeddings, in one array or in shards on many workers."""
 
     @property
     def count(self) -> int:
-        """Number of samples."""
+        """Return the number of samples."""
 
     @property
     def dim(self) -> int:
-        """Length of an embedding."""
+        """Return the length of an embedding."""
 
     def on_sample(self, function: Callable[[torch.Tensor], T], num_rows: int, seed: int) -> T:
-        """Run `function` where the data is, on rows (m, d) float16 on that device, and return what it returns.
+        """Run `function` where the data is, on a random sample of rows (m, d) float16, and return its result.
 
-        The rows are those of the `num_rows` samples (or all, if there are fewer) whose ids `smallest_ids` picks
-        from every shard's `ArrayPoints.smallest_hashes(num_rows, seed)`, in ascending order of sample_id.
+        The rows are those of the `num_rows` samples (all, if there are fewer) that `smallest_ids` picks from every
+        shard's `ArrayPoints.smallest_hashes(num_rows, seed)`, in ascending order of sample_id.
         """
 
     def assign(self, centroids: np.ndarray) -> PartialSums:
-        """Assign every sample to the nearest of centroids (k, d) float32; return the totals over the pool."""
+        """Assign every sample to the nearest of centroids (k, d) float32 and return the totals over the pool."""
 
 
 class ArrayPoints:
     """One shard in memory: embeddings (n, d) float16 of unit length (a memory map will do), sample_ids (n,) int64.
 
+    Each assignment updates the sums of the previous one by the samples that changed cluster, and on a CPU searches only
+    for samples whose nearest centroid may have changed.
     Memory beside the embeddings: 52 n bytes, and 16 k·d for sums and centroids; on a GPU the embeddings' n·d·2 as well.
-    Successive assignments only move the samples that changed cluster between the sums, which is exact, and on a CPU
-    only search for samples whose nearest centroid may have changed.
     Raises ValueError for embeddings that are not finite or not of unit length (with their ids), for ids that repeat,
     and for a GPU that is not there.
     """
@@ -85,7 +86,8 @@ class ArrayPoints:
         self._engine = engine
         self._order = np.argsort(sample_ids, kind="stable")
         if (np.diff(sample_ids[self._order]) == 0).any():
-            raise ValueError("sample_ids hold an id more than once; every sample needs an id of its own")
+            raise ValueError("sample_ids hold an id more than once; every sample must have an id of its own")
+        # Exact squared norms are multiples of 2^-48, whose sums would outgrow float64; of 2^-24 they stay exact.
         self._squared_norms = squared_norms(self._embeddings).div(FIXED_POINT_UNIT).round().mul(FIXED_POINT_UNIT)
         self._bounded = BoundedSearch(self._embeddings, self._squared_norms)
         self._labels: torch.Tensor | None = None
@@ -100,7 +102,11 @@ class ArrayPoints:
         return self._embeddings.shape[1]
 
     def smallest_hashes(self, num: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """The `num` samples with the smallest hash of (seed, sample_id): hashes (m,) uint64, sample_ids (m,) int64."""
+        """Return the `num` samples with the smallest hash of (seed, sample_id), more where hashes tie.
+
+        hashes (m,) uint64, sample_ids (m,) int64. The smallest hashes of the pool are among those of its shards, so a
+        sample of the pool does not depend on the shards.
+        """
         hashes = hash_uint64(seed, self._sample_ids)
         if num < len(hashes):
             chosen = np.flatnonzero(hashes <= np.partition(hashes, num - 1)[num - 1])
@@ -108,9 +114,10 @@ class ArrayPoints:
         return hashes, self._sample_ids
 
     def rows(self, sample_ids: np.ndarray) -> np.ndarray:
-        """Embeddings (m, d) float16 of sample_ids (m,), in their order; ids of other shards are an error."""
+        """Return the embeddings (m, d) float16 of sample_ids (m,), in their order; this shard must hold all of them."""
+        # searchsorted gives the position past the end for an id above all: the modulo leaves it to the assertion.
         positions = self._order[np.searchsorted(self._sample_ids, sample_ids, sorter=self._order) % max(self.count, 1)]
-        assert (self._sample_ids[positions] == sample_ids).all(), "rows asked of a shard that does not hold them"
+        assert (self._sample_ids[positions] == sample_ids).all(), "this shard does not hold some of the sample ids"
         return self._embeddings[torch.from_numpy(positions).to(self._device)].cpu().numpy()
 
     def on_sample(self, function: Callable[[torch.Tensor], T], num_rows: int, seed: int) -> T:
@@ -123,6 +130,8 @@ class ArrayPoints:
         moved = None
         if self._labels is not None and self._sums.shape == centroids.shape:
             moved = flat_nonzero(labels != self._labels)
+        # Moving a sample costs two additions, so from half of the shard on fresh sums are cheaper. Subtraction is as
+        # exact as addition here: the sums are the same bytes either way.
         if moved is None or len(moved) > self.count // 2:
             self._sums = torch.zeros(centroids.shape, dtype=torch.float64, device=self._device)
             add_rows(self._sums, self._embeddings, labels)
@@ -135,7 +144,7 @@ class ArrayPoints:
         self._labels = labels
         norms = torch.zeros(num_clusters, dtype=torch.float64, device=self._device)
         return PartialSums(
-            sums=self._sums.cpu().numpy().copy(),
+            sums=self._sums.cpu().numpy().copy(),  # cpu() copies nothing on a CPU, and the next call updates in place
             counts=torch.bincount(labels, minlength=num_clusters).cpu().numpy(),
             squared_norms=norms.index_add_(0, labels, self._squared_norms).cpu().numpy(),
         )
@@ -146,14 +155,14 @@ class ArrayPoints:
         return nearest_centroids(self._embeddings, centroids, self._engine)
 
     def label(self, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Nearest centroid and Euclidean distance to it: labels (n,) int32, distances (n,) float32, in shard order."""
+        """Return each sample's nearest centroid, (n,) int32, and the distance to it, (n,) float32, in shard order."""
         labels = self._nearest(centroids)
         squared = squared_distances_to(self._embeddings, centroids, labels).cpu().numpy()
         return labels.int().cpu().numpy(), np.sqrt(squared).astype(np.float32)
 
 
 def smallest_ids(parts: Sequence[tuple[np.ndarray, np.ndarray]], num: int) -> np.ndarray:
-    """The ids of the `num` smallest hashes over the shards' (hashes, sample_ids), ascending; ties by sample_id."""
+    """Return the ids of the `num` smallest hashes of the shards' (hashes, sample_ids), ascending; ties by sample_id."""
     hashes = np.concatenate([part[0] for part in parts])
     sample_ids = np.concatenate([part[1] for part in parts])
     return np.sort(sample_ids[np.lexsort((sample_ids, hashes))[:num]])

@@ -71,7 +71,7 @@ def test_labels_do_not_depend_on_the_batch():
     assert torch.equal(together, torch.cat(apart))
 
 
-def test_a_process_that_allows_bfloat16_products_gets_the_same_labels_and_keeps_its_setting():
+def test_labels_are_exact_where_a_process_allows_bfloat16_products():
     embeddings = unit_rows(1500, 64, seed=7)
     centroids = to_fixed_point(unit_rows(30, 64, seed=8).numpy() * 0.1)
     settings = torch.backends.mkldnn.matmul
@@ -145,7 +145,7 @@ def test_a_read_only_memory_map_is_used_as_it_is(tmp_path):
     np.testing.assert_array_equal(tensor.numpy(), embeddings)
 
 
-def test_a_gpu_that_is_not_there_is_an_error_and_no_quiet_run_on_the_cpu():
+def test_a_missing_gpu_is_an_error_not_a_silent_run_on_the_cpu():
     with pytest.raises(ValueError, match=r"torch sees .* CUDA devices"):
         check_device(f"cuda:{torch.cuda.device_count()}")
     with pytest.raises(ValueError, match="use 'cpu' or 'cuda'"):

@@ -21,16 +21,16 @@ def bounded(embeddings: torch.Tensor) -> BoundedSearch:
 
 
 def assert_exact(search: BoundedSearch, embeddings: torch.Tensor, centroids: np.ndarray) -> None:
-    """The labels are those of a search from scratch, and the bounds are bounds."""
+    """Check that the labels equal those of a search from scratch, and that the bounds hold."""
     labels = search(centroids)
     assert torch.equal(labels, nearest_centroids(embeddings, centroids))
     distances = torch.cdist(
         embeddings.double(), exact_centroids(centroids, embeddings.device), compute_mode="donot_use_mm_for_euclid_dist"
     )
-    own = distances.gather(1, labels[:, None]).squeeze(1)
-    other = distances.scatter(1, labels[:, None], torch.inf).amin(1)
-    assert (search.near >= own).all()
-    assert (search.far <= other).all()
+    nearest = distances.gather(1, labels[:, None]).squeeze(1)
+    second = distances.scatter(1, labels[:, None], torch.inf).amin(1)
+    assert (search.near >= nearest).all()
+    assert (search.far <= second).all()
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def assert_exact(search: BoundedSearch, embeddings: torch.Tensor, centroids: np.
         ([2.0, 1e-3, 2.0, 1e-3], 1.0),  # nothing to save in every other step
     ],
 )
-def test_labels_are_those_of_a_search_from_scratch_and_few_rows_are_searched(sizes, largest_share):
+def test_labels_equal_a_full_search_while_few_rows_are_searched(sizes, largest_share):
     embeddings = around(30, 6000, seed=0)
     random = np.random.default_rng(1)
     search = bounded(embeddings)
@@ -56,7 +56,7 @@ def test_labels_are_those_of_a_search_from_scratch_and_few_rows_are_searched(siz
             assert search.num_searched <= largest_share * 6000
 
 
-def test_bounds_hold_along_a_course_of_lloyds_iterations():
+def test_bounds_hold_through_lloyds_iterations():
     embeddings = around(12, 3000, seed=2)
     search = bounded(embeddings)
     centroids = embeddings[:25].double().numpy()
@@ -71,7 +71,7 @@ def test_bounds_hold_along_a_course_of_lloyds_iterations():
     assert searched[0] == 3000 and searched[-1] < 100
 
 
-def test_centroids_that_stand_still_cost_no_search_and_equal_ones_tie_by_id():
+def test_unmoved_centroids_cost_no_search_and_equal_ones_tie_by_id():
     embeddings = around(5, 2000, seed=3)
     search = bounded(embeddings)
     distinct = embeddings[:10].double().numpy()
@@ -84,7 +84,7 @@ def test_centroids_that_stand_still_cost_no_search_and_equal_ones_tie_by_id():
         assert search(centroids).max() < 10
 
 
-def test_centroids_a_step_of_the_fixed_point_apart_swap_exactly():
+def test_centroids_one_fixed_point_unit_apart_are_told_apart():
     embeddings = around(1, 1500, seed=4)
     random = np.random.default_rng(5)
     search = bounded(embeddings)
@@ -93,7 +93,7 @@ def test_centroids_a_step_of_the_fixed_point_apart_swap_exactly():
         assert_exact(search, embeddings, to_fixed_point(middle + random.integers(-2, 3, size=(30, DIM)) * 2.0**-24))
 
 
-def test_another_number_of_centroids_starts_afresh():
+def test_another_number_of_centroids_starts_from_scratch():
     embeddings = around(8, 1000, seed=6)
     search = bounded(embeddings)
     for num_clusters in (5, 1, 70):

@@ -16,7 +16,7 @@ from elfs_ray.methods.kmeans.seeding import seed_centroids
 
 
 class Shards:
-    """Several shards in one process, put together as `Points` says."""
+    """Several shards in one process, as an implementation of `Points`."""
 
     def __init__(self, embeddings: np.ndarray, sample_ids: np.ndarray, sizes: list[int]):
         cuts = np.cumsum([0, *sizes])
@@ -64,7 +64,8 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_on_digits_the_objective_is_within_one_percent_of_faiss_and_scikit_learn_and_nmi_no_worse(digits, seed):
+def test_digits_cluster_as_well_as_with_faiss_and_scikit_learn(digits, seed):
+    """The objective is within 1% of both libraries' and the mutual information with the labels no lower."""
     images, labels = digits
     points = in_memory(images)
     result = kmeans(points, 10, seed=seed, max_iterations=25, tolerance=0, num_tries=10)
@@ -73,8 +74,8 @@ def test_on_digits_the_objective_is_within_one_percent_of_faiss_and_scikit_learn
     other.train(images.astype(np.float32))
     assert result.objective <= 1.01 * reference.inertia_
     assert result.objective <= 1.01 * other.obj[-1]
-    found = normalized_mutual_info_score(labels, points.label(result.centroids)[0])
-    assert found >= normalized_mutual_info_score(labels, reference.labels_) - 0.01
+    nmi = normalized_mutual_info_score(labels, points.label(result.centroids)[0])
+    assert nmi >= normalized_mutual_info_score(labels, reference.labels_) - 0.01
 
 
 def test_on_a_hundred_blobs_every_blob_is_found():
@@ -86,7 +87,7 @@ def test_on_a_hundred_blobs_every_blob_is_found():
     assert normalized_mutual_info_score(labels, points.label(result.centroids)[0]) > 0.999
 
 
-def test_objective_and_counts_are_those_of_the_centroids_and_the_history_never_rises(digits):
+def test_objective_and_counts_belong_to_the_centroids(digits):
     images, _ = digits
     points = in_memory(images)
     result = kmeans(points, 10, seed=3, tolerance=0)
@@ -122,7 +123,7 @@ def test_the_order_of_samples_does_not_matter():
     assert sorted_fit.history == shuffled_fit.history
 
 
-def test_sums_that_follow_the_samples_that_moved_are_those_of_a_fresh_shard():
+def test_updated_sums_equal_those_of_a_fresh_shard():
     embeddings, _ = blobs(6, 20, 2000, spread=1.0, seed=7)
     points = in_memory(embeddings)
     random = np.random.default_rng(8)
@@ -135,7 +136,7 @@ def test_sums_that_follow_the_samples_that_moved_are_those_of_a_fresh_shard():
     assert points.assign(start[:4]).counts.sum() == 2000
 
 
-def test_a_fit_resumed_from_any_saved_state_ends_as_the_undisturbed_one(digits, tmp_path):
+def test_a_fit_resumed_from_any_state_equals_the_undisturbed_one(digits, tmp_path):
     images, _ = digits
     states: list[KMeansState] = []
     fit = partial(kmeans, num_clusters=13, seed=5, max_iterations=6, num_tries=3)
@@ -154,7 +155,7 @@ def test_a_state_of_another_number_of_clusters_is_refused(digits):
     points = in_memory(digits[0])
     states: list[KMeansState] = []
     kmeans(points, 4, seed=0, max_iterations=2, on_iteration=states.append)
-    with pytest.raises(ValueError, match=r"centroids of shape \(4, 64\), this fit needs \(5, 64\)"):
+    with pytest.raises(ValueError, match=r"centroids of shape \(4, 64\), but this fit needs \(5, 64\)"):
         kmeans(points, 5, seed=0, start=states[0])
 
 
@@ -218,10 +219,10 @@ def test_a_far_outlier_gets_a_cluster_of_its_own():
     assert sorted(result.counts) == [1, 3000]
 
 
-def test_fewer_distinct_samples_than_clusters_is_an_error_that_names_their_number():
+def test_fewer_distinct_samples_than_clusters_are_refused():
     equal = in_memory(np.repeat(unit(np.ones((1, 7))), 50, axis=0))
     assert kmeans(equal, 1, seed=0).objective < 1e-5
-    with pytest.raises(ValueError, match=r"num_clusters=2, .* only 1 distinct embeddings; ask for at most 1 clusters"):
+    with pytest.raises(ValueError, match=r"num_clusters=2, .* only 1 distinct embeddings; use at most 1 clusters"):
         kmeans(equal, 2, seed=0)
     three = in_memory(np.repeat(unit(np.eye(3, 7)), 20, axis=0))
     assert kmeans(three, 3, seed=0).counts.tolist() == [20, 20, 20]
@@ -236,7 +237,8 @@ def test_samples_a_float16_step_apart_are_distinct():
     assert kmeans(points, 4, seed=0).counts.tolist() == [1, 1, 1, 1]
 
 
-def test_an_empty_cluster_takes_half_of_the_one_with_the_largest_error_and_not_of_equal_points():
+def test_an_empty_cluster_takes_half_of_the_one_with_the_largest_error():
+    """The largest cluster consists of equal points, has no error and is not split."""
     random = np.random.default_rng(12)
     wide = unit(random.normal(size=(300, 16)))
     equal = np.repeat(unit(np.eye(1, 16)), 2000, axis=0)
@@ -270,7 +272,7 @@ def test_repeated_ids_and_impossible_arguments_are_refused(digits):
         kmeans(points, 3, seed=0, num_tries=0)
 
 
-def test_seeds_are_distinct_rows_and_repeat_only_with_seed_and_attempt(digits):
+def test_seeds_are_distinct_rows_fixed_by_seed_and_attempt(digits):
     rows = torch.from_numpy(digits[0])
     seeds = seed_centroids(rows, 40, seed=1, attempt=0)
     assert len(np.unique(seeds, axis=0)) == 40
@@ -281,7 +283,7 @@ def test_seeds_are_distinct_rows_and_repeat_only_with_seed_and_attempt(digits):
 
 
 def test_more_seeds_than_the_greedy_limit_follow_the_distances():
-    """Plain k-means++ draws the second seed from D²; among 2,100 seeds a far group of three is always present."""
+    """Plain k-means++ samples from D², so among 2,100 seeds a far group of three is always present."""
     random = np.random.default_rng(14)
     near = unit(np.eye(1, 24) + 0.1 * random.normal(size=(3000, 24)))
     far = unit(-np.eye(1, 24) + 0.001 * random.normal(size=(3, 24)))
@@ -307,7 +309,7 @@ def test_the_estimate_for_digits_is_close_to_ten(digits):
 
 
 def test_an_estimate_from_too_little_is_refused():
-    with pytest.raises(ValueError, match="give the number of clusters yourself"):
+    with pytest.raises(ValueError, match="clusters cannot be estimated from 200 embeddings, 2 of them distinct"):
         estimate_num_clusters(torch.from_numpy(np.repeat(unit(np.eye(2)), 100, axis=0)), seed=0)
     with pytest.raises(ValueError, match="39 embeddings"):
         estimate_num_clusters(torch.from_numpy(blobs(3, 4, 39, 0.1, 0)[0]), seed=0)
