@@ -1,11 +1,11 @@
-"""Score how hard each sample was for the proxy network, from what training recorded, one epoch at a time.
+"""Score how hard each sample was for the proxy network, from its training dynamics, one epoch at a time.
 
 A worker makes one `ScoreAccumulator` for its samples and feeds it every epoch in order; it never holds more than one
-epoch. p_y is the probability of the pseudo-label, p_o the largest of the others; a prediction is right when p_y > p_o.
+epoch. p_y is the probability of the pseudo-label and p_o the largest other one; a prediction is right when p_y > p_o.
 
     aum             Σ over epochs of p_y - p_o                                    float32   low is hard
-    forgetting      times a right prediction turned wrong; the number of epochs,
-                    above any such count, for samples that were never right       int32     high is hard
+    forgetting      times a right prediction turned wrong; for samples never
+                    right the number of epochs, more than any such count          int32     high is hard
     never_learned   never predicted right                                         bool
     el2n            Σ over the first 10 epochs of ‖onehot(y) - p‖₂                float32   high is hard
     correctness     epochs predicted right                                        int32     low is hard
@@ -14,13 +14,13 @@ epoch. p_y is the probability of the pseudo-label, p_o the largest of the others
                     10 · std(p_y) · (1 - mean p_y)                                float32   high is hard
     dual_mean_prob  mean of p_y over the first 30 epochs                          float32   (for `dual_beta_keys`)
 
-Sources: AUM 2001.10528 (with probabilities in place of logits, as ELFS 2406.04273 has it), forgetting 1812.05159,
-EL2N 2107.07075, DUAL 2502.06905, whose std is that of a sample (divisor 9). The whole prediction is not recorded, so
-the entropy of 1906.11829 cannot be had: lumping all classes but two together gives a lower bound of it, low by at
-most rest · ln(classes - 2), and exact for up to three classes.
+Sources (arXiv): AUM 2001.10528 (with probabilities in place of logits, as in ELFS 2406.04273), forgetting 1812.05159,
+EL2N 2107.07075, DUAL 2502.06905, whose std is that of a sample (divisor 9). The full prediction is not recorded, so the
+entropy of 1906.11829 is not available: with all other classes lumped together, coarse_entropy is a lower bound of it,
+low by at most rest · ln(classes - 2), and exact for up to three classes.
 
-Short runs: el2n and dual_mean_prob use the epochs there are. With fewer than 10 epochs DUAL has one window, all of
-them; with a single epoch nothing varies and it is 0 for every sample.
+Short runs: el2n and dual_mean_prob use the epochs there are. With fewer than 10 epochs DUAL has one window of all
+epochs; with a single epoch nothing varies, and it is 0 for every sample.
 """
 
 import numpy as np
@@ -41,16 +41,17 @@ SCORES: dict[str, Direction] = {
 }
 """The scores to select by, with the end of the range where hard samples lie."""
 
-_BLOCK = 1 << 16  # samples whose window is held in float64 at a time
-_PROBABILITY_ROUNDING = 1e-5  # by which exp(log_softmax) may exceed 1; taken as 1
+_BLOCK = 1 << 16  # samples whose DUAL window is held in float64 at a time: keeps it out of the memory formula
+_PROBABILITY_ROUNDING = 1e-5  # exp(log_softmax) may exceed 1 by this much; it counts as 1
 
 
 class ScoreAccumulator:
-    """Scores of one set of samples, fed epoch by epoch; float64 inside, float32 and int32 out.
+    """The scores of one set of samples, fed epoch by epoch.
 
     sample_ids: the samples to score, increasing, (n,) int64 or a range; a worker's share of the pool, gaps allowed.
-    Memory: 97 bytes a sample (40 of them the DUAL window, freed after epoch 30), and about as much as four columns of
-    the epoch being added.
+    Sums are float64 and only the results are rounded to float32, so that many small margins do not vanish.
+    Memory: 97 bytes per sample (40 of them the DUAL window, freed after epoch 30), and about as much as four columns of
+    the epoch that is being added.
     """
 
     def __init__(self, sample_ids: np.ndarray | range) -> None:
@@ -74,7 +75,7 @@ class ScoreAccumulator:
         """Add all records of the next epoch, in any order of samples.
 
         sample_ids: (n,) integers, exactly the accumulator's; the others: (n,) float32.
-        Raises ValueError, and adds nothing, for values that are not finite, as a training that diverged records them.
+        Raises ValueError, and adds nothing, for values that are not finite, which means that training diverged.
         """
         source = np.argsort(sample_ids)
         assert np.array_equal(sample_ids[source], self.sample_ids), f"epoch {self.num_epochs} has other samples"
@@ -115,11 +116,12 @@ class ScoreAccumulator:
         self._last_probs[:] = target_prob, max_other_prob
         if self.num_epochs < DUAL_EPOCHS:
             self._prob_sum += target_prob
+            # A ring buffer: mean and standard deviation do not depend on the order of a window's epochs.
             self._window[self.num_epochs % DUAL_WINDOW] = target_prob
             if self.num_epochs + 1 >= DUAL_WINDOW:
                 _add_window_dual(self._dual, self._window)
         self.num_epochs += 1
-        if self.num_epochs == DUAL_EPOCHS:
+        if self.num_epochs == DUAL_EPOCHS:  # the window is not read again: free its 40 bytes per sample
             self._window = np.zeros((0, self.sample_ids.size), np.float32)
 
     def _mean_dual(self) -> np.ndarray:
@@ -140,6 +142,7 @@ def _add_window_dual(dual: np.ndarray, window: np.ndarray) -> None:
 
 def _coarse_entropy(target_prob: np.ndarray, max_other_prob: np.ndarray) -> np.ndarray:
     """Return the entropy (n,) float64 of each (p_y, p_o, 1 - p_y - p_o), in nats."""
+    # Rounded probabilities can add up to a little more than 1: the rest must not be negative. 0 · log 0 counts as 0.
     known = np.clip(np.stack([target_prob, max_other_prob]).astype(np.float64), 0.0, 1.0)
     probs = np.concatenate([known, np.clip(1 - known.sum(axis=0, keepdims=True), 0.0, 1.0)])
     return -(probs * np.log(np.where(probs > 0, probs, 1.0))).sum(axis=0)

@@ -1,4 +1,4 @@
-"""BADGE beside k-means++ over gradient embeddings that are written out."""
+"""BADGE vs. k-means++ over gradient embeddings that are written out."""
 
 import numpy as np
 import pytest
@@ -60,7 +60,7 @@ def test_sure_predictions_have_no_gradient_and_count_as_one_sample():
 
 
 @pytest.mark.parametrize(
-    ("features", "probs", "count", "needed"),
+    ("features", "probs", "count", "message"),
     [
         (torch.ones(4, 3), torch.ones(5, 2), 1, "must be"),
         (torch.ones(4), torch.ones(4, 2), 1, "must be"),
@@ -68,6 +68,6 @@ def test_sure_predictions_have_no_gradient_and_count_as_one_sample():
         (torch.ones(4, 3), torch.ones(4, 2), 0, "must be 1 to all"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(features, probs, count, needed):
-    with pytest.raises(ValueError, match=needed):
+def test_arguments_that_do_not_fit_are_refused(features, probs, count, message):
+    with pytest.raises(ValueError, match=message):
         badge_selection(features, probs, count, 0)

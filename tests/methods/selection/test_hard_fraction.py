@@ -38,15 +38,15 @@ def test_risks_are_those_of_the_window_that_is_kept(count, num_groups):
     scores, probs = pool()
     groups, ids = np.arange(scores.size) % num_groups, np.arange(scores.size)
     q = probs.astype(np.float64)
-    for own in risks_of(scores, probs, count, groups=groups)[::10]:
-        beta = own.hard_fraction
+    for risk in risks_of(scores, probs, count, groups=groups)[::10]:
+        beta = risk.hard_fraction
         if num_groups == 1:
             kept = double_end(scores, ids, count, beta, "low")
         else:
             kept = balanced_double_end(scores, ids, groups, count, beta, "low")
-        assert own.bias == pytest.approx(q[kept].mean() - q.mean(), abs=0.01)
-        assert own.variance == pytest.approx((q[kept] * (1 - q[kept])).mean() * 10 / count, rel=0.05, abs=0.002)
-        assert own.risk == own.bias**2 + own.variance
+        assert risk.bias == pytest.approx(q[kept].mean() - q.mean(), abs=0.01)
+        assert risk.variance == pytest.approx((q[kept] * (1 - q[kept])).mean() * 10 / count, rel=0.05, abs=0.002)
+        assert risk.risk == risk.bias**2 + risk.variance
 
 
 def test_a_score_whose_high_end_is_hard_gives_the_same_as_its_negative():
@@ -67,8 +67,8 @@ def test_sums_are_the_same_for_any_division_of_the_samples():
 
 def test_the_hard_fraction_falls_as_the_budget_grows_and_always_fits():
     scores, probs = pool()
-    found = [least_risk(risks_of(scores, probs, count)) for count in (20, 200, 400, 1200, 2400, 3600)]
-    assert all(a > b for a, b in pairwise(found)), found
+    fractions = [least_risk(risks_of(scores, probs, count)) for count in (20, 200, 400, 1200, 2400, 3600)]
+    assert all(a > b for a, b in pairwise(fractions)), fractions
     for count in (1, 7, 3999, 4000):
         assert 0 <= least_risk(risks_of(scores, probs, count)) <= 1 - count / 4000
 

@@ -28,7 +28,7 @@ def pool(n, seed=0, dtype=np.float32, num_values=7):
 
 
 def select_by_shards(keys, ids, start, count, num_shards):
-    """The distributed form: the same window, found from histograms."""
+    """Select the same window from histograms of shards, as workers do."""
     shards = [(keys[shard::num_shards], ids[shard::num_shards]) for shard in range(num_shards)]
     lower, upper = rank_to_cut(
         lambda request: (count_digits(request, *shard) for shard in shards), [start, start + count], int(ids.max()) + 1
@@ -174,7 +174,7 @@ def test_stratified_keys_choose_the_same_samples_over_shards():
     assert set(np.concatenate(chosen)) == set(ids[stratified(scores, ids, 300, 0.0, "low", seed=9)])
 
 
-def test_a_pool_of_one_score_is_one_stratum_drawn_at_random():
+def test_a_pool_of_one_score_is_one_stratum_sampled_at_random():
     ids = np.arange(500)
     positions = stratified(np.zeros(500, np.int32), ids, 50, 0.1, "low", seed=1)
     assert np.unique(positions).size == 50 and positions.min() >= 50
@@ -208,7 +208,7 @@ def test_random_selection_is_nested_seeded_and_uniform():
     )
 
 
-def test_dual_beta_draws_with_the_published_weights():
+def test_dual_beta_samples_with_the_published_weights():
     """One draw of three, repeated over seeds, against the weights worked out by hand.
 
     budget 1 of 3 prunes r = 2/3. The anchor is the mean over all three (fewer than ten): (0.2 + 0.5 + 0.8) / 3 = 0.5.
@@ -243,7 +243,7 @@ def test_dual_beta_is_exact_where_few_samples_have_weight():
     np.testing.assert_array_equal(np.sort(dual_beta(dual, prob, np.arange(100), 100, seed=0)), np.arange(100))
 
 
-def test_dual_beta_refuses_what_are_no_probabilities():
+def test_dual_beta_refuses_values_that_are_not_probabilities():
     ids = np.arange(3)
     with pytest.raises(ValueError, match="mean_prob must hold probabilities"):
         dual_beta(np.ones(3, np.float32), np.array([0.1, 0.2, 1.5], np.float32), ids, 1, seed=0)

@@ -221,9 +221,9 @@ def test_one_search_cuts_every_group_as_sorting_each_alone_does(num_groups, ties
     kept = assign_parts(keys, ids, cuts) % 2 == 0
     expected = []
     for group in range(num_groups):
-        own = np.flatnonzero(groups == group)
-        order = own[np.lexsort((ids[own], scores[own]))]
-        expected += order[own.size // 4 : own.size // 2].tolist()
+        members = np.flatnonzero(groups == group)
+        order = members[np.lexsort((ids[members], scores[members]))]
+        expected += order[members.size // 4 : members.size // 2].tolist()
     assert set(np.flatnonzero(kept)) == set(expected)
     assert max(widest) <= 2**22
 

@@ -9,7 +9,7 @@ from elfs_ray.methods.selection.scores import SCORES, ScoreAccumulator
 
 
 def compute_scores(target_prob, max_other_prob, el2n, sample_ids=None):
-    """The scores of a whole table, (epochs, n) each."""
+    """Return the scores of a whole table, (epochs, n) each."""
     accumulator = ScoreAccumulator(range(target_prob.shape[1]) if sample_ids is None else sample_ids)
     for columns in zip(target_prob, max_other_prob, el2n, strict=True):
         accumulator.add_epoch(accumulator.sample_ids, *columns)
@@ -17,7 +17,7 @@ def compute_scores(target_prob, max_other_prob, el2n, sample_ids=None):
 
 
 def sequence(target_prob, max_other_prob=None, el2n=None):
-    """The scores of a single sample from plain lists, one value an epoch."""
+    """Return the scores of a single sample from plain lists, one value per epoch."""
     columns = [
         target_prob,
         [0.5] * len(target_prob) if max_other_prob is None else max_other_prob,
@@ -36,7 +36,7 @@ def random_table(num_epochs, n, seed=0):
 
 
 def plain_scores(target, other, el2n):
-    """Every score of one sample, from its formula, in Python."""
+    """Return every score of one sample, from its formula, in Python."""
     right = [p > q for p, q in zip(target, other, strict=True)]
     early = target[:30]
     windows = [early[i : i + 10] for i in range(max(1, len(early) - 9))]
