@@ -1,8 +1,8 @@
-"""TEMI: deep clustering of embeddings with many heads trained side by side (Adaloglou et al., BMVC 2023).
+"""The clustering heads of TEMI and their loss (Adaloglou et al., BMVC 2023, arXiv 2303.17896).
 
-Every head is a small student and teacher that learn to give a sample and its neighbour the same cluster. All heads
-are one batched module: a step is a few large matrix products, however many heads there are, or one such step for each
-of its parts, whose activations then stay in a CPU's cache. training.py trains them.
+TEMI clusters embeddings with many heads that train at the same time. Each head is a small student and teacher that
+learn to put a sample and its neighbour into the same cluster. All heads form one batched module, so that a step takes a
+few large matrix products, however many heads there are. training.py trains them.
 """
 
 import math
@@ -21,10 +21,10 @@ _INIT_STREAM = 1
 
 @dataclass(frozen=True)
 class TemiSettings:
-    """Hyperparameters of TEMI; the defaults are the paper's, `CPU_PROFILE` holds what differs on a few cores.
+    """Hyperparameters of TEMI. The defaults are the paper's; `CPU_PROFILE` holds what differs on a few CPU cores.
 
-    The batch is the global one, `learning_rate` is for a batch of 256 and scaled in proportion, and with `pca_dim` the
-    caller projects the embeddings (`fit_pca`, `project`) before they reach the trainer.
+    `batch_size` is that of the global batch, and `learning_rate` is for a batch of 256 and scales in proportion. With
+    `pca_dim` the caller projects the embeddings (`fit_pca`, `project`) before they reach the trainer.
     """
 
     num_clusters: int
@@ -45,13 +45,14 @@ class TemiSettings:
     def __post_init__(self) -> None:
         if self.num_clusters < 2 or self.num_heads < 1 or self.batch_size < 1:
             raise ValueError(
-                f"TEMI needs at least 2 clusters, 1 head and a batch of 1; got num_clusters={self.num_clusters}, "
-                f"num_heads={self.num_heads}, batch_size={self.batch_size}"
+                f"num_clusters={self.num_clusters}, num_heads={self.num_heads}, batch_size={self.batch_size}; TEMI "
+                "needs at least 2 clusters, 1 head and a batch of 1"
             )
 
 
-# Heads follow their teacher, and one of momentum 0.996 moves in 250 steps: the paper takes 10,000, a CPU has time for
-# a fraction of that. On MNIST a faster teacher was what brought the gain early; the learning rate mattered little.
+# Students follow their teacher, and a teacher of momentum 0.996 moves over some 250 steps. The paper trains for 10,000
+# steps, a CPU has time for a fraction of them. On MNIST a faster teacher was what brought the gain early; the learning
+# rate mattered little.
 CPU_PROFILE: dict[str, Any] = {
     "num_heads": 8,
     "num_epochs": 10,
@@ -64,15 +65,15 @@ CPU_PROFILE: dict[str, Any] = {
 
 
 class TemiHeads(nn.Module):
-    """H clustering heads as one batched module: Linear, GELU, Linear, L2 normalise, weight-normed Linear (no bias).
+    """H clustering heads as one batched module: Linear, GELU, Linear, L2 normalization, weight-normed Linear (no bias).
 
-    Inputs of unit length are stretched by √d, to coordinates of order 1: the paper feeds encoder outputs before
-    normalisation, and the initialisation is for those.
+    The weights at the start are a function of the seed.
     """
 
     def __init__(self, input_dim: int, settings: TemiSettings, seed: int = 0):
         super().__init__()
         h, hidden, bottleneck = settings.num_heads, settings.hidden_dim, settings.bottleneck_dim
+        # Its own generator leaves torch's global random state alone. Seeds are int64: drop the hash's top bit.
         generator = torch.Generator().manual_seed(int(hash_uint64(seed, _INIT_STREAM) >> np.uint64(1)))
 
         def truncated_normal(*shape: int) -> nn.Parameter:
@@ -90,15 +91,18 @@ class TemiHeads(nn.Module):
 
         Memory: 4·H·b·(2·hidden + 2·bottleneck + C) bytes with gradients.
         """
+        # The paper feeds encoder outputs, whose coordinates are of order 1, and the initialization suits those: unit
+        # vectors are scaled by √d. expand() shares one copy of the batch among all heads.
         x = (x * math.sqrt(x.shape[1])).expand(len(self.hidden_weight), -1, -1)
         hidden = F.gelu(torch.baddbmm(self.hidden_bias, x, self.hidden_weight))
         bottleneck = torch.baddbmm(self.bottleneck_bias, hidden, self.bottleneck_weight)
         clusters = _UnitRows.apply(self.cluster_direction) * self.cluster_gain
+        # Norms are taken in float32: the squares of half-precision numbers underflow or lose too many bits.
         return torch.bmm(_UnitRows.apply(_at_least_float32(bottleneck)), clusters.transpose(1, 2))
 
     def part(self, heads: slice) -> "TemiHeads":
-        """Return some of the heads as a module whose parameters and gradients are views of these."""
-        part = TemiHeads.__new__(TemiHeads)
+        """Return some of the heads as a module whose parameters and gradients are views of this module's."""
+        part = TemiHeads.__new__(TemiHeads)  # not __init__, which would initialize parameters of its own
         nn.Module.__init__(part)
         for name, parameter in self.named_parameters():
             view = nn.Parameter(parameter.detach()[heads], requires_grad=parameter.requires_grad)
@@ -107,22 +111,25 @@ class TemiHeads(nn.Module):
         return part
 
     def decayed_parameters(self) -> list[nn.Parameter]:
-        """Return the weight matrices, which AdamW decays."""
+        """Return the weight matrices, to which weight decay applies."""
         return [self.hidden_weight, self.bottleneck_weight, self.cluster_direction]
 
     def undecayed_parameters(self) -> list[nn.Parameter]:
-        """Return the biases and gains, which AdamW does not decay."""
+        """Return the biases and gains, to which weight decay does not apply."""
         return [self.hidden_bias, self.bottleneck_bias, self.cluster_gain]
 
 
 def cluster_log_probs(logits: Tensor, temperature: float) -> Tensor:
-    """Return the logarithm of the cluster probabilities, float32 or wider for logits of any precision; same shape."""
+    """Return the log of the cluster probabilities, of the logits' shape, in float32 or wider."""
     return F.log_softmax(_at_least_float32(logits) / temperature, dim=-1)
 
 
 @torch.no_grad()
 def pair_weights(teacher_log_probs: Tensor) -> Tensor:
-    """Return how far the teachers agree that a sample and its neighbour share a cluster: (b,), from (H, 2, b, C)."""
+    """Return the weight (b,) of each pair, from teacher log-probabilities (H, 2, b, C).
+
+    It is the probability, averaged over the heads, that the teachers put a sample and its neighbour into one cluster.
+    """
     teacher_probs = teacher_log_probs.exp()
     return (teacher_probs[:, 0] * teacher_probs[:, 1]).sum(dim=-1).mean(dim=0)
 
@@ -133,19 +140,19 @@ def temi_loss(
     """Return the loss of each head, (H,), for a batch of pairs (TEMI, equation 8; ELFS, section 3).
 
     `student_log_probs` and `teacher_log_probs` are (H, 2, b, C): axis 1 holds the samples, then their neighbours.
-    `marginal` is (H, C), `pair_weight` what `pair_weights` says of all heads, (b,). No gradient flows into these two or
-    the teacher.
-    The sum over clusters is taken on logarithms, as (q_s·q_t)^β underflows where a head is certain.
+    `marginal` is (H, C), `pair_weight` (b,) the `pair_weights` over all heads. Gradients flow into the student alone.
     """
     with torch.no_grad():
+        # The marginal of an unused cluster decays to 0, whose logarithm would make the loss infinite.
         log_marginal = marginal.clamp_min(torch.finfo(marginal.dtype).tiny).log()
         target = beta * teacher_log_probs.flip(1) - log_marginal[:, None, None, :]
+    # The sum over clusters is taken on logarithms, as (q_s · q_t)^β underflows where a head is certain.
     agreement = torch.logsumexp(beta * student_log_probs + target, dim=-1)
     return -(pair_weight * agreement).mean(dim=(1, 2))
 
 
 class _UnitRows(torch.autograd.Function):
-    """L2 normalisation of the last axis; a gradient in two passes over memory, where F.normalize's takes eight."""
+    """L2 normalization of the last axis, whose gradient takes two passes over memory instead of F.normalize's eight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -156,6 +163,7 @@ class _UnitRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        # The gradient of x / ‖x‖ is the part of the incoming gradient orthogonal to the unit vector, over the norm.
         unit, norm = ctx.saved_tensors
         along = torch.linalg.vecdot(unit, gradient).unsqueeze(-1)
         return torch.addcmul(gradient, unit, along, value=-1).div_(norm)

@@ -1,11 +1,11 @@
-"""Training the heads of TEMI: a step for all of them at once, an epoch, and the head to keep.
+"""Train the heads of TEMI: a step for all heads at once, an epoch, and the choice of the head to keep.
 
     trainer = TemiTrainer(settings, input_dim, steps_per_epoch(n, settings), seed)
     for epoch in range(settings.num_epochs):
         head_losses = train_epoch(trainer, embeddings, neighbors, seed, epoch)
     labels = trainer.assign(torch.from_numpy(embeddings), pick_head(head_losses))
 
-and with `process_group` the same lines on every worker train on one global batch.
+With a `process_group`, the same lines on every worker train on one global batch.
 """
 
 from collections.abc import Iterator
@@ -20,18 +20,20 @@ from torch import Tensor, nn
 from elfs_ray.methods.numeric.hashing import hash_uint64, hash_uniform
 from elfs_ray.methods.temi.heads import TemiHeads, TemiSettings, cluster_log_probs, pair_weights, temi_loss
 
-_ORDER_STREAM, _NEIGHBOR_STREAM = 2, 3
+_ORDER_STREAM, _NEIGHBOR_STREAM = 2, 3  # 1 is the initialization's in heads.py
 
-# Half-precision gradients of a loss averaged over heads and samples would underflow. A power of two is exact to undo.
+# Half-precision gradients of a loss averaged over heads and samples would underflow. Scaling by a power of two rounds
+# nothing, so that dividing by it afterwards restores the gradients exactly.
 _LOSS_SCALE = 2.0**14
 
-# Hidden activations of the heads that a CPU trains together: memory is slower than its arithmetic, the cache is not.
+# A CPU trains as many heads together as have this size of hidden activations. Larger ones would leave the cache between
+# two operations, and the memory is slower than the arithmetic.
 _PART_BYTES = 8 << 20
 
 
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """Move the teacher's parameters to momentum·teacher + (1 − momentum)·student, in place."""
+    """Move the teacher's parameters to momentum · teacher + (1 − momentum) · student, in place."""
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1.0 - momentum)
 
 
@@ -39,21 +41,21 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
 def update_marginal(
     marginal: Tensor, teacher_log_probs: Tensor, momentum: float, process_group: dist.ProcessGroup | None = None
 ) -> None:
-    """Move the (H, C) marginal to the teacher's mean over both views and all workers, in place.
+    """Move the (H, C) marginal towards the teacher's mean over both views and all workers, in place.
 
-    `teacher_log_probs` is (H, 2, b, C). Every worker must hold as many samples.
+    `teacher_log_probs` is (H, 2, b, C). Every worker must hold the same number of samples.
     """
     batch_mean = teacher_log_probs.exp().mean(dim=(1, 2))
+    # A worker's own mean would let the marginals, and with them the losses, of workers drift apart.
     _all_reduce_mean(batch_mean, process_group)
     marginal.lerp_(batch_mean, 1.0 - momentum)
 
 
 class TemiTrainer:
-    """Student, teacher, marginal and optimiser of all heads, and the step that moves them.
+    """The student, teacher, marginal and optimizer of all heads, and the step that updates them.
 
-    With a process group every worker calls `train_step` on an equal slice of the global batch; gradients and losses
-    are averaged in one all-reduce of a flat buffer, so the step equals the one-process step on the global batch up to
-    rounding. Everything that `state_dict` returns is enough to go on byte for byte.
+    With a process group every worker calls `train_step` on an equal slice of the global batch, and the step equals the
+    one-process step on the global batch up to rounding. A trainer that loads `state_dict` resumes byte for byte.
 
     `autocast_dtype` (torch.bfloat16 or torch.float16) is the precision of the matrix products; the loss, the marginal
     and the parameters stay float32.
@@ -83,6 +85,7 @@ class TemiTrainer:
                 "choose a batch_size that is a multiple of the number of workers"
             )
         self.student = TemiHeads(input_dim, settings, seed).to(self.device)
+        # The same seed: the teacher starts as a copy of the student.
         self.teacher = TemiHeads(input_dim, settings, seed).to(self.device).requires_grad_(False)
         self.marginal = torch.full((settings.num_heads, settings.num_clusters), 1 / settings.num_clusters).to(device)
         self.step = 0
@@ -95,28 +98,32 @@ class TemiTrainer:
             ],
             fused=True,
         )
+        # The buffers come first, so that parts take views of gradients that exist.
         self._reduced, self._gradients, self._losses = self._flat_buffers()
         self._parts = [(heads, self.student.part(heads), self.teacher.part(heads)) for heads in self._split_heads()]
 
     def train_step(self, x: Tensor, x_neighbor: Tensor) -> Tensor:
-        """Train all heads on (b, d) embeddings and their neighbours, this worker's slice; any float dtype.
+        """Train all heads on this worker's slice of (b, d) embeddings and their neighbours, of any float dtype.
 
-        Returns the (H,) float32 losses of the global batch before the update. The tensor is reused by the next step.
+        Returns the (H,) float32 losses of the global batch before the update, in a tensor that the next step reuses.
         """
         settings = self.settings
         views = torch.cat([x, x_neighbor]).to(self.device, torch.float32)
         with torch.no_grad():
             teacher_log_probs = torch.cat([self._log_probs(teacher, views) for _, _, teacher in self._parts])
+        # The order matters: the loss uses a marginal that includes this batch. The weight of a pair is a mean over all
+        # heads, so all teachers go before the first student.
         update_marginal(self.marginal, teacher_log_probs, settings.marginal_momentum, self.process_group)
         weight = pair_weights(teacher_log_probs)
 
-        self._gradients.zero_()
+        self._gradients.zero_()  # not set to None: backward adds to the views of the flat buffer
         for heads, student, _ in self._parts:
             log_probs = self._log_probs(student, views)
             losses = temi_loss(log_probs, teacher_log_probs[heads], self.marginal[heads], weight, settings.beta)
             (losses.sum() * (_LOSS_SCALE / settings.num_heads)).backward()
             self._losses[heads] = losses.detach()
         self._gradients.div_(_LOSS_SCALE)
+        # Gradients and losses lie in one buffer: one message per step instead of one per parameter.
         _all_reduce_mean(self._reduced, self.process_group)
 
         for group in self._optimizer.param_groups:
@@ -128,20 +135,20 @@ class TemiTrainer:
 
     @property
     def learning_rate(self) -> float:
-        """Return the rate of the next step: scaled with the batch, rising linearly over the warm-up, then constant."""
+        """Return the learning rate of the next step, proportional to the batch: a linear warm-up, then constant."""
         peak = self.settings.learning_rate * self.settings.batch_size / 256
         return peak * min(1.0, (self.step + 1) / max(1, self._num_warmup_steps))
 
     @torch.no_grad()
     def assign(self, x: Tensor, head: int | None = None) -> Tensor:
-        """Assign (n, d) embeddings to clusters by the teacher: (n,) int64 of one head, or (H, n) of all."""
+        """Assign (n, d) embeddings to clusters by the teacher: return (n,) int64 for one head, or (H, n) for all."""
         x = x.to(self.device, torch.float32)
         if head is None:
             return self.teacher(x).argmax(dim=-1)
         return self.teacher.part(slice(head, head + 1))(x).argmax(dim=-1)[0]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that changes in training, 16 bytes a parameter: live tensors, to save before the next step."""
+        """Return all that training changes, 16 bytes per parameter: live tensors, to save before the next step."""
         return {
             "step": self.step,
             "student": self.student.state_dict(),
@@ -151,7 +158,7 @@ class TemiTrainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Resume from a `state_dict`."""
         self.step = state["step"]
         self.student.load_state_dict(state["student"])
         self.teacher.load_state_dict(state["teacher"])
@@ -159,10 +166,11 @@ class TemiTrainer:
         self._optimizer.load_state_dict(state["optimizer"])
 
     def _split_heads(self) -> list[slice]:
-        """Return which heads a step trains together: all on a GPU, on a CPU as many as fit its cache."""
+        """Return the heads that a step trains together: all on a GPU, on a CPU as many as fit its cache."""
         settings = self.settings
         size = settings.num_heads
         if self.device.type == "cpu":
+            # Hidden activations in float32, of a sample and its neighbour.
             head_bytes = 4 * 2 * (settings.batch_size // self.num_workers) * settings.hidden_dim
             size = min(size, max(1, _PART_BYTES // head_bytes))
         return [slice(first, first + size) for first in range(0, settings.num_heads, size)]
@@ -174,7 +182,7 @@ class TemiTrainer:
         return cluster_log_probs(logits, self.settings.temperature).unflatten(1, (2, -1))
 
     def _flat_buffers(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Make one buffer to reduce at once: gradients, which backward fills through `.grad` views, then the losses."""
+        """Return one buffer for the all-reduce, and its parts: gradients, which backward fills by views, and losses."""
         parameters = list(self.student.parameters())
         num_gradients = sum(p.numel() for p in parameters)
         flat = torch.zeros(num_gradients + self.settings.num_heads, device=self.device)
@@ -187,9 +195,9 @@ class TemiTrainer:
 def train_epoch(
     trainer: TemiTrainer, embeddings: np.ndarray | Tensor, neighbors: np.ndarray, seed: int, epoch: int
 ) -> np.ndarray:
-    """Run one epoch and return the mean loss of every head, (H,) float64.
+    """Train for one epoch and return the mean loss of every head, (H,) float64.
 
-    `embeddings` is (n, d), an array, a memory map or a tensor on the trainer's device; `neighbors` is (n, k) sample
+    `embeddings` is (n, d): an array, a memory map or a tensor on the trainer's device. `neighbors` is (n, k) sample
     ids, self excluded. Every worker reads its slice of each global batch. Memory: 8·n bytes for the order.
     """
     loss_sum = torch.zeros(trainer.settings.num_heads, dtype=torch.float64, device=trainer.device)
@@ -204,7 +212,7 @@ def train_epoch(
 
 
 def steps_per_epoch(num_samples: int, settings: TemiSettings) -> int:
-    """Return the number of full global batches in an epoch. Raises ValueError where there is none."""
+    """Return the number of full global batches in an epoch. Raises ValueError where there are none."""
     if num_samples < settings.batch_size:
         raise ValueError(
             f"{num_samples} samples do not fill one batch of {settings.batch_size}; lower batch_size to "
@@ -216,7 +224,7 @@ def steps_per_epoch(num_samples: int, settings: TemiSettings) -> int:
 def epoch_batches(num_samples: int, batch_size: int, seed: int, epoch: int) -> Iterator[np.ndarray]:
     """Yield the (batch_size,) int64 sample ids of every global batch of an epoch, a function of (seed, epoch).
 
-    The tail that fills no batch is left out; every epoch leaves out others.
+    The samples left over after the last full batch are left out; every epoch leaves out different ones.
     """
     key = int(hash_uint64(seed, _ORDER_STREAM, epoch))
     order = np.random.Generator(np.random.Philox(key=key)).permutation(num_samples)
@@ -231,25 +239,25 @@ def draw_neighbors(neighbors: np.ndarray, sample_ids: np.ndarray, seed: int, epo
 
 
 def pick_head(head_losses: np.ndarray) -> int:
-    """Return the head with the lowest mean training loss of the last epoch, (H,); ties go to the lowest.
+    """Return the head with the lowest mean training loss of the last epoch, from (H,) losses; ties to the lowest head.
 
     Raises ValueError where a loss is not finite.
     """
     if not np.isfinite(head_losses).all():
         bad = np.flatnonzero(~np.isfinite(head_losses)).tolist()
         raise ValueError(
-            f"training diverged: the losses of heads {bad} are not finite. Lower learning_rate, or train without "
-            "half precision"
+            f"training diverged: the losses of heads {bad} are not finite. Lower learning_rate, or train in fp32 or "
+            "bf16"
         )
     return int(np.argmin(head_losses))
 
 
 class ClusteringCollapseError(ValueError):
-    """A clustering that puts nearly all samples in one cluster, or leaves most clusters empty."""
+    """Raised for a clustering that puts nearly all samples in one cluster, or leaves most clusters empty."""
 
 
 def check_clustering_collapse(cluster_sizes: np.ndarray, max_share: float = 0.95, min_used_share: float = 0.5) -> None:
-    """Raise ClusteringCollapseError where the (C,) sizes of clusters show that a clustering says nothing.
+    """Raise ClusteringCollapseError where a clustering with these (C,) cluster sizes carries no information.
 
     That is where one cluster holds more than `max_share` of the samples, or fewer than `min_used_share` of the
     clusters are in use.

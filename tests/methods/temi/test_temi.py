@@ -54,7 +54,7 @@ def unit_rows(n: int, d: int, seed: int = 0) -> Tensor:
 
 
 def toy_pool(n: int = 200, d: int = 12) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings and the neighbours of each, (n, d) float16 and (n, 10) int64."""
+    """Return embeddings (n, d) float16 and the neighbours of each, (n, 10) int64."""
     embeddings = unit_rows(n, d).numpy().astype(np.float16)
     return embeddings, nearest_neighbors(embeddings, 10)
 
@@ -73,7 +73,7 @@ def plain_losses(
     beta: float,
     tau: float,
 ) -> Tensor:
-    """The formulas as they are printed, head by head, from (H, b, C) logits."""
+    """Compute the losses as the paper prints them, head by head, from (H, b, C) logits."""
     num_heads = len(student_a)
     q_sa, q_sb, q_ta, q_tb = (torch.softmax(z / tau, dim=-1) for z in (student_a, student_b, teacher_a, teacher_b))
     weight = torch.zeros(student_a.shape[1], dtype=student_a.dtype)
@@ -275,7 +275,7 @@ def test_killed_and_resumed_equals_undisturbed_byte_for_byte() -> None:
 
 
 def tensor_bytes(state: object) -> object:
-    """The same nested structure with every tensor as its bytes."""
+    """Return the same nested structure with every tensor as its bytes."""
     if isinstance(state, dict):
         return {key: tensor_bytes(value) for key, value in state.items()}
     if isinstance(state, list):
@@ -322,7 +322,7 @@ def test_a_partner_depends_on_seed_epoch_and_sample_alone_and_is_uniform() -> No
         assert (draw_neighbors(neighbors, ids, seed, epoch) - ids * 100 == columns).mean() < 0.05
 
 
-def test_an_epoch_repeats_no_sample_and_epochs_leave_out_different_ones() -> None:
+def test_an_epoch_repeats_no_sample_and_others_leave_out_different_ones() -> None:
     epochs = [np.concatenate(list(epoch_batches(103, 10, seed=4, epoch=e))) for e in range(2)]
     for visited in epochs:
         assert len(visited) == 100 and len(np.unique(visited)) == 100 and visited.max() < 103
@@ -353,7 +353,7 @@ def test_the_head_of_lowest_loss_is_picked_and_divergence_is_refused() -> None:
         pick_head(np.array([0.5, np.nan]))
 
 
-def test_one_heads_clusters_are_its_row_of_all_heads_clusters() -> None:
+def test_clusters_of_one_head_equal_its_row_of_all_heads() -> None:
     trainer = TemiTrainer(SMALL, 12, 6, seed=0)
     x = unit_rows(40, 12)
     labels = trainer.assign(x)
