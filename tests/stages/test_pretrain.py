@@ -306,7 +306,7 @@ def test_a_worker_killed_on_the_way_changes_no_byte(undisturbed, pool, tmp_path)
 @pytest.mark.slow
 def test_a_collapsed_encoder_stops_the_run_at_once_and_says_what_to_do(ray_cluster, pool, tmp_path):
     overrides = ("pretrain.weight_decay=5", "pretrain.lr=0.5", "pretrain.epochs=60", "pretrain.max_failures=-1")
-    with pytest.raises(RuntimeError, match=r"the encoder has collapsed in epoch \d+: .* Lower pretrain\.lr"):
+    with pytest.raises(RuntimeError, match=r"the encoder collapsed in epoch \d+: .* Lower pretrain\.lr"):
         run(pool, tmp_path, *overrides, "pretrain.warmup_epochs=0")
 
 

@@ -1,13 +1,13 @@
-"""SimCLR: an encoder learns, without labels, to tell the views of an image from the views of all others.
+"""SimCLR's network, loss and collapse check: an encoder learns to tell views of one image from views of all others.
 
 Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations" (ICML 2020, arXiv 2002.05709).
 Among SimCLR, BYOL, MoCo v3 and DINO it was chosen because
 
-- one network and one plain formula are all there is: no second network, queue, centring or schedule of momenta whose
-  state could part from the weights', so that a resumed run is easily the same and every number can be checked;
-- it repels images from each other in so many words: it hardly collapses, where BYOL and DINO need tricks not to;
-- small images and batches of 256 to 512 suit it, as pools of a few thousand images and two CPU cores do. Its known
-  weakness, the need for large batches, is one of ImageNet; here the batch of all workers counts as one.
+- it has one network and one formula: no second network, queue, centering or momentum schedule whose state could differ
+  from the weights' after a resume, and every number can be checked;
+- its loss repels images from each other, so it rarely collapses, which BYOL and DINO need tricks to avoid;
+- it suits small images and batches of 256 to 512, as in pools of a few thousand images on two CPU cores. Its known
+  weakness, the need for large batches, shows on ImageNet; here the batches of all workers count as one.
 """
 
 import math
@@ -25,13 +25,14 @@ MIN_EFFECTIVE_RANK = 1.5
 
 
 class EncoderCollapseError(ValueError):
-    """The encoder gives all images nearly the same embedding."""
+    """Raised for an encoder that gives all images nearly the same embedding."""
 
 
 class ContrastiveNetwork(nn.Module):
-    """A backbone and the projector whose output the loss compares; the features before it are the embeddings.
+    """A backbone and a projector. The loss compares the projector's output; the backbone's features are the embeddings.
 
-    Weights come from torch's global generator.
+    The features before the projector transfer better than those after it (section 4.2 of the paper). The weights are
+    initialized from torch's global generator.
     """
 
     def __init__(self, network: str, hidden_dim: int, projection_dim: int) -> None:
@@ -57,10 +58,11 @@ def nt_xent(
 
         loss = 1 / 2N · Σ_i −log( exp(s_{i,j(i)} / T) / Σ_{k ≠ i} exp(s_{i,k} / T) )
 
-    over all 2N views i, with j(i) the other view of the same image and s the cosine similarity. projections
-    (2, m, p): both views of this worker's m images, of any float type; m may be 0. shares: the images of every worker,
-    N together. Gradients reach every worker's views. Memory: 8 m·N floats. Returns a scalar float32.
+    over all 2N views i, with j(i) the other view of the same image and s the cosine similarity. projections (2, m, p):
+    both views of this worker's m images, of any float type; m may be 0. shares: the number of images of every worker,
+    N in total. Gradients reach every worker's views. Memory: 8 m·N floats. Returns a scalar float32.
     """
+    # In half precision the similarities over a small temperature would lose the differences that the loss is about.
     with torch.autocast(projections.device.type, enabled=False):
         projected = functional.normalize(projections.float(), dim=2)
         all_projected = _gather(projected, shares, group)  # (2, N, p)
@@ -71,23 +73,28 @@ def nt_xent(
         columns = torch.arange(first, first + num_images, device=projected.device)
         itself, other = torch.cat([columns, columns + total]), torch.cat([columns + total, columns])
         logits = projected.flatten(0, 1) @ all_projected.flatten(0, 1).T / temperature
+        # A view is not its own negative. With that column at -inf, the formula is a cross-entropy with target j(i).
         logits = logits.scatter(1, itself[:, None], -math.inf)
         losses = functional.cross_entropy(logits, other, reduction="sum")
+        # DDP averages gradients over workers, so the parts must average, not sum, to the mean over all 2N views.
         return losses * (len(shares) / (2 * total))
 
 
 def _gather(projected: torch.Tensor, shares: list[int], group: distributed.ProcessGroup | None) -> torch.Tensor:
-    """Gather (2, m, p) of every worker as (2, N, p), by rank."""
+    """Gather the (2, m, p) of all workers into (2, N, p), by rank."""
     if group is None:
         return projected
-    most = max(shares)
+    most = max(shares)  # all_gather takes tensors of equal shapes alone: pad, gather, cut
     padded = functional.pad(projected, (0, 0, 0, most - projected.shape[1]))
     all_projected = _GatherWithGradient.apply(padded, group)
     return torch.cat([rows[:, :share] for rows, share in zip(all_projected, shares, strict=True)], dim=1)
 
 
 class _GatherWithGradient(torch.autograd.Function):
-    """Equal tensors of all workers, stacked; the gradient of a worker's is the sum of what all workers' losses give."""
+    """An all_gather with a gradient: that of a worker's tensor is the sum over the losses of all workers.
+
+    torch's own all_gather lets no gradient through, but every worker's loss depends on every worker's views.
+    """
 
     @staticmethod
     def forward(ctx: Any, projected: torch.Tensor, group: distributed.ProcessGroup) -> torch.Tensor:
@@ -105,11 +112,11 @@ class _GatherWithGradient(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class CollapseMeasures:
-    """What embeddings of unit length spread over, without labels.
+    """Label-free metrics of how widely embeddings of unit length are spread.
 
-    spread: the mean standard deviation of a dimension times √d: 1 for directions of every kind, 0 for a single one.
-    effective_rank: exp of the entropy of the covariance's eigenvalues as shares of their sum (Roy and Vetterli, 2007):
-    the number of dimensions that are used, d at most.
+    spread: the mean standard deviation of a dimension times √d: 1 for uniform directions, 0 for a single one.
+    effective_rank: exp of the entropy of the covariance's normalized eigenvalues (Roy and Vetterli 2007): the number of
+    dimensions in use, d at most.
     """
 
     spread: float
@@ -117,25 +124,24 @@ class CollapseMeasures:
 
 
 class CollapseMonitor:
-    """Sums up embeddings for their measures. Memory: d² doubles on the device.
-
-    With a group, what all workers saw counts.
-    """
+    """Running sums of embeddings from which `CollapseMeasures` follow. Memory: d² doubles on the device."""
 
     def __init__(self, dim: int, device: torch.device) -> None:
-        self._sums = torch.zeros(dim + 1, dim, dtype=torch.float64, device=device)  # the last row: of the vectors
+        # Second moments, and in the last row the sum of the vectors. float64, as the covariance of a collapsed encoder
+        # is a tiny difference of the two.
+        self._sums = torch.zeros(dim + 1, dim, dtype=torch.float64, device=device)
         self._count = 0
 
     @torch.no_grad()
     def add(self, features: torch.Tensor) -> None:
-        """Take features (b, d) of any length; b may be 0."""
+        """Add features (b, d), which are scaled to unit length; b may be 0."""
         rows = functional.normalize(features.float(), dim=1).double()
         self._sums[:-1].addmm_(rows.T, rows)
         self._sums[-1] += rows.sum(0)
         self._count += len(rows)
 
     def finish(self, group: distributed.ProcessGroup | None = None) -> CollapseMeasures:
-        """Return the measures of all that was added since the last call."""
+        """Return the measures of all features that were added since the last call, on every worker of the group."""
         sums = torch.cat([self._sums.flatten(), self._sums.new_tensor([self._count])])
         if group is not None:
             distributed.all_reduce(sums, group=group)
@@ -146,19 +152,19 @@ class CollapseMonitor:
         covariance = moments[:-1] - torch.outer(mean, mean)
         spread = covariance.diagonal().clamp(min=0).sqrt().mean().item() * math.sqrt(len(mean))
         eigenvalues = torch.linalg.eigvalsh(covariance).clamp(min=0)
-        if eigenvalues.sum() < 1e-12:
+        if eigenvalues.sum() < 1e-12:  # a single point: normalized eigenvalues would be 0 / 0
             return CollapseMeasures(spread, 1.0)
         shares = eigenvalues / eigenvalues.sum()
         return CollapseMeasures(spread, math.exp(torch.special.entr(shares).sum().item()))
 
 
 def check_encoder_collapse(measures: CollapseMeasures, epoch: int) -> None:
-    """Raise EncoderCollapseError where embeddings have become one point or one line."""
+    """Raise EncoderCollapseError where embeddings have shrunk to a point or a line."""
     if measures.spread >= MIN_SPREAD and measures.effective_rank >= MIN_EFFECTIVE_RANK:
         return
     raise EncoderCollapseError(
-        f"the encoder has collapsed in epoch {epoch}: its embeddings have spread {measures.spread:.4f} (a "
-        f"healthy one is {MIN_SPREAD:g} or more) and effective rank {measures.effective_rank:.2f} "
-        f"({MIN_EFFECTIVE_RANK:g} or more), so all images look alike to it. Lower "
-        "pretrain.lr or pretrain.weight_decay, raise pretrain.warmup_epochs, and see that the pool's images differ"
+        f"the encoder collapsed in epoch {epoch}: its embeddings have spread {measures.spread:.4f} (healthy: "
+        f"{MIN_SPREAD:g} or more) and effective rank {measures.effective_rank:.2f} (healthy: {MIN_EFFECTIVE_RANK:g} or "
+        "more), so all images look alike to it. Lower pretrain.lr or pretrain.weight_decay, raise "
+        "pretrain.warmup_epochs, and check that the pool's images differ"
     )

@@ -1,8 +1,8 @@
-"""Training an encoder by SimCLR: the settings, one step, and the state between epochs.
+"""Train an encoder by SimCLR: the settings, one step, and the state between epochs.
 
-A step over several GPUs has the loss and the gradient of one GPU's on the same global batch: projections are gathered
-with their gradients, and batch norms have the statistics of all workers. torch shares these between GPUs alone, so on
-CPUs there is one worker.
+A step over several GPUs has the same loss and gradient as one GPU's on the same global batch: projections are gathered
+with their gradients, and batch norms use the statistics of all workers. torch's SyncBatchNorm works between GPUs only,
+so on CPUs there is one worker.
 """
 
 from collections.abc import Mapping
@@ -26,17 +26,17 @@ from elfs_ray.methods.training.sgd import (
     update,
 )
 
-LR_BATCH_SIZE = 256  # what `SimclrSettings.lr` is for
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which suit any photograph well enough
+LR_BATCH_SIZE = 256  # the batch that `SimclrSettings.lr` is for; the rate scales in proportion
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which suit most photographs
 _INIT_STREAM = 0x73696D63
 
 
 @dataclass(frozen=True)
 class SimclrSettings:
-    """Hyperparameters.
+    """Hyperparameters of SimCLR.
 
     The defaults are those of lightly's published runs of ResNet-18 on CIFAR-10, whose 200-NN accuracy was 82.8% after
-    200 epochs and 87.5% after 800, with a warm-up and Nesterov's momentum besides.
+    200 epochs and 87.5% after 800, plus a warm-up and Nesterov momentum.
     """
 
     network: str = "resnet18"
@@ -52,8 +52,8 @@ class SimclrSettings:
     views: ViewSettings = field(default_factory=ViewSettings)
 
 
-# What differs from the defaults where there are two cores and half an hour: few steps, so larger ones, and a loss that
-# looks at the hardest negatives most.
+# What differs from the defaults where there are two cores and half an hour: few steps, so a higher learning rate, and
+# a lower temperature, which weights the hardest negatives most.
 CPU_PROFILE: dict[str, Any] = {
     "network": "small_cnn",
     "epochs": 16,
@@ -63,16 +63,15 @@ CPU_PROFILE: dict[str, Any] = {
     "temperature": 0.2,
     "min_crop_area": 0.2,
 }
-LARGEST_SHARP_SIZE = 64  # pixels: blurring views of smaller images hides what there is
+LARGEST_SHARP_SIZE = 64  # pixels; images up to this size have no detail to spare for blurred views
 
 
 def simclr_settings(keys: Mapping[str, Any], image_size: int) -> SimclrSettings:
     """Return the hyperparameters for views of `image_size` pixels: a key's value, else the profile's, else the default.
 
-    keys: those of both dataclasses, None where unset, and profile; others are ignored. A warm-up that is not set is a
-    tenth of the epochs at most, or one of several: the rest is for the cosine.
+    keys: those of both dataclasses, None where unset, and profile; others are ignored. A warm-up that is not set takes
+    at most a tenth of the epochs, or one epoch of a few.
     """
-
     preferred = {"blur_probability": 0.0 if image_size <= LARGEST_SHARP_SIZE else 0.5}
     preferred |= CPU_PROFILE if keys["profile"] == "cpu" else {}
     preferred |= {name: value for name, value in keys.items() if value is not None}
@@ -88,18 +87,16 @@ def simclr_settings(keys: Mapping[str, Any], image_size: int) -> SimclrSettings:
 
 
 def even_batch(num_samples: int, batch_size: int) -> int:
-    """Return the global batch, at most `batch_size`, that leaves an epoch of `num_samples` the fullest last batch.
-
-    The loss of a batch depends on its size: a handful left over at the end would be a step of another kind.
-    """
+    """Return the global batch, at most `batch_size`, whose last batch in an epoch of `num_samples` is fullest."""
+    # The contrastive loss depends on the number of negatives: a small last batch would be a step of another kind.
     return -(-num_samples // -(-num_samples // batch_size))
 
 
 class SimclrTrainer:
-    """One worker's network and optimiser. The weights at the start are a function of the seed.
+    """One worker's network and optimizer. The weights at the start are a function of the seed.
 
-    num_steps: steps an epoch. group: the GPU workers that share every batch, None for one alone. compiles:
-    with torch.compile, for one worker alone.
+    num_steps: steps per epoch. group: the GPU workers that share every batch, None for a single worker. compiles:
+    whether to use torch.compile, for a single worker only.
     """
 
     def __init__(
@@ -115,13 +112,13 @@ class SimclrTrainer:
     ) -> None:
         self.settings, self.device, self.precision, self.group = settings, device, precision, group
         self._num_steps = num_steps
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):  # leaves the caller's random state alone
             torch.manual_seed(int(hash_uint64(seed, _INIT_STREAM)) >> 1)
             model = ContrastiveNetwork(settings.network, settings.hidden_dim, settings.projection_dim)
         self.model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.network: nn.Module = self.model
         if group is not None:
-            # Else workers would normalise each other's negatives differently, and two would not give the loss of one.
+            # Otherwise each worker would normalize by its own statistics, and two would not have the loss of one.
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model, group)
         if compiles:
             assert group is None, "each worker would compile kernels that round the shared statistics differently"
@@ -148,10 +145,10 @@ class SimclrTrainer:
     def step(
         self, views: torch.Tensor, shares: list[int], *, epoch: int, step: int
     ) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """Update once from this worker's views (2·m, 3, s, s) float32, all first ones before all second ones.
+        """Take one step on this worker's views (2·m, 3, s, s) float32, all first views before all second ones.
 
-        shares: the images m of every worker. Returns features (2·m, d), this worker's part of the loss, whose mean over
-        workers is the loss, both detached, and the learning rate.
+        shares: the number of images m of every worker. Returns features (2·m, d) and this worker's part of the loss,
+        whose mean over workers is the loss, both detached, and the learning rate.
         """
         lr = self.learning_rate(epoch, step)
         set_learning_rate(self._optimizer, lr)
@@ -178,6 +175,6 @@ class SimclrTrainer:
 
 
 def shares_of(num_real: int, world_size: int) -> list[int]:
-    """Return how many real rows of a global batch each worker has, as methods/training/dynamics.py deals them out."""
+    """Return how many real rows of a global batch each worker has, as `dynamics.BatchPlan` deals them out."""
     bounds = [num_real * rank // world_size for rank in range(world_size + 1)]
     return np.diff(bounds).tolist()

@@ -1,10 +1,10 @@
-"""Two random views of every image for contrastive learning, in batches on their device (SimCLR, Appendix A).
+"""Two random views of every image for contrastive learning, in batches on their device (SimCLR, appendix A).
 
-Every draw is a function of (seed, epoch, sample_id, view). Colours are changed by one matrix and one offset an image:
-brightness, hue, saturation, contrast and grey are all affine in the pixel, so one product does what five passes would.
-Where torchvision shuffles that order and clamps after each, the order here is fixed and the result is clamped once; hue
-turns about the grey axis of YIQ, which is close to that of HSV and needs no case distinctions. On a greyscale image
-hue, saturation and grey change nothing.
+Every random number is a function of (seed, epoch, sample_id, view). Colours change by one matrix and one offset per
+image: brightness, hue, saturation, contrast and grey are all affine in the pixel, so one product replaces five passes.
+Unlike torchvision, which shuffles these and clamps after each, the order is fixed and the result is clamped once. Hue
+rotates about the grey axis of YIQ, which is close to a rotation in HSV and needs no case distinctions. On a greyscale
+image hue, saturation and grey change nothing.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from elfs_ray.methods.training.augmentation import random_resized_crop_flip
 NUM_VIEWS = 2
 _COLOR_STREAM = 0x636F6C72
 _BLUR_STREAM = 0x626C7572
-_BLUR_SIGMA = (0.1, 2.0)  # of an image of 224 pixels
+_BLUR_SIGMA = (0.1, 2.0)  # pixels, in an image of 224 (SimCLR, appendix A); scales with the image
 _BLUR_REFERENCE = 224
 _JITTER_PROBABILITY = 0.8
 _LUMA = np.array([0.299, 0.587, 0.114])
@@ -29,10 +29,10 @@ _TO_YIQ = np.array([_LUMA, [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]
 
 @dataclass(frozen=True)
 class ViewSettings:
-    """How views differ from their image; the defaults are SimCLR's for CIFAR-10 (appendix B.9).
+    """How much views differ from their image; the defaults are SimCLR's for CIFAR-10 (appendix B.9).
 
-    color_strength s changes brightness, contrast and saturation by factors in 1 ± 0.8 s and turns hue by ± 0.2 s of a
-    circle, in 80% of views; grey_probability and blur_probability are shares of views.
+    color_strength s changes brightness, contrast and saturation by factors in 1 ± 0.8 s and rotates hue by up to 0.2 s
+    of a circle, in 80% of views. grey_probability and blur_probability are the shares of grey and blurred views.
     """
 
     min_crop_area: float = 0.08
@@ -73,17 +73,17 @@ def change_colors(
     epoch: int,
     view: int,
 ) -> torch.Tensor:
-    """Change one view's colours, perhaps blur it, then normalise to (pixel / 255 − mean) / std.
+    """Change one view's colours, blur some images, and normalize to (pixel / 255 − mean) / std.
 
     images (n, h, w, 3) uint8. Returns (n, 3, h, w) float32 on the same device, channels_last.
-    Memory: 24 bytes a pixel and, where views are blurred, 8nh².
+    Memory: 24 bytes per pixel and, where views are blurred, 8nh².
     """
     n, h, w, _ = images.shape
     device = images.device
     draws = hash_uniform(seed, _COLOR_STREAM, epoch, view, np.asarray(sample_ids)[:, None], np.arange(6))
     matrices, contrasts = _color_matrices(draws, settings)
     pixels = images.reshape(n, h * w, 3).float().div_(255)
-    # Contrast is about the image's own mean grey, as it is after the change of brightness: that is in `contrasts`.
+    # Contrast scales about the image's mean grey, after the change of brightness: `contrasts` includes that factor.
     offsets = (pixels.mean(1) @ _on(_LUMA, device))[:, None] * _on(contrasts, device)[:, None]
     matrix = _on(matrices, device).transpose(1, 2)
     pixels = torch.baddbmm(offsets[:, :, None].expand(n, 1, 3), pixels, matrix).clamp_(0, 1)
@@ -94,12 +94,12 @@ def change_colors(
 
 
 def _color_matrices(draws: np.ndarray, settings: ViewSettings) -> tuple[np.ndarray, np.ndarray]:
-    """From draws (n, 6): matrices (n, 3, 3), and the share (n,) of the image's mean grey that is added to them."""
+    """Return colour matrices (n, 3, 3) and the share (n,) of the mean grey to add, from uniform draws (n, 6)."""
     jittered = draws[:, 4] < _JITTER_PROBABILITY
     spans = np.where(jittered[:, None], settings.color_strength * (2 * draws[:, :4] - 1), 0.0)
     brightness, contrast, saturation = (1 + 0.8 * spans[:, :3]).T
     angles = 2 * np.pi * 0.2 * spans[:, 3]
-    turns = np.zeros((len(draws), 3, 3))
+    turns = np.zeros((len(draws), 3, 3))  # rotations of I and Q; Y, the grey, stays
     turns[:, 0, 0] = 1
     turns[:, 1, 1] = turns[:, 2, 2] = np.cos(angles)
     turns[:, 2, 1] = np.sin(angles)
@@ -114,11 +114,14 @@ def _color_matrices(draws: np.ndarray, settings: ViewSettings) -> tuple[np.ndarr
 def _blur(
     images: torch.Tensor, sample_ids: np.ndarray, settings: ViewSettings, *, seed: int, epoch: int, view: int
 ) -> torch.Tensor:
-    """Blur some of the images (n, h, w, 3) float32 by a Gaussian, as a product with rows and one with columns."""
+    """Blur some of the images (n, h, w, 3) float32 by a Gaussian of each image's width."""
+    # A Gaussian is separable: one batched product along rows and one along columns, with another width per image, which
+    # a convolution could not have.
     n, h, w, c = images.shape
     draws = hash_uniform(seed, _BLUR_STREAM, epoch, view, np.asarray(sample_ids)[:, None], np.arange(2))
     sigmas = (_BLUR_SIGMA[0] + (_BLUR_SIGMA[1] - _BLUR_SIGMA[0]) * draws[:, 0]) * min(h, w) / _BLUR_REFERENCE
-    sigmas = np.where(draws[:, 1] < settings.blur_probability, sigmas, 1e-3)  # of which only the pixel itself is left
+    # Images that stay sharp get a width at which each pixel's weight is all its own, so that the batch stays whole.
+    sigmas = np.where(draws[:, 1] < settings.blur_probability, sigmas, 1e-3)
     on_device = _on(sigmas, images.device)
     rows_done = torch.bmm(_gaussian_weights(on_device, h), images.view(n, h, w * c)).view(n, h, w, c)
     columns = rows_done.permute(0, 2, 1, 3).reshape(n, w, h * c)
@@ -126,9 +129,10 @@ def _blur(
 
 
 def _gaussian_weights(sigmas: torch.Tensor, length: int) -> torch.Tensor:
-    """Return (n, length, length): the weight of each pixel in each other, rows summing to 1."""
+    """Return (n, length, length) weights of each pixel in each blurred one; rows sum to 1."""
     positions = torch.arange(length, device=sigmas.device, dtype=torch.float32)
     distances = (positions[:, None] - positions).square()
+    # The softmax of -x² / 2σ² is a Gaussian that is normalized over the pixels there are, at the borders as well.
     return torch.softmax(-distances / (2 * sigmas.square())[:, None, None], dim=2)
 
 

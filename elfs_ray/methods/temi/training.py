@@ -205,7 +205,7 @@ def train_epoch(
     share = trainer.settings.batch_size // trainer.num_workers
     for batch in epoch_batches(len(embeddings), trainer.settings.batch_size, seed, epoch):
         ids = batch[trainer.rank * share : (trainer.rank + 1) * share]
-        partners = draw_neighbors(neighbors, ids, seed, epoch)
+        partners = sample_neighbors(neighbors, ids, seed, epoch)
         loss_sum += trainer.train_step(torch.as_tensor(embeddings[ids]), torch.as_tensor(embeddings[partners]))
         num_steps += 1
     return (loss_sum / num_steps).cpu().numpy()
@@ -232,7 +232,7 @@ def epoch_batches(num_samples: int, batch_size: int, seed: int, epoch: int) -> I
         yield order[start : start + batch_size]
 
 
-def draw_neighbors(neighbors: np.ndarray, sample_ids: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+def sample_neighbors(neighbors: np.ndarray, sample_ids: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     """Sample one of the `neighbors` (n, k) of each sample, (b,), as a function of (seed, epoch, sample_id)."""
     uniform = hash_uniform(seed, _NEIGHBOR_STREAM, epoch, sample_ids)
     return neighbors[sample_ids, (uniform * neighbors.shape[1]).astype(np.int64)]

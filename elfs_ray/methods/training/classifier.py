@@ -1,6 +1,6 @@
 """Train a classifier from scratch on labelled images, a coreset or a whole pool, and test it (ELFS, section 5.1).
 
-Every coreset is trained for the same number of iterations, whatever its size.
+Training takes the same number of iterations for a coreset of any size, as in the paper.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +31,7 @@ _TEST_BATCH = 512
 
 @dataclass(frozen=True)
 class ClassifierSettings:
-    """Describe how every classifier is trained: `iterations` steps of `batch_size`, SGD with a cosine to `min_lr`."""
+    """Hyperparameters of a classifier: `iterations` steps of `batch_size`, by SGD with a cosine to `min_lr`."""
 
     network: str
     iterations: int
@@ -51,7 +51,7 @@ class ClassifierSettings:
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Hold images (n, s, s, 3) uint8, labels (n,) integers, and the sample_ids (n,) that random choices depend on."""
+    """Images (n, s, s, 3) uint8 with labels (n,) and the sample_ids (n,) that random choices depend on."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -59,9 +59,9 @@ class LabelledImages:
 
 
 class Classifier:
-    """A network that is trained from scratch: its weights, the state of SGD, and the number of steps done.
+    """A network in training: its weights, the state of SGD, and the number of steps done.
 
-    `state` is plain data from which `restore` goes on exactly, on the same device with as many threads.
+    `state` is plain data from which `restore` resumes to the same bytes, on the same device and number of threads.
     """
 
     def __init__(self, num_classes: int, settings: ClassifierSettings, *, seed: int, device: str = "cpu") -> None:
@@ -80,7 +80,7 @@ class Classifier:
         self.num_steps = 0
 
     def state(self) -> dict[str, Any]:
-        """Return what a later process needs to go on."""
+        """Return what a later process needs to resume."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -89,23 +89,23 @@ class Classifier:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` returned."""
+        """Resume from what `state` returned."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.num_steps = state["num_steps"]
 
     def steps(self, train: LabelledImages) -> Iterator[int]:
-        """Train on `train` for every step that is left; yield the number of steps done after each.
+        """Train on `train` for all remaining steps, and yield the number of steps done after each.
 
-        Raises FloatingPointError when the loss is not finite.
+        Raises FloatingPointError where the loss is not finite.
         """
         settings, monitor = self.settings, LossMonitor()
         images = torch.from_numpy(np.ascontiguousarray(train.images)).to(self.device)
         labels = torch.from_numpy(train.labels.astype(np.int64)).to(self.device)
         batches = _batches(len(labels), settings.batch_size, range(self.num_steps, settings.iterations), self.seed)
         for step, epoch, rows in batches:
-            self.model.train()
+            self.model.train()  # in every step, as the caller may have tested the network in between
             lr = cosine_lr(step, settings.iterations, settings.lr, settings.min_lr)
             set_learning_rate(self.optimizer, lr)
             chosen = torch.from_numpy(rows).to(self.device)
@@ -135,13 +135,13 @@ class Classifier:
             yield self.num_steps
 
     def is_test_due(self) -> bool:
-        """Return whether another of `num_tests` equal parts of the iterations is done."""
+        """Return True where one more of `num_tests` equal parts of the iterations is done."""
         total, parts = self.settings.iterations, self.settings.num_tests
         return self.num_steps in {round(total * (part + 1) / parts) for part in range(parts)}
 
     @torch.inference_mode()
     def accuracy(self, test: LabelledImages) -> float:
-        """Return the share of the test images that the network, as it is now, labels correctly."""
+        """Return the share of the test images that the network labels correctly in its present state."""
         self.model.eval()
         num_right = 0
         for start in range(0, len(test.labels), _TEST_BATCH):
@@ -153,10 +153,10 @@ class Classifier:
 
     @torch.inference_mode()
     def features_and_probs(self, images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return features and class probabilities of images (n, s, s, 3) uint8, on the network's device, in float32.
+        """Return features (n, d) and class probabilities (n, classes) of images (n, s, s, 3) uint8.
 
-        The features are the input of the last layer (n, d); probabilities are (n, classes). Memory: 4 · n · (d +
-        classes) bytes.
+        Both are float32 on the network's device; the features are the input of the last layer.
+        Memory: 4 · n · (d + classes) bytes.
         """
         self.model.eval()
         features, probs = [], []
@@ -178,18 +178,18 @@ def train_and_test(
     seed: int,
     device: str = "cpu",
 ) -> list[float]:
-    """Train from scratch on `train`; return the accuracies on `test` at `num_tests` evenly spaced iterations.
+    """Train from scratch on `train` and return the accuracies on `test` at `num_tests` evenly spaced iterations.
 
-    The last one is the accuracy at the end; the paper reports the best. A function of the seed on one device and
-    thread count. Raises FloatingPointError when the loss is not finite.
+    The last one is the final accuracy; the paper reports the best. The result is a function of the seed for one device
+    and number of threads. Raises FloatingPointError where the loss is not finite.
     """
     training = Classifier(num_classes, settings, seed=seed, device=device)
     return [training.accuracy(test) for _ in training.steps(train) if training.is_test_due()]
 
 
 def _batches(num_samples: int, batch_size: int, steps: range, seed: int) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Yield (step, epoch, rows): whole shuffled epochs one after another, tails dropped, small sets whole."""
-    size = min(batch_size, num_samples)
+    """Yield (step, epoch, rows): shuffled epochs one after another, without the samples that do not fill a batch."""
+    size = min(batch_size, num_samples)  # a set smaller than a batch is one batch
     per_epoch = num_samples // size
     order_of, order = -1, np.empty(0, np.int64)
     for step in steps:

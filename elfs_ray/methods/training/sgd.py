@@ -1,4 +1,4 @@
-"""One step of SGD with a cosine schedule, shared by proxy training and by evaluation from scratch.
+"""One step of SGD with a cosine schedule, for proxy training, SimCLR and evaluation from scratch.
 
 A step over several ranks and micro-batches has the gradient of the mean loss over the global batch's real rows:
 
@@ -20,13 +20,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from elfs_ray.methods.numeric.precision import AUTOCAST_DTYPES, Precision
 
-_MAX_UNCHECKED_LOSSES = 8
+_MAX_UNCHECKED_LOSSES = 8  # steps that a GPU may be ahead of the check
 
 
 def make_optimizer(
     model: nn.Module, *, lr: float, momentum: float = 0.9, weight_decay: float = 5e-4, nesterov: bool = True
 ) -> torch.optim.SGD:
-    """Return SGD on every parameter of `model`, already on its device, in one fused kernel a device.
+    """Return SGD on every parameter of `model`, which must be on its device already, as one fused kernel.
 
     Raises ValueError for rates that torch refuses: a negative one, or Nesterov without momentum.
     """
@@ -35,24 +35,24 @@ def make_optimizer(
         parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True
     )
     if momentum:
-        # The fused kernel leaves the memory of its first velocities as it finds it where an overflow skips that step.
+        # The fused kernel allocates velocities in the first step without clearing them. Where fp16 overflows and skips
+        # that step, they would stay whatever the memory held.
         for parameter in parameters:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
 def data_parallel(model: nn.Module, group: distributed.ProcessGroup | None = None) -> DistributedDataParallel:
-    """Wrap `model` to average gradients over a group's workers, rounded the same in every step of every process.
-
-    DDP otherwise divides the gradients anew after the first step: three or more workers add in an order that depends on
-    the place in a part, and a resumed group's first step would round otherwise than an undisturbed one's.
-    """
-    # A search for parameters without a gradient keeps the first division; torch warns, in a worker's log, of its cost.
+    """Wrap `model` to average gradients over a group's workers, rounded the same in every step of every process."""
+    # By default DDP regroups the gradients into new buckets after the first step. With three or more workers, the order
+    # of an all-reduce's additions depends on a gradient's place in its bucket, so that the first step after a resume
+    # would round differently from the same step of an undisturbed run. The search for unused parameters keeps the
+    # first buckets; torch warns of its cost in a worker's log.
     return DistributedDataParallel(model, process_group=group, find_unused_parameters=True)
 
 
 def make_grad_scaler(precision: Precision, device: torch.device) -> torch.amp.GradScaler:
-    """Return the loss scaler that fp16 needs, or one that does nothing; its state goes into checkpoints."""
+    """Return the loss scaler that fp16 needs, or one that does nothing. Its state belongs in checkpoints."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
@@ -65,7 +65,7 @@ def cosine_lr(step: int, total_steps: int, base_lr: float, min_lr: float = 1e-4,
     if not 0 <= min_lr <= base_lr:
         raise ValueError(f"min_lr is {min_lr} and base_lr {base_lr}; they must satisfy 0 <= min_lr <= base_lr")
     if not 0 <= warmup_steps < total_steps:
-        raise ValueError(f"warmup_steps is {warmup_steps} of {total_steps} steps; it must be at least 0 and below that")
+        raise ValueError(f"warmup_steps is {warmup_steps}; it must be at least 0 and below total_steps = {total_steps}")
     assert 0 <= step < total_steps, f"step {step} of {total_steps}"
     if step < warmup_steps:
         return base_lr * (step + 1) / warmup_steps
@@ -89,6 +89,8 @@ def masked_cross_entropy(
     Returns a scalar float32.
     """
     losses = functional.cross_entropy(logits.float(), targets, reduction="none")
+    # DDP divides the sum of the ranks' gradients by their number: the factor world_size undoes that. where() instead of
+    # a product, as 0 · inf of a masked row would be NaN.
     return torch.where(mask, losses, 0.0).sum() * (world_size / num_real)
 
 
@@ -104,7 +106,7 @@ def forward_backward(
     precision: Precision = "fp32",
     world_size: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add a micro-batch's gradient to that of its step; ranks exchange gradients with the last one only.
+    """Add a micro-batch's gradient to that of its step; ranks exchange gradients with the last micro-batch only.
 
     images: (b, c, h, w) float32; targets, mask, num_real, world_size: see `masked_cross_entropy`.
     Returns logits (b, num_classes) of the training forward pass and the scalar loss, both detached.
@@ -135,10 +137,10 @@ class _PendingLoss:
 
 
 class LossMonitor:
-    """Sums an epoch's losses and stops training at the first that is not finite, without waiting for a GPU each step.
+    """The sum of an epoch's losses, and a check that each is finite, without waiting for a GPU in every step.
 
-    On a GPU a loss is copied to the host behind the step's own work and looked at once it has arrived, at most 8 steps
-    later; on a CPU at once.
+    On a GPU a loss is copied to the host in the background and checked once it has arrived, at most 8 steps later; on a
+    CPU it is checked at once.
     """
 
     def __init__(self) -> None:
@@ -147,13 +149,15 @@ class LossMonitor:
         self._num_real = 0
 
     def add(self, loss: torch.Tensor, *, num_real: int, epoch: int, step: int, lr: float) -> None:
-        """Take a step's scalar loss, the sum over its micro-batches; `num_real` weighs it in the epoch's mean.
+        """Add a step's scalar loss, the sum over its micro-batches; `num_real` is its weight in the epoch's mean.
 
         Raises FloatingPointError naming epoch, step and learning rate of the first loss that is NaN or infinite.
         """
         where = f"epoch {epoch}, step {step}, learning rate {lr:g}"
         value, copied = loss.detach(), None
         if loss.is_cuda:
+            # item() would make the host wait for the step. Only a copy into pinned memory is asynchronous, and the
+            # event tells when it has arrived.
             value = torch.empty((), dtype=loss.dtype, pin_memory=True).copy_(value, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record()

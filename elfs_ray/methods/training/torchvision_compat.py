@@ -1,9 +1,9 @@
-"""Makes torchvision importable where its compiled operators do not load; import this module before torchvision.
+"""Make torchvision importable where its compiled operators do not load; import this module before torchvision.
 
-torchvision's wheel on PyPI links CUDA libraries. Beside a CPU build of torch its extension cannot be loaded, and
-`import torchvision` fails as it registers shape functions for two operators that nobody declared. Declaring their
-schemas first is enough: models and transforms work, while ops.nms and the image decoders still do not. It happens
-at import, as every process that unpickles a function of ours has to be ready before the function runs.
+torchvision's wheel on PyPI links CUDA libraries. With a CPU build of torch its extension cannot be loaded, and `import
+torchvision` fails as it registers shape functions for two operators that were never declared. Declaring their schemas
+first is enough: models and transforms work, while ops.nms and the image decoders still do not. It happens at import,
+as every process that unpickles one of our functions must be ready before the function runs.
 """
 
 import importlib.machinery
@@ -25,10 +25,8 @@ def _extension_is_broken() -> bool:
 
 
 def find_extensions(package: Path) -> list[Path]:
-    """The files of torchvision's operators: one that is called `_C` up to version 0.28 and `_C_stable` from 0.29 on.
-
-    To declare operators that one of them declares, too, would end the process: none may be missed.
-    """
+    """Return the files of torchvision's operators, called `_C` up to version 0.28 and `_C_stable` from 0.29 on."""
+    # No file may be missed: declaring an operator that the extension also declares ends the process.
     suffixes = tuple(importlib.machinery.EXTENSION_SUFFIXES)
     return sorted(path for path in package.glob("_C*") if path.name.endswith(suffixes))
 

@@ -1,4 +1,4 @@
-"""SimCLR: the loss to the formula, the same for any number of workers, and a collapse that is noticed."""
+"""SimCLR: the loss equals its formula, for any number of workers, and a collapse is noticed."""
 
 import math
 from pathlib import Path
@@ -69,13 +69,13 @@ def images_of(num_images: int, number: int) -> torch.Tensor:
 
 
 def train(trainer: SimclrTrainer, rank: int, world_size: int) -> list[float]:
-    """A few steps on this worker's share of each global batch; its parts of the losses."""
+    """Take a few steps on this worker's share of each global batch and return its parts of the losses."""
     losses = []
     for num_images, number in STEPS:
         shares = shares_of(num_images, world_size)
         first = sum(shares[:rank])
-        own = images_of(num_images, number)[:, first : first + shares[rank]].to(trainer.device)
-        _, loss, _ = trainer.step(own.flatten(0, 1), shares, epoch=0, step=number)
+        images = images_of(num_images, number)[:, first : first + shares[rank]].to(trainer.device)
+        _, loss, _ = trainer.step(images.flatten(0, 1), shares, epoch=0, step=number)
         losses.append(loss.item())
     return losses
 
@@ -93,10 +93,10 @@ def _lose_in_a_group(rank: int, world_size: int, folder: str) -> None:
     for num_images, number in STEPS:
         shares = shares_of(num_images, world_size)
         first = sum(shares[:rank])
-        own = projections_of(num_images, number)[:, first : first + shares[rank]].requires_grad_()
-        loss = nt_xent(own, 0.5, shares=shares, group=dist.group.WORLD)
+        share = projections_of(num_images, number)[:, first : first + shares[rank]].requires_grad_()
+        loss = nt_xent(share, 0.5, shares=shares, group=dist.group.WORLD)
         loss.backward()
-        parts.append((loss.detach(), own.grad))
+        parts.append((loss.detach(), share.grad))
     torch.save(parts, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -124,12 +124,12 @@ def test_measures_are_the_formulas_over_all_embeddings_in_float64():
     monitor = CollapseMonitor(8, CPU)
     for part in (features[:100], features[100:100], features[100:]):
         monitor.add(torch.from_numpy(part))
-    found = monitor.finish()
+    measures = monitor.finish()
     rows = features / np.linalg.norm(features, axis=1, keepdims=True)
     eigenvalues = np.linalg.eigvalsh(np.cov(rows.T, bias=True))
     shares = eigenvalues / eigenvalues.sum()
-    assert found.spread == pytest.approx(rows.std(0).mean() * math.sqrt(8), rel=1e-4)
-    assert found.effective_rank == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-3)
+    assert measures.spread == pytest.approx(rows.std(0).mean() * math.sqrt(8), rel=1e-4)
+    assert measures.effective_rank == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-3)
     monitor.add(torch.randn(5000, 8, generator=torch.Generator().manual_seed(0)))
     isotropic = monitor.finish()  # of what came after the first measures alone
     assert isotropic.spread == pytest.approx(1, abs=0.02) and isotropic.effective_rank == pytest.approx(8, abs=0.1)
@@ -170,7 +170,7 @@ def test_a_healthy_measure_passes():
     check_encoder_collapse(CollapseMeasures(spread=0.3, effective_rank=5.0), 0)
 
 
-def test_a_trainer_that_goes_on_from_its_state_ends_with_the_same_bytes():
+def test_a_trainer_that_resumes_from_its_state_ends_with_the_same_bytes():
     whole, first, second = (SimclrTrainer(SMALL, len(STEPS), seed=3, device=CPU) for _ in range(3))
     for trainer, numbers in ((whole, (0, 1)), (first, (0,))):
         for number in numbers:
@@ -213,7 +213,7 @@ def test_the_learning_rate_rises_and_falls_to_nothing():
 
 
 @pytest.mark.parametrize("name", sorted(PROXY_MODELS))
-def test_every_backbone_gives_one_vector_an_image_and_has_no_classifier(name):
+def test_every_backbone_gives_one_vector_per_image_and_has_no_classifier(name):
     backbone, dim = build_backbone(name)
     with torch.inference_mode():
         assert backbone.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, dim)
@@ -270,7 +270,7 @@ def test_a_gpu_trains_in_every_precision(precision):
         ("cpu", 0, 0),
     ],
 )
-def test_a_warm_up_that_is_not_given_leaves_epochs_to_the_cosine(profile, epochs, warmup):
+def test_an_unset_warm_up_leaves_epochs_to_the_cosine(profile, epochs, warmup):
     keys = {"profile": profile, "epochs": epochs, "warmup_epochs": None}
     assert simclr_settings(keys, 32).warmup_epochs == warmup
     assert simclr_settings({**keys, "warmup_epochs": 5}, 32).warmup_epochs == 5

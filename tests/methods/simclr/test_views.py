@@ -1,4 +1,4 @@
-"""Two views of an image: functions of (seed, epoch, sample_id, view), colours as written out, grey pools stay grey."""
+"""Two views of an image: functions of (seed, epoch, sample_id, view), with the stated colours; grey pools stay grey."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ LUMA = np.array([0.299, 0.587, 0.114])
 
 
 def views(images: torch.Tensor, ids: np.ndarray, settings: ViewSettings = EVERYTHING, seed: int = 5, epoch: int = 2):
-    """Both finished views, (2, n, 3, 12, 12)."""
+    """Return both finished views, (2, n, 3, 12, 12)."""
     crops = two_crops(images, ids, settings, seed=seed, epoch=epoch, size=12)
     return torch.stack(
         [change_colors(crops[:, view], ids, settings, **PLAIN, seed=seed, epoch=epoch, view=view) for view in range(2)]
@@ -36,21 +36,21 @@ def test_a_view_depends_on_seed_epoch_id_and_view_but_not_on_its_batch():
 
 def test_without_changes_a_view_is_its_crop():
     images, ids = photographs(9, 12, 12), np.arange(9)
-    found = change_colors(images, ids, STILL, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), seed=0, epoch=0, view=1)
+    view = change_colors(images, ids, STILL, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), seed=0, epoch=0, view=1)
     expected = (images.numpy() / 255 - np.array([0.5, 0.4, 0.3])) / np.array([0.2, 0.3, 0.4])
-    np.testing.assert_allclose(found.permute(0, 2, 3, 1), expected, atol=1e-5)
-    assert found.is_contiguous(memory_format=torch.channels_last)
+    np.testing.assert_allclose(view.permute(0, 2, 3, 1), expected, atol=1e-5)
+    assert view.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_colours_follow_brightness_hue_saturation_and_contrast():
     """The factors are read off grey, red and white pixels; with them every pixel follows."""
     images = photographs(40, 12, 12) // 4 + 80  # far from black and white, so that nothing is clamped
     ids, settings = np.arange(40), ViewSettings(color_strength=0.3, grey_probability=0.3)
-    found = change_colors(images, ids, settings, **PLAIN, seed=1, epoch=0, view=0).permute(0, 2, 3, 1).numpy()
+    view = change_colors(images, ids, settings, **PLAIN, seed=1, epoch=0, view=0).permute(0, 2, 3, 1).numpy()
     pixels = images.numpy() / 255
     to_yiq = np.array([LUMA, [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
     changed = greys = 0
-    for before, after in zip(pixels, found.astype(float), strict=True):
+    for before, after in zip(pixels, view.astype(float), strict=True):
         (y, *chroma), (new_y, *new_chroma) = ((image @ to_yiq.T).reshape(-1, 3).T for image in (before, after))
         # Grey is scaled about the mean by brightness and contrast: it is a line in the old grey.
         slope, offset = np.polyfit(y, new_y, 1)
@@ -78,7 +78,7 @@ def test_a_grey_pool_stays_grey_and_its_views_differ():
     assert ((both[0] - both[1]).abs().flatten(1).amax(1) > 0.01).all()
 
 
-def test_shares_of_grey_and_blurred_views_are_those_asked_for():
+def test_shares_of_grey_and_blurred_views_equal_their_probabilities():
     images = photographs(1, 24, 24).expand(2000, -1, -1, -1)
     ids = np.arange(2000)
     grey = change_colors(
@@ -94,7 +94,7 @@ def test_shares_of_grey_and_blurred_views_are_those_asked_for():
         settings = dataclasses.replace(STILL, blur_probability=probability)
         blurred = change_colors(noise, ids, settings, **PLAIN, seed=0, epoch=0, view=0)
         shares.append(((blurred - sharp).abs().flatten(1).amax(1) > 1e-3).float().mean().item())
-    assert shares[1] > 0.4  # the others are drawn so narrow that it does not show
+    assert shares[1] > 0.4  # the others are blurred so little that it does not show
     assert shares[0] / shares[1] == pytest.approx(0.5, abs=0.08)
 
 

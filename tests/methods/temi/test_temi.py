@@ -23,9 +23,9 @@ from elfs_ray.methods.temi.training import (
     ClusteringCollapseError,
     TemiTrainer,
     check_clustering_collapse,
-    draw_neighbors,
     epoch_batches,
     pick_head,
+    sample_neighbors,
     steps_per_epoch,
     train_epoch,
     update_marginal,
@@ -190,7 +190,7 @@ def test_training_steps_equal_a_plain_loop_over_separate_heads(
     )
     marginal = torch.full((3, 5), 0.2)
     for step, batch in enumerate(epoch_batches(200, 32, seed=5, epoch=0)):
-        partners = draw_neighbors(neighbors, batch, 5, 0)
+        partners = sample_neighbors(neighbors, batch, 5, 0)
         a, b = torch.from_numpy(embeddings[batch]).float(), torch.from_numpy(embeddings[partners]).float()
         teacher_a, teacher_b = (torch.stack([head(x) for head in teachers]) for x in (a, b))
         mean = (torch.softmax(teacher_a / 0.1, -1).mean(1) + torch.softmax(teacher_b / 0.1, -1).mean(1)) / 2
@@ -315,11 +315,11 @@ def test_two_workers_equal_one_on_the_same_global_batches(tmp_path: Path) -> Non
 def test_a_partner_depends_on_seed_epoch_and_sample_alone_and_is_uniform() -> None:
     neighbors = np.arange(5000)[:, None] * 100 + np.arange(50)
     ids = np.arange(5000)
-    columns = draw_neighbors(neighbors, ids, seed=0, epoch=0) - ids * 100
-    assert np.array_equal(draw_neighbors(neighbors, ids[::-7], 0, 0) - ids[::-7] * 100, columns[::-7])
+    columns = sample_neighbors(neighbors, ids, seed=0, epoch=0) - ids * 100
+    assert np.array_equal(sample_neighbors(neighbors, ids[::-7], 0, 0) - ids[::-7] * 100, columns[::-7])
     assert chisquare(np.bincount(columns, minlength=50)).pvalue > 1e-4
     for seed, epoch in ((1, 0), (0, 1)):
-        assert (draw_neighbors(neighbors, ids, seed, epoch) - ids * 100 == columns).mean() < 0.05
+        assert (sample_neighbors(neighbors, ids, seed, epoch) - ids * 100 == columns).mean() < 0.05
 
 
 def test_an_epoch_repeats_no_sample_and_others_leave_out_different_ones() -> None:

@@ -5,9 +5,9 @@ from torch.nn import functional
 
 from elfs_ray.methods.training import torchvision_compat  # noqa: F401  before torchvision
 from elfs_ray.methods.training.augmentation import (
-    _draw_boxes,
     _resize_as_products,
     _resize_one_by_one,
+    _sample_boxes,
     center_crop,
     normalize,
     random_crop_flip,
@@ -21,7 +21,7 @@ CROPS = [
 
 
 def photographs(num_images: int, height: int, width: int, channels: int = 3) -> torch.Tensor:
-    """Smooth uint8 images, all different."""
+    """Return smooth uint8 images, all different."""
     rng = np.random.default_rng(0)
     coarse = torch.from_numpy(rng.integers(0, 256, (num_images, channels, 5, 5)).astype(np.float32))
     smooth = functional.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 255)
@@ -29,7 +29,7 @@ def photographs(num_images: int, height: int, width: int, channels: int = 3) -> 
 
 
 def windows(image: np.ndarray, padding: int, flip: bool) -> dict[tuple[int, int, bool], np.ndarray]:
-    """Every crop that one image may become, cut out of numpy's reflection padding."""
+    """Return every possible crop of an image, cut out of numpy's reflection padding."""
     h, w, _ = image.shape
     padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)), mode="reflect")
     shifts = range(2 * padding + 1)
@@ -93,7 +93,7 @@ def test_boxes_are_distributed_as_those_of_torchvision(height, width):
     from torchvision.transforms import RandomResizedCrop
 
     num_samples, scale, ratio = 4000, (0.08, 1.0), (3 / 4, 4 / 3)
-    boxes = _draw_boxes(np.random.default_rng(0).random((num_samples, 23)), height, width, scale, ratio)
+    boxes = _sample_boxes(np.random.default_rng(0).random((num_samples, 23)), height, width, scale, ratio)
     torch.manual_seed(0)
     image = torch.empty(3, height, width)
     reference = np.array([RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(num_samples)])
@@ -138,7 +138,7 @@ def test_resizing_as_matrix_products_equals_torch_antialiased_resize(height, wid
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_normalizing_is_the_formula_in_the_memory_format_asked_for(channels_last):
+def test_normalizing_is_the_formula_in_the_requested_memory_format(channels_last):
     images = photographs(3, 7, 10)
     mean, std = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
     normalized = normalize(images, mean, std, channels_last=channels_last)

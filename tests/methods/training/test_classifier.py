@@ -1,4 +1,4 @@
-"""Training from scratch: as many steps for every budget, and the same result when it goes on from a saved state."""
+"""Training from scratch: the same number of steps for every budget, and the same result after a resume."""
 
 import io
 
@@ -40,7 +40,7 @@ def test_every_budget_trains_for_the_same_number_of_iterations(num_samples):
     assert due == [6, 12, 18, 24]
 
 
-def test_a_training_that_goes_on_from_its_state_ends_with_the_same_weights():
+def test_training_resumed_from_its_state_ends_with_the_same_weights():
     train, test = digits(slice(40)), digits(slice(1000, 1200))
     whole = Classifier(10, SETTINGS, seed=3)
     for _ in whole.steps(train):

@@ -99,7 +99,7 @@ def test_orders_of_four_come_equally_often():
 
 
 def recomputed(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """target_prob, max_other_prob and el2n, (3, b), by their definitions in float64."""
+    """Return target_prob, max_other_prob and el2n, (3, b), by their definitions in float64."""
     rows = []
     for row, target in zip(logits.astype(np.float64), targets, strict=True):
         p = np.exp(row - row.max()) / np.exp(row - row.max()).sum()

@@ -26,14 +26,14 @@ CPU = torch.device("cpu")
 
 
 def make_problem() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    """A network without BatchNorm and a small data set, in float64, the same at every call."""
+    """Return a network without BatchNorm and a small data set, in float64, the same at every call."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, NUM_CLASSES)).double()
     return model, torch.randn(NUM_SAMPLES, 3, 2, 2).double(), torch.arange(NUM_SAMPLES) % NUM_CLASSES
 
 
 def accumulate(model: nn.Module, step, order: np.ndarray, images, targets, world_size: int) -> float:
-    """Run a rank's micro-batches of a step; returns the sum of their losses."""
+    """Run a rank's micro-batches of a step and return the sum of their losses."""
     total = 0.0
     for i, micro in enumerate(step.micro_batches):
         ids = order[micro.positions]
