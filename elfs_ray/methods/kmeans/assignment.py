@@ -1,6 +1,7 @@
-"""The nearest centroid of every embedding, exactly, on a CPU or a GPU, whatever the size of the batch.
+"""Find the nearest centroid of every embedding, exactly, on a CPU or a GPU, independently of the size of a batch.
 
-Distances are exact numbers (exact_arithmetic.py), fast searches are filters before them (filters.py).
+A matrix product rounds differently with the shape of its batch. So a fast search is only a filter here (filters.py):
+where it leaves several candidates, their distances are compared exactly (numeric/exact_arithmetic.py).
 """
 
 import warnings
@@ -19,20 +20,20 @@ _NUM_IDS_IN_ERROR = 10
 
 
 def check_device(device: str | torch.device) -> torch.device:
-    """Return the device, or raise ValueError where a GPU was asked for that torch cannot see."""
+    """Return the torch device of a name. Raises ValueError for a GPU that torch does not see."""
     resolved = torch.device(device)
     if resolved.type not in ("cpu", "cuda"):
         raise ValueError(f"device={str(device)!r} is not supported; use 'cpu' or 'cuda'")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"device={str(device)!r} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices; "
-            "ask for device='cpu', or install a CUDA build of torch on a machine with that GPU"
+            f"device={str(device)!r}, but torch sees {torch.cuda.device_count()} CUDA devices; use device='cpu', or a "
+            "machine with that GPU and a CUDA build of torch"
         )
     return resolved
 
 
 def embeddings_to_device(embeddings: np.ndarray, sample_ids: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Put embeddings (n, d) float16 on a device; on the CPU the memory (or memory map) is shared, not copied.
+    """Put embeddings (n, d) float16 on a device; on a CPU the memory (or memory map) is shared, not copied.
 
     Raises ValueError for shapes or dtypes that do not fit, and for embeddings that hold NaN or infinity or are not of
     unit length (within 1%), with the sample ids.
@@ -44,23 +45,24 @@ def embeddings_to_device(embeddings: np.ndarray, sample_ids: np.ndarray, device:
             f"sample_ids are {sample_ids.dtype} {sample_ids.shape}; they must be int64 of shape {embeddings.shape[:1]}"
         )
     with warnings.catch_warnings():
+        # torch warns of arrays that are not writable, as memory maps are. Nothing here writes to embeddings.
         warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
         on_device = torch.from_numpy(np.ascontiguousarray(embeddings)).to(device)
     norms = np.sqrt(squared_norms(on_device).cpu().numpy())
     if not np.isfinite(norms).all():
-        _refuse(sample_ids[~np.isfinite(norms)], "hold NaN or infinity", "remove them, or embed them again")
+        _raise_for(sample_ids[~np.isfinite(norms)], "hold NaN or infinity", "remove them, or embed them again")
     off_unit = (norms > MAX_NORM) | (norms < 2 - MAX_NORM)
     if off_unit.any():
-        _refuse(sample_ids[off_unit], "are not of unit length", "divide every embedding by its norm first")
+        _raise_for(sample_ids[off_unit], "are not of unit length", "divide every embedding by its norm first")
     return on_device
 
 
 def nearest_centroids(embeddings: torch.Tensor, centroids: np.ndarray, engine: str = FASTEST_ENGINE) -> torch.Tensor:
-    """Return the nearest centroid of every embedding, ties to the lower centroid id.
+    """Return the nearest centroid of every embedding; ties go to the lower centroid id.
 
     embeddings (n, d) float16 of unit length on any device; centroids (k, d), rounded to multiples of 2^-24 if they are
-    not yet. Returns (n,) int64 on the device of the embeddings. Every engine gives the same.
-    Memory beside the embeddings: 20 k·d bytes and, a chunk of rows, up to 64 MB (CPU) or 1 GB (GPU).
+    not yet. Returns (n,) int64 on the device of the embeddings, the same for every engine.
+    Memory beside the embeddings: 20 k·d bytes, and up to 64 MB (CPU) or 1 GB (GPU) for a chunk of rows.
     """
     if engine not in ENGINES:
         raise ValueError(f"engine={engine!r} is unknown; use one of {', '.join(ENGINES)}")
@@ -71,6 +73,7 @@ def nearest_centroids(embeddings: torch.Tensor, centroids: np.ndarray, engine: s
     for rows in row_chunks(len(embeddings), len(exact), embeddings.device):
         labels[rows], close = search.search(embeddings[rows])
         contested.append(flat_nonzero(close) + rows.start)
+    # Contested rows are few and spread over the chunks, and a comparison has a fixed cost: gather them all first.
     unsettled = torch.cat(contested)
     for rows in row_chunks(len(unsettled), len(exact), embeddings.device):
         labels[unsettled[rows]] = search.settle(embeddings[unsettled[rows]])
@@ -78,9 +81,9 @@ def nearest_centroids(embeddings: torch.Tensor, centroids: np.ndarray, engine: s
 
 
 def squared_distances_to(embeddings: torch.Tensor, centroids: np.ndarray, labels: torch.Tensor) -> torch.Tensor:
-    """Exact squared distances (n,) float64 of embeddings (n, d) to those of centroids (k, d) that labels (n,) name.
+    """Return the exact squared distances (n,) float64 of embeddings (n, d) to the centroids (k, d) of labels (n,).
 
-    Take roots with numpy, which rounds them correctly; torch's on a CPU are now and then an ulp off.
+    Take roots with numpy, which rounds them correctly; torch's on a CPU are sometimes an ulp off.
     """
     exact = exact_centroids(centroids, embeddings.device)
     result = torch.empty(len(embeddings), dtype=torch.float64, device=embeddings.device)
@@ -92,13 +95,13 @@ def squared_distances_to(embeddings: torch.Tensor, centroids: np.ndarray, labels
 
 
 def add_rows(sums: torch.Tensor, embeddings: torch.Tensor, labels: torch.Tensor, sign: int = 1) -> None:
-    """Add (or with sign=-1 take away) every embedding to the row of sums (k, d) float64 that its label names; exact."""
+    """Add every embedding to the row of sums (k, d) float64 of its label, exactly; with sign=-1 subtract it."""
     space = Workspace(embeddings.device)
     for rows in row_chunks(len(embeddings), embeddings.shape[1], embeddings.device):
         sums.index_add_(0, labels[rows], space.copy("rows", embeddings[rows], torch.float64), alpha=sign)
 
 
-def _refuse(sample_ids: np.ndarray, fault: str, remedy: str) -> None:
+def _raise_for(sample_ids: np.ndarray, fault: str, remedy: str) -> None:
     shown = ", ".join(str(i) for i in np.sort(sample_ids)[:_NUM_IDS_IN_ERROR])
     more = f" and {len(sample_ids) - _NUM_IDS_IN_ERROR} more" if len(sample_ids) > _NUM_IDS_IN_ERROR else ""
     raise ValueError(f"{len(sample_ids)} embeddings {fault}: sample ids {shown}{more}; {remedy}")

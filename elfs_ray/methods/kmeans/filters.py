@@ -1,7 +1,7 @@
-"""The nearest centroids by a fast product or by faiss, with an exact comparison where they leave more than one.
+"""Search for nearest centroids fast, within a proven error bound, and exactly where that bound does not decide.
 
-A fast product in float32 (CPU) or on float16 tensor cores (GPU) is only a filter with a proven error: where it leaves
-one candidate that is the nearest centroid, where it leaves several they are compared exactly. Ties go to the lower
+A product in float32 (CPU) or on float16 tensor cores (GPU), or a search by faiss, is only a filter. Where it leaves one
+candidate, that is the nearest centroid; where it leaves several, they are compared exactly. Ties go to the lower
 centroid id.
 """
 
@@ -25,12 +25,12 @@ from elfs_ray.methods.numeric.workspace import Workspace
 
 
 class ProductFilter:
-    """Matrix product in chunks, then an exact comparison of the centroids that its rounding cannot tell apart.
+    """A matrix product, and an exact comparison of the centroids that its rounding cannot tell apart.
 
-    The score x·c - ‖c‖²/2 = (‖x‖² - ‖x - c‖²) / 2 is largest at the nearest centroid. Taking an offset m off first, by
-    default the mean centroid, changes a row's scores by a constant, to (‖x - m‖² - ‖x - c‖²) / 2, and makes the
-    numbers, hence the rounding, as small as the spread of the centroids. `error` bounds a score's error, `magnitude`
-    its size, and of scores further apart than `slack` the larger one is larger for certain.
+    The score x·c - ‖c‖²/2 = (‖x‖² - ‖x - c‖²) / 2 is largest at the nearest centroid. Subtracting an offset m from the
+    centroids, by default their mean, changes all scores of a row by one constant, to (‖x - m‖² - ‖x - c‖²) / 2. The
+    numbers, and so their rounding, become as small as the spread of the centroids. `error` bounds a score's error and
+    `magnitude` its size; of two scores that differ by more than `slack`, the larger one is certainly larger.
     """
 
     def __init__(self, centroids: torch.Tensor, offset: torch.Tensor | None = None):
@@ -41,6 +41,8 @@ class ProductFilter:
         self._matrix = centred.half() if centroids.is_cuda else centred.float()
         bias = self.offset.square().sum() / 2 - self._half_norms
         self._bias = bias.float()
+        # Two errors: rounding the centred centroids to the matrix's dtype, and the product's, with the bias as two more
+        # terms of the sum. Both are proportional to the embedding's norm.
         rounded_off = (centred - self._matrix.double()).norm(dim=1).max()
         self.magnitude = float(MAX_NORM * self._matrix.double().norm(dim=1).max() + bias.abs().max())
         roundings = product_error(centroids.shape[1] + 2, centroids.device)
@@ -52,12 +54,12 @@ class ProductFilter:
         return len(self._centroids)
 
     def search(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The nearest centroids (m,) int64, and a mask (m,) of the rows that have to be settled."""
+        """Return the nearest centroids (m,) int64, and a mask (m,) of the rows that must be settled."""
         labels, best, second = self.search_two(embeddings)
         return labels, best - second <= self.slack
 
     def search_two(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The centroid with the largest score (m,) int64, that score and the next, (m,) float32 each."""
+        """Return the centroid with the largest score (m,) int64, its score, and the next-largest one, (m,) float32."""
         scores = self.scores(embeddings)
         # On a CPU numpy finds a maximum with its position five times faster than torch does.
         labels = scores.argmax(1) if scores.is_cuda else torch.from_numpy(scores.numpy().argmax(1))
@@ -66,19 +68,20 @@ class ProductFilter:
         return labels, best, scores.scatter_(1, at, -torch.inf).amax(1)
 
     def scores(self, embeddings: torch.Tensor, some: torch.Tensor | None = None) -> torch.Tensor:
-        """Scores (m, k), or those of some centroids, (m, len(some)); they hold until the next call."""
+        """Return the scores (m, k), or (m, len(some)) of some centroids; they are valid until the next call."""
         matrix, bias = (self._matrix, self._bias) if some is None else (self._matrix[some], self._bias[some])
         return fast_product(embeddings, matrix, self._space).add_(bias)
 
     def settle(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """The nearest centroids (m,) by an exact comparison of those whose scores lie within the slack of the best.
+        """Return the nearest centroids (m,) by an exact comparison of those with scores within the slack of the best.
 
-        It takes some 0.1 ms whatever the number of rows: gather them.
+        A call takes at least 0.1 ms: gather rows before it.
         """
         scores = self.scores(embeddings)
         flat = flat_nonzero(scores.amax(1, keepdim=True) - scores <= self.slack)
         rows, candidates = flat // len(self._centroids), flat % len(self._centroids)
         exact = exact_products(embeddings, rows, self._centroids, candidates) - self._half_norms[candidates]
+        # A maximum over each row's candidates, however many it has; then, among those that reach it, the lowest id.
         best = torch.full((len(embeddings),), -torch.inf, dtype=torch.float64, device=embeddings.device)
         best.scatter_reduce_(0, rows, exact, "amax")
         winning = exact == best[rows]
@@ -87,32 +90,37 @@ class ProductFilter:
 
 
 class FaissFilter:
-    """faiss's flat index finds the two nearest; rows where they are too close to call are for `ProductFilter`."""
+    """A search by faiss's flat index for the two nearest; `ProductFilter` settles rows where they are too close."""
 
     def __init__(self, centroids: torch.Tensor):
         self._index = _flat_index(centroids)
         self.settle: Callable[[torch.Tensor], torch.Tensor] = ProductFilter(centroids).settle
         norm = float(centroids.norm(dim=1).max())
+        # faiss computes ‖x‖² - 2 x·c + ‖c‖² without centring, so its error goes with (‖x‖ + ‖c‖)², not with the spread
+        # of the centroids; twice that for the difference of two distances.
         self._slack = 2 * product_error(centroids.shape[1] + 4, centroids.device) * (MAX_NORM + norm) ** 2
 
     def search(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The nearest centroids (m,) int64, and a mask (m,) of the rows that have to be settled."""
-        if self._index.ntotal == 1:
+        """Return the nearest centroids (m,) int64, and a mask (m,) of the rows that must be settled."""
+        if self._index.ntotal == 1:  # there is no second-nearest
             none = torch.zeros(len(embeddings), dtype=torch.bool, device=embeddings.device)
             return none.long(), none
         rows = embeddings.float()
-        found = self._index.search(rows if rows.is_cuda else rows.numpy(), 2)
-        distances, candidates = (torch.as_tensor(part) for part in found)
+        two_nearest = self._index.search(rows if rows.is_cuda else rows.numpy(), 2)
+        distances, candidates = (torch.as_tensor(part) for part in two_nearest)
         return candidates[:, 0], distances[:, 1] - distances[:, 0] <= self._slack
 
 
 def mean_centroid(centroids: torch.Tensor) -> torch.Tensor:
-    """The mean (d,) of centroids (k, d), rounded to multiples of 2^-24."""
+    """Return the mean (d,) of centroids (k, d), rounded to multiples of 2^-24."""
+    # Rounded, differences from centroids are exact in float64.
     return centroids.mean(0).div(FIXED_POINT_UNIT).round().mul(FIXED_POINT_UNIT)
 
 
 def _rounded_up(value: float) -> float:
-    """A float32 at or above the value: rounding is monotone, so differences within the value are within it rounded."""
+    """Return a float32 at or above the value."""
+    # Scores are compared in float32, where a difference is rounded. Rounding is monotone: a difference that is within
+    # the value is, once rounded, still within the value rounded up.
     return float(np.nextafter(np.float32(value), np.float32(np.inf)))
 
 
@@ -123,9 +131,7 @@ def _flat_index(centroids: torch.Tensor) -> Any:
     index: Any
     if centroids.is_cuda:
         if faiss.get_num_gpus() == 0:
-            raise ValueError(
-                "engine='faiss' was asked for on a GPU, but faiss sees none; install faiss-gpu, or use engine='torch'"
-            )
+            raise ValueError("engine='faiss' on a GPU, but faiss sees none; install faiss-gpu, or use engine='torch'")
         import_module("faiss.contrib.torch_utils")  # patches faiss, for the whole process, to take tensors on a GPU
         config = faiss.GpuIndexFlatConfig()
         config.device = centroids.get_device()

@@ -1,8 +1,9 @@
-"""The k nearest neighbours by cosine similarity, exact over shards.
+"""Find the k nearest neighbours by cosine similarity, exactly, over shards.
 
 The similarity is the dot product of the unit-length float16 embeddings as they are stored, which float64 holds exactly
-(exact_arithmetic.py). faiss searches by brute force in float32 (CPU) or on float16 tensor cores (GPU), and ranking.py
-makes its answer exact. The order is therefore that of a brute-force search in float64, with ties by sample_id.
+(numeric/exact_arithmetic.py). faiss searches by brute force in float32 (CPU) or on float16 tensor cores (GPU), and
+ranking.py makes its result exact. The order is therefore that of a brute-force search in float64, with ties by
+sample_id.
 """
 
 from collections.abc import Iterable
@@ -16,13 +17,13 @@ from elfs_ray.methods.kmeans.assignment import check_device, embeddings_to_devic
 from elfs_ray.methods.neighbors.ranking import MARGIN, Points, Ranking, rank_candidates, rank_exhaustively
 from elfs_ray.methods.numeric.faiss_build import check_faiss
 
-_BLOCKS = {"cpu": (4096, 1 << 15), "cuda": (1 << 15, 1 << 20)}  # queries and points of a search
-_MOST_ON_GPU = 2048  # candidates of a query: a limit of faiss
+_BLOCKS = {"cpu": (4096, 1 << 15), "cuda": (1 << 15, 1 << 20)}  # queries and points per search, which bound its memory
+_MOST_ON_GPU = 2048  # the most candidates per query that faiss selects on a GPU
 
 
 @dataclass(frozen=True)
 class Neighbors:
-    """neighbor_ids (m, k) int64 and similarity (m, k) float32 of m queries, most similar first, ties by sample_id."""
+    """The neighbor_ids (m, k) int64 and similarity (m, k) float32 of m queries, most similar first, ties by id."""
 
     neighbor_ids: np.ndarray
     similarity: np.ndarray
@@ -42,8 +43,8 @@ def nearest_neighbors(
     sample_ids (n,) int64, read once and one at a time. The neighbours do not depend on how the pool is cut.
     Raises ValueError for embeddings that are not finite or not of unit length (with their ids), for a k that is not
     below the number of samples, and for a GPU or a build of faiss that is not there.
-    Memory on the device: (m + n)·d·2 bytes for the queries and the largest shard, 16 m·k for the lists, and to work in
-    500·d KB and 100 MB (CPU) or 8·d MB and 4 GB (GPU).
+    Memory on the device: (m + n)·d·2 bytes for the queries and the largest shard, 16 m·k for the rankings, and to work
+    in 500·d KB and 100 MB (CPU) or 8·d MB and 4 GB (GPU).
     """
     if k < 1:
         raise ValueError(f"k={k}; it must be at least 1")
@@ -64,12 +65,12 @@ def nearest_neighbors(
 
 
 def points_on(embeddings: np.ndarray, sample_ids: np.ndarray, device: torch.device) -> Points:
-    """Check embeddings, as `embeddings_to_device` does, and put them on a device with their ids."""
+    """Put embeddings and their ids on a device, with the checks of `embeddings_to_device`."""
     return Points(embeddings_to_device(embeddings, sample_ids, device), torch.from_numpy(sample_ids.copy()).to(device))
 
 
 class FlatSearch:
-    """Rank points by brute force, faiss's on a device. Raises ValueError where the installed faiss has none for it."""
+    """A ranking of points by faiss's brute-force search. Raises ValueError where no faiss serves the device."""
 
     def __init__(self, device: torch.device):
         check_faiss("the search for neighbours", device.type)
@@ -80,10 +81,11 @@ class FlatSearch:
             self._gpu_resources = import_module("faiss").StandardGpuResources()
 
     def rank(self, ranking: Ranking, queries: Points, points: Points) -> Ranking:
-        """Return the ranking of queries with all points merged into it, a block of queries and points at a time."""
+        """Return the ranking of the queries with all points merged into it."""
         starts = range(0, len(queries), self._query_rows)
         for start in range(0, len(points), self._point_rows):
             block = points[start : start + self._point_rows]
+            # faiss takes float32 on a CPU: convert a block of points once for all queries.
             rows_of_block = block.embeddings if self._gpu_resources else block.embeddings.float()
             ranking = Ranking.joined(
                 [
@@ -105,12 +107,14 @@ class FlatSearch:
         return rank_candidates(ranking, queries, points, approximate, positions, rank_all)
 
     def _search(self, queries: torch.Tensor, points: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The `count` most similar points of each query: products (m, count) float32, positions, -1 where none is left.
+        """Return the `count` most similar points of each query: products (m, count) float32 and positions.
 
-        The kernels are those of IndexFlatIP and GpuIndexFlat, without the copy of the points that an index keeps. A GPU
-        multiplies float16 on tensor cores and adds in float32.
+        The position is -1 where there are fewer points.
         """
         import faiss
+
+        # The kernels of IndexFlatIP and GpuIndexFlat, without the copy of the points that an index keeps. A GPU
+        # multiplies float16 on tensor cores and adds in float32.
 
         metric = faiss.METRIC_INNER_PRODUCT
         if self._gpu_resources:

@@ -1,8 +1,9 @@
-"""The k nearest neighbours through faiss's inverted file: approximate, for pools that are too large for exact search.
+"""Find the k nearest neighbours through faiss's inverted file: approximate, for pools too large for exact search.
 
-Samples are listed under their most similar centroid, and a query looks into the lists of the centroids most similar to
-it. The choice of lists is exact, and so is the ranking in them (ranking.py): the answer is a function of the embeddings
-and the centroids, however the samples are divided over inverted files and the queries over searches.
+Samples are listed under their most similar centroid, and a query is compared with the samples in the lists of the
+centroids most similar to it. The choice of lists is exact, and so is the ranking of their samples (ranking.py). The
+result is therefore a function of the embeddings and the centroids: it depends neither on how samples are divided over
+inverted files nor on how queries are divided over searches.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,8 +16,8 @@ from elfs_ray.methods.neighbors.exact import FlatSearch, Neighbors, points_on, r
 from elfs_ray.methods.neighbors.ranking import MARGIN, NO_ID, Points, Ranking, rank_candidates, rank_exhaustively
 
 _CPU = torch.device("cpu")
-_QUERIES = 4096  # of a search
-_ADDED = 1 << 15  # rows at a time, which faiss takes as float32
+_QUERIES = 4096  # per search
+_ADDED = 1 << 15  # rows that are converted to float32 at a time, for faiss to add
 
 
 def nearest_lists(embeddings: np.ndarray, centroids: np.ndarray, num: int) -> np.ndarray:
@@ -30,10 +31,10 @@ def nearest_lists(embeddings: np.ndarray, centroids: np.ndarray, num: int) -> np
 
 
 class InvertedFile:
-    """Samples by the list that they are in: embeddings (n, d) float16 of unit length, sample_ids (n,) int64.
+    """Samples by list: embeddings (n, d) float16 of unit length with their sample_ids (n,) int64.
 
-    centroids (l, d) float16 of unit length are those of a spherical k-means of the same embeddings; about 4 √n to 16 √n
-    lists suit n samples. faiss keeps float16 too: memory 4·n·d + 24 n bytes with the embeddings themselves.
+    centroids (l, d) float16 of unit length come from a spherical k-means of the same embeddings; about 4 √n to 16 √n
+    lists suit n samples. Memory: 4·n·d + 24 n bytes with the embeddings themselves, as faiss keeps a float16 copy.
     Raises ValueError for embeddings that are not finite or not of unit length, and without faiss.
     """
 
@@ -47,8 +48,9 @@ class InvertedFile:
     def search(self, queries: np.ndarray, query_ids: np.ndarray, lists: np.ndarray, k: int) -> Neighbors:
         """Return the k most similar samples in each query's lists (m, p), the query itself (by id) left out.
 
-        The similarity is float64, until `merge_neighbors`. Where the lists hold fewer than k samples, the rest of a row
-        has id -1 and similarity -inf. Memory beside the result: 200 k KB, and 8·d bytes a sample of a query's lists.
+        The similarity stays float64 until `merge_neighbors`, as rounding first could change the order. Where the lists
+        hold fewer than k samples, the rest of a row has id -1 and similarity -inf. Memory beside the result: 200 k KB,
+        and 8·d bytes per sample of a query's lists.
         """
         wanted = points_on(queries, query_ids, _CPU)
         blocks = (slice(start, start + _QUERIES) for start in range(0, len(queries), _QUERIES))
@@ -59,7 +61,8 @@ class InvertedFile:
     def _rank(self, queries: Points, lists: np.ndarray, k: int) -> Ranking:
         ranking = Ranking.empty(len(queries), k, _CPU)
         self._index.nprobe = lists.shape[1]
-        # One of the candidates may be the query itself. faiss needs no products with the centroids: they rank nothing.
+        # One of the candidates may be the query itself. faiss also takes the queries' products with the centroids, but
+        # uses them only for indexes that store residuals: zeros do.
         products, positions = self._index.search_preassigned(
             queries.embeddings.float().numpy(), k + 1 + MARGIN, lists, np.zeros(lists.shape, np.float32)
         )
@@ -82,12 +85,12 @@ class InvertedFile:
 
 
 def _filled_index(embeddings: torch.Tensor, lists: np.ndarray, num_lists: int) -> Any:
-    """faiss's inverted file of embeddings (n, d) under lists (n,), which knows each by its row."""
+    """Return faiss's inverted file of embeddings (n, d) under lists (n,), with their rows as ids."""
     import faiss
 
     dim = embeddings.shape[1]
-    # float16 as it is stored, not as a residual: exact, in half the memory of IndexIVFFlat. The quantizer is never
-    # searched, lists are always given, so it stays empty and there is nothing to train.
+    # by_residual=False stores float16 numbers as they are: exact, in half the memory of IndexIVFFlat. Lists are always
+    # chosen outside, so the quantizer is never searched: it stays empty, and there is nothing to train.
     index = faiss.IndexIVFScalarQuantizer(
         faiss.IndexFlatIP(dim),
         dim,
@@ -105,7 +108,7 @@ def _filled_index(embeddings: torch.Tensor, lists: np.ndarray, num_lists: int) -
 
 
 def merge_neighbors(parts: Sequence[Neighbors]) -> Neighbors:
-    """Return the k best of what several inverted files found for the same queries; ids of -1 where they found fewer."""
+    """Return the k best of the results of several inverted files for the same queries; id -1 where there are fewer."""
     ids = np.concatenate([part.neighbor_ids for part in parts], axis=1)
     similarity = np.concatenate([part.similarity for part in parts], axis=1)
     order = np.lexsort((ids, -similarity), axis=1)[:, : parts[0].neighbor_ids.shape[1]]
@@ -120,14 +123,14 @@ def search_lists(
     centroids: np.ndarray,
     nprobe: int,
 ) -> Neighbors:
-    """Return k neighbours of every query: from its `nprobe` nearest lists, or twice as many while these hold too few.
+    """Return k neighbours of every query from its `nprobe` nearest lists, or from more while these hold too few.
 
-    search: returns what all inverted files of a pool find together for (queries, query_ids, lists). The pool holds more
-    than k samples.
+    search: returns the merged result of all inverted files of a pool for (queries, query_ids, lists). The pool must
+    hold more than k samples.
     """
     neighbors = search(queries, query_ids, nearest_lists(queries, centroids, nprobe))
     short = np.flatnonzero((neighbors.neighbor_ids < 0).any(1))
-    while len(short):
+    while len(short):  # doubling reaches all lists in a few rounds, and few queries need any
         assert nprobe < len(centroids), "all lists together hold no more than k samples"
         nprobe = min(2 * nprobe, len(centroids))
         more = search(queries[short], query_ids[short], nearest_lists(queries[short], centroids, nprobe))
@@ -139,9 +142,10 @@ def search_lists(
 def choose_nprobe(
     search: Callable[[int], Neighbors], exact: Neighbors, num_lists: int, min_recall: float
 ) -> tuple[int, list[dict[str, float]]]:
-    """Return the smallest power of two of lists that reaches `min_recall` of the exact neighbours, and all measured.
+    """Return the smallest power of two of lists that reaches `min_recall`, and the recall of every number tried.
 
-    search: finds, with a given nprobe, the neighbours of a sample of the pool; exact: their exact neighbours.
+    search: returns the neighbours of a random part of the pool for an nprobe; exact: their exact neighbours. Where no
+    smaller number reaches the recall, all lists are searched.
     """
     measured: list[dict[str, float]] = []
     nprobe = 1

@@ -1,7 +1,7 @@
-"""Exact rankings from approximate candidates: what makes a search by faiss exact.
+"""Make exact rankings from the approximate candidates of a search by faiss.
 
-faiss returns the best of each query by float32 products. Their error has a proven bound, so an exact comparison of
-these candidates settles the ranking wherever the worst candidate is further from the k-th best than the bound. The few
+faiss returns the best points of each query by float32 products, whose error has a proven bound. An exact comparison of
+these candidates settles the ranking wherever the last candidate is further from the k-th best than the bound. The few
 queries where it is not are compared with every point.
 """
 
@@ -12,8 +12,8 @@ import torch
 
 from elfs_ray.methods.numeric.exact_arithmetic import MAX_NORM, exact_rows, product_error, row_chunks
 
-# Candidates beyond the k + 1 that are needed (one may be the query itself). Neighbouring ranks are usually some 1e-4
-# apart and the bound is some 2e-5, so a few spare ranks prove nearly every query; each costs an exact product.
+# Candidates beyond k + 1 (one may be the query itself). Adjacent ranks usually differ by some 1e-4 and the bound is
+# some 2e-5, so a few spare candidates settle nearly every query; each costs an exact product.
 MARGIN = 4
 NO_ID = torch.iinfo(torch.int64).max
 _CHUNK = {"cpu": 16, "cuda": 1024}  # queries whose candidates' coordinates fit a core's cache, or fill a GPU
@@ -35,7 +35,7 @@ class Points:
 
 @dataclass(frozen=True)
 class Ranking:
-    """The best k so far of m queries: similarity (m, k) float64, exact and descending, ids (m, k), ties ascending.
+    """The best k so far of m queries: exact similarity (m, k) float64, descending, and ids (m, k), ascending in ties.
 
     Places that are not taken yet hold -inf and NO_ID.
     """
@@ -58,15 +58,15 @@ class Ranking:
         return Ranking(self.similarity[rows], self.ids[rows])
 
     def merged(self, similarity: torch.Tensor, ids: torch.Tensor) -> "Ranking":
-        """Return the best k of this ranking and of further samples (m, c), which it does not hold yet."""
+        """Return the best k of this ranking and of new samples (m, c), which it must not hold yet."""
         similarity, order = torch.cat([self.similarity, similarity], dim=1).sort(dim=1, descending=True)
         ids = torch.cat([self.ids, ids], dim=1).gather(1, order)
-        # Few rows hold equal similarities, and sorting all of them by id as well takes three times as long.
+        # Few rows hold equal similarities, and sorting all rows by id as well takes three times as long.
         equal = (similarity[:, 1:] == similarity[:, :-1]) & ~similarity[:, 1:].isneginf()
         rows = equal.any(1).nonzero().squeeze(1)
         ids_of_rows, order = ids[rows].sort(dim=1)
         order = similarity[rows].gather(1, order).argsort(dim=1, descending=True, stable=True)
-        ids[rows] = ids_of_rows.gather(1, order)  # the similarities are in order as they are
+        ids[rows] = ids_of_rows.gather(1, order)  # the similarities are in order already
         k = self.ids.shape[1]
         return Ranking(similarity[:, :k], ids[:, :k])
 
@@ -81,11 +81,11 @@ def rank_candidates(
 ) -> Ranking:
     """Return the ranking with points merged into it, from the candidates (m, c) that faiss returned for each query.
 
-    approximate: their products in float32, descending; positions: their rows of points, -1 where there are no more.
-    rank_all: merges, for some queries (rows), every point that they are searched in.
+    approximate: their products in float32, descending; positions: their rows in points, -1 where there are no more.
+    rank_all: returns the ranking of some queries (rows) after an exact comparison with all points they search.
     """
     error = MAX_NORM**2 * product_error(queries.embeddings.shape[1], approximate.device)
-    bound = approximate.double() + error  # of the exact similarity of a candidate, and of all that follow it
+    bound = approximate.double() + error  # an upper bound on the exact similarity of a candidate and all that follow
     level = ranking.similarity[:, -1:]
     ids = points.ids[positions.clamp(min=0)]
     wanted = (positions >= 0) & (bound >= level) & (ids != queries.ids.unsqueeze(1))
@@ -94,8 +94,8 @@ def rank_candidates(
         similarity.masked_fill_(~wanted, -torch.inf),
         ids.masked_fill_(~wanted, NO_ID),
     )
-    # A point that faiss left out is no better than the last candidate; with fewer candidates than were asked for, -1 at
-    # the end, none was left out.
+    # A point that faiss left out is no better than the last candidate. Where candidates end with -1, there were fewer
+    # points than requested, and none was left out.
     unproven = (positions[:, -1] >= 0) & (bound[:, -1] >= merged.similarity[:, -1])
     rows = unproven.nonzero().squeeze(1)
     if len(rows):
@@ -107,15 +107,13 @@ def rank_candidates(
 def _similarity_of(
     queries: torch.Tensor, points: torch.Tensor, positions: torch.Tensor, relevant: torch.Tensor
 ) -> torch.Tensor:
-    """Return exact products (m, c) float64 of queries with the points at positions, at least where they are relevant.
-
-    Relevant are the first few of every row, so a chunk of rows is cut to its widest.
-    """
+    """Return exact products (m, c) float64 of queries with the points at positions, where they are relevant."""
+    # Candidates descend, so the relevant ones come first in every row: cut each chunk of rows to its longest.
     result = torch.full(positions.shape, -torch.inf, dtype=torch.float64, device=queries.device)
     positions, queries = positions.clamp(min=0), queries.float()
     step = _CHUNK[queries.device.type]
     size = (step * positions.shape[1], points.shape[1])
-    # The memory of every chunk: allocated anew it would be cleared anew.
+    # All chunks share these buffers: new ones would have to be cleared by the OS each time.
     halves, singles, doubles = (
         torch.empty(size, dtype=dtype, device=queries.device) for dtype in (torch.float16, torch.float32, torch.float64)
     )
@@ -132,7 +130,7 @@ def _similarity_of(
 
 
 def _widths(relevant: torch.Tensor, step: int) -> list[int]:
-    """The most relevant candidates that a query of each chunk of `step` queries has, at least 1."""
+    """Return, for each chunk of `step` queries, the largest number of relevant candidates of a query, at least 1."""
     return [int(part.max()) for part in relevant.sum(1).clamp(min=1).split(step)]
 
 
@@ -141,7 +139,7 @@ def rank_exhaustively(ranking: Ranking, queries: Points, points: Points) -> Rank
 
     Memory: 8·n·d bytes for n points, and 100 MB (CPU) or 2 GB (GPU) for their products with the queries.
     """
-    points = points[points.ids.argsort()]
+    points = points[points.ids.argsort()]  # columns in the order of ids, so that ties need no sort
     right = exact_rows(points.embeddings).T
     k = min(ranking.ids.shape[1], len(points))
     parts = []
@@ -149,7 +147,7 @@ def rank_exhaustively(ranking: Ranking, queries: Points, points: Points) -> Rank
         similarity = exact_rows(queries.embeddings[rows]) @ right
         itself = queries.ids[rows].unsqueeze(1) == points.ids
         similarity.masked_fill_(itself, -torch.inf)
-        # topk takes any of several equal values: of those at the k-th the first, with the lowest ids, are taken here.
+        # topk breaks ties arbitrarily. Of the values equal to the k-th, take the first, which have the lowest ids.
         kth = similarity.topk(k, dim=1).values[:, -1:]
         above, level = similarity > kth, similarity == kth
         chosen = above | (level & (level.cumsum(1) <= k - above.sum(1, keepdim=True)))

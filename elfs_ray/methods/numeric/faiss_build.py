@@ -1,13 +1,13 @@
 """Check for faiss, an optional dependency with one build for CPUs and one for GPUs.
 
-k-means does without it by default, so it is imported where it is used and never at the top of a module.
+k-means does not need it by default, so it is imported where it is used and never at the top of a module.
 """
 
 
 def check_faiss(purpose: str, device: str) -> None:
     """Raise ValueError where the installed faiss cannot serve `purpose` on a device, "cpu" or "cuda".
 
-    Looks at the build alone: the machine that asks may have no GPU though its workers have.
+    The check looks at the build alone: the machine that runs it may have no GPU although its workers have.
     """
     extra = "gpu" if device == "cuda" else "cpu"
     try:

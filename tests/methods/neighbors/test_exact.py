@@ -13,14 +13,14 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 
 def clustered(num_rows: int, dim: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings around 20 centres, with ids that are neither dense nor sorted."""
+    """Return embeddings around 20 centres, with ids that are neither dense nor sorted."""
     random = np.random.default_rng(seed)
     rows = random.normal(size=(20, dim))[random.integers(20, size=num_rows)] + 0.7 * random.normal(size=(num_rows, dim))
     return unit(rows), random.permutation(3 * num_rows)[:num_rows]
 
 
 def brute_force(queries, query_ids, embeddings, sample_ids, k) -> Neighbors:
-    """float64 products (exact for these embeddings), sorted by similarity, then id."""
+    """Sort float64 products, which are exact for these embeddings, by similarity, then id."""
     ids, similarities = [], []
     for start in range(0, len(queries), 500):
         similarity = queries[start : start + 500].astype(np.float64) @ embeddings.astype(np.float64).T
@@ -33,10 +33,10 @@ def brute_force(queries, query_ids, embeddings, sample_ids, k) -> Neighbors:
     return Neighbors(np.stack(ids), np.stack(similarities))
 
 
-def assert_same(found: Neighbors, expected: Neighbors) -> None:
-    np.testing.assert_array_equal(found.neighbor_ids, expected.neighbor_ids)
-    np.testing.assert_array_equal(found.similarity, expected.similarity)
-    assert (found.neighbor_ids.dtype, found.similarity.dtype) == (np.int64, np.float32)
+def assert_same(neighbors: Neighbors, expected: Neighbors) -> None:
+    np.testing.assert_array_equal(neighbors.neighbor_ids, expected.neighbor_ids)
+    np.testing.assert_array_equal(neighbors.similarity, expected.similarity)
+    assert (neighbors.neighbor_ids.dtype, neighbors.similarity.dtype) == (np.int64, np.float32)
 
 
 def cut(embeddings, sample_ids, at):
@@ -62,8 +62,8 @@ def test_ids_and_order_are_those_of_brute_force_for_any_shards(pool, at):
 def test_ids_and_order_are_those_of_brute_force_on_twenty_thousand_samples():
     embeddings, sample_ids = clustered(20_000, 384, seed=2)
     embeddings[100:300] = embeddings[0]
-    found = nearest_neighbors(embeddings, sample_ids, cut(embeddings, sample_ids, [4000, 15_000]), 50)
-    assert_same(found, brute_force(embeddings, sample_ids, embeddings, sample_ids, 50))
+    neighbors = nearest_neighbors(embeddings, sample_ids, cut(embeddings, sample_ids, [4000, 15_000]), 50)
+    assert_same(neighbors, brute_force(embeddings, sample_ids, embeddings, sample_ids, 50))
 
 
 def test_neighbours_closer_than_float32_can_tell_are_in_order():
@@ -82,9 +82,9 @@ def test_neighbours_closer_than_float32_can_tell_are_in_order():
 def test_equal_samples_are_each_others_neighbours_by_id():
     embeddings = np.repeat(unit(np.ones((1, 5))), 12, axis=0)
     sample_ids = np.arange(12)[::-1].copy()
-    found = nearest_neighbors(embeddings, sample_ids, cut(embeddings, sample_ids, [5]), 3)
+    neighbors = nearest_neighbors(embeddings, sample_ids, cut(embeddings, sample_ids, [5]), 3)
     expected = [[i for i in range(12) if i != sample_id][:3] for sample_id in sample_ids]
-    assert found.neighbor_ids.tolist() == expected
+    assert neighbors.neighbor_ids.tolist() == expected
 
 
 @pytest.mark.parametrize("at", [[], [100], [5, 6, 1900]])
@@ -92,25 +92,25 @@ def test_a_pool_of_equal_samples_gives_the_lowest_ids(at):
     """No margin of candidates proves a ranking here: every query is compared with every sample."""
     embeddings = np.repeat(unit(np.random.default_rng(7).normal(size=(1, 24))), 2000, axis=0)
     sample_ids = np.random.default_rng(8).permutation(2000)
-    found = nearest_neighbors(embeddings, sample_ids, cut(embeddings, sample_ids, at), 4)
+    neighbors = nearest_neighbors(embeddings, sample_ids, cut(embeddings, sample_ids, at), 4)
     expected = [[i for i in range(5) if i != sample_id][:4] for sample_id in sample_ids]
-    assert found.neighbor_ids.tolist() == expected
+    assert neighbors.neighbor_ids.tolist() == expected
 
 
 def test_a_query_is_left_out_by_its_id_not_its_place():
     embeddings, sample_ids = clustered(300, 16, seed=4)
     chosen = np.array([250, 3, 77])
-    found = nearest_neighbors(embeddings[chosen], sample_ids[chosen], [(embeddings, sample_ids)], 10)
-    assert not (found.neighbor_ids == sample_ids[chosen][:, None]).any()
-    assert_same(found, brute_force(embeddings[chosen], sample_ids[chosen], embeddings, sample_ids, 10))
+    neighbors = nearest_neighbors(embeddings[chosen], sample_ids[chosen], [(embeddings, sample_ids)], 10)
+    assert not (neighbors.neighbor_ids == sample_ids[chosen][:, None]).any()
+    assert_same(neighbors, brute_force(embeddings[chosen], sample_ids[chosen], embeddings, sample_ids, 10))
     outsider = nearest_neighbors(embeddings[:1], np.array([10**6]), [(embeddings, sample_ids)], 1)
     assert outsider.neighbor_ids.tolist() == [[sample_ids[0]]]
 
 
-def test_all_other_samples_can_be_asked_for_but_no_more():
+def test_k_may_be_all_other_samples_but_no_more():
     embeddings, sample_ids = clustered(40, 8, seed=5)
-    found = nearest_neighbors(embeddings, sample_ids, cut(embeddings, sample_ids, [7, 20]), 39)
-    assert (np.sort(found.neighbor_ids, axis=1)[5] == np.sort(np.delete(sample_ids, 5))).all()
+    neighbors = nearest_neighbors(embeddings, sample_ids, cut(embeddings, sample_ids, [7, 20]), 39)
+    assert (np.sort(neighbors.neighbor_ids, axis=1)[5] == np.sort(np.delete(sample_ids, 5))).all()
     with pytest.raises(ValueError, match=r"k=40 neighbours .* pool of 40 samples; use at most 39"):
         nearest_neighbors(embeddings, sample_ids, [(embeddings, sample_ids)], 40)
     with pytest.raises(ValueError, match="k=0"):

@@ -20,22 +20,22 @@ NUM_LISTS = 64
 
 @pytest.fixture(scope="module")
 def pool() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Embeddings with equal ones among them, their ids, and the centroids of lists."""
+    """Return embeddings with equal ones among them, their ids, and the centroids of lists."""
     embeddings, sample_ids = clustered(4000, 32, seed=8)
     embeddings[100:160] = embeddings[100]
     fit = kmeans(ArrayPoints(embeddings, sample_ids), NUM_LISTS, seed=0, spherical=True)
     return embeddings, sample_ids, fit.centroids.astype(np.float16)
 
 
-def asker(embeddings, sample_ids, centroids, k, at=()):
-    """What answers `search_lists`: the inverted files of a pool that is cut at some places."""
+def make_search(embeddings, sample_ids, centroids, k, at=()):
+    """Return the `search` argument of `search_lists`, over the inverted files of a pool cut at some places."""
     cuts = list(pairwise([0, *at, len(embeddings)]))
     files = [InvertedFile(centroids, embeddings[first:last], sample_ids[first:last]) for first, last in cuts]
     return lambda queries, ids, lists: merge_neighbors([file.search(queries, ids, lists, k) for file in files])
 
 
 def uneven_pool(num_rows: int, num_groups: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tight groups of exponential sizes, some of one sample alone, and their centres."""
+    """Return tight groups of exponential sizes, some of a single sample, and their centres."""
     random = np.random.default_rng(11)
     sizes = random.exponential(size=num_groups)
     sizes = np.maximum(1, np.floor(sizes / sizes.sum() * num_rows)).astype(int)
@@ -45,7 +45,7 @@ def uneven_pool(num_rows: int, num_groups: int) -> tuple[np.ndarray, np.ndarray,
     return rows, np.arange(len(rows)), unit(centres)
 
 
-def test_lists_are_those_of_the_most_similar_centroids_and_of_equal_ones_the_first(pool):
+def test_lists_are_the_most_similar_centroids_ties_to_the_first(pool):
     embeddings, _, centroids = pool
     centroids = np.concatenate([centroids, centroids])
     similarity = embeddings.astype(np.float64) @ centroids.astype(np.float64).T
@@ -54,21 +54,21 @@ def test_lists_are_those_of_the_most_similar_centroids_and_of_equal_ones_the_fir
         np.testing.assert_array_equal(nearest_lists(embeddings, centroids, num), expected)
 
 
-def test_an_inverted_file_that_looks_into_every_list_finds_the_exact_neighbours(pool):
+def test_searching_every_list_finds_the_exact_neighbours(pool):
     embeddings, sample_ids, centroids = pool
-    found = search_lists(
-        asker(*pool, 10, [7, 3000]), embeddings[:200], sample_ids[:200], centroids, nprobe=len(centroids)
+    neighbors = search_lists(
+        make_search(*pool, 10, [7, 3000]), embeddings[:200], sample_ids[:200], centroids, nprobe=len(centroids)
     )
-    assert_same(found, brute_force(embeddings[:200], sample_ids[:200], embeddings, sample_ids, 10))
+    assert_same(neighbors, brute_force(embeddings[:200], sample_ids[:200], embeddings, sample_ids, 10))
 
 
 @pytest.mark.parametrize("k", [5, 50])
-def test_neither_the_cut_of_the_pool_nor_that_of_the_queries_changes_what_is_found(pool, k):
+def test_cuts_of_the_pool_and_of_the_queries_do_not_change_the_result(pool, k):
     embeddings, sample_ids, centroids = pool
-    whole = search_lists(asker(*pool, k), embeddings, sample_ids, centroids, nprobe=2)
-    ask = asker(*pool, k, [1, 120, 130, 2500])
+    whole = search_lists(make_search(*pool, k), embeddings, sample_ids, centroids, nprobe=2)
+    search = make_search(*pool, k, [1, 120, 130, 2500])
     parts = [
-        search_lists(ask, embeddings[rows], sample_ids[rows], centroids, nprobe=2)
+        search_lists(search, embeddings[rows], sample_ids[rows], centroids, nprobe=2)
         for rows in np.array_split(np.random.default_rng(0).permutation(4000), 9)
     ]
     order = np.argsort(np.random.default_rng(0).permutation(4000))
@@ -76,19 +76,21 @@ def test_neither_the_cut_of_the_pool_nor_that_of_the_queries_changes_what_is_fou
     assert_same(joined, whole)
 
 
-def _columns(found: Neighbors) -> tuple[np.ndarray, np.ndarray]:
-    return found.neighbor_ids, found.similarity
+def _columns(neighbors: Neighbors) -> tuple[np.ndarray, np.ndarray]:
+    return neighbors.neighbor_ids, neighbors.similarity
 
 
 def test_the_search_of_a_list_is_exact(pool):
     embeddings, sample_ids, centroids = pool
     lists = nearest_lists(embeddings, centroids, 1)
-    found = InvertedFile(centroids, embeddings, sample_ids).search(embeddings[:100], sample_ids[:100], lists[:100], 8)
+    neighbors = InvertedFile(centroids, embeddings, sample_ids).search(
+        embeddings[:100], sample_ids[:100], lists[:100], 8
+    )
     for row in range(0, 100, 9):
         inside = lists[:, 0] == lists[row, 0]
         one = slice(row, row + 1)
         expected = brute_force(embeddings[one], sample_ids[one], embeddings[inside], sample_ids[inside], 8)
-        np.testing.assert_array_equal(found.neighbor_ids[one], expected.neighbor_ids)
+        np.testing.assert_array_equal(neighbors.neighbor_ids[one], expected.neighbor_ids)
 
 
 def test_equal_samples_of_a_list_are_found_by_the_lowest_ids(pool):
@@ -96,18 +98,18 @@ def test_equal_samples_of_a_list_are_found_by_the_lowest_ids(pool):
     embeddings, sample_ids, centroids = pool
     equal = sample_ids[100:160]
     for cut in ([], [130]):
-        found = search_lists(asker(*pool, 8, cut), embeddings[100:160], equal, centroids, nprobe=1)
+        neighbors = search_lists(make_search(*pool, 8, cut), embeddings[100:160], equal, centroids, nprobe=1)
         lowest = np.sort(equal)
-        assert found.neighbor_ids.tolist() == [[i for i in lowest if i != query][:8] for query in equal]
+        assert neighbors.neighbor_ids.tolist() == [[i for i in lowest if i != query][:8] for query in equal]
 
 
 def test_nprobe_is_the_smallest_power_of_two_that_reaches_the_recall(pool):
     embeddings, sample_ids, centroids = pool
     exact = brute_force(embeddings[:300], sample_ids[:300], embeddings, sample_ids, 10)
-    ask = asker(*pool, 10)
+    search_all = make_search(*pool, 10)
 
     def search(nprobe: int) -> Neighbors:
-        return search_lists(ask, embeddings[:300], sample_ids[:300], centroids, nprobe)
+        return search_lists(search_all, embeddings[:300], sample_ids[:300], centroids, nprobe)
 
     nprobe, measured = choose_nprobe(search, exact, NUM_LISTS, 0.9)
     assert [entry["nprobe"] for entry in measured] == [2**i for i in range(len(measured))]
@@ -124,14 +126,14 @@ def test_queries_whose_lists_hold_too_few_look_into_more(pool):
     first = InvertedFile(centroids, rows, ids).search(rows, ids, nearest_lists(rows, centroids, 1), k)
     short = (first.neighbor_ids < 0).any(1)
     assert 100 < short.sum() < len(rows), "this pool is no test"
-    found = search_lists(asker(rows, ids, centroids, k, [1000]), rows, ids, centroids, nprobe=1)
+    neighbors = search_lists(make_search(rows, ids, centroids, k, [1000]), rows, ids, centroids, nprobe=1)
     exact = nearest_neighbors(rows, ids, [(rows, ids)], k)
-    assert (found.neighbor_ids >= 0).all() and np.isfinite(found.similarity).all()
-    np.testing.assert_array_equal(found.neighbor_ids[~short], first.neighbor_ids[~short])
-    assert recall(found.neighbor_ids, exact.neighbor_ids) > recall(first.neighbor_ids, exact.neighbor_ids)
+    assert (neighbors.neighbor_ids >= 0).all() and np.isfinite(neighbors.similarity).all()
+    np.testing.assert_array_equal(neighbors.neighbor_ids[~short], first.neighbor_ids[~short])
+    assert recall(neighbors.neighbor_ids, exact.neighbor_ids) > recall(first.neighbor_ids, exact.neighbor_ids)
 
 
 def test_all_other_samples_are_found_through_all_lists():
     rows, ids, centroids = uneven_pool(60, 8)
-    found = search_lists(asker(rows, ids, centroids, len(rows) - 1), rows, ids, centroids, nprobe=1)
-    assert_same(found, nearest_neighbors(rows, ids, [(rows, ids)], len(rows) - 1))
+    neighbors = search_lists(make_search(rows, ids, centroids, len(rows) - 1), rows, ids, centroids, nprobe=1)
+    assert_same(neighbors, nearest_neighbors(rows, ids, [(rows, ids)], len(rows) - 1))
