@@ -31,7 +31,7 @@ def help_text() -> str:
     lines = [str(__doc__), "usage: python jobs/prepare.py [--dry-run] [--help] key=value ...", ""]
     lines += ["--dry-run  say what would be written, do nothing", ""]
     lines += [f"{key:<8} {meaning}" for key, meaning in KEYS.items()] + [""]
-    lines += [f"{name:<8} {benchmark.needed.removeprefix('needed: ')}" for name, benchmark in BENCHMARKS.items()]
+    lines += [f"{name:<8} {benchmark.valid_sources}" for name, benchmark in BENCHMARKS.items()]
     return "\n".join(lines)
 
 
@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> None:
     try:
         facts = find_finished(benchmark, out)
         if facts is None and source is None:
-            raise ConfigError(f"no source for {benchmark.name}; {benchmark.needed}")
+            raise ConfigError(f"no source for {benchmark.name}; give {benchmark.valid_sources}")
         if source is not None and not options:
             facts = prepare(benchmark, source, out)
     except SourceError as error:

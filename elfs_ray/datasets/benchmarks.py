@@ -1,33 +1,30 @@
-"""Describe the five benchmarks: their archives, their counts, and how torchvision reads them.
+"""Describe the five benchmarks: their archives, their counts, and how to read them.
 
-torchvision knows the archives' names, MD5s and addresses, and reads the files in their published order. CIFAR and STL10
-number their classes themselves; those of CINIC10 and ImageNet are numbered by the sorted names of their folders.
+torchvision reads the files in their published order. CIFAR and STL10 number their classes themselves; those of CINIC10
+and ImageNet are numbered by the sorted names of their folders.
+
+The names, MD5s and addresses of the archives are those of torchvision, copied here because importing torchvision takes
+seconds and `--help` prints them. Only what opens an archive imports it, inside the functions below.
 """
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-from torchvision.datasets import CIFAR10, CIFAR100, STL10, ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.datasets.imagenet import ARCHIVE_META, parse_devkit_archive, parse_train_archive, parse_val_archive
-
 TRAIN, VALID, TEST = "train", "valid", "test"
 
 
 class SourceError(ValueError):
-    """Say that a source is not what was published, what is needed instead, and where to get it."""
+    """A source that is not what was published. The message says what to give instead and where to get it."""
 
 
 @dataclass(frozen=True)
 class Archive:
     """A file that the owner publishes.
 
-    url: None where the owner asks for a login first. unpack: torchvision's function that checks and unpacks the archive
-    in the folder where it lies; None for a tar.gz that only has to be extracted.
+    url: None where the owner requires a login. unpack: function that checks the MD5 of the archive in a folder and
+    unpacks it there, raising RuntimeError for another MD5; None for a tar.gz that only has to be extracted.
     """
 
     name: str
@@ -38,7 +35,7 @@ class Archive:
 
 @dataclass(frozen=True)
 class Split:
-    """Count the images of a split, and those of its smallest and its largest class."""
+    """The number of images in a split, in its smallest class and in its largest class."""
 
     num_images: int
     fewest_of_class: int
@@ -46,12 +43,13 @@ class Split:
 
     @classmethod
     def even(cls, num_classes: int, each: int) -> "Split":
+        """Return the counts of a split whose classes all have `each` images."""
         return cls(num_classes * each, each, each)
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Describe a benchmark.
+    """A published dataset with a training and a test split.
 
     folders: what its archives unpack to. open_split: takes the folder around these and the name of a split, returns a
     torchvision dataset of (bytes of an image file, label) with its `classes` and `targets`.
@@ -66,75 +64,73 @@ class Benchmark:
     open_split: Callable[[Path, str], Any]
 
     @property
-    def needed(self) -> str:
-        """Say what to give and where to get it, as the end of every message about a bad source."""
+    def valid_sources(self) -> str:
+        """Return what `source` may be and where to get it; every message about a bad source ends with it."""
         archives = ", ".join(archive.name for archive in self.archives)
         folders = "/, ".join(self.folders) + "/"
         if any(archive.url is None for archive in self.archives):
             return (
-                f"needed: source=FOLDER with {archives}, which {self.page} offers after signing in, or with {folders} "
+                f"source=FOLDER with {archives}, which {self.page} offers after signing in, or with {folders} "
                 "that hold a folder for each class"
             )
-        return f"needed: source={archives} from {self.page}, a folder with it or with {folders}, or source=download"
+        return f"source={archives} from {self.page}, a folder with it or with {folders}, or source=download"
 
 
-def encode_png(image: Image.Image) -> bytes:
-    """Return the image as a PNG, which keeps every pixel."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
+def _readers() -> Any:
+    """Import `readers`, and torchvision with it, only where an archive or a folder is opened."""
+    from elfs_ray.datasets import readers
+
+    return readers
 
 
-def open_image_folder(folder: Path) -> ImageFolder:
-    """Return the image files of class folders, as they are, by class and name."""
+CIFAR10 = Benchmark(
+    name="cifar10",
+    page="https://www.cs.toronto.edu/~kriz/cifar.html",
+    archives=(
+        Archive(
+            "cifar-10-python.tar.gz",
+            "c58f30108f718f92721af3b95e74349a",
+            "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+        ),
+    ),
+    folders=("cifar-10-batches-py",),
+    num_classes=10,
+    splits={TRAIN: Split.even(10, 5_000), TEST: Split.even(10, 1_000)},
+    open_split=lambda root, split: _readers().open_cifar(_readers().CIFAR10, root, split),
+)
 
-    def is_image(path: str) -> bool:
-        # A Mac's archiver adds a hidden ._x.png to x.png, which is no image.
-        return path.lower().endswith(IMG_EXTENSIONS) and not Path(path).name.startswith(".")
+CIFAR100 = Benchmark(
+    name="cifar100",
+    page="https://www.cs.toronto.edu/~kriz/cifar.html",
+    archives=(
+        Archive(
+            "cifar-100-python.tar.gz",
+            "eb9058c3a382ffc7106e4002c42a8d85",
+            "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+        ),
+    ),
+    folders=("cifar-100-python",),
+    num_classes=100,
+    splits={TRAIN: Split.even(100, 500), TEST: Split.even(100, 100)},
+    open_split=lambda root, split: _readers().open_cifar(_readers().CIFAR100, root, split),
+)
 
-    return ImageFolder(str(folder), loader=lambda path: Path(path).read_bytes(), is_valid_file=is_image)
-
-
-def cifar(dataset: type[CIFAR10], num_classes: int, train: int, test: int) -> Benchmark:
-    """Describe CIFAR10 or CIFAR100, with `train` and `test` images of each class.
-
-    What is read is the owner's Python version. Pickles can run code: torchvision checks the MD5 of every file before it
-    unpickles one.
-    """
-    return Benchmark(
-        name=f"cifar{num_classes}",
-        page="https://www.cs.toronto.edu/~kriz/cifar.html",
-        archives=(Archive(dataset.filename, dataset.tgz_md5, dataset.url),),
-        folders=(dataset.base_folder,),
-        num_classes=num_classes,
-        splits={TRAIN: Split.even(num_classes, train), TEST: Split.even(num_classes, test)},
-        open_split=lambda root, split: dataset(str(root), train=split == TRAIN, transform=encode_png),
-    )
-
-
-def stl10(dataset: type[STL10], train: int, test: int) -> Benchmark:
-    """Describe STL10's labelled images, `train` and `test` of each class; its 100,000 unlabelled ones are left out."""
-
-    def open_split(root: Path, split: str) -> Any:
-        images: Any = dataset(str(root), split=split, transform=encode_png)
-        images.targets = images.labels  # the name that the other datasets have for them
-        return images
-
-    return Benchmark(
-        name="stl10",
-        page="https://cs.stanford.edu/~acoates/stl10/",
-        archives=(Archive(dataset.filename, dataset.tgz_md5, dataset.url),),
-        folders=(dataset.base_folder,),
-        num_classes=10,
-        splits={TRAIN: Split.even(10, train), TEST: Split.even(10, test)},
-        open_split=open_split,
-    )
-
-
-def _imagenet_archive(key: str, unpack: Callable[[str], None]) -> Archive:
-    name, md5 = ARCHIVE_META[key]
-    return Archive(name, md5, unpack=unpack)
-
+STL10 = Benchmark(
+    name="stl10",
+    page="https://cs.stanford.edu/~acoates/stl10/",
+    archives=(
+        Archive(
+            "stl10_binary.tar.gz",
+            "91f7769df0f17e558f3565bffb0c7dfb",
+            "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz",
+        ),
+    ),
+    folders=("stl10_binary",),
+    num_classes=10,
+    # The 100,000 unlabelled images are left out: nothing could be evaluated on them.
+    splits={TRAIN: Split.even(10, 500), TEST: Split.even(10, 800)},
+    open_split=lambda root, split: _readers().open_stl10(_readers().STL10, root, split),
+)
 
 CINIC10 = Benchmark(
     name="cinic10",
@@ -149,32 +145,35 @@ CINIC10 = Benchmark(
     folders=(TRAIN, VALID, TEST),
     num_classes=10,
     splits={name: Split.even(10, 9_000) for name in (TRAIN, VALID, TEST)},
-    open_split=lambda root, split: open_image_folder(root / split),
+    open_split=lambda root, split: _readers().open_image_folder(root / split),
 )
 
 IMAGENET = Benchmark(
     name="imagenet",
     page="https://image-net.org/challenges/LSVRC/2012/2012-downloads.php",
     archives=(
-        # The development kit first: it says which class each validation image is of.
-        _imagenet_archive("devkit", parse_devkit_archive),
-        _imagenet_archive("train", parse_train_archive),
-        _imagenet_archive("val", parse_val_archive),
+        # Unpacked in this order: the development kit says which class each validation image is of.
+        Archive(
+            "ILSVRC2012_devkit_t12.tar.gz",
+            "fa75699e90414af021442c21a62c3abf",
+            unpack=lambda folder: _readers().parse_devkit_archive(folder),
+        ),
+        Archive(
+            "ILSVRC2012_img_train.tar",
+            "1d675b47d978889d74fa0da5fadfb00e",
+            unpack=lambda folder: _readers().parse_train_archive(folder),
+        ),
+        Archive(
+            "ILSVRC2012_img_val.tar",
+            "29b22e2961454d5413ddabcf34fc5622",
+            unpack=lambda folder: _readers().parse_val_archive(folder),
+        ),
     ),
     folders=("train", "val"),
     num_classes=1_000,
-    # The labels of the test images were never published: the validation images are tested on.
+    # The labels of the test images were never published, so models are tested on the validation images.
     splits={TRAIN: Split(1_281_167, 732, 1_300), TEST: Split.even(1_000, 50)},
-    open_split=lambda root, split: open_image_folder(root / {TRAIN: "train", TEST: "val"}[split]),
+    open_split=lambda root, split: _readers().open_image_folder(root / {TRAIN: "train", TEST: "val"}[split]),
 )
 
-BENCHMARKS = {
-    benchmark.name: benchmark
-    for benchmark in (
-        cifar(CIFAR10, 10, 5_000, 1_000),
-        cifar(CIFAR100, 100, 500, 100),
-        stl10(STL10, 500, 800),
-        CINIC10,
-        IMAGENET,
-    )
-}
+BENCHMARKS = {benchmark.name: benchmark for benchmark in (CIFAR10, CIFAR100, STL10, CINIC10, IMAGENET)}

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from elfs_ray.runtime.progress import Progress
 from elfs_ray.storage import filesystem, schema
 
-# A row group is read as a whole, wherever a block of ids begins in it: small ones waste little.
+# A reader loads a row group as a whole, wherever in it a block of ids begins: small groups waste little.
 GROUP_BYTES, GROUP_ROWS = 16 << 20, 1_024
 FILE_BYTES = 256 << 20
 LABEL_NAMES = "label_names"
@@ -20,11 +20,12 @@ LABEL_NAMES = "label_names"
 def write_split(folder: Path, split: str, dataset: Any) -> dict[str, int]:
     """Write a torchvision dataset of (bytes of an image file, label) as <split>-00000.parquet and so on.
 
-    Every file is there whole or not at all. Returns the bytes of each. Memory: a row group beside the dataset.
+    Each file appears only when it is complete. Returns the size of each in bytes, by name. Memory: a row group, and
+    the dataset.
     """
     metadata = {LABEL_NAMES: json.dumps(dataset.classes)}
     pool_schema = pa.schema([(schema.IMAGE, pa.binary()), (schema.LABEL, pa.int32())], metadata=metadata)
-    # Image files are compressed already, and no two are alike: zstd and a dictionary would only cost time.
+    # Image files are already compressed, and no two are equal: zstd or a dictionary would only cost time.
     compression = {schema.IMAGE: "none", schema.LABEL: "zstd"}
     files: dict[str, int] = {}
     with Progress(split, len(dataset), "images") as progress:
@@ -47,6 +48,7 @@ def write_split(folder: Path, split: str, dataset: Any) -> dict[str, int]:
 
 
 def _row_groups(dataset: Any, pool_schema: pa.Schema) -> Iterator[pa.Table]:
+    """Yield the dataset in tables of GROUP_ROWS images or GROUP_BYTES, whichever is reached first."""
     images, labels, num_bytes = [], [], 0
     for index in range(len(dataset)):
         image, label = dataset[index]

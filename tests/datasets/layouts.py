@@ -19,19 +19,11 @@ import scipy.io
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from elfs_ray.datasets.benchmarks import (
-    ARCHIVE_META,
-    CIFAR10,
-    CIFAR100,
-    CINIC10,
-    IMAGENET,
-    STL10,
-    Archive,
-    Benchmark,
-    Split,
-)
-from elfs_ray.datasets.benchmarks import cifar as describe_cifar
-from elfs_ray.datasets.benchmarks import stl10 as describe_stl10
+from elfs_ray.datasets import readers
+from elfs_ray.datasets.benchmarks import BENCHMARKS, CINIC10, IMAGENET, STL10, Archive, Benchmark, Split
+
+# isort: split
+from torchvision.datasets.imagenet import ARCHIVE_META
 
 CINIC10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 WNIDS = ("n02119789", "n01440764", "n03014705")  # in the order of the development kit's numbers, not of the ids
@@ -39,8 +31,9 @@ WNIDS = ("n02119789", "n01440764", "n03014705")  # in the order of the developme
 
 @dataclass(frozen=True)
 class Built:
-    """archive: what is downloaded (a folder of archives for ImageNet); folder: the same unpacked.
+    """A small benchmark in its published layout.
 
+    archive: what is downloaded (a folder of archives for ImageNet). folder: the same, unpacked.
     images: (pixels or file, label) of each split, in the order in which the pool has them.
     """
 
@@ -51,7 +44,7 @@ class Built:
 
 
 def crops(num_images: int, side: int, seed: int) -> list[np.ndarray]:
-    """(side, side, 3) uint8 crops of a photograph: no two alike, none the same when turned or mirrored."""
+    """Return (side, side, 3) uint8 crops of a photograph: all different, also when turned or mirrored."""
     photograph = load_sample_images().images[0]
     rng = np.random.default_rng(seed)
     tops, lefts = (rng.integers(0, limit - side, num_images) for limit in photograph.shape[:2])
@@ -69,7 +62,7 @@ def image_file(pixels: np.ndarray, form: str) -> bytes:
 
 
 def write_tar(path: Path, files: Mapping[str, bytes], prefix: str = "", mode: str = "w:gz") -> str:
-    """Write a tar; its MD5."""
+    """Write a tar and return its MD5."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, mode) as archive:
         folder = tarfile.TarInfo(prefix or ".")
@@ -111,8 +104,15 @@ def with_md5(dataset: type, files: Mapping[str, bytes], tgz_md5: str) -> type:
     return type(f"Small{dataset.__name__}", (dataset,), {"tgz_md5": tgz_md5, **fields})
 
 
+def with_files(benchmark: Benchmark, md5: str, splits: dict[str, Split], **changes) -> Benchmark:
+    """Return a benchmark of one archive, with the MD5 and the counts of small files."""
+    archive = dataclasses.replace(benchmark.archives[0], md5=md5)
+    return dataclasses.replace(benchmark, archives=(archive,), splits=splits, **changes)
+
+
 def with_archive_md5(archive: Archive, key: str, md5: str) -> Archive:
     """Return an archive of ImageNet that torchvision checks by this MD5 instead of the published one."""
+    assert archive.unpack is not None
 
     def unpack(root: str) -> None:
         with mock.patch.dict(ARCHIVE_META, {key: (archive.name, md5)}):
@@ -122,8 +122,8 @@ def with_archive_md5(archive: Archive, key: str, md5: str) -> Archive:
 
 
 def cifar(name: str, root: Path) -> Built:
-    """cifar10: five batches of four images of each class; cifar100: one file of one image of each."""
-    dataset, num_classes, batches = {"cifar10": (CIFAR10, 10, 5), "cifar100": (CIFAR100, 100, 1)}[name]
+    """Build cifar10 with five batches of four images of each class, or cifar100 with one file of one image of each."""
+    dataset, num_classes, batches = {"cifar10": (readers.CIFAR10, 10, 5), "cifar100": (readers.CIFAR100, 100, 1)}[name]
     each = {"train": 4 * batches, "test": 2} if name == "cifar10" else {"train": 1, "test": 1}
     key = "labels" if name == "cifar10" else "fine_labels"
     names = dataset.meta["key"]
@@ -142,15 +142,21 @@ def cifar(name: str, root: Path) -> Built:
                 "coarse_labels": [label // 5 for _, label in part],
             }
             files[file] = pickle.dumps(entry, 2)
-    # Not in the order of the batches: an archive's members have none.
+    # Not in the order of the batches, which must not depend on the order of an archive's members.
     files = dict(reversed(files.items()))
     archive, folder, md5 = write_both(root, dataset.filename, files, f"{dataset.base_folder}/")
-    benchmark = describe_cifar(with_md5(dataset, files, md5), num_classes, **each)
+    small = with_md5(dataset, files, md5)
+    benchmark = with_files(
+        BENCHMARKS[name],
+        md5,
+        {split: Split.even(num_classes, number) for split, number in each.items()},
+        open_split=lambda root, split: readers.open_cifar(small, root, split),
+    )
     return Built(benchmark, archive, folder, images)
 
 
 def stl10(name: str, root: Path) -> Built:
-    """Two and three images of each class, and some without a label."""
+    """Build STL10 with two training and three test images of each class, and some without a label."""
     files = {"class_names.txt": "".join(f"class {label}\n" for label in range(10)).encode()}
     images, each = {}, {"train": 2, "test": 3}
     for seed, split in enumerate(each):
@@ -159,12 +165,19 @@ def stl10(name: str, root: Path) -> Built:
         files[f"{split}_X.bin"] = b"".join(pixels.transpose(2, 1, 0).tobytes() for pixels, _ in images[split])
         files[f"{split}_y.bin"] = bytes(label + 1 for label in labels)
     files |= {"unlabeled_X.bin": files["test_X.bin"], "fold_indices.txt": b"0 1 2\n"}
-    archive, folder, md5 = write_both(root, STL10.filename, files, f"{STL10.base_folder}/")
-    return Built(describe_stl10(with_md5(STL10, files, md5), **each), archive, folder, images)
+    archive, folder, md5 = write_both(root, STL10.archives[0].name, files, f"{STL10.folders[0]}/")
+    small = with_md5(readers.STL10, files, md5)
+    benchmark = with_files(
+        STL10,
+        md5,
+        {split: Split.even(10, number) for split, number in each.items()},
+        open_split=lambda root, split: readers.open_stl10(small, root, split),
+    )
+    return Built(benchmark, archive, folder, images)
 
 
 def cinic10(name: str, root: Path) -> Built:
-    """Two PNGs of each class in every split; members in no order, no folder around them."""
+    """Build CINIC10: two PNGs of each class in every split, as members in no order, without a folder around them."""
     files = {"README.md": b"CINIC-10", "imagenet-contributors.csv": b"", "train/cat/._cifar10-train-7.png": b"of a Mac"}
     images = {}
     splits = {split: Split.even(10, 2) for split in ("train", "valid", "test")}
@@ -176,14 +189,11 @@ def cinic10(name: str, root: Path) -> Built:
         files |= {paths[number]: pngs[number] for number in order}
         images[split] = [images[split][number] for number in np.argsort(paths)]
     archive, folder, md5 = write_both(root, CINIC10.archives[0].name, files, "./")
-    benchmark = dataclasses.replace(
-        CINIC10, archives=(dataclasses.replace(CINIC10.archives[0], md5=md5),), splits=splits
-    )
-    return Built(benchmark, archive, folder, images)
+    return Built(with_files(CINIC10, md5, splits), archive, folder, images)
 
 
 def imagenet(name: str, root: Path) -> Built:
-    """Three classes, of 2, 3 and 4 training images and 2 validation images each."""
+    """Build ImageNet with three classes, of 2, 3 and 4 training images and of 2 validation images each."""
     label_of = {wnid: sorted(WNIDS).index(wnid) for wnid in WNIDS}
     inner, folder, train = {}, {}, []
     for number, wnid in enumerate(WNIDS):
@@ -225,7 +235,7 @@ def _lines(numbers: list[int]) -> bytes:
 
 
 def _meta_mat() -> bytes:
-    """`synsets`, one struct a row, as in the development kit: the classes, then a group of them."""
+    """Return the development kit's `synsets`, one struct a row: the classes, then a group of classes."""
     fields = ("ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children", "wordnet_height")
     rows = [(number + 1, wnid, "a, b", "a thing", 0, np.zeros(0), 0) for number, wnid in enumerate(WNIDS)]
     rows.append((4, "n00001740", "entity", "all things", 3, np.array([1, 2, 3]), 1))

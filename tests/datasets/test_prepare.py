@@ -1,4 +1,4 @@
-"""The five benchmarks, from archives in their published layouts to pools."""
+"""Prepare the five benchmarks: from archives in their published layouts to pools."""
 
 import dataclasses
 import fcntl
@@ -20,7 +20,7 @@ from elfs_ray.datasets.prepare import Facts, find_finished, prepare
 from elfs_ray.pool.listing import PoolColumns, find_units, list_unit, read_images
 from tests.datasets.layouts import BUILD, Built
 
-ARCHIVES = os.environ.get("ELFS_RAY_ARCHIVES")  # a folder with some of the archives as they are published
+ARCHIVES = os.environ.get("ELFS_RAY_ARCHIVES")  # a folder with some of the owners' archives
 
 
 @pytest.fixture(scope="module", params=BUILD)
@@ -34,7 +34,7 @@ def cifar10(tmp_path) -> Built:
 
 
 def pool_of(folder: Path) -> list[tuple[bytes, int]]:
-    """Every image file and its label, as the pipeline reads a pool."""
+    """Return every image file and its label, as the pipeline reads a pool."""
     columns = PoolColumns(label="label")
     tables = [list_unit(unit, columns) for unit in find_units(str(folder))]
     uris = [uri for table in tables for uri in table["uri"].to_pylist()]
@@ -62,7 +62,7 @@ def test_an_archive_becomes_pools_with_every_pixel_and_label(built, tmp_path):
     assert {path.name for path in (tmp_path / "pool").iterdir()} == {*built.images, "dataset.json"}
 
 
-def test_a_folder_that_was_unpacked_gives_the_same_bytes(built, tmp_path):
+def test_an_unpacked_folder_gives_the_same_bytes_as_its_archive(built, tmp_path):
     prepare(built.benchmark, str(built.archive), tmp_path / "a")
     prepare(built.benchmark, str(built.folder), tmp_path / "b")
     assert tree(tmp_path / "a") == tree(tmp_path / "b") != {}
@@ -85,7 +85,7 @@ def test_a_damaged_archive_is_refused_and_leaves_nothing(built, tmp_path):
         assert sorted(tmp_path.glob("pool*")) == []
 
 
-def test_a_source_that_is_not_there_is_requested_with_its_page(built, tmp_path):
+def test_a_missing_source_is_refused_with_the_page_that_has_it(built, tmp_path):
     for source in (tmp_path / "none", tmp_path):
         with pytest.raises(SourceError, match=r"does not exist|has no") as error:
             prepare(built.benchmark, str(source), tmp_path / "pool")
@@ -108,11 +108,11 @@ def test_a_folder_with_other_counts_than_published_is_refused(built, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["cinic10", "imagenet"])
-def test_a_class_folder_too_many_or_an_empty_one_is_refused(name, tmp_path):
+def test_an_extra_or_an_empty_class_folder_is_refused(name, tmp_path):
     built = BUILD[name](name, tmp_path / "published")
     extra = built.folder / "train" / "zzz"
     extra.mkdir()
-    with pytest.raises(SourceError, match="has no whole train"):
+    with pytest.raises(SourceError, match="has no complete train"):
         prepare(built.benchmark, str(built.folder), tmp_path / "pool")
     shutil.copy(next((built.folder / "train").rglob("*.[pJ]*")), extra)
     with pytest.raises(SourceError, match=f"classes; there must be {built.benchmark.num_classes}"):
@@ -132,7 +132,7 @@ def test_a_changed_or_missing_file_of_a_folder_is_refused(name, file, tmp_path):
 
 
 class Trap:
-    """A pickle that would make a folder."""
+    """An object whose pickle makes a folder when it is read."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -158,8 +158,8 @@ def test_an_archive_for_imagenet_is_unpacked_outside_its_folder(tmp_path):
     assert sorted(built.archive.iterdir()) == before and not any(path.is_symlink() for path in before)
 
 
-def test_an_interrupted_command_goes_on_and_gives_the_same_bytes(built, tmp_path):
-    """Interrupted while it unpacks, then in its second split: what was whole is not made again."""
+def test_an_interrupted_command_resumes_and_gives_the_same_bytes(built, tmp_path):
+    """Interrupt it while it unpacks, then in its second split: what was complete is not made again."""
     prepare(built.benchmark, str(built.archive), tmp_path / "undisturbed")
     part = tmp_path / "pool.part"
 
@@ -191,7 +191,7 @@ def test_an_interrupted_command_goes_on_and_gives_the_same_bytes(built, tmp_path
     assert not part.exists()
 
 
-def test_a_command_with_another_source_begins_anew(cifar10, tmp_path):
+def test_a_command_with_another_source_starts_over(cifar10, tmp_path):
     part = tmp_path / "pool.part"
     (part / "train").mkdir(parents=True)
     (part / "train" / "train-00000.parquet").write_bytes(b"of another source")
@@ -202,7 +202,7 @@ def test_a_command_with_another_source_begins_anew(cifar10, tmp_path):
     assert len(pool_of(tmp_path / "pool" / "train")) == 200
 
 
-def test_finished_pools_are_not_written_again_and_damage_is_told(cifar10, tmp_path):
+def test_finished_pools_are_kept_and_damaged_ones_are_refused(cifar10, tmp_path):
     out = tmp_path / "pool"
     prepare(cifar10.benchmark, str(cifar10.archive), out)
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
@@ -230,7 +230,7 @@ def test_a_second_process_is_kept_out(cifar10, tmp_path):
     prepare(cifar10.benchmark, str(cifar10.archive), tmp_path / "pool")
 
 
-def test_a_large_split_is_cut_into_files_and_groups(cifar10, tmp_path, monkeypatch):
+def test_a_large_split_is_divided_into_files_and_row_groups(cifar10, tmp_path, monkeypatch):
     from elfs_ray.datasets import pool_writer
 
     monkeypatch.setattr(pool_writer, "GROUP_ROWS", 7)
@@ -246,10 +246,10 @@ def test_a_large_split_is_cut_into_files_and_groups(cifar10, tmp_path, monkeypat
 
 @pytest.mark.skipif(ARCHIVES is None, reason="ELFS_RAY_ARCHIVES names no folder with the owners' archives")
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_the_archives_as_they_are_published_are_read_whole(name, tmp_path):
+def test_the_published_archives_are_read_completely(name, tmp_path):
     benchmark = BENCHMARKS[name]
     if not all((Path(str(ARCHIVES)) / archive.name).is_file() for archive in benchmark.archives):
-        pytest.skip(f"{ARCHIVES} has not {benchmark.archives}")
+        pytest.skip(f"{ARCHIVES} does not hold {benchmark.archives}")
     facts = prepare(benchmark, str(ARCHIVES), tmp_path / "pool")
     assert {split: written["images"] for split, written in facts.splits.items()} == {
         split: known.num_images for split, known in benchmark.splits.items()

@@ -1,17 +1,20 @@
-"""Where the archives come from: source=download, from a server of this machine."""
+"""Download archives from a server on this machine, and compare what is known of them with torchvision."""
 
 import dataclasses
 import functools
 import http.server
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from elfs_ray.datasets import readers
 from elfs_ray.datasets.benchmarks import BENCHMARKS, Benchmark, SourceError
 from elfs_ray.datasets.prepare import prepare
-from tests.datasets.layouts import BUILD, Built
+from tests.datasets.layouts import ARCHIVE_META, BUILD, Built
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -21,7 +24,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def cifar10(tmp_path) -> Iterator[Built]:
-    """A small CIFAR10 whose archive is served from its folder."""
+    """Yield a small CIFAR10 whose archive is served over HTTP."""
     built = BUILD["cifar10"]("cifar10", tmp_path / "published")
     handler = functools.partial(Handler, directory=str(built.archive.parent))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -39,7 +42,7 @@ def names_in(folder: Path) -> set[str]:
 
 
 def download(benchmark: Benchmark, tmp_path: Path) -> set[str]:
-    """Prepare it by a download; return what lies in the folder of pools then."""
+    """Prepare a benchmark by a download and return the names in the folder of pools."""
     prepare(benchmark, "download", tmp_path / "pools" / benchmark.name)
     return names_in(tmp_path / "pools")
 
@@ -49,13 +52,13 @@ def test_a_download_ends_in_a_pool_and_keeps_the_archive(cifar10, tmp_path):
     assert names_in(tmp_path / "pools" / "cifar10") == {"train", "test", "dataset.json"}
 
 
-def test_an_archive_that_is_there_is_not_downloaded_again(cifar10, tmp_path):
+def test_an_existing_archive_is_not_downloaded_again(cifar10, tmp_path):
     (tmp_path / "pools").mkdir()
     cifar10.archive.rename(tmp_path / "pools" / cifar10.archive.name)  # the server no longer has it
     assert download(cifar10.benchmark, tmp_path) == {"cifar10", "cifar-10-python.tar.gz"}
 
 
-def test_a_download_that_fails_names_address_and_page_and_leaves_nothing(cifar10, tmp_path):
+def test_a_failed_download_names_address_and_page_and_leaves_nothing(cifar10, tmp_path):
     whole = cifar10.archive.read_bytes()
     for data in (None, whole[:1000], whole[:-1] + b"x"):
         cifar10.archive.unlink()
@@ -70,7 +73,28 @@ def test_a_download_that_fails_names_address_and_page_and_leaves_nothing(cifar10
     assert download(cifar10.benchmark, tmp_path) == {"cifar10", "cifar-10-python.tar.gz"}
 
 
-def test_imagenet_is_not_downloaded_as_its_owner_wants_a_login(tmp_path):
+def test_imagenet_cannot_be_downloaded_without_a_login(tmp_path):
     with pytest.raises(SourceError, match=r"image-net\.org.*after signing in"):
         download(BENCHMARKS["imagenet"], tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10"])
+def test_archives_and_folders_are_those_that_torchvision_knows(name):
+    (archive,) = BENCHMARKS[name].archives
+    dataset = getattr(readers, name.upper())
+    assert (archive.name, archive.md5, archive.url) == (dataset.filename, dataset.tgz_md5, dataset.url)
+    assert BENCHMARKS[name].folders == (dataset.base_folder,)
+
+
+def test_imagenets_archives_are_those_that_torchvision_knows():
+    archives = {(archive.name, archive.md5) for archive in BENCHMARKS["imagenet"].archives}
+    assert archives == {ARCHIVE_META[key] for key in ("devkit", "train", "val")}
+
+
+def test_torchvision_is_not_imported_before_an_archive_is_opened():
+    """`python jobs/prepare.py --help` and --dry-run must not wait for it."""
+    heavy = "{'ray', 'torch', 'torchvision'}"
+    script = f"import sys, elfs_ray.datasets.prepare; print(sorted({heavy}.intersection(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200, check=True)
+    assert result.stdout == "[]\n"
