@@ -1,1 +1,1 @@
-"""Where images come from: folders, Parquet files and WebDataset tars, listed in a stable order and read by uri."""
+"""Pools of images: folders, Parquet files and WebDataset tars, listed in a stable order and read by uri."""

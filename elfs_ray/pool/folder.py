@@ -1,8 +1,8 @@
-"""Pools in folders: walked name by name. A local folder is read in a stream, a bucket's folder from its listing.
+"""List pools in folders. A local folder is read as a stream, a folder of a bucket from its listing.
 
 Names that begin with "." are skipped, and folders whose names begin with "_". Symlinks to files and folders are
 followed, wherever they lead, and loops are skipped. A folder that is also reachable through a link is listed twice. A
-link whose target is missing is listed as the file that it names, so that its image is rejected by name.
+link whose target is missing is listed as a file, so that its image is rejected by name.
 """
 
 import os
@@ -19,7 +19,7 @@ from elfs_ray.storage import filesystem, schema
 
 
 class Folder:
-    """A folder of a pool, without what is hidden in it."""
+    """A folder of a pool, without its hidden files and folders."""
 
     def __init__(self, uri: str):
         self.uri = uri
@@ -27,32 +27,33 @@ class Folder:
         self._is_local = isinstance(store, fs.LocalFileSystem)
 
     def entries(self) -> Iterator[tuple[str, bool]]:
-        """Yield (name, whether it is a folder) of each direct entry, in no order; none if the folder does not exist.
+        """Yield (name, whether it is a folder) of each direct entry, in no order; nothing if the folder does not exist.
 
-        Memory: none that grows for a local folder; for a bucket the whole listing, about 1 KB a file (on gs:// all
-        files below it, too). Raises ValueError for a local name that is not UTF-8.
+        Memory: constant for a local folder; for a bucket the whole listing, about 1 KB a file (on gs:// also of all
+        files below it). Raises ValueError for a local name that is not UTF-8.
         """
         entries = self._local_entries() if self._is_local else iter(self._listed)
         return ((name, is_dir) for name, is_dir in entries if not is_hidden(name, is_dir))
 
     def child(self, name: str) -> "Folder":
-        """Return a folder in this one."""
+        """Return the subfolder of this name."""
         return Folder(filesystem.join(self.uri, name))
 
     def walk(self) -> Iterator[str]:
         """Yield the relative names of all files in it and below it, in no order. Memory: as `entries`."""
+        # A bucket has no folders: one recursive listing takes far fewer requests than a walk.
         if not self._is_local:
             for info in filesystem.list_files(self.uri, recursive=True):
                 name = posixpath.relpath(info.path, self._path)
                 if not is_hidden_path(name):
                     yield name
             return
-        left = [("", self)]
-        while left:
-            prefix, folder = left.pop()
+        pending = [("", self)]
+        while pending:
+            prefix, folder = pending.pop()
             for name, is_dir in folder.entries():
                 if is_dir:
-                    left.append((f"{prefix}{name}/", folder.child(name)))
+                    pending.append((f"{prefix}{name}/", folder.child(name)))
                 else:
                     yield prefix + name
 
@@ -76,16 +77,14 @@ class Folder:
 
     @cached_property
     def _real_ancestors(self) -> list[PurePath]:
-        """The real paths of this folder and of every folder on the path by which it was reached."""
+        """Return the real paths of this folder and of every folder on the path by which it was reached."""
         path = PurePath(self._path)
         return [PurePath(os.path.realpath(folder)) for folder in (path, *path.parents)]
 
     def _is_loop(self, link: str) -> bool:
-        """Return whether a link in this folder leads to a folder that contains it.
-
-        All folders on the path count, not those of this walk alone: each unit of a pool is walked by itself, and a link
-        out of the pool may reach a link back to it.
-        """
+        """Return whether a link in this folder leads to a folder that contains it."""
+        # Every folder on the path counts, not only those of this walk: each unit of a pool is walked by itself, and a
+        # link out of the pool may lead to a link back into it.
         target = os.path.realpath(link)
         return any(ancestor.is_relative_to(target) for ancestor in self._real_ancestors)
 
@@ -98,7 +97,7 @@ def list_folder(unit: Unit, with_labels: bool) -> pa.Table:
 
 
 def count_folder(unit: Unit) -> int:
-    """Count the images in a folder. Memory: none that grows for a local folder."""
+    """Count the images in a folder. Memory: constant for a local folder, else as `Folder.entries`."""
     return sum(1 for _ in _images(unit))
 
 
@@ -110,20 +109,23 @@ def _images(unit: Unit) -> Iterator[str]:
 
 
 def _kind(entry: os.DirEntry) -> fs.FileType | None:
-    """Return Directory or File, which a link without a target counts as; None for a pipe, a socket or a device."""
+    """Return Directory or File; None for a pipe, a socket or a device, where reading could block forever."""
     try:
         if entry.is_dir():
             return fs.FileType.Directory
+        # Listed, so that its image becomes a row of rejected/ instead of disappearing silently.
         is_dangling = entry.is_symlink() and not os.path.exists(entry.path)
         return fs.FileType.File if entry.is_file() or is_dangling else None
-    except OSError:  # a link to itself, or into a folder that may not be read: reading it says so
+    except OSError:
+        # A link to itself, or into a folder without permission: reading the file gives the reason for rejecting it.
         return fs.FileType.File
 
 
 def _refuse_other_than_utf8(name: str) -> None:
+    # Python reads such a name with surrogates, which neither an Arrow string nor coreset.txt can hold.
     try:
         name.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"the name of {os.fsencode(name)!r} is not UTF-8, as names of files must be: rename it"
+            f"the file name {os.fsencode(name)!r} is not UTF-8, as file names of a pool must be: rename it"
         ) from error

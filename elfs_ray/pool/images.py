@@ -1,7 +1,7 @@
-"""Decode and resize images: bytes in, 8-bit RGB out, or a reason why not.
+"""Decode, resize and encode images: bytes in, 8-bit RGB out, or the reason why not.
 
-Greyscale, palette, CMYK, alpha and 16-bit images are all brought to 8-bit RGB; anything else raises `BadImage`
-with a reason that a person can read in rejected/.
+Greyscale, palette, CMYK, transparent and 16-bit images are converted to 8-bit RGB. Everything else raises `BadImage`,
+whose message becomes the reason in rejected/.
 """
 
 import contextlib
@@ -18,25 +18,27 @@ INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
     "box": Image.Resampling.BOX,
 }
-# What Pillow is allowed to try. It knows more, of which some are old and little tested, and EPS is run as a program.
+# The only formats that Pillow may try. It has decoders for others that are old and little tested, and runs EPS files as
+# programs in Ghostscript: images of a pool need not be trustworthy.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
-LOSSLESS_MAX_SIZE = 64
+LOSSLESS_MAX_SIZE = 64  # pixels of the short side: small images, as CIFAR's, keep every pixel and still take few bytes
 MAX_PROXY_ASPECT = 4.0
-STRIP_PIXELS = 1 << 20
+STRIP_PIXELS = 1 << 20  # converted at a time by `_by_strips`
 
 
 class BadImage(ValueError):
-    """An image that cannot be used; the message is the reason in rejected/."""
+    """An image that cannot be used. The message is the reason in rejected/."""
 
 
 def decode_image(data: bytes, *, max_pixels: int, min_size: int = 1) -> Image.Image:
-    """Decode an image file to 8-bit RGB, upright, its first frame if it has several.
+    """Decode the first frame of an image file to 8-bit RGB, upright.
 
-    A JPEG much larger than `min_size` (pixels of its short side) is decoded at a half, quarter or eighth of its size,
-    never below twice `min_size`. Transparent pixels are put on white; 16-bit grey is scaled to 8 bit. Raises BadImage.
+    A JPEG whose short side is much longer than `min_size` pixels is decoded at a half, a quarter or an eighth of its
+    size, but never below twice `min_size`. Transparent images are put on white, 16-bit grey is scaled to 8 bits. Raises
+    BadImage, also for an image of more than `max_pixels`.
 
-    Memory, for each of at most `max_pixels` decoded pixels: 4 bytes of RGB, and while it is decoded 9 at most of any
-    other kind of pixels or to turn it; but of a progressive JPEG 10, of AVIF 10, of WEBP 16, of JPEG 2000 25.
+    Memory in bytes per decoded pixel: 4 for the RGB image. While decoding and turning it upright at most 9, but 10 for
+    progressive JPEG and AVIF, 16 for WEBP and 25 for JPEG 2000.
     """
     if not data:
         raise BadImage("empty file (0 bytes)")
@@ -44,44 +46,47 @@ def decode_image(data: bytes, *, max_pixels: int, min_size: int = 1) -> Image.Im
         with _pillow_limit_and_warnings_off():
             image = Image.open(io.BytesIO(data), formats=_known_formats())
             width, height = image.size
+            # `open` has read the header alone: a bomb is refused before its pixels take memory.
             if width * height > max_pixels:
                 raise BadImage(f"{width}x{height} pixels, more than embed.max_image_pixels={max_pixels}")
+            # libjpeg scales while it decodes, which is much faster than decoding every pixel; twice the size leaves
+            # enough of them for a good resize. Other formats ignore this.
             image.draft(None, (2 * min_size, 2 * min_size))
-            ImageOps.exif_transpose(image, in_place=True)  # without a copy where there is nothing to turn
+            ImageOps.exif_transpose(image, in_place=True)  # in place: otherwise it copies even upright images
             return _to_rgb(image)
     except BadImage:
         raise
     except Image.UnidentifiedImageError as error:
         raise BadImage(f"not an image that Pillow can read ({len(data)} bytes)") from error
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error and more on broken files
+    # Pillow's decoders raise OSError, SyntaxError, struct.error and more on broken files.
+    except Exception as error:
         raise BadImage(f"{type(error).__name__}: {error}") from error
 
 
 @lru_cache
 def _known_formats() -> tuple[str, ...]:
-    """Return those of FORMATS that this build of Pillow has."""
-    Image.init()
+    """Return the FORMATS that this build of Pillow supports."""
+    Image.init()  # Pillow registers most formats on demand; `open` raises KeyError for one that is not registered
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def resize_center_crop(image: Image.Image, *, resize: int, crop: int, interpolation: str) -> np.ndarray:
-    """Resize the short side to `resize` and cut the centre `crop` x `crop`, in one step: (crop, crop, 3) uint8.
-
-    Only the part that is kept is resized, so an image of extreme shape costs no more than a square one.
-    """
+    """Resize the short side to `resize` and crop the centre, in one step. Return (crop, crop, 3) uint8."""
+    # Only the part that is kept is resized, so that an image of extreme shape costs no more than a square one.
     width, height = image.size
     side = min(width, height) * crop / resize
     left, top = (width - side) / 2, (height - side) / 2
     if (width, height) != (crop, crop) or crop != resize:
+        # Rounding may put the box a hair outside the image, which Pillow refuses.
         box = (max(left, 0.0), max(top, 0.0), min(left + side, width), min(top + side, height))
         image = image.resize((crop, crop), INTERPOLATIONS[interpolation], box=box)
     return np.asarray(image, dtype=np.uint8)
 
 
 def encode_proxy_image(image: Image.Image, *, short_side: int, jpeg_quality: int) -> bytes:
-    """Resize the short side to `short_side` and encode: PNG up to 64 pixels (lossless), JPEG above.
+    """Resize the short side to `short_side` and encode: as lossless PNG up to 64 pixels, as JPEG above.
 
-    The long side is cut about its centre to at most four times the short one.
+    The long side is cropped about its centre to at most four times the short one.
     """
     width, height = image.size
     short = min(width, height)
@@ -101,28 +106,28 @@ def encode_proxy_image(image: Image.Image, *, short_side: int, jpeg_quality: int
 
 
 def encode_png(image: Image.Image, *, compress_level: int = -1) -> bytes:
-    """Encode an image as PNG, which keeps every pixel. compress_level: zlib's, 0 to 9, or -1 for its default."""
+    """Encode an image as PNG, which is lossless. compress_level: zlib's, 0 to 9, or -1 for its default."""
     buffer = io.BytesIO()
-    # Pillow would add the original's colour profile, which can be a hundred times the pixels.
+    # Pillow would add the original's colour profile, which can take a hundred times the bytes of the pixels.
     image.save(buffer, "PNG", compress_level=compress_level, icc_profile=None)
     return buffer.getvalue()
 
 
 def open_proxy_image(data: bytes) -> Image.Image:
-    """Decode what `encode_proxy_image` wrote. Raises what Pillow raises of damaged bytes: OSError and others."""
+    """Decode what `encode_proxy_image` wrote. Raises OSError and others of Pillow's errors for damaged bytes."""
     return Image.open(io.BytesIO(data), formats=("PNG", "JPEG")).convert("RGB")
 
 
 def describe_bad_copy(sample_id: int, path: str, error: Exception) -> str:
-    """Return what a person can do about a proxy image that cannot be decoded."""
+    """Return the message for a proxy image that cannot be decoded."""
     return (
-        f"the proxy copy of sample_id {sample_id} in {path} cannot be decoded: {type(error).__name__}: {error}. Delete "
-        "that file; the same command with on_change=rerun makes it again."
+        f"the proxy image of sample_id {sample_id} in {path} cannot be decoded: {type(error).__name__}: {error}. "
+        "Delete that file and run the same command with on_change=rerun, which makes it again."
     )
 
 
 def decode_proxy_image(data: bytes, size: int | None = None) -> np.ndarray:
-    """Decode what `encode_proxy_image` wrote: (h, w, 3) uint8, or its centre square (size, size, 3)."""
+    """Decode what `encode_proxy_image` wrote. Return (h, w, 3) uint8, or its centre square (size, size, 3)."""
     pixels = np.asarray(open_proxy_image(data), dtype=np.uint8)
     if size is None:
         return pixels
@@ -132,7 +137,9 @@ def decode_proxy_image(data: bytes, size: int | None = None) -> np.ndarray:
 
 @contextlib.contextmanager
 def _pillow_limit_and_warnings_off() -> Iterator[None]:
-    """Lift Pillow's limit of 179 million pixels, which would undercut max_pixels, and silence its warnings of EXIF."""
+    """Lift Pillow's limit on pixels and silence its warnings."""
+    # Pillow's limit of 179 million pixels would override a higher max_pixels. Its warnings, of damaged EXIF data and so
+    # on, would fill the logs with images that are decoded nonetheless.
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -142,13 +149,15 @@ def _pillow_limit_and_warnings_off() -> Iterator[None]:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    # An RGB image can have a transparent colour, too, in its `info`.
     if image.mode == "RGB" and "transparency" not in image.info:
         image.load()
         return image
     if image.mode.startswith("I"):
+        # Pillow's own convert would clip 16-bit values at 255 instead of scaling them.
         return _by_strips(image, _scale_grey)
     if image.mode == "F":
-        raise BadImage("floating-point pixels have no known white; convert to 8 or 16 bit")
+        raise BadImage("floating-point pixels have no defined white; convert the image to 8 or 16 bits")
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         return _by_strips(image, _put_on_white)
     return image.convert("RGB")
@@ -166,10 +175,11 @@ def _by_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]
 
 
 def _scale_grey(image: Image.Image) -> Image.Image:
-    """16-bit grey as 8-bit RGB."""
+    """Return 16-bit grey as 8-bit RGB."""
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
-        raise BadImage(f"{image.mode} pixels outside 0..65535 have no known white; convert to 8 or 16 bit")
+        raise BadImage(f"{image.mode} pixels outside 0..65535 have no defined white; convert the image to 8 or 16 bits")
+    # 65535 = 255 * 257: white stays white, and black black.
     return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
 
 

@@ -1,11 +1,11 @@
-"""Pools of images: a folder tree, Parquet files or WebDataset tars, listed in a stable order and read by uri.
+"""List a pool (a folder tree, Parquet files or WebDataset tars) in a stable order, and read its images by uri.
 
-A pool is a sorted list of units (a subfolder, a Parquet file, a tar), each of which can be listed by itself on any
-worker. The uri of a sample says where its bytes are:
+A pool is a sorted list of units: subfolders, Parquet files or tars. Any worker can list a unit by itself. The uri of a
+sample says where its bytes are:
 
     /pool/cat/001.jpg                                  a file
     /pool/train-000.parquet#row=17                     a row of a Parquet file
-    /pool/train-000.tar#cat/001.jpg?offset=512&size=9  a member of a tar, with the place of its bytes
+    /pool/train-000.tar#cat/001.jpg?offset=512&size=9  a member of a tar, with the position of its bytes
 """
 
 from collections import deque
@@ -26,16 +26,18 @@ __all__ = ["PoolColumns", "Unit", "count_unit", "find_units", "list_unit", "read
 
 
 def find_units(pool_uri: str, pool_format: str = "auto") -> list[Unit]:
-    """Find the units of a pool, sorted by uri.
+    """Return the units of a pool, sorted by uri.
 
-    Raises ValueError when there is no such place, it holds nothing of the format, the format cannot be told, or test
-    images lie there, too.
+    Raises ValueError where the pool does not exist, its format cannot be detected, it holds nothing of that format, or
+    it also holds a benchmark's test images.
     """
     root = filesystem.absolute(pool_uri)
     if not filesystem.exists(root):
         raise ValueError(f"pool.uri={pool_uri!r} does not exist: give a folder of images, Parquet files or tars")
     if filesystem.exists(filesystem.join(root, schema.DATASET_FILE)):
-        raise ValueError(f"pool.uri={pool_uri!r} holds a benchmark's training and test images: give its folder train")
+        raise ValueError(
+            f"pool.uri={pool_uri!r} holds a benchmark's training and test images: give its subfolder train"
+        )
     if not filesystem.is_dir(root):
         units = _units_of_file(root, pool_format)
     else:
@@ -48,9 +50,10 @@ def find_units(pool_uri: str, pool_format: str = "auto") -> list[Unit]:
 
 
 def list_unit(unit: Unit, columns: PoolColumns) -> pa.Table:
-    """List one unit: columns uri string and label (int32, null without labels; a folder's name for folders).
+    """Return the samples of a unit in a table: uri string, and label int32 (in a folder tree the folder's name).
 
-    Memory: the unit's uris, no images. Raises ValueError for a broken unit or a missing column.
+    Labels are null where `columns` names none. Memory: the unit's uris, no images. Raises ValueError for a broken unit
+    or a missing column.
     """
     if unit.format == "folder":
         return list_folder(unit, with_labels=columns.label is not None)
@@ -60,14 +63,15 @@ def list_unit(unit: Unit, columns: PoolColumns) -> pa.Table:
 
 
 def count_unit(unit: Unit, columns: PoolColumns) -> int:
-    """Count the samples in a unit, from a Parquet footer where that is enough.
+    """Return the number of samples in a unit.
 
-    Memory: nothing that grows for Parquet and local folders, else the unit's listing.
+    Memory: constant for Parquet, whose footer has the number, and for local folders; else the unit's listing.
     """
     if unit.format == "folder":
         return count_folder(unit)
     if unit.format == "parquet":
         with open_parquet(unit.uri) as file:
+            # Checked here as well, because a dry run only counts.
             find_image_column(file.schema_arrow, unit.uri, columns.image)
             check_label_column(file.schema_arrow, unit.uri, columns.label)
             return file.metadata.num_rows
@@ -75,10 +79,11 @@ def count_unit(unit: Unit, columns: PoolColumns) -> int:
 
 
 def read_images(uris: list[str], columns: PoolColumns) -> Iterator[bytes | BadImage]:
-    """Yield the bytes of each image in turn, or why it cannot be read; a container is opened once for samples in a row.
+    """Yield the bytes of each image in turn, or why it cannot be read.
 
-    Memory: one image, and what is read ahead of a Parquet file (see parquet_rows.py); rows that do not ascend are held
-    until all that follow one another from that file are read.
+    Consecutive samples of a file are read while it is open. Memory: one image, and what is read ahead of a Parquet file
+    (see parquet_rows.py). Parquet rows that do not ascend are all held until the last consecutive one of that file is
+    read.
     """
     for container, group in groupby(uris, key=_container):
         members = list(group)
@@ -91,7 +96,7 @@ def read_images(uris: list[str], columns: PoolColumns) -> Iterator[bytes | BadIm
 
 
 def _detect_format(root: Folder) -> str:
-    """Tell the format from the first file that has one's extension, breadth first and by name."""
+    """Return the format of the first file whose extension is known, breadth first and by name."""
     queue = deque([root])
     while queue:
         folder, dirs, first = queue.popleft(), [], ""
@@ -108,8 +113,8 @@ def _detect_format(root: Folder) -> str:
 
 def _unknown_format(root: str) -> str:
     raise ValueError(
-        f"pool.uri={root!r} holds no images, Parquet files or tars that can be told by their extension: "
-        f"check the path (extensions known: {' '.join(sorted(IMAGE_EXTENSIONS))} .parquet .tar)"
+        f"pool.uri={root!r} holds no images, Parquet files or tars that are known by their extension: "
+        f"check the path (known extensions: {' '.join(sorted(IMAGE_EXTENSIONS))} .parquet .tar)"
     )
 
 
@@ -118,7 +123,8 @@ def _describe(pool_format: str) -> str:
 
 
 def _folder_units(folder: Folder) -> list[Unit]:
-    """Return a unit for each folder at the first level that has several, and one for the files beside them."""
+    """Return a unit for each folder at the first level that has several, and one for the files next to them."""
+    # Going down to that level gives several units, which workers list in parallel, to a pool like data/images/train/.
     while True:
         dirs, has_images = [], False
         for name, is_dir in folder.entries():

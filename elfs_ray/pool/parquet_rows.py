@@ -1,13 +1,13 @@
-"""Read images in rows of a Parquet file, forwards in a stream.
+"""Read images from the rows of a Parquet file as a forward stream.
 
 A row group can only be read from its first row, and some writers put a million images into one. So a large group is
-never loaded whole, and the place that was reached in it is kept for the next block of ids: a process that reads a file
-in ascending order reads it once, however long its groups are. Processes that share a long group read past one another's
-blocks: without decoding them, but the whole group each. For many workers groups of some hundred images are better.
+never loaded as a whole, and the reader keeps its position for the next block of ids: a process that reads a file in
+ascending order reads it once, however long its groups are. Processes that share a long group each read all of it, as
+they must skip one another's blocks. With many workers, groups of a few hundred images are better.
 
-Memory, whatever the length of a group: 32 MiB twice for a group that is read at once, else for each column that holds
-the images 8 MiB, a page of the file, compressed and not (pandas and pyarrow put 1,024 images into one, other writers
-1 MiB), and 4 MiB of values, up to thrice while they are put together.
+Memory does not depend on the length of a group. A group that is read at once takes at most twice 32 MiB. Otherwise each
+leaf column of the images takes 8 MiB, a page of the file compressed and uncompressed (1,024 images from pandas and
+pyarrow, 1 MiB from other writers), and 4 MiB of values, up to three times while they are assembled.
 """
 
 import posixpath
@@ -25,14 +25,14 @@ from elfs_ray.pool.parquet import against, find_image_column, open_parquet
 from elfs_ray.storage import filesystem
 
 ROW_URI = re.compile(r"(?P<container>.*)#row=(?P<row>\d+)", re.DOTALL)
-MAX_WHOLE_BYTES = 32 << 20  # of a row group that is read at once
-BUFFER_BYTES = 8 << 20  # of a request: a bucket answers smaller ones no faster
-BATCH_BYTES = 4 << 20
+MAX_WHOLE_BYTES = 32 << 20  # of images in a row group that is read at once
+BUFFER_BYTES = 8 << 20  # of a request; a bucket does not answer smaller ones any faster
+BATCH_BYTES = 4 << 20  # of the values that are decoded at a time
 MAX_BATCH_ROWS = 1024
 
 
 def read_parquet_rows(container: str, rows: list[int], columns: PoolColumns) -> Iterator[bytes | BadImage]:
-    """Yield the rows in the order of `rows`; ascending ones are streamed, others are held until all are read."""
+    """Yield the images in the order of `rows`. Ascending rows are streamed, others are held until all are read."""
     try:
         reader = _take_reader(container, columns.image)
     except (OSError, ValueError) as error:
@@ -45,19 +45,25 @@ def read_parquet_rows(container: str, rows: list[int], columns: PoolColumns) -> 
     else:
         by_row = dict(zip(ascending, images, strict=True))
         yield from (by_row[row] for row in rows)
+    # Not in a `finally`: a reader whose stream was broken off or failed is in an unknown state.
     _kept.append(reader)
 
 
 class _RowReader:
-    """The column of images of one file, and how far it has been read."""
+    """A stream over the column of images of one Parquet file."""
 
     def __init__(self, container: str, column: str | None):
-        self.container, self._asked, self._version = container, column, _version(container)
+        self.container = container
+        self._requested_column = column
+        # Taken before the file is opened: a file that is replaced in between is opened anew next time.
+        self._version = _version(container)
         self._file = open_parquet(container)
         self._column = find_image_column(self._file.schema_arrow, container, column)
         metadata = self._file.metadata
         groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
         self._ends = np.cumsum([group.num_rows for group in groups])
+        # Arrow buffers a whole row group by default, and only a file that is opened with a buffer size is read in
+        # pieces. The footer is passed on: reading it again would cost another request.
         if max((_column_bytes(group, self._column) for group in groups), default=0) > MAX_WHOLE_BYTES:
             self._file = open_parquet(container, BUFFER_BYTES, metadata)
         self._group: int | None = None
@@ -65,10 +71,12 @@ class _RowReader:
         self._batches: Iterator[pa.RecordBatch] = iter(())
 
     def reads(self, container: str, column: str | None) -> bool:
-        """Return whether it can go on with this column of this file, unchanged since it was opened."""
-        return (container, column) == (self.container, self._asked) and self._version == _version(container)
+        """Return whether it reads this column of this file, and the file has not changed since it was opened."""
+        is_same_column = (container, column) == (self.container, self._requested_column)
+        return is_same_column and self._version == _version(container)
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
     def group_of(self, row: int) -> int | None:
@@ -77,22 +85,24 @@ class _RowReader:
         return group if group < len(self._ends) else None
 
     def value(self, row: int) -> bytes | dict | str | None:
-        """Return what the column holds at a row of the file. Raises ArrowException or OSError for a broken group."""
+        """Return the column's value in a row of the file. Raises ArrowException or OSError for a broken group."""
         group = self.group_of(row)
         assert group is not None, row
         if group != self._group or row < self._first:
             self._begin(group)
+        # Forwards only: values before the row are decoded and dropped.
         while row >= self._first + len(self._values):
             self._first += len(self._values)
             try:
                 self._values = next(self._batches).column(0)
             except BaseException:
+                # The iterator of a failed group yields nothing more: the next row begins its group anew.
                 self._group = None
                 raise
         return self._values[row - self._first].as_py()
 
     def _begin(self, group: int) -> None:
-        """Go to the first row of a group."""
+        """Start at the first row of a group."""
         description = self._file.metadata.row_group(group)
         row_bytes = _column_bytes(description, self._column) // description.num_rows
         batch_rows = min(MAX_BATCH_ROWS, max(1, BATCH_BYTES // max(1, row_bytes)))
@@ -102,13 +112,14 @@ class _RowReader:
         self._batches = self._file.iter_batches(batch_rows, row_groups=[group], columns=[self._column])
 
 
-# The reader of the last call in this process, at most one, so that the next call goes on from there. It is taken out
-# while in use, so that no two threads share one.
+# The reader of the last call in this process, so that the next call continues from its position. It is taken out while
+# in use, so that no two threads share it.
 _kept: list[_RowReader] = []
 
 
 def _take_reader(container: str, column: str | None) -> _RowReader:
-    """Return the reader that was kept if it is of this file, else a new one."""
+    """Return the kept reader if it reads this column of this file, else a new one."""
+    # Pop and catch rather than test and pop: another thread may take the reader in between.
     while True:
         try:
             kept = _kept.pop()
@@ -120,38 +131,40 @@ def _take_reader(container: str, column: str | None) -> _RowReader:
 
 
 def _version(container: str) -> tuple[int | None, int | None]:
-    """Return what changes with a file: its size and time."""
+    """Return a file's size and modification time, which change with its contents."""
     store, path = filesystem.resolve(container)
     info = store.get_file_info(path)
     return info.size, info.mtime_ns
 
 
 def _column_bytes(group: pq.RowGroupMetaData, column: str) -> int:
-    """Return the bytes of a column in a row group, uncompressed."""
+    """Return the uncompressed bytes of a column in a row group."""
+    # The column of a struct is stored as one chunk for each of its fields, such as image.bytes and image.path.
     chunks = (group.column(number) for number in range(group.num_columns))
     return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] == column)
 
 
 def _read_ascending_rows(reader: _RowReader, rows: list[int]) -> Iterator[bytes | BadImage]:
-    """Yield the rows from the groups that hold them; a broken group costs no other group its rows."""
-    for group, wanted in groupby(rows, key=reader.group_of):
+    """Yield the rows group by group. A broken group does not affect the rows of other groups."""
+    for group, rows_of_group in groupby(rows, key=reader.group_of):
         if group is None:
-            yield from (BadImage(f"{reader.container} has no row {row}") for row in wanted)
+            yield from (BadImage(f"{reader.container} has no row {row}") for row in rows_of_group)
             continue
-        pending = list(wanted)
+        pending = list(rows_of_group)
         for number, row in enumerate(pending):
             try:
                 value = reader.value(row)
             except (pa.ArrowException, OSError, StopIteration) as error:
                 rejection(error, reader.container)
                 reason = f"{reader.container} cannot be read in row group {group}: {error}"
+                # The rows before the damage were yielded. Those after it are lost: a group is read forwards only.
                 yield from (BadImage(reason) for _ in pending[number:])
                 break
             yield _bytes_of(value, reader.container)
 
 
 def _bytes_of(value: bytes | dict | str | None, container: str) -> bytes | BadImage:
-    """Return the bytes behind one Parquet value: bytes, a struct of bytes and path, or null."""
+    """Return the image of one Parquet value: bytes, a struct of bytes and path, or null."""
     if isinstance(value, bytes):
         return value
     if isinstance(value, dict):

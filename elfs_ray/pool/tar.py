@@ -1,4 +1,4 @@
-"""Pools in uncompressed WebDataset tars: members are listed once and read in place."""
+"""List pools in uncompressed WebDataset tars, and read their members in place."""
 
 import io
 import posixpath
@@ -13,14 +13,15 @@ from elfs_ray.pool.files import Unit, is_hidden_path, is_image, rejection
 from elfs_ray.pool.images import BadImage
 from elfs_ray.storage import filesystem, schema
 
-READ_AHEAD_BYTES = 1 << 20
+READ_AHEAD_BYTES = 1 << 20  # of a listing, which reads 512 bytes of header and seeks over each member
+# The container ends at the first ".tar#": a member's name may contain another one.
 MEMBER_URI = re.compile(
     r"(?P<container>.*?\.(?i:tar))#(?P<member>.*)\?offset=(?P<offset>\d+)&size=(?P<size>\d+)", re.DOTALL
 )
 
 
 def list_tar(unit: Unit, with_labels: bool) -> pa.Table:
-    """List one tar as `listing.list_unit` does."""
+    """List one tar as `listing.list_unit` does. A sample's class is in the .cls member of the same key."""
     uris, keys, classes = [], [], {}
     store, tar_path = filesystem.resolve(unit.uri)
     with store.open_input_file(tar_path) as raw:
@@ -30,6 +31,7 @@ def list_tar(unit: Unit, with_labels: bool) -> pa.Table:
             if is_hidden_path(path):
                 continue
             folder, name = posixpath.split(path)
+            # WebDataset's rule: members with the same path up to the first "." of their name are one sample.
             key = posixpath.join(folder, name.partition(".")[0])
             if with_labels and name.endswith(".cls"):
                 classes[key] = _read_class(file, member, unit.uri)
@@ -56,13 +58,15 @@ def read_tar_members(container: str, uris: list[str]) -> Iterator[bytes | BadIma
 
 
 class _Seekable(io.RawIOBase):
-    """A pyarrow file as a raw Python stream, so that io.BufferedReader can read ahead of small reads.
+    """A pyarrow file as a raw Python stream, for io.BufferedReader to read ahead.
 
-    As in any Python file one may seek beyond the end, where object stores raise an error.
+    As in any Python file, seeking beyond the end is allowed: tarfile does so in a truncated tar, and object stores
+    would raise an error.
     """
 
     def __init__(self, file: pa.NativeFile):
-        self._file, self._size, self._position = file, file.size(), 0
+        self._file, self._size = file, file.size()
+        self._position = 0
 
     def readable(self) -> bool:
         return True
@@ -89,11 +93,13 @@ def _tar_members(uri: str, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
             while (member := archive.next()) is not None:
-                # tarfile keeps all, 400 bytes each, for links, which are not followed here.
+                # tarfile keeps all members, 400 bytes each, to resolve links, which are not followed here.
                 archive.members.clear()  # type: ignore[attr-defined]
                 if member.isfile():
                     yield member
     except tarfile.ReadError as error:
+        # In a truncated tar only the last members are rejected, when they are read. Other errors mean a compressed tar
+        # or a file that is not a tar at all.
         if "unexpected end of data" not in str(error):
             raise ValueError(
                 f"{uri} cannot be read as an uncompressed tar: {error}. Repair it or move it out of the pool."
@@ -101,7 +107,7 @@ def _tar_members(uri: str, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
 
 
 def _read_class(file: BinaryIO, member: tarfile.TarInfo, uri: str) -> int | None:
-    """Return the class in a .cls member; None if the tar is cut short within it."""
+    """Return the class in a .cls member; None if the tar ends within it."""
     file.seek(member.offset_data)
     data = file.read(member.size)
     if len(data) < member.size:
@@ -114,9 +120,9 @@ def _read_class(file: BinaryIO, member: tarfile.TarInfo, uri: str) -> int | None
 
 
 def _read_tar_member(file: pa.NativeFile, offset: int, size: int, container: str) -> bytes | BadImage:
-    there = max(0, min(size, file.size() - offset))
-    if there < size:
-        return BadImage(f"{container} is cut short: {there} of {size} bytes are there")
+    num_available = max(0, min(size, file.size() - offset))
+    if num_available < size:
+        return BadImage(f"{container} is cut short: it has {num_available} of the image's {size} bytes")
     try:
         return file.read_at(size, offset)
     except OSError as error:

@@ -131,7 +131,7 @@ def test_a_file_of_another_type_among_good_ones_is_an_error_that_names_it(ray_cl
     (tmp_path / "pool").mkdir()
     pq.write_table(pa.table({"image": [(pool / "000.png").read_bytes()] * 12}), tmp_path / "pool" / "a.parquet")
     pq.write_table(pa.table({"image": column}), tmp_path / "pool" / "b.parquet")
-    with pytest.raises(ValueError, match=r"b\.parquet: column 'image' is .*; it must be image bytes"):
+    with pytest.raises(ValueError, match=r"b\.parquet: column 'image' is .*; it must hold image bytes"):
         list_pool(tmp_path / "pool", tmp_path / "run")
 
 

@@ -137,7 +137,7 @@ def test_an_animation_is_its_first_frame(photographs):
         (lambda photo: b"<html>404 Not Found</html>", r"not an image that Pillow can read \(26 bytes\)"),
         (lambda photo: encode(photo)[:50_000], "OSError: .*truncated"),
         (lambda photo: encode(photo, "JPEG")[:20_000], "OSError: .*truncated"),
-        (lambda photo: encode(photo.convert("F"), "TIFF"), "floating-point pixels have no known white"),
+        (lambda photo: encode(photo.convert("F"), "TIFF"), "floating-point pixels have no defined white"),
         (lambda photo: encode(Image.fromarray(np.full((4, 4), -1, np.int32)), "TIFF"), r"outside 0\.\.65535"),
         (lambda photo: encode(Image.fromarray(np.full((4, 4), 65536, np.int32)), "TIFF"), r"outside 0\.\.65535"),
         (lambda photo: grey_png(200_000, 200_000, b""), "^200000x200000 pixels, more than embed.max_image_pixels="),

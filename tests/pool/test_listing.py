@@ -104,7 +104,7 @@ def test_a_benchmark_with_its_test_images_is_no_pool(digit_pools, tmp_path):
     shutil.copytree(digit_pools.uris["bytes"], tmp_path / "digits" / "train")
     shutil.copytree(digit_pools.uris["bytes"], tmp_path / "digits" / "test")
     (tmp_path / "digits" / "dataset.json").write_text("{}")
-    with pytest.raises(ValueError, match="training and test images: give its folder train"):
+    with pytest.raises(ValueError, match="training and test images: give its subfolder train"):
         find_units(str(tmp_path / "digits"))
     assert find_units(str(tmp_path / "digits" / "train"))
 
@@ -226,7 +226,7 @@ def test_null_images_keep_their_rows(tmp_path):
     [
         ({"picture": [b"x"]}, PoolColumns(), r"columns \['picture'\], none named image or uri: set pool.image_column"),
         ({"image": [b"x"]}, PoolColumns(image="img"), "none named img: set pool.image_column"),
-        ({"image": [1.5]}, PoolColumns(), "column 'image' is double; it must be image bytes"),
+        ({"image": [1.5]}, PoolColumns(), "column 'image' is double; it must hold image bytes"),
         ({"image": [b"x"]}, PoolColumns(label="y"), "none named 'y': set pool.label"),
         ({"image": [b"x"], "y": ["cat"]}, PoolColumns(label="y"), "column 'y' is string; it must be integers"),
         ({"image": [b"x"], "y": [2**40]}, PoolColumns(label="y"), "column 'y' is int64; it must be integers"),

@@ -34,7 +34,7 @@ JOB = Path(__file__).parent.parent.parent / "jobs" / "cifar10.py"
 REASONS = {
     "bomb.png": "200000x200000 pixels, more than embed.max_image_pixels=300000",
     "empty.png": "empty file (0 bytes)",
-    "floats.tiff": "floating-point pixels have no known white; convert to 8 or 16 bit",
+    "floats.tiff": "floating-point pixels have no defined white; convert the image to 8 or 16 bits",
     "huge.png": "700x700 pixels, more than embed.max_image_pixels=300000",
     "text.jpg": "not an image that Pillow can read (12 bytes)",
     "truncated.jpg": "OSError: image file is truncated",
