@@ -1,4 +1,4 @@
-"""Where chaos.py has its runs: the digits to choose from, three nodes on this machine, a small disk, a bucket."""
+"""Set up the places of chaos.py's runs: a pool of digits, three nodes on this machine, a small disk, a bucket."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ OTHER_NODES = 2
 
 @dataclass(frozen=True)
 class Place:
-    """Where runs happen: the folder or bucket of their directories, and what strikes can reach there (see Rig)."""
+    """The folder or bucket of some runs' directories, and what strikes can reach there (see Rig)."""
 
     root: str
     logs: Path
@@ -30,7 +30,7 @@ class Place:
     store: subprocess.Popen | None = None
 
     def kinds(self) -> list[str]:
-        """The strikes that have something to hit here."""
+        """Return the kinds of strikes that have a target here."""
         missing = {
             "node": self.cluster is None,
             "full disk": self.disk is None,
@@ -40,21 +40,21 @@ class Place:
 
 
 def write_pool(folder: Path, num_images: int) -> Path:
-    """Digits in four Parquet files, with a broken image in each."""
+    """Write digits to four Parquet files, with a broken image in each, and return their folder."""
     from jobs.quickstart import write_digits
 
     write_digits(folder)
     images = pq.read_table(folder / "pool.parquet")["image"].to_pylist()[:num_images]
     (folder / "pool").mkdir()
     for part in range(4):
-        own = pa.table({"image": [*images[part::4], b"broken"]})
-        pq.write_table(own, folder / "pool" / f"{part}.parquet")
+        table = pa.table({"image": [*images[part::4], b"broken"]})
+        pq.write_table(table, folder / "pool" / f"{part}.parquet")
     return folder / "pool"
 
 
 @contextlib.contextmanager
 def three_nodes(folder: Path) -> Iterator[tuple[Any, list[Any]]]:
-    """A cluster of a head and two nodes on this machine, with a token of its own."""
+    """Start a head and two nodes on this machine, with a token that no other Ray shares."""
     token = folder / "token"
     token.write_text(secrets.token_hex(32))
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
@@ -69,21 +69,21 @@ def three_nodes(folder: Path) -> Iterator[tuple[Any, list[Any]]]:
 
 @contextlib.contextmanager
 def small_disk(folder: Path) -> Iterator[tuple[Path, bool]]:
-    """A folder for the runs, and whether it is a disk that can be filled without harm."""
+    """Yield a folder for the runs, and whether it is a separate disk, which can be filled without harm."""
     place = folder / "runs"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(place)]
-    is_own = subprocess.run(mount, capture_output=True).returncode == 0
+    is_mounted = subprocess.run(mount, capture_output=True).returncode == 0
     try:
-        yield place, is_own
+        yield place, is_mounted
     finally:
-        if is_own:
+        if is_mounted:
             subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 @contextlib.contextmanager
 def bucket(folder: Path) -> Iterator[tuple[str, subprocess.Popen]]:
-    """A bucket on an S3 server, and the server's process."""
+    """Yield a bucket on an S3 server, and the server's process."""
     from tests.s3 import start_server
 
     process, server = start_server(folder / "s3.log")

@@ -1,6 +1,6 @@
-"""What chaos.py does to a run: its processes are killed, its node, its disk and its driver taken away.
+"""Strike a run of chaos.py: kill its processes or driver, remove a node, fill its disk, silence its store.
 
-A strike returns what it hit, or None where there was nothing of its kind to hit at that moment.
+A strike returns what it hit, or None if there was no target at that moment.
 """
 
 import os
@@ -14,18 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# Ray names a process after the class or task that it runs.
 TRAIN_WORKER = re.compile(r"ray::.*TrainWorker")
 ACTOR = re.compile(r"ray::(_Shard|_ListShard|MapWorker)")
 TASK = re.compile(r"ray::(?!IDLE|.*(TrainWorker|TrainController|_Board|_Shard|_ListShard|MapWorker|StatsActor|Agent))")
 NODE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 100 << 20}
-DISK_FULL_S = 12.0  # at most; a driver ends sooner
+DISK_FULL_S = 12.0  # at most: usually the driver ends sooner
 STORE_SILENT_S = 15.0  # at most
 EXIT_CODES = {"sigkill": -signal.SIGKILL, "ctrl-c": 130, "sigterm": 143}
 
 
 @dataclass
 class Rig:
-    """What the strikes reach; None where a driver has a Ray of its own, or writes to no disk or no store."""
+    """The targets of strikes. None where the driver starts its own Ray, or writes to no small disk or no store."""
 
     driver: subprocess.Popen
     cluster: Any
@@ -35,11 +36,13 @@ class Rig:
     rng: random.Random
 
     def processes(self, title: re.Pattern[str]) -> list[int]:
-        """Ray's worker processes below this one whose title matches, of this user's alone."""
+        """Return Ray's worker processes whose title matches."""
+        # Only descendants of this process: others on this machine may use Ray, too.
         return sorted(pid for pid, name in _descendants(os.getpid()) if title.match(name))
 
 
 def kill_process(rig: Rig, title: re.Pattern[str]) -> str | None:
+    """Kill a random worker process whose title matches."""
     pids = rig.processes(title)
     if not pids:
         return None
@@ -50,7 +53,7 @@ def kill_process(rig: Rig, title: re.Pattern[str]) -> str | None:
 
 
 def remove_node(rig: Rig) -> str | None:
-    """A node that is not the head, gone without a word; another one comes."""
+    """Remove a node other than the head without warning, and add another one."""
     if rig.cluster is None:
         return None
     node = rig.nodes.pop(rig.rng.randrange(len(rig.nodes)))
@@ -60,7 +63,7 @@ def remove_node(rig: Rig) -> str | None:
 
 
 def stop_driver(rig: Rig, how: int) -> str | None:
-    """The signal goes to the driver's whole process group, as a terminal's does; SIGKILL to the driver alone."""
+    """Send a signal to the driver's whole process group, as a terminal does; SIGKILL to the driver alone."""
     if rig.driver.poll() is not None:
         return None
     if how == signal.SIGKILL:
@@ -72,7 +75,7 @@ def stop_driver(rig: Rig, how: int) -> str | None:
 
 
 def fill_disk(rig: Rig) -> str | None:
-    """Not a byte is left until the driver has ended, for some seconds at most."""
+    """Fill the disk to the last byte until the driver ends, at most for DISK_FULL_S."""
     if rig.disk is None:
         return None
     filler = rig.disk / "filler"
@@ -92,7 +95,7 @@ def fill_disk(rig: Rig) -> str | None:
 
 
 def silence_store(rig: Rig) -> str | None:
-    """The object store takes connections and answers none of them for some seconds."""
+    """Stop the object store for some seconds: it accepts connections and does not answer."""
     if rig.store is None:
         return None
     seconds = round(rig.rng.uniform(3, STORE_SILENT_S), 1)
@@ -105,7 +108,7 @@ def silence_store(rig: Rig) -> str | None:
 
 
 def _top_up(filler: Path) -> None:
-    """What others delete meanwhile is taken, too."""
+    """Fill the space that the run has freed by deleting files."""
     try:
         with filler.open("ab", buffering=0) as sink:
             while sink.write(b"\0" * 4096):
@@ -125,7 +128,7 @@ STRIKES: dict[str, Callable[[Rig], str | None]] = {
     "full disk": fill_disk,
     "silent store": silence_store,
 }
-# In which stages there is something of a kind to hit.
+# The stages in which a kind of strike has a target; every stage for those not listed.
 STAGES = {
     "worker": ("index", "cluster", "select"),
     "actor": ("embed", "cluster"),
@@ -134,30 +137,31 @@ STAGES = {
 
 
 def left_behind(session: int) -> list[str]:
-    """The titles of processes that still run in a driver's session."""
-    found = []
-    for pid, _, own_session, state in _processes():
-        if own_session == session and state not in "ZX":
-            found.append(_title(pid))
-    return found
+    """Return the titles of processes that still run in a driver's session."""
+    titles = []
+    for pid, _, session_of_process, state in _processes():
+        if session_of_process == session and state not in "ZX":  # zombie, dead
+            titles.append(_title(pid))
+    return titles
 
 
 def _descendants(root: int) -> Iterator[tuple[int, str]]:
-    """(pid, title) of every process below one."""
+    """Yield (pid, title) of every descendant of a process."""
     parents = {pid: parent for pid, parent, _, _ in _processes()}
     for pid in parents:
-        above = pid
-        while above in parents and above != root:
-            above = parents[above]
-        if above == root and pid != root:
+        ancestor = pid
+        while ancestor in parents and ancestor != root:
+            ancestor = parents[ancestor]
+        if ancestor == root and pid != root:
             yield pid, _title(pid)
 
 
 def _processes() -> Iterator[tuple[int, int, int, str]]:
-    """(pid, parent, session, state) of every process."""
+    """Yield (pid, parent, session, state) of every process."""
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
+                # A process's name is in parentheses and may contain spaces: the other fields follow it.
                 fields = (folder / "stat").read_text().rpartition(")")[2].split()
             except OSError:
                 continue

@@ -1,4 +1,4 @@
-"""Lists and embeds a pool on a Ray that has little memory left, of which a worker takes too much; prints the outcome.
+"""List and embed a pool while a worker takes more memory than Ray has left; print the outcome.
 
 Arguments: the pool, the run directory, and which worker is greedy: "encoder once" or "task always".
 """
@@ -14,7 +14,7 @@ from elfs_ray.stages.index import run as index
 from elfs_ray.storage.run_dir import RunDir
 from tests.tables import digits_config, mark
 
-SPARE_BYTES = 3 << 29  # what is left until Ray begins to kill workers
+SPARE_BYTES = 3 << 29  # that may still be taken before Ray kills workers
 MAX_HOARD_BYTES = 3 << 30
 PIECE_BYTES = 64 << 20
 
@@ -43,7 +43,7 @@ def main(pool: Path, folder: Path, greedy: str) -> None:
 
     embed._DecodeAndEncodeBlock = GreedyOnce  # type: ignore[misc]
     embed.run_embed(config, run_dir)
-    print("embedded after the encoder was killed" if flag.exists() else "nobody was greedy")
+    print("embedded after the encoder was killed" if flag.exists() else "no encoder took too much memory")
 
 
 def hoard(flag: Path) -> None:
@@ -55,7 +55,7 @@ def hoard(flag: Path) -> None:
         pieces.append(b"\1" * PIECE_BYTES)
         time.sleep(0.05)
     time.sleep(5)
-    raise AssertionError("Ray let a worker have all that memory")
+    raise AssertionError("Ray did not kill a worker that took too much memory")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Pools as they are found: some images broken, some twice, names of any kind, files that change after the listing."""
+"""Pools as they occur: broken images, duplicates, unusual names, files that change after the listing."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ NAMES = ["a b", "ünïcödé 猫", "line\nbreak", "tab\there", "quote's \"", "%4
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory) -> Path:
-    """300 digits, 3 of them broken; an image of 30,000 x 10 and one of 1 x 1; one digit under each of nine names."""
+    """Return 300 digits, 3 of them broken, images of 30,000 x 10 and 1 x 1 pixels, and a digit under nine names."""
     folder = tmp_path_factory.mktemp("pool")
     images, _ = digit_images(NUM_DIGITS)
     for number, image in enumerate(images):
@@ -61,7 +61,7 @@ def embedded(ray_cluster, pool, tmp_path_factory) -> RunDir:
     return run_dir
 
 
-def test_one_percent_of_broken_images_costs_just_these(embedded, pool):
+def test_broken_images_are_rejected_and_no_others(embedded, pool):
     rejected = rows(embedded, "rejected").to_pylist()
     reasons = {row["uri"].removeprefix(f"{pool}/"): row["reason"] for row in rejected}
     assert reasons.keys() == {"050.png", "051.png", "250.png", "point.png"}
@@ -71,7 +71,7 @@ def test_one_percent_of_broken_images_costs_just_these(embedded, pool):
     assert sorted(ids) == rows(embedded, "index")["sample_id"].to_pylist()
 
 
-def test_duplicates_are_samples_of_their_own_with_the_same_embedding_whatever_their_names(embedded, pool):
+def test_duplicates_are_separate_samples_with_equal_embeddings(embedded, pool):
     uris = rows(embedded, "index")["uri"].to_pylist()
     assert len(uris) == len(set(uris)) == NUM_DIGITS + len(NAMES) + 2
     twins = [uris.index(f"{pool}/{name}.png") for name in ("000", *NAMES)]
@@ -80,33 +80,33 @@ def test_duplicates_are_samples_of_their_own_with_the_same_embedding_whatever_th
         assert all(value == values[0] for value in values)
 
 
-def test_files_that_change_or_vanish_after_the_listing_cost_just_themselves(ray_cluster, embedded, pool, tmp_path):
-    own = tmp_path / "pool"
-    shutil.copytree(pool, own)
-    run_dir = list_pool(own, tmp_path / "run")
-    (own / "100.png").unlink()
-    (own / "101.png").write_bytes((own / "101.png").read_bytes()[:70])
-    shutil.copy(own / "000.png", own / "102.png")
-    os.truncate(own / "103.png", 0)
-    (own / "104.png").unlink()
-    (own / "104.png").mkdir()
-    embed.run_embed(settings(own, tmp_path / "run"), run_dir)
+def test_files_that_change_or_vanish_after_the_listing_are_rejected(ray_cluster, embedded, pool, tmp_path):
+    pool_copy = tmp_path / "pool"
+    shutil.copytree(pool, pool_copy)
+    run_dir = list_pool(pool_copy, tmp_path / "run")
+    (pool_copy / "100.png").unlink()
+    (pool_copy / "101.png").write_bytes((pool_copy / "101.png").read_bytes()[:70])
+    shutil.copy(pool_copy / "000.png", pool_copy / "102.png")
+    os.truncate(pool_copy / "103.png", 0)
+    (pool_copy / "104.png").unlink()
+    (pool_copy / "104.png").mkdir()
+    embed.run_embed(settings(pool_copy, tmp_path / "run"), run_dir)
     rejected = {row["sample_id"]: row["reason"] for row in rows(run_dir, "rejected").to_pylist()}
     uris = rows(run_dir, "index")["uri"].to_pylist()
     before = set(rows(embedded, "rejected")["sample_id"].to_pylist())
-    lost = {uris.index(f"{own}/{name}.png") for name in ("100", "101", "103", "104")}
+    lost = {uris.index(f"{pool_copy}/{name}.png") for name in ("100", "101", "103", "104")}
     assert set(rejected) == before | lost
     assert all(rejected[i].startswith(("cannot be read: ", "OSError: ", "empty file", "not an image")) for i in lost)
-    changed = [uris.index(f"{own}/{name}.png") for name in ("000", "102")]
+    changed = [uris.index(f"{pool_copy}/{name}.png") for name in ("000", "102")]
     now = run_dir.read_rows("embeddings", np.array(changed), ["embedding"])["embedding"].to_pylist()
-    assert now[0] == now[1], "a file that is another image by now is embedded as that"
+    assert now[0] == now[1], "a file that has become another image is embedded as that image"
     others = np.setdiff1d(np.arange(len(uris)), [*rejected, *changed])
     for table, column in (("embeddings", "embedding"), ("proxy_images", "image")):
         assert run_dir.read_rows(table, others, [column]).equals(embedded.read_rows(table, others, [column]))
 
 
 def test_parquet_files_of_several_kinds_are_one_pool(ray_cluster, pool, tmp_path):
-    """Bytes, structs, uris and nulls in files of their own, as pools that grew over years have them."""
+    """Put bytes, structs, uris and nulls into separate files, as in pools that grew over years."""
     data = [(pool / f"{number:03d}.png").read_bytes() for number in range(12)]
     structs = [{"bytes": data[5], "path": None}, {"bytes": None, "path": f"{pool}/006.png"}, None]
     (tmp_path / "pool").mkdir()
@@ -127,7 +127,7 @@ def test_parquet_files_of_several_kinds_are_one_pool(ray_cluster, pool, tmp_path
 
 
 @pytest.mark.parametrize("column", [pa.array([1, 2]), pa.array([[b"x"], None]), pa.array([True, False])])
-def test_a_file_of_another_type_among_good_ones_is_an_error_that_names_it(ray_cluster, pool, tmp_path, column):
+def test_a_parquet_file_of_another_type_is_refused_by_name(ray_cluster, pool, tmp_path, column):
     (tmp_path / "pool").mkdir()
     pq.write_table(pa.table({"image": [(pool / "000.png").read_bytes()] * 12}), tmp_path / "pool" / "a.parquet")
     pq.write_table(pa.table({"image": column}), tmp_path / "pool" / "b.parquet")
@@ -135,8 +135,8 @@ def test_a_file_of_another_type_among_good_ones_is_an_error_that_names_it(ray_cl
         list_pool(tmp_path / "pool", tmp_path / "run")
 
 
-def test_a_pool_changed_in_part_gives_the_same_bytes_where_it_is_the_same(ray_cluster, embedded, pool, tmp_path):
-    """The same files in another order of making, through a symbolic link."""
+def test_a_copy_of_a_pool_behind_a_link_gives_the_same_bytes(ray_cluster, embedded, pool, tmp_path):
+    """The copy's files were created in another order, so the file system lists them in another order."""
     shutil.copytree(pool, tmp_path / "copy")
     (tmp_path / "link").symlink_to(tmp_path / "copy")
     run_dir = list_pool(tmp_path / "link", tmp_path / "run")
@@ -159,7 +159,7 @@ def run_short_of_memory(pool: Path, folder: Path, greedy: str) -> subprocess.Com
 
 
 @pytest.mark.slow
-def test_an_encoder_killed_by_ray_for_its_memory_is_tried_again_and_changes_no_byte(ray_cluster, digit_pools, tmp_path):
+def test_an_encoder_killed_for_its_memory_is_retried_to_the_same_bytes(ray_cluster, digit_pools, tmp_path):
     (tmp_path / "run").mkdir()
     done = run_short_of_memory(digit_pools.uris["folder"], tmp_path / "run", "encoder once")
     assert "embedded after the encoder was killed" in done.stdout, done.stderr
@@ -173,8 +173,8 @@ def test_an_encoder_killed_by_ray_for_its_memory_is_tried_again_and_changes_no_b
 
 
 @pytest.mark.slow
-def test_a_task_that_never_fits_into_memory_ends_with_an_error_that_says_so(pool, tmp_path):
-    """After some tries; Ray's own default is to try for ever."""
+def test_a_task_that_never_fits_into_memory_fails_clearly(pool, tmp_path):
+    """It fails after some retries, whereas Ray by default retries for ever."""
     done = run_short_of_memory(pool, tmp_path, "task always")
     assert done.returncode == 1 and "OutOfMemoryError" in done.stderr, done.stderr
     assert 2 <= len((tmp_path / "flag").read_text()) <= 20

@@ -1,4 +1,4 @@
-"""Pools in a store, or on a disk, that fails: its images are not rejected for what is no fault of theirs."""
+"""A store or a disk that fails rejects no image: the images can be read once it works again."""
 
 import errno
 import io
@@ -11,20 +11,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from elfs_ray.pool.files import rejection
-from elfs_ray.pool.images import BadImage
-from elfs_ray.pool.listing import PoolColumns, find_units, list_unit, read_images
 from elfs_ray.storage import filesystem
+from tests.pool.reading import listed, read
 
 IMAGES = [os.urandom(900) for _ in range(3)]
 
 
-def read(uris: list[str]) -> list[bytes | str]:
-    return [str(data) if isinstance(data, BadImage) else data for data in read_images(uris, PoolColumns())]
-
-
 @pytest.fixture(params=["folder", "parquet", "tar"])
 def pool(request, s3_bucket) -> tuple[str, list[str]]:
-    """A word in the names of the objects that hold the images, and the images' uris."""
+    """Return a word in the names of the objects that hold the images, and the images' uris."""
     buffer = io.BytesIO()
     if request.param == "parquet":
         pq.write_table(pa.table({"image": IMAGES}), buffer)
@@ -39,11 +34,10 @@ def pool(request, s3_bucket) -> tuple[str, list[str]]:
     else:
         for number, data in enumerate(IMAGES):
             filesystem.write_bytes(f"{s3_bucket}/pool/part{number}.png", data)
-    tables = [list_unit(unit, PoolColumns()) for unit in find_units(f"{s3_bucket}/pool")]
-    return "part", [uri for table in tables for uri in table["uri"].to_pylist()]
+    return "part", listed(f"{s3_bucket}/pool")[0]
 
 
-def test_a_store_that_refuses_ends_the_reading_and_rejects_no_image(s3_server, pool):
+def test_a_store_that_refuses_access_rejects_no_image(s3_server, pool):
     word, uris = pool
     for method in ("GET", "HEAD"):
         s3_server.fail("403", 20, method=method, key=word)
@@ -60,7 +54,7 @@ def test_a_store_that_is_busy_or_slow_is_waited_for(s3_server, pool, kind):
     assert read(uris) == IMAGES
 
 
-def test_an_object_that_is_gone_is_rejected(pool, s3_bucket):
+def test_a_missing_object_is_rejected(pool, s3_bucket):
     _, uris = pool
     filesystem.delete(f"{s3_bucket}/pool")
     assert len(read(uris)) == 3 and all(reason.startswith("cannot be read: ") for reason in read(uris))
@@ -85,11 +79,11 @@ def test_too_many_open_files_reject_no_image(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOMEM, errno.ETIMEDOUT, errno.ENOTCONN])
-def test_an_error_of_the_disk_is_no_reason_to_reject(number):
+def test_an_error_of_the_disk_rejects_no_image(number):
     with pytest.raises(OSError):
         rejection(OSError(number, os.strerror(number)), "/pool/a.png")
 
 
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP])
-def test_an_error_of_the_file_is(number):
+def test_an_error_of_the_file_rejects_its_image(number):
     assert os.strerror(number) in str(rejection(OSError(number, os.strerror(number)), "/pool/a.png"))

@@ -1,4 +1,4 @@
-"""What kills, deletions and accidents leave in a run directory is refused, and replaced when asked; never a result."""
+"""Damaged run directories are refused, and replaced with on_change=rerun; a damaged table is never a result."""
 
 import os
 import random
@@ -31,7 +31,7 @@ HOLDER = (
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory) -> Path:
-    """A folder of 150 digits and one broken image."""
+    """Return a folder of 150 digits and one broken image."""
     folder = tmp_path_factory.mktemp("pool")
     images, _ = digit_images(150)
     for number, image in enumerate(images):
@@ -41,11 +41,11 @@ def pool(tmp_path_factory) -> Path:
 
 
 def overrides(pool: Path, run_dir: Path, *more: str) -> list[str]:
-    given = ["budget=0.2", "embed.encoder=pixels", "embed.image_size=8", "embed.proxy_image_size=8"]
-    given += ["embed.block_images=64", "embed.num_workers=2", "cluster.method=kmeans", "cluster.num_workers=2"]
-    given += ["train.network=small_cnn", "train.epochs=2", "train.batch_size=32", "train.augmentation=none"]
-    given += ["train.num_workers=1", "train.cpus_per_worker=1", "select.hard_fraction=0.2"]
-    return [f"pool.uri={pool}", f"run_dir={run_dir}", *given, *more]
+    settings = ["budget=0.2", "embed.encoder=pixels", "embed.image_size=8", "embed.proxy_image_size=8"]
+    settings += ["embed.block_images=64", "embed.num_workers=2", "cluster.method=kmeans", "cluster.num_workers=2"]
+    settings += ["train.network=small_cnn", "train.epochs=2", "train.batch_size=32", "train.augmentation=none"]
+    settings += ["train.num_workers=1", "train.cpus_per_worker=1", "select.hard_fraction=0.2"]
+    return [f"pool.uri={pool}", f"run_dir={run_dir}", *settings, *more]
 
 
 def config_of(pool: Path, run_dir: Path, *more: str):
@@ -61,12 +61,12 @@ def finished(ray_cluster, pool, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copy(finished, tmp_path) -> Path:
-    """The finished run in a folder of its own, to be damaged."""
+    """Return a copy of the finished run, to be damaged."""
     return shutil.copytree(finished, tmp_path / "run")
 
 
 def refusal(pool: Path, run_dir: Path, *more: str) -> str:
-    """The message with which a run is refused; nothing in the run directory changes."""
+    """Return the message with which a run is refused. Nothing in the run directory may change."""
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
     with pytest.raises(ConfigError) as caught:
         run_pipeline(config_of(pool, run_dir, *more))
@@ -75,7 +75,7 @@ def refusal(pool: Path, run_dir: Path, *more: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("lost", "told"),
+    ("lost", "message"),
     [
         ("index/part-*.parquet", "index: index has 0 files of 0 bytes, 1 of "),
         ("embeddings", "embed: embeddings has 0 files"),
@@ -90,17 +90,17 @@ def refusal(pool: Path, run_dir: Path, *more: str) -> str:
         ("report.html", "report: report.html has 0 files"),
     ],
 )
-def test_a_marker_whose_tables_are_gone_is_told_and_nothing_goes_on(pool, copy, lost, told):
+def test_a_stage_whose_tables_are_gone_is_refused(pool, copy, lost, message):
     for path in copy.glob(lost):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    message = refusal(pool, copy)
-    stage = told.partition(":")[0]
+    refused = refusal(pool, copy)
+    stage = message.partition(":")[0]
     replaced = ", ".join(STAGES[STAGES.index(stage) :])
-    assert f"{copy} was made with another config, or is damaged:\n  {told}" in message
-    assert f"on_change=rerun to replace {replaced}, which deletes there: " in message and lost.split("/")[0] in message
+    assert f"{copy} was made with another config, or is damaged:\n  {message}" in refused
+    assert f"on_change=rerun to replace {replaced}, which deletes there: " in refused and lost.split("/")[0] in refused
 
 
-def test_a_table_cut_short_is_told(pool, copy):
+def test_a_truncated_table_is_refused(pool, copy):
     (path,) = (copy / "coreset").glob("*.parquet")
     os.truncate(path, 100)
     assert "select: coreset has 1 files of 100 bytes, 1 of " in refusal(pool, copy)
@@ -108,7 +108,7 @@ def test_a_table_cut_short_is_told(pool, copy):
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'{"stage": "embed"}', "cut", "changed"])
 @pytest.mark.parametrize("marker", ["_SUCCESS.json", "_STARTED.json"])
-def test_a_marker_that_cannot_be_read_is_named_with_what_to_do(pool, copy, content, marker, capsys):
+def test_a_marker_that_cannot_be_read_is_refused_by_name(pool, copy, content, marker, capsys):
     path = copy / "embed" / marker
     whole = path.read_bytes()
     changes = {"cut": whole[: len(whole) // 2], "changed": whole.replace(b'"pixels"', b'"pixels "')}
@@ -120,8 +120,8 @@ def test_a_marker_that_cannot_be_read_is_named_with_what_to_do(pool, copy, conte
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_tables_without_a_marker_are_not_taken_for_a_result(pool, copy, stage):
-    """As when somebody deletes a stage's folder, to have it made again with another config."""
+def test_tables_without_a_marker_are_not_a_result(pool, copy, stage):
+    """Somebody may delete a stage's folder, to run the stage again with another config."""
     if stage == "index":
         for marker in (copy / "index").glob("_*.json"):
             marker.unlink()
@@ -129,7 +129,7 @@ def test_tables_without_a_marker_are_not_taken_for_a_result(pool, copy, stage):
         shutil.rmtree(copy / stage)
     plan = {planned.stage.name: planned for planned in _plan(pool, copy)}
     if stage == "report":
-        assert plan[stage].action == "run", "its files are written whole, whatever was there"
+        assert plan[stage].action == "run", "its files are overwritten as a whole"
     else:
         assert plan[stage].action == "rerun" and "no marker says how it was made" in plan[stage].differences[0]
         assert f"  {stage}: " in refusal(pool, copy)
@@ -140,8 +140,8 @@ def _plan(pool: Path, run_dir: Path):
 
 
 @pytest.mark.slow
-def test_damaged_stages_are_made_again_to_the_same_bytes_when_told_to(ray_cluster, pool, finished, copy, capsys):
-    """In every stage at once, with files that killed writers left."""
+def test_rerun_repairs_damaged_stages_to_the_same_bytes(ray_cluster, pool, finished, copy, capsys):
+    """Damage every stage at once, and leave a file as a killed writer does."""
     for lost in ("index/part-*", "embeddings/part-000000000064-*", "dynamics/epoch=001/*", "coreset.txt"):
         (path,) = copy.glob(lost)
         path.unlink()
@@ -161,8 +161,8 @@ def test_damaged_stages_are_made_again_to_the_same_bytes_when_told_to(ray_cluste
     assert all(planned.action == "done" for planned in _plan(pool, copy))
 
 
-def test_what_was_made_from_tables_that_are_made_again_is_no_result(ray_cluster, pool, finished, tmp_path):
-    """The pool may have changed since: the config of a later stage is the same, its result may not be."""
+def test_a_stage_made_from_replaced_tables_is_refused(ray_cluster, pool, finished, tmp_path):
+    """Although its config has not changed, its result may: the pool may have changed in between."""
     pool_then = shutil.copytree(pool, tmp_path / "pool")
     run_dir = tmp_path / "run"
     run_pipeline(config_of(pool_then, run_dir, "until=cluster"))
@@ -170,7 +170,7 @@ def test_what_was_made_from_tables_that_are_made_again_is_no_result(ray_cluster,
     (pool_then / "100.png").write_bytes(b"")
     run_pipeline(config_of(pool_then, run_dir, "until=embed", "on_change=rerun"))
     assert "cluster: made from another embed" in refusal(pool_then, run_dir)
-    # Deleted by hand, as the message says, they are made again without a question.
+    # Once they are deleted by hand, as the message says, on_change is not needed.
     shutil.copy(pool / "100.png", pool_then / "100.png")
     for folder in ("embed", "embeddings", "proxy_images", "rejected", "cluster", "clusters"):
         shutil.rmtree(run_dir / folder)
@@ -179,7 +179,7 @@ def test_what_was_made_from_tables_that_are_made_again_is_no_result(ray_cluster,
     assert contents(run_dir, *tables) == contents(finished, *tables)
 
 
-def test_a_proxy_image_that_cannot_be_decoded_is_made_again_as_the_message_says(ray_cluster, pool, finished, tmp_path):
+def test_a_damaged_proxy_image_is_made_again_as_the_message_says(ray_cluster, pool, finished, tmp_path):
     run_dir = tmp_path / "run"
     run_pipeline(config_of(pool, run_dir, "until=cluster"))
     path = run_dir / "proxy_images" / "part-000000000064-000000000127.parquet"
@@ -187,7 +187,7 @@ def test_a_proxy_image_that_cannot_be_decoded_is_made_again_as_the_message_says(
     start = data.index(b"IHDR")
     path.write_bytes(data[:start] + b"XXXX" + data[start + 4 :])
     with pytest.raises(
-        Exception, match=f"in {path} cannot be decoded: .*Delete that file; the same command with on_ch"
+        Exception, match=f"in {path} cannot be decoded: .*Delete that file and run the same command with on_ch"
     ):
         run_pipeline(config_of(pool, run_dir, "until=train"))
     path.unlink()
@@ -196,7 +196,7 @@ def test_a_proxy_image_that_cannot_be_decoded_is_made_again_as_the_message_says(
 
 
 def test_one_driver_at_a_time(pool, copy, capsys):
-    """A second one is refused; looking at a finished run, and a dry run, need no lock."""
+    """Refuse a second driver that would write. A finished run and a dry run need no lock."""
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(copy)], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
@@ -220,7 +220,7 @@ def test_one_driver_at_a_time(pool, copy, capsys):
 
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Path]:
-    """A file system of its own, of 64 KiB, where root may make one."""
+    """Yield a file system of 64 KiB; skip the test for users who cannot mount one."""
     place = tmp_path / "disk"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
@@ -235,8 +235,8 @@ def remount(place: Path, options: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_again_and_again_costs_no_byte(ray_cluster, pool, finished, small_disk, capsys):
-    """The same command fails clearly until there is room, stage after stage, and goes on each time."""
+def test_a_disk_that_fills_up_repeatedly_changes_no_byte(ray_cluster, pool, finished, small_disk, capsys):
+    """Run the same command on a growing disk: it fails with a clear message, stage after stage, and resumes."""
     stopped_in = set()
     for kilobytes in (64, 110, 170, 260, 400, 600, 900, 1400, 2200, 4000, 8000, 16_000):
         remount(small_disk, f"size={kilobytes}k")
@@ -246,7 +246,8 @@ def test_a_disk_that_is_full_again_and_again_costs_no_byte(ray_cluster, pool, fi
             break
         assert code in (1, 2) and "No space left on device" in said, said
         assert "Traceback" not in said, said
-        stopped_in.add(next((s for s in STAGES if not (small_disk / "run" / s / "_SUCCESS.json").exists()), "end"))
+        incomplete = (stage for stage in STAGES if not (small_disk / "run" / stage / "_SUCCESS.json").exists())
+        stopped_in.add(next(incomplete, "end"))
     assert code == 0 and len(stopped_in) >= 3, stopped_in
     assert contents(small_disk / "run", *TABLES) == contents(finished, *TABLES)
 
@@ -264,7 +265,7 @@ def test_a_directory_that_cannot_be_written_is_refused_before_any_work(ray_clust
 
 
 def test_six_kinds_of_faults_in_one_run_change_no_byte(finished, pool, small_disk):
-    """As tests/faults/chaos.py does it at random: here at moments that are always met."""
+    """Like chaos.py, but at the beginning of each stage, so that every strike hits."""
     remount(small_disk, "size=32m")
     address = ray.get_runtime_context().gcs_address
     place = Place(str(small_disk), small_disk.parent, disk=small_disk)
@@ -276,8 +277,8 @@ def test_six_kinds_of_faults_in_one_run_change_no_byte(finished, pool, small_dis
         Fault("train worker", "train", 0),
         Fault("sigterm", "select", 0),
     ]
-    own = [*overrides(pool, small_disk / "struck"), f"ray_address={address}"]
-    struck = Run(place, "struck", own, random.Random(0), yaml=YAML)
+    settings = [*overrides(pool, small_disk / "struck"), f"ray_address={address}"]
+    struck = Run(place, "struck", settings, random.Random(0), yaml=YAML)
     try:
         for fault in faults:
             struck.strike(fault, seconds=0)

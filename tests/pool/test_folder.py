@@ -1,4 +1,4 @@
-"""Pools in folders: links are followed, loops are skipped, dangling links keep their names, counting holds no names."""
+"""List pools in folders: links, loops, dangling links, special files, folders of a bucket."""
 
 import os
 import socket
@@ -11,6 +11,7 @@ from elfs_ray.pool.folder import Folder
 from elfs_ray.pool.images import BadImage
 from elfs_ray.pool.listing import PoolColumns, count_unit, find_units, list_unit, read_images
 from elfs_ray.storage import filesystem
+from tests.pool.reading import listed
 
 
 def write(folder: Path, *names: str) -> None:
@@ -20,11 +21,9 @@ def write(folder: Path, *names: str) -> None:
 
 
 def names(pool: Path) -> list[str]:
-    """The samples of a pool, relative to it, in order; what is counted is what is listed."""
-    units = find_units(str(pool))
-    tables = [list_unit(unit, PoolColumns()) for unit in units]
-    assert [count_unit(unit, PoolColumns()) for unit in units] == [table.num_rows for table in tables]
-    return [uri.removeprefix(f"{pool}/") for table in tables for uri in table["uri"].to_pylist()]
+    """Return the samples of a pool, relative to it, in order."""
+    uris, _ = listed(pool)
+    return [uri.removeprefix(f"{pool}/") for uri in uris]
 
 
 @pytest.mark.parametrize("target", ["..", ".", "../..", "../../.."])
@@ -45,7 +44,7 @@ def test_folders_that_link_to_each_other_are_listed_twice(tmp_path):
     assert names(pool) == ["a/1.png", "a/x/2.png", "b/2.png", "b/y/1.png"]
 
 
-def test_links_in_a_linked_folder_back_to_the_pool_or_up_are_skipped(tmp_path):
+def test_links_from_a_linked_folder_back_to_the_pool_are_skipped(tmp_path):
     write(tmp_path / "elsewhere", "photos/1.png", "other/2.png")
     (tmp_path / "elsewhere" / "photos" / "up").symlink_to("..")
     (tmp_path / "elsewhere" / "photos" / "back").symlink_to(tmp_path / "pool")
@@ -54,7 +53,7 @@ def test_links_in_a_linked_folder_back_to_the_pool_or_up_are_skipped(tmp_path):
     assert names(tmp_path / "pool") == ["a/1.png", "z/3.png"]
 
 
-def test_a_pool_given_by_a_link_skips_links_to_the_folder_of_that_link(tmp_path):
+def test_a_pool_named_by_a_link_skips_links_to_the_links_folder(tmp_path):
     write(tmp_path / "data" / "pool", "a/1.png")
     write(tmp_path / "home", "2.png")
     (tmp_path / "home" / "link").symlink_to(tmp_path / "data" / "pool")
@@ -75,7 +74,7 @@ def test_two_links_to_one_folder_list_it_twice(tmp_path):
     assert names(tmp_path / "link") == expected
 
 
-def test_a_folder_of_loops_without_an_image_is_no_pool(tmp_path):
+def test_a_folder_of_loops_without_an_image_is_refused(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         for number in range(3):
@@ -96,14 +95,14 @@ def test_a_dangling_link_is_a_sample_rejected_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gone.parquet", "gone.tar"])
-def test_a_container_that_is_a_dangling_link_is_an_error_that_names_it(tmp_path, name):
+def test_a_dangling_link_to_a_tar_or_parquet_file_is_refused(tmp_path, name):
     (tmp_path / name).symlink_to("nowhere")
     (unit,) = find_units(str(tmp_path))
     with pytest.raises((ValueError, OSError), match=name):
         list_unit(unit, PoolColumns())
 
 
-def test_pipes_and_sockets_are_no_images(tmp_path):
+def test_pipes_and_sockets_are_skipped(tmp_path):
     write(tmp_path, "1.png")
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "link.png").symlink_to("pipe.png")
@@ -112,7 +111,7 @@ def test_pipes_and_sockets_are_no_images(tmp_path):
         assert names(tmp_path) == ["1.png"]
 
 
-def test_a_name_that_is_not_utf8_is_an_error_that_shows_it(tmp_path):
+def test_a_name_that_is_not_utf8_is_refused(tmp_path):
     with open(os.fsencode(tmp_path) + b"/caf\xe9.jpg", "wb"):
         pass
     with pytest.raises(ValueError, match=r"caf\\xe9.jpg.*not UTF-8.*rename it"):
@@ -135,7 +134,7 @@ def test_a_folder_of_a_bucket_is_listed_once_to_find_its_units(s3_server, s3_buc
         filesystem.write_bytes(f"{s3_bucket}/{name}", b"x")
     before = s3_server.num_requests()
     units = find_units(s3_bucket)
-    # Whether it is there and a folder (two each), no test images beside it, the listing.
+    # Two requests each to see that it exists and that it is a folder, one for dataset.json, the listing.
     assert s3_server.num_requests() - before <= 7
     assert [(unit.uri, unit.recursive) for unit in units] == [
         *((s3_bucket, False), (f"{s3_bucket}/a", True), (f"{s3_bucket}/b", True))
@@ -146,7 +145,7 @@ def test_a_folder_of_a_bucket_is_listed_once_to_find_its_units(s3_server, s3_buc
 
 
 @pytest.mark.parametrize("kind", ["s3", "gcs"])
-def test_entries_of_a_bucket_folder_are_told_from_those_below_it(request, kind):
+def test_entries_of_a_bucket_folder_exclude_those_below_it(request, kind):
     root = request.getfixturevalue(f"{kind}_bucket") + "/pool"
     for name in ("1.png", "_a.png", "a/2.png", "a/b/3.png", ".c/4.png", "_c/5.png"):
         filesystem.write_bytes(f"{root}/{name}", b"x")

@@ -1,4 +1,4 @@
-"""Files made to harm: paths out of a tar, pixels that fit no memory, formats that run programs, code."""
+"""Malicious files: paths out of a tar, decompression bombs, formats that run programs, pickles."""
 
 import io
 import os
@@ -17,20 +17,11 @@ import pytest
 from PIL import Image, features
 
 from elfs_ray.pool.images import BadImage, decode_image, encode_proxy_image, resize_center_crop
-from elfs_ray.pool.listing import PoolColumns, find_units, list_unit, read_images
 from tests.image_files import grey_png
+from tests.pool.reading import listed, read
 
 MAX_PIXELS = 25_000_000
 SECRET = b"outside of the tar"
-
-
-def listed(path: Path) -> list[str]:
-    tables = [list_unit(unit, PoolColumns()) for unit in find_units(str(path))]
-    return [uri for table in tables for uri in table["uri"].to_pylist()]
-
-
-def read(uris: list[str]) -> list[bytes | str]:
-    return [str(data) if isinstance(data, BadImage) else data for data in read_images(uris, PoolColumns())]
 
 
 def add(archive: tarfile.TarFile, name: str, data: bytes = b"", **fields: object) -> None:
@@ -49,54 +40,54 @@ def test_no_member_of_a_tar_leads_out_of_it(tmp_path):
     (tmp_path / "pool").mkdir()
     with tarfile.open(tmp_path / "pool" / "train.tar", "w") as archive:
         for number, name in enumerate(names):
-            add(archive, name, b"own bytes %d" % number)
+            add(archive, name, b"bytes %d" % number)
         for kind, name in links.items():
             for target in ("../secret.png", str(outside), "/etc/passwd"):
                 add(archive, f"{name}.png", type=kind, linkname=target)
         add(archive, "pipe.png", type=tarfile.FIFOTYPE)
         add(archive, "device.png", type=tarfile.CHRTYPE, devmajor=1, devminor=5)
     before = sorted(tmp_path.rglob("*"))
-    uris = listed(tmp_path / "pool")
-    assert read(uris) == [b"own bytes 2", b"own bytes 4"], "a name with .. is passed over, an absolute one is a name"
+    uris, _ = listed(tmp_path / "pool")
+    assert read(uris) == [b"bytes 2", b"bytes 4"], "a name with .. is skipped, an absolute path is a mere name"
     assert sorted(tmp_path.rglob("*")) == before and outside.read_bytes() == SECRET
 
 
 @pytest.mark.parametrize("size", [10**6, 2**40, 2**62])
-def test_a_member_that_says_it_is_larger_than_its_tar_costs_no_memory(tmp_path, size):
+def test_a_member_that_claims_to_exceed_its_tar_takes_no_memory(tmp_path, size):
     with tarfile.open(tmp_path / "train.tar", "w", format=tarfile.GNU_FORMAT) as archive:
         add(archive, "first.png", b"first")
         header = tarfile.TarInfo("huge.png")
         header.size = size
         archive.fileobj.write(header.tobuf(tarfile.GNU_FORMAT))
     tracemalloc.start()
-    found = read(listed(tmp_path / "train.tar"))
+    first, *others = read(listed(tmp_path / "train.tar")[0])
     assert tracemalloc.get_traced_memory()[1] < 8 << 20
     tracemalloc.stop()
-    assert found[0] == b"first" and all("is cut short" in reason for reason in found[1:])
+    assert first == b"first" and all("is cut short" in reason for reason in others)
 
 
 def test_a_uri_cannot_name_bytes_outside_of_its_container(tmp_path):
-    """As a table of uris might that somebody else has made."""
+    """A table of uris may come from somebody else."""
     (tmp_path / "x.tar").write_bytes(b"0123456789")
     pq.write_table(pa.table({"image": [b"row"]}), tmp_path / "x.parquet")
     tar, parquet = tmp_path / "x.tar", tmp_path / "x.parquet"
     uris = [f"{tar}#m?offset=0&size=99999999999999999999", f"{tar}#m?offset=99999999999999999999&size=1"]
     uris += [f"{tar}#m?offset=-1&size=5", f"{parquet}#row=99999999999999999999", f"{parquet}#row=-1"]
-    assert all(isinstance(found, str) for found in read(uris))
+    assert all(isinstance(reason, str) for reason in read(uris))
 
 
 # Decompression bombs. Each is small on disk and would be large in memory.
 
 
 def png_of_zeros(width: int, height: int) -> bytes:
-    """A whole, valid grey PNG, compressed a thousandfold."""
+    """Return a valid grey PNG, compressed a thousandfold."""
     packer = zlib.compressobj(9)
     rows = b"".join(packer.compress(b"\0" * (width + 1)) for _ in range(height)) + packer.flush()
     return grey_png(width, height, rows)
 
 
 def bomb(form: str) -> bytes:
-    """An image of 12,000 x 12,000 pixels of one colour."""
+    """Return an image file of 12,000 x 12,000 pixels of one colour."""
     if form == "PNG":
         return png_of_zeros(12_000, 12_000)
     buffer = io.BytesIO()
@@ -107,7 +98,7 @@ def bomb(form: str) -> bytes:
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "TIFF", "WEBP"])
 def test_a_bomb_is_refused_by_its_size_before_a_pixel_is_decoded(tmp_path, form):
-    """In a process of its own, whose memory has a limit: what is decoded would be 144 to 576 MB."""
+    """Measure the peak memory of a separate process: the decoded pixels would take 144 to 576 MB."""
     (tmp_path / "bomb").write_bytes(bomb(form))
     script = (
         "import resource, sys; from elfs_ray.pool.images import BadImage, decode_image\n"
@@ -125,8 +116,8 @@ def test_a_bomb_is_refused_by_its_size_before_a_pixel_is_decoded(tmp_path, form)
     assert int(kilobytes) < 100 << 10
 
 
-def test_text_that_unpacks_to_gigabytes_is_a_reason_and_not_memory():
-    """A compressed comment and colour profile in a PNG, which Pillow unpacks on opening."""
+def test_compressed_text_of_a_png_is_not_unpacked_without_limit():
+    """Pillow unpacks a PNG's compressed comment and colour profile on opening."""
     packed = zlib.compress(b"\0" * (200 << 20), 9)
     whole = png_of_zeros(4, 4)
     for kind, content in ((b"zTXt", b"Comment\0\0" + packed), (b"iCCP", b"profile\0\0" + packed)):
@@ -140,7 +131,7 @@ def test_text_that_unpacks_to_gigabytes_is_a_reason_and_not_memory():
         tracemalloc.stop()
 
 
-def test_of_a_million_frames_the_first_is_decoded():
+def test_only_the_first_of_many_frames_is_decoded():
     first = Image.new("P", (32, 32), 1)
     buffer = io.BytesIO()
     first.save(buffer, "GIF", save_all=True, append_images=[Image.new("P", (32, 32), i % 7) for i in range(300)])
@@ -151,7 +142,7 @@ def test_of_a_million_frames_the_first_is_decoded():
     tracemalloc.stop()
 
 
-def test_a_strip_of_30000_by_10_pixels_costs_no_more_than_itself(photographs):
+def test_an_image_of_extreme_shape_gives_a_small_proxy_image(photographs):
     for size in ((30_000, 10), (10, 30_000)):
         image = photographs[0].resize(size)
         assert resize_center_crop(image, resize=256, crop=224, interpolation="bicubic").shape == (224, 224, 3)
@@ -159,8 +150,8 @@ def test_a_strip_of_30000_by_10_pixels_costs_no_more_than_itself(photographs):
         assert min(proxy.size) == 64 and max(proxy.size) <= 256
 
 
-def test_a_format_that_runs_a_program_or_is_obscure_is_not_tried(tmp_path, monkeypatch):
-    """Pillow hands EPS to ghostscript, where there is one; here one stands in the path that leaves a trace."""
+def test_formats_that_run_programs_or_are_obscure_are_rejected(tmp_path, monkeypatch):
+    """Pillow passes EPS to Ghostscript. A program of that name is put on the path, and leaves a trace if it runs."""
     trace = tmp_path / "trace"
     program = tmp_path / "gs"
     program.write_text(f"#!/bin/sh\ntouch {trace}\n")
@@ -194,7 +185,7 @@ def test_the_formats_of_photographs_are_read(photographs, form):
 
 
 def test_nothing_is_unpickled_anywhere():
-    """torch.load and numpy.load read plain data alone, and nothing else that could run code is called."""
+    """torch.load and numpy.load read plain data only, and nothing else that could run code is called."""
     package = Path(__file__).parents[2] / "elfs_ray"
     for path in package.rglob("*.py"):
         source = path.read_text()
@@ -207,7 +198,7 @@ def test_nothing_is_unpickled_anywhere():
                 assert word not in line or f"def {word}" in line or ".eval()" in line, (path, line)
 
 
-def test_a_state_of_k_means_that_holds_code_is_refused(tmp_path):
+def test_a_k_means_state_with_a_pickle_is_refused(tmp_path):
     from elfs_ray.stages.cluster.run import STATE_FILE, _load_state
     from elfs_ray.storage.run_dir import RunDir
 

@@ -1,4 +1,4 @@
-"""Images of every kind become the 8-bit RGB that plain Pillow gives, or a reason; resizing is Pillow's own."""
+"""Decode images of every kind to the 8-bit RGB that Pillow gives, or to a reason; resize as Pillow does."""
 
 import io
 import struct
@@ -54,9 +54,9 @@ def test_lossless_formats_keep_every_pixel(photographs, form, options):
 
 @pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK"])
 def test_other_modes_become_the_rgb_that_pillow_gives(photographs, mode):
-    given = photographs[1].convert(mode)
-    data = encode(given, "TIFF")
-    np.testing.assert_array_equal(decode(data), np.asarray(given.convert("RGB")))
+    original = photographs[1].convert(mode)
+    data = encode(original, "TIFF")
+    np.testing.assert_array_equal(decode(data), np.asarray(original.convert("RGB")))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
@@ -72,9 +72,9 @@ def test_transparent_pixels_are_put_on_white(photographs):
     for mode in ("RGB", "L"):
         opaque = photographs[0].convert(mode)
         shown = np.asarray(opaque.convert("RGB"))
-        given = opaque.copy()
-        given.putalpha(Image.fromarray(alpha))
-        np.testing.assert_allclose(decode(encode(given)), share * shown + (1 - share) * 255, atol=1)
+        original = opaque.copy()
+        original.putalpha(Image.fromarray(alpha))
+        np.testing.assert_allclose(decode(encode(original)), share * shown + (1 - share) * 255, atol=1)
 
 
 def test_a_transparent_colour_is_white_in_palettes_and_rgb(photographs):
@@ -93,8 +93,8 @@ def test_a_transparent_colour_is_white_in_palettes_and_rgb(photographs):
 )
 def test_16_bit_grey_is_scaled_to_8_bit(photographs, dtype, form):
     grey = np.asarray(photographs[0].convert("L"))
-    given = Image.fromarray((grey.astype(np.int64) * 257).astype(dtype))
-    np.testing.assert_array_equal(decode(encode(given, form)), np.repeat(grey[..., None], 3, axis=2))
+    original = Image.fromarray((grey.astype(np.int64) * 257).astype(dtype))
+    np.testing.assert_array_equal(decode(encode(original, form)), np.repeat(grey[..., None], 3, axis=2))
 
 
 def test_16_bit_rgb_keeps_its_upper_bits(photographs):
@@ -111,7 +111,7 @@ def test_16_bit_rgb_keeps_its_upper_bits(photographs):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_images_are_turned_upright_as_their_exif_says(photographs, orientation):
+def test_images_are_turned_upright_by_their_exif_data(photographs, orientation):
     small = photographs[0].resize((61, 40))
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -119,7 +119,7 @@ def test_images_are_turned_upright_as_their_exif_says(photographs, orientation):
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01\x03\0\x01\0\0\0\x06"])
-def test_broken_exif_costs_no_image_and_no_warning(photographs, exif):
+def test_broken_exif_gives_no_error_and_no_warning(photographs, exif):
     with warnings.catch_warnings(action="error"):
         assert decode(encode(photographs[0], "JPEG", exif=exif)).shape == (427, 640, 3)
 
@@ -143,13 +143,13 @@ def test_an_animation_is_its_first_frame(photographs):
         (lambda photo: grey_png(200_000, 200_000, b""), "^200000x200000 pixels, more than embed.max_image_pixels="),
     ],
 )
-def test_what_cannot_be_used_says_why(photographs, make, reason):
+def test_unusable_images_give_a_reason(photographs, make, reason):
     with pytest.raises(BadImage, match=reason):
         decode(make(photographs[0]))
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000"])
-def test_whatever_the_bytes_the_outcome_is_an_image_or_a_reason(photographs, form):
+def test_damaged_bytes_give_an_image_or_a_reason(photographs, form):
     data = np.frombuffer(encode(photographs[0].resize((40, 27)), form), np.uint8)
     rng = np.random.default_rng(0)
     outcomes = set()
@@ -165,14 +165,14 @@ def test_whatever_the_bytes_the_outcome_is_an_image_or_a_reason(photographs, for
     assert "rejected" in outcomes
 
 
-def test_the_limit_on_pixels_is_met_exactly(photographs):
+def test_the_limit_on_pixels_is_exact(photographs):
     data = encode(photographs[0])
     assert decode(data, max_pixels=640 * 427).shape == (427, 640, 3)
     with pytest.raises(BadImage, match=f"640x427 pixels, more than embed.max_image_pixels={640 * 427 - 1}"):
         decode(data, max_pixels=640 * 427 - 1)
 
 
-def test_the_limit_of_pillow_neither_undercuts_ours_nor_is_changed(photographs, monkeypatch):
+def test_pillows_limit_is_lifted_and_restored(photographs, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     assert decode(encode(photographs[0])).shape == (427, 640, 3)
     with pytest.raises(BadImage):
@@ -182,7 +182,7 @@ def test_the_limit_of_pillow_neither_undercuts_ours_nor_is_changed(photographs, 
 
 @pytest.mark.parametrize("orientation", [1, 6])
 @pytest.mark.parametrize("min_size", [1, 8, 26, 27, 28, 53, 54, 106, 107, 213, 214, 300])
-def test_large_jpegs_are_decoded_at_no_less_than_twice_the_size_needed(photographs, min_size, orientation):
+def test_large_jpegs_are_decoded_at_twice_the_requested_size_or_more(photographs, min_size, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encode(photographs[0], "JPEG", exif=exif)
@@ -229,7 +229,7 @@ def test_resizing_and_cropping_in_one_step_is_pillows_resize_then_crop(photograp
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3000, 10), (10, 3000), (1, 500), (33, 32)])
-def test_images_of_any_shape_are_squared_and_copied(photographs, size):
+def test_images_of_any_shape_are_cropped_and_encoded(photographs, size):
     image = photographs[0].resize(size)
     square = resize_center_crop(image, resize=32, crop=28, interpolation="bicubic")
     assert square.shape == (28, 28, 3)
@@ -261,7 +261,7 @@ def test_a_proxy_image_is_the_resized_image_lossless_when_small(photographs, sho
     np.testing.assert_array_equal(decode_proxy_image(data, 20), np.asarray(proxy)[top : top + 20, left : left + 20])
 
 
-def test_a_copy_has_no_colour_profile_whatever_the_size_of_the_originals(photographs):
+def test_a_proxy_image_has_no_colour_profile(photographs):
     for mode in ("RGB", "CMYK"):
         image = decode_image(
             encode(photographs[0].convert(mode), "JPEG", icc_profile=b"p" * 50_000), max_pixels=NO_LIMIT
@@ -289,7 +289,7 @@ def test_conversion_to_rgb_in_strips_equals_conversion_at_once(photographs, monk
     ("mode", "form", "bytes_a_pixel"),
     [("RGB", "PNG", 6), ("RGBA", "PNG", 11), ("LA", "PNG", 11), ("CMYK", "JPEG", 10), ("I", "TIFF", 11)],
 )
-def test_decoding_takes_no_more_memory_than_is_said(tmp_path, mode, form, bytes_a_pixel):
+def test_decoding_takes_no_more_memory_than_documented(tmp_path, mode, form, bytes_a_pixel):
     """In a process of its own, whose peak is measured."""
     Image.new("RGB", (3000, 3000), "red").convert("L" if mode == "I" else mode).convert(mode).save(tmp_path / "x", form)
     script = (

@@ -1,4 +1,4 @@
-"""Pools in every format: what is listed, in which order, with which labels; each uri leads back to its bytes."""
+"""List pools of every format, in order and with labels, and read each uri back."""
 
 import io
 import os
@@ -13,30 +13,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from elfs_ray.pool.images import BadImage, decode_image
-from elfs_ray.pool.listing import PoolColumns, count_unit, find_units, list_unit, read_images
+from elfs_ray.pool.images import decode_image
+from elfs_ray.pool.listing import PoolColumns, find_units, list_unit
 from elfs_ray.pool.tar import READ_AHEAD_BYTES
 from elfs_ray.storage import filesystem
+from tests.pool.reading import listed, read
 
 LABEL = {"folder": "folder", "bytes": "label", "struct": "label", "uri": "label", "webdataset": "cls"}
 HARD_NAMES = ["a b", "ünïcödé 猫", "a#b", "a?b=c&d", "100%25", "line\nbreak", "x.tar#y", "it's", "r#row=1"]
 
 
-def listed(uri: str | Path, columns: PoolColumns | None = None, form: str = "auto") -> tuple[list[str], list]:
-    """The uris and labels of a pool, in order."""
-    columns = columns or PoolColumns()
-    tables = [list_unit(unit, columns) for unit in find_units(str(uri), form)]
-    assert [count_unit(unit, columns) for unit in find_units(str(uri), form)] == [table.num_rows for table in tables]
-    return tuple([value for table in tables for value in table[name].to_pylist()] for name in ("uri", "label"))
-
-
-def read(uris: list[str]) -> list[bytes | str]:
-    """The bytes of each image, or the reason why they cannot be had."""
-    return [str(data) if isinstance(data, BadImage) else data for data in read_images(uris, PoolColumns())]
-
-
 def write_files(folder: Path, *names: str) -> None:
-    """Files that hold their own name."""
+    """Write files whose contents are their names."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(name.encode())
@@ -159,7 +147,7 @@ def test_extensions_in_capitals_are_known(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("uri", "form", "needed"),
+    ("uri", "form", "message"),
     [
         ("nowhere", "auto", "does not exist"),
         ("empty", "auto", "extension"),
@@ -170,10 +158,10 @@ def test_extensions_in_capitals_are_known(tmp_path):
         ("folder/notes.txt", "auto", "extension"),
     ],
 )
-def test_a_pool_that_holds_nothing_to_list_is_an_error_that_says_so(tmp_path, uri, form, needed):
+def test_a_pool_with_nothing_to_list_is_refused(tmp_path, uri, form, message):
     (tmp_path / "empty").mkdir()
     write_files(tmp_path / "folder", "1.png", "notes.txt")
-    with pytest.raises(ValueError, match=needed) as caught:
+    with pytest.raises(ValueError, match=message) as caught:
         find_units(str(tmp_path / uri), form)
     assert str(tmp_path / uri) in str(caught.value)
 
@@ -183,8 +171,16 @@ def test_a_pool_that_holds_nothing_to_list_is_an_error_that_says_so(tmp_path, ur
 
 def test_uris_may_be_relative_absolute_null_or_lead_nowhere(tmp_path):
     write_files(tmp_path, "images/a.png", "b.png")
-    given = ["images/a.png", None, str(tmp_path / "b.png"), f"file://{tmp_path}/b.png", "gone.png", "", "ftp://h/x.png"]
-    pq.write_table(pa.table({"uri": given, "label": range(7)}), tmp_path / "pool.parquet")
+    pool_uris = [
+        "images/a.png",
+        None,
+        str(tmp_path / "b.png"),
+        f"file://{tmp_path}/b.png",
+        "gone.png",
+        "",
+        "ftp://h/x.png",
+    ]
+    pq.write_table(pa.table({"uri": pool_uris, "label": range(7)}), tmp_path / "pool.parquet")
     uris, labels = listed(tmp_path / "pool.parquet", PoolColumns(label="label"))
     assert labels == list(range(7))
     assert uris[1] == f"{tmp_path}/pool.parquet#row=1", "a null uri keeps its place"
@@ -195,7 +191,7 @@ def test_uris_may_be_relative_absolute_null_or_lead_nowhere(tmp_path):
     assert nothing.startswith("cannot be read: ") and unknown.startswith("cannot be read: ")
 
 
-def test_a_coreset_is_a_pool_its_uris_lead_into_the_first_one(digit_pools, tmp_path):
+def test_the_uris_of_a_coreset_make_a_pool(digit_pools, tmp_path):
     for kind in ("bytes", "webdataset"):
         uris, _ = listed(digit_pools.uris[kind])
         chosen = [uris[i] for i in (70, 3, 119, 4, 55)]
@@ -205,7 +201,7 @@ def test_a_coreset_is_a_pool_its_uris_lead_into_the_first_one(digit_pools, tmp_p
 
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.string(), pa.large_string()])
-def test_columns_of_large_types_are_read_as_small_ones(tmp_path, kind):
+def test_large_binary_and_string_columns_are_read(tmp_path, kind):
     write_files(tmp_path, "a.png")
     is_uri = kind in (pa.string(), pa.large_string())
     value = "a.png" if is_uri else b"a.png"
@@ -222,33 +218,33 @@ def test_null_images_keep_their_rows(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("table", "columns", "needed"),
+    ("table", "columns", "message"),
     [
         ({"picture": [b"x"]}, PoolColumns(), r"columns \['picture'\], none named image or uri: set pool.image_column"),
         ({"image": [b"x"]}, PoolColumns(image="img"), "none named img: set pool.image_column"),
         ({"image": [1.5]}, PoolColumns(), "column 'image' is double; it must hold image bytes"),
         ({"image": [b"x"]}, PoolColumns(label="y"), "none named 'y': set pool.label"),
-        ({"image": [b"x"], "y": ["cat"]}, PoolColumns(label="y"), "column 'y' is string; it must be integers"),
-        ({"image": [b"x"], "y": [2**40]}, PoolColumns(label="y"), "column 'y' is int64; it must be integers"),
-        ({"image": [b"x"], "y": [[1]]}, PoolColumns(label="y"), "column 'y' is list.*; it must be integers"),
+        ({"image": [b"x"], "y": ["cat"]}, PoolColumns(label="y"), "column 'y' is string; it must hold 32-bit integers"),
+        ({"image": [b"x"], "y": [2**40]}, PoolColumns(label="y"), "column 'y' is int64; it must hold 32-bit integers"),
+        ({"image": [b"x"], "y": [[1]]}, PoolColumns(label="y"), "column 'y' is list.*; it must hold 32-bit integers"),
     ],
 )
-def test_a_parquet_file_with_other_columns_is_an_error_that_names_it(tmp_path, table, columns, needed):
+def test_a_parquet_file_with_other_columns_is_refused_by_name(tmp_path, table, columns, message):
     path = tmp_path / "pool.parquet"
     pq.write_table(pa.table(table), path)
-    with pytest.raises(ValueError, match=needed) as caught:
+    with pytest.raises(ValueError, match=message) as caught:
         listed(path, columns)
     assert str(path) in str(caught.value)
 
 
-def test_a_parquet_file_cut_short_is_an_error_that_names_it(digit_pools, tmp_path):
+def test_a_truncated_parquet_file_is_refused_by_name(digit_pools, tmp_path):
     path = tmp_path / "pool.parquet"
     path.write_bytes((digit_pools.uris["bytes"] / "train-000.parquet").read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"pool\.parquet cannot be read as Parquet: .*\. Repair it or move it out"):
         listed(path)
 
 
-def test_a_broken_page_costs_the_images_of_its_row_group_alone(tmp_path):
+def test_a_broken_page_rejects_only_images_of_its_row_group(tmp_path):
     path = tmp_path / "pool.parquet"
     images = [os.urandom(500) for _ in range(30)]
     pq.write_table(pa.table({"image": images}), path, row_group_size=10, compression="zstd", use_dictionary=False)
@@ -257,12 +253,12 @@ def test_a_broken_page_costs_the_images_of_its_row_group_alone(tmp_path):
         chunk = pq.read_metadata(path).row_group(1).column(0)
         file.seek(chunk.data_page_offset)
         file.write(b"\xff" * 100)
-    found = read(uris)
-    assert found[:10] == images[:10] and found[20:] == images[20:]
-    assert all("pool.parquet cannot be read in row group 1" in reason for reason in found[10:20])
+    results = read(uris)
+    assert results[:10] == images[:10] and results[20:] == images[20:]
+    assert all("pool.parquet cannot be read in row group 1" in reason for reason in results[10:20])
 
 
-def test_broken_pages_of_uris_or_labels_are_an_error_that_names_the_file(tmp_path):
+def test_broken_pages_of_uris_or_labels_are_refused_by_name(tmp_path):
     path = tmp_path / "pool.parquet"
     table = pa.table({"uri": [f"{i}.png" for i in range(1000)], "label": range(1000)})
     for number, name in enumerate(table.column_names):
@@ -274,7 +270,7 @@ def test_broken_pages_of_uris_or_labels_are_an_error_that_names_the_file(tmp_pat
             listed(path, PoolColumns(label="label"))
 
 
-def test_containers_that_change_after_the_listing_cost_their_images_alone(digit_pools, tmp_path):
+def test_files_changed_after_the_listing_reject_their_images(digit_pools, tmp_path):
     for kind, suffix in (("bytes", "parquet"), ("webdataset", "tar")):
         path = tmp_path / f"pool.{suffix}"
         path.write_bytes((digit_pools.uris[kind] / f"train-002.{suffix}").read_bytes())
@@ -289,7 +285,7 @@ def test_containers_that_change_after_the_listing_cost_their_images_alone(digit_
 # WebDataset
 
 
-def test_members_are_listed_without_hidden_ones_and_labelled_by_key(tmp_path):
+def test_members_of_a_tar_are_labelled_by_key_and_hidden_ones_skipped(tmp_path):
     write_tar(
         tmp_path / "pool.tar",
         {
@@ -324,7 +320,7 @@ def test_every_kind_of_tar_is_read(tmp_path, form):
 
 
 @pytest.mark.parametrize("place", ["disk", "object store"])
-def test_a_truncated_tar_gives_whole_members_and_a_reason_for_the_last(tmp_path, place):
+def test_a_truncated_tar_rejects_only_its_last_member(tmp_path, place):
     images = [os.urandom(700) for _ in range(3)]
     members = {f"{i}.{kind}": data for i, image in enumerate(images) for kind, data in (("png", image), ("cls", b"11"))}
     write_tar(tmp_path / "whole.tar", members)
@@ -334,32 +330,32 @@ def test_a_truncated_tar_gives_whole_members_and_a_reason_for_the_last(tmp_path,
     for length in [*range(512, 9 * 1024, 256), 512 + 700 + 512 + 513]:
         filesystem.write_bytes(uri, whole[:length])
         uris, labels = listed(uri, PoolColumns(label="cls"))
-        found = read(uris)
-        assert found[:-1] == images[: len(found) - 1]
-        assert found[-1] == images[len(found) - 1] or "cut.tar is cut short: " in found[-1]
-        assert set(labels) <= {11, None}, "half a class is none"
-        seen.add((len(found), isinstance(found[-1], str)))
+        *complete, last = read(uris)
+        assert complete == images[: len(complete)]
+        assert last == images[len(complete)] or "cut.tar is cut short: " in last
+        assert set(labels) <= {11, None}, "an incomplete .cls member gives no class"
+        seen.add((len(uris), isinstance(last, str)))
     assert {(1, True), (1, False), (2, True), (2, False), (3, True), (3, False)} <= seen
 
 
 @pytest.mark.parametrize(
-    ("data", "needed"),
+    ("data", "message"),
     [(b"", "cannot be read as an uncompressed tar"), (b"PK" * 1000, "cannot be read as an uncompressed tar")],
 )
-def test_what_is_no_tar_is_an_error_that_names_it(tmp_path, data, needed):
+def test_a_file_that_is_not_a_tar_is_refused_by_name(tmp_path, data, message):
     (tmp_path / "pool.tar").write_bytes(data)
-    with pytest.raises(ValueError, match=needed) as caught:
+    with pytest.raises(ValueError, match=message) as caught:
         listed(tmp_path / "pool.tar")
     assert "pool.tar" in str(caught.value) and "Repair it or move it" in str(caught.value)
 
 
-def test_a_class_that_is_no_integer_is_an_error_that_shows_it(tmp_path):
+def test_a_class_that_is_not_an_integer_is_refused(tmp_path):
     write_tar(tmp_path / "pool.tar", {"1.png": b"x", "1.cls": b"cat"})
     with pytest.raises(ValueError, match=r"pool\.tar: 1\.cls holds 'cat'; it must hold the class as an integer"):
         listed(tmp_path / "pool.tar", PoolColumns(label="cls"))
 
 
-def test_listing_a_tar_holds_no_more_of_a_member_than_its_uri(tmp_path):
+def test_listing_a_tar_keeps_only_uris_in_memory(tmp_path):
     write_tar(tmp_path / "pool.tar", {f"{number:05d}.png": b"x" for number in range(10_000)})
     (unit,) = find_units(str(tmp_path))
     list_unit(unit, PoolColumns())

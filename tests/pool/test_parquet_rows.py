@@ -1,4 +1,4 @@
-"""Rows of Parquet pools: read once and in little memory however large a row group is, with few requests."""
+"""Read rows of Parquet pools: once, in little memory and with few requests, however large a row group is."""
 
 import os
 import threading
@@ -18,14 +18,14 @@ POOL_BYTES = NUM_ROWS * IMAGE_BYTES
 
 
 def image(row: int) -> bytes:
-    """Bytes that do not compress, others for each row."""
+    """Return bytes that do not compress, different for each row."""
     return np.random.default_rng(row).bytes(IMAGE_BYTES)
 
 
 def write_pool(path: Path, rows_per_group: int, **options) -> str:
     structs = [{"bytes": image(row), "path": None} for row in range(NUM_ROWS)]
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    # As other writers than pyarrow, which puts 1,024 images into a page.
+    # Small pages, as of other writers: pyarrow puts 1,024 images into one.
     pq.write_table(
         pa.table({"image": pa.array(structs, kind)}),
         path,
@@ -38,7 +38,7 @@ def write_pool(path: Path, rows_per_group: int, **options) -> str:
 
 @pytest.fixture(scope="module")
 def one_group(tmp_path_factory) -> str:
-    """60 MB of images in one row group."""
+    """Return the uri of 60 MB of images in one row group."""
     return write_pool(tmp_path_factory.mktemp("pool") / "pool.parquet", NUM_ROWS)
 
 
@@ -51,7 +51,7 @@ def blocks() -> list[range]:
 
 
 def bytes_read() -> int:
-    """What this process has read from files so far."""
+    """Return the bytes that this process has read from files so far."""
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
@@ -69,7 +69,7 @@ def test_a_process_that_reads_every_other_block_reads_the_file_once(one_group):
     assert bytes_read() - before < 1.2 * POOL_BYTES
 
 
-def test_no_more_than_a_part_of_a_large_row_group_is_in_memory(one_group):
+def test_only_part_of_a_large_row_group_is_in_memory(one_group):
     most, before = 0, pa.total_allocated_bytes()
     for rows in blocks():
         for row, data in zip(rows, read_images([f"{one_group}#row={row}" for row in rows], PoolColumns()), strict=True):
@@ -78,7 +78,7 @@ def test_no_more_than_a_part_of_a_large_row_group_is_in_memory(one_group):
     assert most < 30 << 20
 
 
-def test_blocks_in_any_order_and_files_in_turn_give_the_same_images(one_group, tmp_path):
+def test_blocks_in_any_order_of_alternating_files_give_their_images(one_group, tmp_path):
     other = write_pool(tmp_path / "pool.parquet", 70, compression="none")
     rng = np.random.default_rng(0)
     for _ in range(6):
@@ -87,7 +87,7 @@ def test_blocks_in_any_order_and_files_in_turn_give_the_same_images(one_group, t
             assert read_block(uri, rows) == [image(row) for row in rows]
 
 
-def test_a_file_that_was_replaced_since_the_last_block_is_opened_anew(tmp_path):
+def test_a_file_replaced_between_two_blocks_is_opened_again(tmp_path):
     path = tmp_path / "pool.parquet"
     for prefix in (b"old", b"replaced"):
         pq.write_table(pa.table({"image": [prefix + b"%d" % row for row in range(100)]}), tmp_path / "new")
@@ -96,7 +96,7 @@ def test_a_file_that_was_replaced_since_the_last_block_is_opened_anew(tmp_path):
         assert read_block(str(path), range(first, first + 50)) == [prefix + b"%d" % i for i in range(first, first + 50)]
 
 
-def test_threads_that_read_one_file_do_not_disturb_one_another(one_group):
+def test_threads_that_read_one_file_do_not_interfere(one_group):
     wrong: list[int] = []
 
     def read(start: int) -> None:
@@ -112,12 +112,12 @@ def test_threads_that_read_one_file_do_not_disturb_one_another(one_group):
 
 
 @pytest.mark.parametrize("rows_per_group", [NUM_ROWS, 100])
-def test_a_block_in_a_bucket_costs_few_requests(s3_server, s3_bucket, one_group, tmp_path, rows_per_group):
+def test_a_block_in_a_bucket_takes_few_requests(s3_server, s3_bucket, one_group, tmp_path, rows_per_group):
     local = one_group if rows_per_group == NUM_ROWS else write_pool(tmp_path / "pool.parquet", rows_per_group)
     uri = filesystem.join(s3_bucket, "pool.parquet")
     filesystem.write_bytes(uri, Path(local).read_bytes())
     before = s3_server.num_requests()
     for rows in blocks():
         assert read_block(uri, rows) == [image(row) for row in rows]
-    # For each block, whether the file is the same and the images; a large group comes 8 MiB at a time.
+    # Each block takes a request to see that the file has not changed, and some for images, 8 MiB at a time.
     assert s3_server.num_requests() - before <= 3 * len(blocks()) + 10
