@@ -83,36 +83,34 @@ def _readers() -> Any:
     return readers
 
 
-CIFAR10 = Benchmark(
-    name="cifar10",
-    page="https://www.cs.toronto.edu/~kriz/cifar.html",
-    archives=(
-        Archive(
-            "cifar-10-python.tar.gz",
-            "c58f30108f718f92721af3b95e74349a",
-            "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
-        ),
-    ),
-    folders=("cifar-10-batches-py",),
-    num_classes=10,
-    splits={TRAIN: Split.even(10, 5_000), TEST: Split.even(10, 1_000)},
-    open_split=lambda root, split: _readers().open_cifar(_readers().CIFAR10, root, split),
-)
+def _cifar(num_classes: int, md5: str, folder: str, open_split: Callable[[Path, str], Any]) -> Benchmark:
+    name = f"cifar-{num_classes}"
+    archive = Archive(f"{name}-python.tar.gz", md5, f"https://www.cs.toronto.edu/~kriz/{name}-python.tar.gz")
+    return Benchmark(
+        name=f"cifar{num_classes}",
+        page="https://www.cs.toronto.edu/~kriz/cifar.html",
+        archives=(archive,),
+        folders=(folder,),
+        num_classes=num_classes,
+        splits={
+            TRAIN: Split.even(num_classes, 50_000 // num_classes),
+            TEST: Split.even(num_classes, 10_000 // num_classes),
+        },
+        open_split=open_split,
+    )
 
-CIFAR100 = Benchmark(
-    name="cifar100",
-    page="https://www.cs.toronto.edu/~kriz/cifar.html",
-    archives=(
-        Archive(
-            "cifar-100-python.tar.gz",
-            "eb9058c3a382ffc7106e4002c42a8d85",
-            "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
-        ),
-    ),
-    folders=("cifar-100-python",),
-    num_classes=100,
-    splits={TRAIN: Split.even(100, 500), TEST: Split.even(100, 100)},
-    open_split=lambda root, split: _readers().open_cifar(_readers().CIFAR100, root, split),
+
+CIFAR10 = _cifar(
+    10,
+    "c58f30108f718f92721af3b95e74349a",
+    "cifar-10-batches-py",
+    lambda root, split: _readers().open_cifar(_readers().CIFAR10, root, split),
+)
+CIFAR100 = _cifar(
+    100,
+    "eb9058c3a382ffc7106e4002c42a8d85",
+    "cifar-100-python",
+    lambda root, split: _readers().open_cifar(_readers().CIFAR100, root, split),
 )
 
 STL10 = Benchmark(
