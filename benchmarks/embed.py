@@ -1,21 +1,20 @@
-"""Embedding photographs beside a bare DataLoader loop and Ray's read_images pipeline; from disk and from S3.
+"""Measure embedding photographs vs. a bare DataLoader loop and Ray's read_images pipeline, from disk and from S3.
 
     python benchmarks/embed.py [--quick] [--pool FOLDER_OF_TARS]
 
-The stage itself, with EfficientNet-lite0's published weights at 224 pixels, against loops that one would write first,
-on the same cores with the same encoder: a torch DataLoader (the fastest of three settings of workers and threads; from
-S3 it reads each image by its range), and Ray Data's read_images with a pool of encoders as in its documentation. They
-write nothing; the stage also writes its tables and a proxy copy of every image. Rates count from the first batch or
-block on, without the start of processes.
+The stage runs EfficientNet-lite0 with its published weights at 224 pixels. The baselines are loops that one would write
+first, on the same cores with the same encoder: a torch DataLoader (the fastest of three settings of workers and
+threads; from S3 it reads each image by its range), and Ray Data's read_images with a pool of encoders as in its
+documentation. They write nothing, whereas the stage also writes its tables and a proxy image of every image. Rates
+exclude the start of processes: they count from the first batch or block on.
 
-Ray's workers are given their memory in huge pages; GLIBC_TUNABLES=glibc.malloc.hugetlb=1 before the command gives the
-loops the same.
+Ray's workers allocate memory in huge pages. GLIBC_TUNABLES=glibc.malloc.hugetlb=1 before the command does the same for
+the loops.
 
-Without --pool: crops of scikit-learn's two photographs as JPEG in tars. The S3 server is moto, in Python, on the same
-cores: its figure is that of a slow store. On a GPU the encoder is an untrained ViT-B/16 in bf16.
+Without --pool, the images are crops of scikit-learn's two photographs, as JPEG in tars. The S3 server is moto, a Python
+process on the same cores, so its rate is that of a slow store. On a GPU the encoder is an untrained ViT-B/16 in bf16.
 """
 
-import argparse
 import contextlib
 import io
 import statistics
@@ -33,7 +32,7 @@ import ray.data
 import torch
 from object_store import copy, free_port, s3_server
 from PIL import Image
-from reporting import emit
+from reporting import command_line, emit
 from torch.utils.data import DataLoader, Dataset
 
 from elfs_ray.config import Config, load_config
@@ -48,7 +47,7 @@ SETTINGS = ((1, 1), (1, 2), (2, 2))  # DataLoader workers, threads of the encode
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true", help="192 images from disk, under 45 s on 2 cores")
     parser.add_argument("--pool", type=Path, help="folder of WebDataset tars")
     arguments = parser.parse_args()
@@ -64,7 +63,7 @@ def main() -> None:
 
 
 def _measure(folder: Path, pool: Path, places: dict[str, str], rounds: int) -> None:
-    """`places` are the URIs at which the tars of `pool` lie."""
+    """Measure every contestant in turn. places: name and URI of each place that holds the tars of `pool`."""
     members = _members(pool)
     device = "cuda" if num_gpus() else "cpu"
     settings = SETTINGS if rounds > 1 else SETTINGS[-1:]
@@ -79,7 +78,7 @@ def _measure(folder: Path, pool: Path, places: dict[str, str], rounds: int) -> N
     for _ in range(rounds):
         for name, measure in contestants.items():
             rates[name].append(measure())
-    rate = {name: statistics.median(own) for name, own in rates.items()}
+    rate = {name: statistics.median(measured) for name, measured in rates.items()}
     for place in places:
         loops = [name for name in rate if name.startswith(f"DataLoader from {place}")]
         fastest = max(loops, key=lambda name: rate[name])
@@ -87,7 +86,7 @@ def _measure(folder: Path, pool: Path, places: dict[str, str], rounds: int) -> N
     emit("embed, from disk", rate["disk"], "images/s", "Ray Data read_images", rate["read_images"])
     encode = ray.remote(num_cpus=1, num_gpus=1 if num_gpus() else 0)(_rate_of_encoder)
     encoding = ray.get(encode.remote(device, 3 * rounds)) * (num_gpus() or num_cpus())
-    emit("share of the time in which encoders encode", rate["disk"] / encoding, "share", "all of it", 1.0)
+    emit("share of the time in which encoders encode", rate["disk"] / encoding, "share", "all the time", 1.0)
 
 
 def _encoder(device: str) -> Any:
@@ -111,6 +110,7 @@ def _config(run_dir: Path, pool: str) -> Config:
 
 
 def _rate_of_stage(folder: Path, pool: str) -> float:
+    """Return the images a second of the stage, by the times at which it wrote its files."""
     with tempfile.TemporaryDirectory(dir=folder) as name:
         config = _config(Path(name), pool)
         run_dir = pipeline.run(config)
@@ -124,7 +124,7 @@ def _rate_of_stage(folder: Path, pool: str) -> float:
 
 
 def _rate_of(batches: Iterable[int]) -> float:
-    """Images a second of an iterator over the sizes of batches, from the end of the first one on."""
+    """Return the images a second of an iterator over the sizes of batches, from the end of the first one on."""
     sizes, times = [], []
     for size in batches:
         sizes.append(size)
@@ -133,7 +133,7 @@ def _rate_of(batches: Iterable[int]) -> float:
 
 
 class _Members(Dataset):
-    """Decoded squares (224, 224, 3) uint8 of images in tars."""
+    """A dataset of decoded squares (224, 224, 3) uint8 of images in tars."""
 
     def __init__(self, members: list[tuple[str, int, int]]):
         self._members = members
@@ -177,7 +177,7 @@ def _rate_of_loader(members: list[tuple[str, int, int]], device: str, num_worker
 
 
 class _Encode:
-    """As in Ray Data's guide to batch inference."""
+    """An encoder as in Ray Data's guide to batch inference."""
 
     def __init__(self, device: str):
         torch.set_num_threads(1)
@@ -188,7 +188,7 @@ class _Encode:
 
 
 def _rate_of_read_images(folder: Path, device: str) -> float:
-    # On CPUs one core is left for reading, or nothing would be read.
+    # On CPUs one core must be left for reading, or the pipeline would never start.
     size = num_gpus() or max(1, num_cpus() - 1)
     options: dict[str, Any] = {"num_gpus": 1} if device == "cuda" else {"num_cpus": 1}
     embedded = ray.data.read_images(str(folder), size=(SIZE, SIZE), mode="RGB").map_batches(
@@ -202,7 +202,7 @@ def _rate_of_read_images(folder: Path, device: str) -> float:
 
 
 def _rate_of_encoder(device: str, num_batches: int) -> float:
-    """Images a second of one encoder in a worker of one core, or on a GPU, from memory."""
+    """Return the images a second of one encoder on one core or on a GPU, with images in memory."""
     torch.set_num_threads(1)
     encoder = _encoder(device)
     images = np.random.default_rng(0).integers(0, 256, (BATCH, SIZE, SIZE, 3), dtype=np.uint8)
@@ -210,27 +210,27 @@ def _rate_of_encoder(device: str, num_batches: int) -> float:
 
 
 def _members(pool: Path) -> list[tuple[str, int, int]]:
-    """(tar, offset, size) of each image."""
-    found = []
+    """Return (tar, offset, size) of each image."""
+    members = []
     for path in sorted(pool.glob("*.tar")):
         with tarfile.open(path) as archive:
-            found += [(str(path), info.offset_data, info.size) for info in archive if info.name.endswith(".jpg")]
-    return found
+            members += [(str(path), info.offset_data, info.size) for info in archive if info.name.endswith(".jpg")]
+    return members
 
 
 def _unpack(members: list[tuple[str, int, int]], folder: Path) -> Path:
-    """The images as files, as read_images needs them."""
+    """Write each image to a file, as read_images cannot read tars."""
     folder.mkdir()
     for position, member in enumerate(members):
         (folder / f"{position:06d}.jpg").write_bytes(_read(*member))
     return folder
 
 
-def _write_pool(folder: Path, given: Path | None, num_images: int | None) -> Path:
-    """Tars of `num_images` images, of those given or of crops."""
+def _write_pool(folder: Path, tars: Path | None, num_images: int | None) -> Path:
+    """Write tars of `num_images` images, from a folder of tars or from crops."""
     pool = folder / "pool"
     pool.mkdir()
-    images = [_read(*member) for member in _members(given)] if given else _crops(num_images or 2000)
+    images = [_read(*member) for member in _members(tars)] if tars else _crops(num_images or 2000)
     images = images[:num_images]
     for start in range(0, len(images), 500):
         with tarfile.open(pool / f"images-{start:06d}.tar", "w") as archive:

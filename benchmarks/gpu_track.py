@@ -1,22 +1,22 @@
-"""CIFAR-10 at the paper's full settings on one large GPU, in parts of under nine minutes.
+"""Run CIFAR-10 with the paper's full settings on one large GPU, in parts of under nine minutes.
 
     until python benchmarks/gpu_track.py --data pools/cifar10 --weights dino.safetensors; do [ $? = 3 ] || break; done
     python benchmarks/gpu_track.py --quick
 
---data has train/ and test/ as jobs/prepare.py makes them, or train.parquet and test.parquet (image, label); --weights
-is DINO ViT-B/16's file, left out where the Hugging Face hub can be reached. Settings are those of jobs/cifar10.yaml:
-ResNet-18, 200 epochs of the proxy, TEMI with 50 heads; then 40,000 steps of 256 on every selection, four trainings at
-once on the GPU. After --minutes a part ends with exit code 3; what it has done is kept, up to the last epoch of the
-proxy or the last minute of a training, and the same command goes on. Exit code 0 says that the table is complete.
---quick runs every part on 1,000 digits with a small network, on CPUs, too.
+--data has train/ and test/ as jobs/prepare.py writes them, or train.parquet and test.parquet (image, label). --weights
+is the file of DINO ViT-B/16's weights; without it they come from the Hugging Face hub. The settings are those of
+jobs/cifar10.yaml: ResNet-18, 200 epochs of the proxy, TEMI with 50 heads; then 40,000 steps of 256 images on every
+selection, four trainings at once on the GPU. A part ends with exit code 3 after --minutes. Its results are kept, up to
+the last epoch of the proxy or the last minute of a training, and the same command resumes. Exit code 0 means that the
+table is complete. --quick runs every part on 1,000 digits with a small network, and also works on CPUs.
 """
 
-import argparse
 import signal
 import sys
 import tempfile
 from pathlib import Path
 
+from reporting import command_line
 from tracks import Track, parts_of, run_track, write_digits
 
 EXIT_MORE = 3
@@ -29,7 +29,7 @@ CIFAR10 = Track(
     "cifar10",
     BUDGETS,
     METHODS,
-    ("train.num_workers=1", "select.hard_fraction=[0.4,auto,auto,auto,auto]"),  # the paper gives 0.4 at 10%
+    ("train.num_workers=1", "select.hard_fraction=[0.4,auto,auto,auto,auto]"),  # the paper's value at 10% is 0.4
     ("published=cifar10", "gpus_per_training=0.25"),
     yaml="cifar10.yaml",
 )
@@ -51,15 +51,16 @@ QUICK = Track(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--data", type=Path, help="folder with train.parquet and test.parquet")
-    parser.add_argument("--weights", type=Path, help="file of DINO ViT-B/16")
-    parser.add_argument("--folder", type=Path, default=Path("runs/gpu_track"), help="where everything is kept")
-    parser.add_argument("--minutes", type=float, default=8.5, help="after which a part ends")
+    parser.add_argument("--weights", type=Path, help="file of DINO ViT-B/16's weights")
+    parser.add_argument("--folder", type=Path, default=Path("runs/gpu_track"), help="folder of the run and its results")
+    parser.add_argument("--minutes", type=float, default=8.5, help="length of a part")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="every part, on 1,000 digits")
+    parser.add_argument("--quick", action="store_true", help="every part on 1,000 digits")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGALRM, signal.default_int_handler)  # Ray lets a KeyboardInterrupt through, and nothing else
+    # As a KeyboardInterrupt, because Ray catches and wraps every other exception.
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_REAL, 60 * arguments.minutes)
     try:
         if arguments.quick:
@@ -67,12 +68,12 @@ def main() -> int:
                 run_track(QUICK, *write_digits(Path(folder)), Path(folder), seeds=1)
             return 0
         if arguments.data is None:
-            parser.error("--data is needed: a folder with train.parquet and test.parquet (or --quick)")
+            parser.error("give --data, a folder with train.parquet and test.parquet, or --quick")
         weights = (f"embed.weights={arguments.weights}",) if arguments.weights else ()
         track = Track(**{**vars(CIFAR10), "pipeline": (*CIFAR10.pipeline, *weights)})
         run_track(track, *parts_of(arguments.data), arguments.folder, arguments.seeds)
     except KeyboardInterrupt:
-        print("this part has ended, what it has done is kept: the same command goes on", file=sys.stderr)
+        print("this part has ended and its results are kept: run the same command to resume", file=sys.stderr)
         return EXIT_MORE
     return 0
 

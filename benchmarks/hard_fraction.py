@@ -1,14 +1,14 @@
-"""What hard fractions found by auto and by search are worth, beside a grid of them, the paper's value and random.
+"""Compare the hard fractions of auto and of search with a grid of them, the paper's value and random samples.
 
     python benchmarks/hard_fraction.py [--quick] [--pool FILE --num-images 10000] [--folder FOLDER]
 
-Without --pool, the 4,000 digits of jobs/quickstart.py, tested on their 1,000; with it, the first images of a Parquet
-file (image, label), tested on the 2,000 after them. The proxy is trained on pseudo-labels by the pipeline; then a
-network is trained from scratch with the true labels on the coreset of every hard fraction, as an evaluation does. All
-accuracies are means over seeds. --folder keeps the run and every accuracy, so that a second call repeats none.
+Without --pool, the pool is the 4,000 digits of jobs/quickstart.py, tested on its 1,000. With it, the pool is the first
+images of a Parquet file (image, label), tested on the 2,000 that follow. The pipeline trains the proxy on
+pseudo-labels; then a network is trained from scratch with the true labels on the coreset of every hard fraction, as an
+evaluation does. All accuracies are means over seeds. --folder keeps the run and every accuracy, so that a second call
+repeats none.
 """
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import ray
 import torch
-from reporting import emit
+from reporting import command_line, emit
 
 from elfs_ray import load_config
 from elfs_ray.config import Config
@@ -45,24 +45,24 @@ FIXED = (0.0, 0.4, 0.5)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true", help="1,000 digits, one seed; under 45 s on 2 cores")
     parser.add_argument("--pool", help="Parquet file of images and labels")
-    parser.add_argument("--num-images", type=int, default=10_000, help="images of it to choose from")
-    parser.add_argument("--folder", help="where the run is kept")
+    parser.add_argument("--num-images", type=int, default=10_000, help="number of its images to choose from")
+    parser.add_argument("--folder", help="folder that keeps the run")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(arguments.folder or temporary)
         images, test = write_pool(folder, arguments.pool, 1_000 if arguments.quick else arguments.num_images)
         config = configure(folder, images, of_digits=arguments.pool is None, quick=arguments.quick)
         pipeline.run(config)
-        connect(config.ray_address)  # a complete run starts none
+        connect(config.ray_address)  # the pipeline does not start Ray for a run that is complete
         name = Path(arguments.pool).parent.name if arguments.pool else "digits"
         compare(config, test, name, num_seeds=1 if arguments.quick else 2)
 
 
 def write_pool(folder: Path, source: str | None, num_images: int) -> tuple[Path, Path]:
-    """Write the images to choose from and those to test on; their paths."""
+    """Write the images to choose from and those to test on. Return both paths."""
     if source is None:
         sys.path.insert(0, str(JOBS.parent))
         from jobs.quickstart import write_digits
@@ -78,10 +78,10 @@ def write_pool(folder: Path, source: str | None, num_images: int) -> tuple[Path,
 
 
 def configure(folder: Path, images: Path, *, of_digits: bool, quick: bool) -> Config:
-    """The quickstart's settings; its 30 clusters and its balance are for the digits alone."""
+    """Return the config of jobs/quickstart.py for this pool."""
     overrides = [f"pool.uri={images}", f"run_dir={folder / 'run'}", f"budget={0.05 if quick else BUDGETS}"]
     overrides += ["select.search_iterations=200", "until=select"]
-    if not of_digits:
+    if not of_digits:  # the quickstart's 30 clusters and its balance suit the digits only
         overrides += ["cluster.num_clusters=10", "select.balance=false"]
     if quick:
         overrides += ["train.epochs=4", "train.num_workers=1", "select.search_step=0.4", "select.search_iterations=40"]
@@ -89,51 +89,51 @@ def configure(folder: Path, images: Path, *, of_digits: bool, quick: bool) -> Co
 
 
 def compare(config: Config, test_path: Path, name: str, num_seeds: int) -> None:
-    """For each budget: auto's accuracy beside the best of the grid, what search finds, fixed values and random."""
+    """Print for each budget the accuracies of auto and of search vs. the best of the grid, fixed values and random."""
     run_dir = RunDir(config.run_dir)
     files = tuple(run_dir.table_files(schema.SCORES))
     num_groups = ClusterResult.read(run_dir).num_clusters if config.select.balance else 1
     pool = ScoredPool(files, config.select.score, "low", IndexResult.read(run_dir).rows, num_groups)
     counts = [pruning.budget_count(budget, pool.num_samples) for budget in config.budgets]
-    autos = [found for found, _ in estimate_hard_fractions(config, run_dir, pool, counts)]
-    searched = [found for found, _ in search_hard_fractions(config, run_dir, pool, counts)]
+    autos = [beta for beta, _ in estimate_hard_fractions(config, run_dir, pool, counts)]
+    searched = [beta for beta, _ in search_hard_fractions(config, run_dir, pool, counts)]
     trainer = Trainer(config, run_dir, pool, test_path, num_seeds)
-    wanted: dict[tuple[int, float | None], None] = {}
+    trials: dict[tuple[int, float | None], None] = {}  # an ordered set
     grids = [fraction_grid(config.select.search_step, count, pool.num_samples) for count in counts]
-    for count, auto, found, grid in zip(counts, autos, searched, grids, strict=True):
-        wanted |= dict.fromkeys((count, beta) for beta in [*grid, auto, found, *fixed(count, pool.num_samples), None])
-    accuracy = trainer.accuracies(list(wanted))
-    for count, auto, found, grid in zip(counts, autos, searched, grids, strict=True):
+    for count, auto, search, grid in zip(counts, autos, searched, grids, strict=True):
+        trials |= dict.fromkeys((count, beta) for beta in [*grid, auto, search, *fixed(count, pool.num_samples), None])
+    accuracy = trainer.accuracies(list(trials))
+    for count, auto, search, grid in zip(counts, autos, searched, grids, strict=True):
         best = max(grid, key=lambda beta: accuracy[count, beta])
         what = f"test accuracy with {count} of {pool.num_samples:,} {name}"
         others = {f"best of the grid, β={best:g}": best}
         others |= {f"β={beta:g}": beta for beta in fixed(count, pool.num_samples)}
-        for way, own in ((f"auto, β={auto:.3g}", auto), (f"search, β={found:g}", found)):
+        for way, ours in ((f"auto, β={auto:.3g}", auto), (f"search, β={search:g}", search)):
             for other, beta in others.items():
-                emit(f"{what}: {way}", accuracy[count, own], "share", other, accuracy[count, beta])
+                emit(f"{what}: {way}", accuracy[count, ours], "share", other, accuracy[count, beta])
         emit(f"{what}: auto, β={auto:.3g}", accuracy[count, auto], "share", "random", accuracy[count, None])
 
 
 def fixed(count: int, num_samples: int) -> list[float]:
-    """The hard fractions one would take unseen, as far as they fit."""
+    """Return the hard fractions that one would choose without looking at the pool, up to the largest possible one."""
     return [beta for beta in FIXED if beta <= 1 - count / num_samples]
 
 
 class Trainer:
-    """Trains on coresets with true labels and tests, several seeds each, as Ray tasks."""
+    """Train on coresets with true labels and test, several seeds each, as Ray tasks."""
 
     def __init__(self, config: Config, run_dir: RunDir, scored: ScoredPool, test_path: Path, num_seeds: int) -> None:
         self._config, self._num_seeds, self._scored = config, num_seeds, scored
         self._ids = np.concatenate([scored.read(path).sample_ids for path in scored.files])
         labels = run_dir.read_rows(schema.INDEX, self._ids, [schema.LABEL])[schema.LABEL].to_numpy()
         pool = LabelledImages(load_proxy_images(run_dir, self._ids, config.embed.proxy_image_size), labels, self._ids)
-        # In a list, so that a task gets the reference, and what is known already loads no images.
+        # In a list, so that Ray passes the reference itself: a task whose accuracy is known loads no images.
         self._images = [ray.put((pool, read_test(test_path, config.embed.proxy_image_size)))]
 
-    def accuracies(self, wanted: Sequence[tuple[int, float | None]]) -> dict[tuple[int, float | None], float]:
-        """The mean accuracy of each (samples to keep, hard fraction), None for random samples."""
+    def accuracies(self, trials: Sequence[tuple[int, float | None]]) -> dict[tuple[int, float | None], float]:
+        """Return the mean accuracy of each (samples to keep, hard fraction); None keeps random samples."""
         folder = RunDir(self._config.run_dir).path("trainings")
-        kept = self._windows([Budget(count, beta) for count, beta in wanted if beta is not None])
+        kept = self._windows([Budget(count, beta) for count, beta in trials if beta is not None])
         tasks = [
             (
                 f"{folder}/{count}-{beta}-{seed}.json",
@@ -142,28 +142,33 @@ class Trainer:
                 self._config,
                 seed,
             )
-            for count, beta in wanted
+            for count, beta in trials
             for seed in range(self._num_seeds)
         ]
-        found = np.zeros(len(tasks))
+        accuracies = np.zeros(len(tasks))
         for position, accuracy in run_tasks(train, tasks):
-            found[position] = accuracy
-        return dict(zip(wanted, found.reshape(-1, self._num_seeds).mean(1).tolist(), strict=True))
+            accuracies[position] = accuracy
+        return dict(zip(trials, accuracies.reshape(-1, self._num_seeds).mean(1).tolist(), strict=True))
 
     def _windows(self, budgets: list[Budget]) -> dict[Budget, np.ndarray]:
-        """The positions in the pool that double-end pruning keeps for each budget."""
-        chosen = choose(self._scored, self._config.select, self._config.seed, budgets)
-        rows = [self._scored.read(path) for path in self._scored.files]
-        masks = [np.concatenate([selection.mask(self._scored, own) for own in rows]) for selection in chosen]
+        """Return the positions in the pool that double-end pruning keeps for each budget."""
+        selections = choose(self._scored, self._config.select, self._config.seed, budgets)
+        parts = [self._scored.read(path) for path in self._scored.files]
+        masks = [np.concatenate([selection.mask(self._scored, rows) for rows in parts]) for selection in selections]
         return {budget: np.flatnonzero(mask) for budget, mask in zip(budgets, masks, strict=True)}
 
 
 def train(path: str, images: list[ray.ObjectRef], chosen: np.ndarray, config: Config, seed: int) -> float:
-    """The test accuracy of a training on the samples at some positions of the pool, unless it is in the file."""
+    """Return the test accuracy after training on the samples at `chosen` positions, from `path` if it exists."""
     torch.set_num_threads(1)
-    own = config.evaluate
+    keys = config.evaluate
     settings = training_settings(
-        config.train, network=own.network, iterations=own.iterations, batch_size=own.batch_size, lr=own.lr, num_tests=1
+        config.train,
+        network=keys.network,
+        iterations=keys.iterations,
+        batch_size=keys.batch_size,
+        lr=keys.lr,
+        num_tests=1,
     )
     chosen = np.sort(chosen)
 

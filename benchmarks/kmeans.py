@@ -1,16 +1,15 @@
-"""A k-means iteration beside faiss.Kmeans and scikit-learn, the share of the matmul ceiling, two workers beside one.
+"""Measure a k-means iteration vs. faiss.Kmeans, scikit-learn and a matrix product, and two workers vs. one.
 
     python benchmarks/kmeans.py [--quick] [--only PART] [--points FILE.npy [--classes FILE.npy]]
 
-Everyone starts from the same centroids, takes all points and runs the same number of iterations; an iteration is the
-time of all of them over their number. Ours keeps embeddings in float16 and its sums are exact; faiss and scikit-learn
-get float32. What the bounds save is measured beside a search for all points in every iteration, over 10 iterations and
-to convergence; how good the clusters are, beside those of the others. Full size has 1M x 384 and k = 1,000 on Ray
-workers, with the peak memory of driver and workers. On a GPU the assignment is measured against a product of the same
-shape. `--points` takes points of your own, (n, d).
+All start from the same centroids, use all points and run the same number of iterations; the time of an iteration is the
+mean. Ours keeps embeddings in float16 with exact sums; faiss and scikit-learn get float32. The bounds are compared with
+a search for all points in every iteration, over 10 iterations and until convergence, and the quality of the clusters
+with that of the other libraries. The full size includes 1M x 384 and k = 1,000 on Ray workers, with the peak memory of
+driver and workers. On a GPU the assignment is compared with a product of the same shape. `--points` takes points (n, d)
+of your own.
 """
 
-import argparse
 import tempfile
 import time
 from collections import defaultdict
@@ -23,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 import torch
-from reporting import emit, peak_bytes, processes_titled, take_turns
+from reporting import command_line, emit, peak_bytes, processes_titled, take_turns
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 from sklearn.metrics import normalized_mutual_info_score
@@ -41,15 +40,17 @@ from elfs_ray.storage.run_dir import Marker, RunDir
 
 DIM, NUM_ITERATIONS, ROWS_PER_FILE = 384, 10, 16_384
 MAX_ITERATIONS = 50
-SIDE = 2000  # of the square product that stands for the machine's rate; rows of 2048 numbers would fight for the cache
+# Of the square matrix product that measures the machine's peak rate. Not 2048: rows that lie a power of two apart would
+# evict one another from the cache.
+SIDE = 2000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true", help="20,000 points, 100 clusters; under 45 s on 2 cores")
     parser.add_argument("--only", choices=("iteration", "bounds", "workers", "quality", "million"))
-    parser.add_argument("--points", help="a file of numpy.save with (n, d) numbers, for the parts in one process")
-    parser.add_argument("--classes", help="a file of numpy.save with their classes (n,), for the part quality")
+    parser.add_argument("--points", help=".npy file of points (n, d), for the parts in one process")
+    parser.add_argument("--classes", help=".npy file of their classes (n,), for the part quality")
     parser.add_argument("--num-clusters", type=int, help="for the parts iteration, bounds and workers")
     arguments = parser.parse_args()
     if torch.cuda.is_available():
@@ -60,10 +61,10 @@ def main() -> None:
 
     @cache
     def points() -> np.ndarray:
-        return unit(np.load(arguments.points)) if arguments.points else draw_points(num_points, seed=0)
+        return unit(np.load(arguments.points)) if arguments.points else sample_points(num_points, seed=0)
 
     parts: dict[str, Callable[[], None]] = {
-        "million": measure_million,  # the first, so that the driver's peak is its own
+        "million": measure_million,  # first, so that no other part adds to the driver's peak
         "iteration": lambda: measure_iteration(points(), num_clusters, rounds),
         "bounds": lambda: measure_bounds(points(), num_clusters),
         "workers": lambda: measure_workers(num_points if arguments.quick else 2 * num_points, num_clusters, rounds),
@@ -74,8 +75,8 @@ def main() -> None:
             measure()
 
 
-def draw_points(num_points: int, seed: int) -> np.ndarray:
-    """(n, d) float16 of unit length around 500 centres, as far apart as real classes are."""
+def sample_points(num_points: int, seed: int) -> np.ndarray:
+    """Return points (n, d) float16 of unit length around 500 centres, about as far apart as real classes."""
     centres = np.random.default_rng(0).standard_normal((500, DIM), dtype=np.float32)
     rng = np.random.default_rng([1, seed])
     points = centres[rng.integers(0, 500, num_points)] + 1.5 * rng.standard_normal((num_points, DIM), dtype=np.float32)
@@ -83,20 +84,20 @@ def draw_points(num_points: int, seed: int) -> np.ndarray:
 
 
 def unit(points: np.ndarray) -> np.ndarray:
-    """(n, d) float16 of unit length."""
+    """Return the points as (n, d) float16 of unit length."""
     single = points.astype(np.float32)
     return (single / np.linalg.norm(single, axis=1, keepdims=True)).astype(np.float16)
 
 
 def measure_iteration(points: np.ndarray, num_clusters: int, rounds: int) -> None:
-    """An iteration by one thread and by two."""
+    """Measure an iteration with one thread and with two."""
     for num_threads in (1, 2):
         _measure_iteration(points, num_clusters, num_threads, rounds)
 
 
 def _measure_iteration(points: np.ndarray, num_clusters: int, num_threads: int, rounds: int) -> None:
     ids, single, dim = np.arange(len(points)), points.astype(np.float32), points.shape[1]
-    start = draw_start(points, num_clusters)
+    start = sample_start(points, num_clusters)
     flop = 2.0 * len(points) * num_clusters * dim
     square = torch.randn(SIDE, SIDE)
 
@@ -105,7 +106,7 @@ def _measure_iteration(points: np.ndarray, num_clusters: int, num_threads: int, 
         fit = kmeans(
             ArrayPoints(points, ids), num_clusters, seed=0, max_iterations=NUM_ITERATIONS - 1, tolerance=0, start=state
         )
-        assert fit.num_iterations == NUM_ITERATIONS - 1  # and an assignment of the last centroids
+        assert fit.num_iterations == NUM_ITERATIONS - 1  # and a last assignment, the tenth
 
     def by_faiss() -> None:
         fit = faiss.Kmeans(dim, num_clusters, niter=NUM_ITERATIONS, max_points_per_centroid=len(points))
@@ -148,8 +149,8 @@ class SearchingForAll(ArrayPoints):
 
 
 def measure_bounds(points: np.ndarray, num_clusters: int) -> None:
-    """What it saves to search only for points whose centroid may have changed; the same centroids, to the bit."""
-    ids, start = np.arange(len(points)), KMeansState(centroids=draw_start(points, num_clusters))
+    """Measure what is saved by searching only for points whose centroid may have changed, with identical results."""
+    ids, start = np.arange(len(points)), KMeansState(centroids=sample_start(points, num_clusters))
     torch.set_num_threads(1)
     for tolerance, max_iterations in ((0, NUM_ITERATIONS - 1), (1e-4, 100), (0, 100)):
         seconds, fits = {}, {}
@@ -168,24 +169,24 @@ def measure_bounds(points: np.ndarray, num_clusters: int) -> None:
         assert fit.centroids.tobytes() == other.centroids.tobytes() and fit.history == other.history
         end = f"{len(fit.history)} iterations" + (f" to a relative change of {tolerance}" if tolerance else "")
         name = f"k-means, {len(points):,} x {points.shape[1]}, k = {num_clusters}, 1 thread, {end}"
-        emit(name, seconds[ArrayPoints], "s", "a search for all", seconds[SearchingForAll], less_is_better=True)
+        emit(name, seconds[ArrayPoints], "s", "a search for all points", seconds[SearchingForAll], less_is_better=True)
 
 
-def draw_start(points: np.ndarray, num_clusters: int) -> np.ndarray:
-    """Centroids (k, d) float32 to start from: points drawn at random."""
-    drawn = np.random.default_rng(2).choice(len(points), num_clusters, replace=False)
-    return points[drawn].astype(np.float32)
+def sample_start(points: np.ndarray, num_clusters: int) -> np.ndarray:
+    """Return centroids (k, d) float32 to start from: points sampled at random."""
+    rows = np.random.default_rng(2).choice(len(points), num_clusters, replace=False)
+    return points[rows].astype(np.float32)
 
 
 def measure_workers(num_points: int, num_clusters: int, rounds: int) -> None:
-    """An assignment of all points with its sums by Ray workers of one thread each, one and two of them."""
+    """Measure an assignment of all points with its sums, on one and on two Ray workers of one thread each."""
     connect("local", num_cpus=2)
     with tempfile.TemporaryDirectory() as folder:
         run_dir = RunDir(folder)
         write_embeddings(run_dir, num_points)
         starts = far_apart(num_clusters)
         medians: dict[int, list[float]] = {}
-        for num_workers in (1, 2, 1, 2):
+        for num_workers in (1, 2, 1, 2):  # in turns, as the machine's speed drifts
             points = ShardedPoints(stage_config(run_dir, num_workers), run_dir)
             medians.setdefault(num_workers, []).append(seconds_of_assignment(points, starts, rounds))
             points.release()
@@ -199,16 +200,16 @@ def seconds_of_assignment(points: ShardedPoints, starts: Iterator[np.ndarray], r
 
 
 def far_apart(num_clusters: int) -> Iterator[np.ndarray]:
-    """Centroids that have nothing to do with the ones before: every sample has to be searched for."""
-    return cycle([draw_points(num_clusters, seed=seed).astype(np.float32) for seed in (9, 10)])
+    """Yield centroids unrelated to the previous ones, so that the bounds save no search."""
+    return cycle([sample_points(num_clusters, seed=seed).astype(np.float32) for seed in (9, 10)])
 
 
 def measure_million() -> None:
-    """1M x 384 and k = 1,000 on two workers: seconds, and the most that driver and workers held."""
+    """Measure 1M x 384 and k = 1,000 on two workers: seconds, and the peak memory of driver and workers."""
     connect("local", num_cpus=2)
     with tempfile.TemporaryDirectory() as folder:
         run_dir = RunDir(folder)
-        # In a process of its own, so that the driver's peak is that of clustering.
+        # In a task, so that the driver's peak memory is that of clustering.
         ray.get(ray.remote(write_embeddings).remote(run_dir, 1_000_000))
         points = ShardedPoints(stage_config(run_dir, 2), run_dir)
         starts = far_apart(1000)
@@ -229,9 +230,10 @@ def measure_million() -> None:
 
 
 def measure_quality(sets: dict[str, tuple[np.ndarray, np.ndarray, int]], num_seeds: int) -> None:
-    """Objective, and NMI with the classes, beside faiss.Kmeans and scikit-learn: one try from seeds of their own."""
+    """Compare the objective and the NMI with the classes to those of faiss.Kmeans and scikit-learn, one try a seed."""
     for name, (points, classes, num_clusters) in sets.items():
-        ids, single, found = np.arange(len(points)), points.astype(np.float32), defaultdict(list)
+        ids, single = np.arange(len(points)), points.astype(np.float32)
+        results: dict[str, list[tuple[float, float]]] = defaultdict(list)
         for seed in range(num_seeds):
             fit = kmeans(ArrayPoints(points, ids), num_clusters, seed=seed, max_iterations=MAX_ITERATIONS)
             by_faiss = faiss.Kmeans(
@@ -243,8 +245,8 @@ def measure_quality(sets: dict[str, tuple[np.ndarray, np.ndarray, int]], num_see
             for who, centroids in ends.items():
                 labels = nearest_centroids(torch.from_numpy(points), centroids)
                 squared = squared_distances_to(torch.from_numpy(points), centroids, labels)
-                found[who].append((float(squared.sum()), normalized_mutual_info_score(classes, labels)))
-        (objective, nmi), *others = (np.mean(found[who], axis=0) for who in ("ours", "faiss.Kmeans", "scikit-learn"))
+                results[who].append((float(squared.sum()), normalized_mutual_info_score(classes, labels)))
+        (objective, nmi), *others = (np.mean(results[who], axis=0) for who in ("ours", "faiss.Kmeans", "scikit-learn"))
         shape = f"{name}, {len(points):,} x {points.shape[1]}, k = {num_clusters}, {num_seeds} seeds"
         for who, (other_objective, other_nmi) in zip(("faiss.Kmeans", "scikit-learn"), others, strict=True):
             emit(f"objective, {shape}", objective, "sum of squares", who, other_objective, less_is_better=True)
@@ -252,7 +254,7 @@ def measure_quality(sets: dict[str, tuple[np.ndarray, np.ndarray, int]], num_see
 
 
 def quality_sets(points: np.ndarray, classes_file: str | None) -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
-    """Points with their classes and a number of clusters: digits, blobs, and points of one's own that have classes."""
+    """Return points, their classes and a number of clusters: for digits, for blobs, and for `points` with classes."""
     images, digits = load_digits(return_X_y=True)
     random = np.random.default_rng(0)
     blobs = random.integers(0, 20, 20_000)
@@ -265,9 +267,9 @@ def quality_sets(points: np.ndarray, classes_file: str | None) -> dict[str, tupl
 
 
 def measure_gpu(num_points: int, num_clusters: int) -> None:
-    """The assignment on a GPU beside a float16 product of its shape."""
-    points = torch.from_numpy(draw_points(num_points, seed=0)).cuda()
-    centroids = draw_points(num_clusters, seed=9).astype(np.float32)
+    """Measure the assignment on a GPU vs. a float16 product of its shape."""
+    points = torch.from_numpy(sample_points(num_points, seed=0)).cuda()
+    centroids = sample_points(num_clusters, seed=9).astype(np.float32)
     right = torch.from_numpy(centroids).cuda().half().T.contiguous()
 
     def finished(call) -> None:
@@ -285,10 +287,10 @@ def measure_gpu(num_points: int, num_clusters: int) -> None:
 
 
 def write_embeddings(run_dir: RunDir, num_points: int) -> None:
-    """A table as embed leaves it, a file at a time."""
+    """Write a table of embeddings as the stage embed does, a file at a time."""
     for first in range(0, num_points, ROWS_PER_FILE):
         ids = np.arange(first, min(first + ROWS_PER_FILE, num_points))
-        column = schema.matrix_column(draw_points(len(ids), seed=first))
+        column = schema.matrix_column(sample_points(len(ids), seed=first))
         table = pa.table([ids, column], schema=schema.embeddings_schema(DIM))
         path = run_dir.path(schema.EMBEDDINGS, schema.range_file(int(ids[0]), int(ids[-1])))
         filesystem.write_table(path, table)
@@ -296,8 +298,8 @@ def write_embeddings(run_dir: RunDir, num_points: int) -> None:
 
 
 def stage_config(run_dir: RunDir, num_workers: int):
-    needed = ["pool.uri=/made/up", "budget=0.1", "cluster.num_clusters=2", "select.hard_fraction=0.1"]
-    return load_config(None, [f"run_dir={run_dir.uri}", f"cluster.num_workers={num_workers}", *needed]).cluster
+    required = ["pool.uri=/made/up", "budget=0.1", "cluster.num_clusters=2", "select.hard_fraction=0.1"]
+    return load_config(None, [f"run_dir={run_dir.uri}", f"cluster.num_workers={num_workers}", *required]).cluster
 
 
 if __name__ == "__main__":

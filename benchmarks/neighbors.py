@@ -7,7 +7,6 @@ get float32. The inverted file is measured with the share of the exact neighbour
 runs with two CPUs and with one of them kept busy elsewhere. On a GPU the search is measured vs. a product of its shape.
 """
 
-import argparse
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +15,8 @@ import faiss
 import numpy as np
 import ray
 import torch
-from kmeans import DIM, SIDE, draw_points, stage_config, write_embeddings
-from reporting import emit, take_turns
+from kmeans import DIM, SIDE, sample_points, stage_config, write_embeddings
+from reporting import command_line, emit, take_turns
 from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 
@@ -35,7 +34,7 @@ MIN_RECALL = 0.95
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true", help="8,000 points; under 45 s on 2 cores")
     parser.add_argument("--only", choices=("exact", "inverted-file", "stage"))
     arguments = parser.parse_args()
@@ -43,7 +42,7 @@ def main() -> None:
         measure_gpu(200_000)
         return
     num_points, rounds = (8_000, 1) if arguments.quick else (20_000, 2)
-    points = draw_points(num_points, seed=0)
+    points = sample_points(num_points, seed=0)
     parts: dict[str, Callable[[], None]] = {
         "exact": lambda: measure_exact(points, rounds),
         "inverted-file": lambda: measure_inverted_file(
@@ -57,7 +56,7 @@ def main() -> None:
 
 
 def measure_exact(points: np.ndarray, rounds: int) -> None:
-    """The exact search by one thread and by two."""
+    """Measure the exact search with one thread and with two."""
     for num_threads in (1, 2):
         _measure_exact(points, num_threads, rounds)
 
@@ -91,8 +90,8 @@ def _measure_exact(points: np.ndarray, num_threads: int, rounds: int) -> None:
 
 
 def measure_inverted_file(num_points: int, num_queries: int, rounds: int) -> None:
-    """Looking into as few lists as find 95% of the exact neighbours, beside the exact search; one thread, as a task."""
-    points, ids = draw_points(num_points, seed=0), np.arange(num_points)
+    """Measure a search of as few lists as find 95% of the exact neighbours vs. the exact search, on one thread."""
+    points, ids = sample_points(num_points, seed=0), np.arange(num_points)
     queries, query_ids = points[:num_queries], ids[:num_queries]
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
@@ -102,10 +101,10 @@ def measure_inverted_file(num_points: int, num_queries: int, rounds: int) -> Non
     index = InvertedFile(lists, points, ids)
 
     def search(nprobe: int) -> Neighbors:
-        def ask(queries: np.ndarray, query_ids: np.ndarray, probed: np.ndarray) -> Neighbors:
+        def search_probed(queries: np.ndarray, query_ids: np.ndarray, probed: np.ndarray) -> Neighbors:
             return merge_neighbors([index.search(queries, query_ids, probed, K)])
 
-        return search_lists(ask, queries, query_ids, lists, nprobe)
+        return search_lists(search_probed, queries, query_ids, lists, nprobe)
 
     exact = nearest_neighbors(queries, query_ids, [(points, ids)], K)
     nprobe, share = 1, 0.0
@@ -126,7 +125,7 @@ def measure_inverted_file(num_points: int, num_queries: int, rounds: int) -> Non
 
 
 def measure_stage(num_points: int, rounds: int) -> None:
-    """The stage's own tasks, with two CPUs and with one."""
+    """Measure the stage's tasks with two CPUs and with one."""
     connect("local", num_cpus=2)
     with tempfile.TemporaryDirectory() as folder:
         run_dir = RunDir(folder)
@@ -150,15 +149,15 @@ def measure_stage(num_points: int, rounds: int) -> None:
 
 
 class _Idle:
-    """Holds a CPU of the cluster without using it."""
+    """Occupy a CPU of the cluster without using it."""
 
     def ready(self) -> None:
         pass
 
 
 def measure_gpu(num_points: int) -> None:
-    """The search on a GPU beside a float16 product of its shape."""
-    points, ids = draw_points(num_points, seed=0), np.arange(num_points)
+    """Measure the search on a GPU vs. a float16 product of its shape."""
+    points, ids = sample_points(num_points, seed=0), np.arange(num_points)
     left = torch.from_numpy(points).cuda()
 
     def product() -> None:

@@ -1,7 +1,7 @@
-"""An S3 server for measurements: moto's, in a process of its own, with what it holds in its memory.
+"""Start an S3 server for measurements: moto in a separate process, which keeps objects in memory.
 
-It is a protocol to test against, not a fast store: one Python process answers a few hundred requests a second, and
-takes CPU from what is measured beside it.
+It implements the protocol but is no fast store: one Python process answers a few hundred requests a second, and takes
+CPU time from what is being measured.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from elfs_ray.storage import filesystem
 
 
 def environment(port: int) -> dict[str, str]:
-    """What Ray's workers need to find it; to be set before Ray starts."""
+    """Return the variables by which Ray's workers find the server. They must be set before Ray starts."""
     return {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
         "AWS_ACCESS_KEY_ID": "benchmark",
@@ -33,7 +33,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def s3_server(port: int, bucket: str) -> Iterator[str]:
-    """Start a server with one bucket; yields s3://<bucket>, ends it afterwards. Sets os.environ."""
+    """Start a server with one bucket, set os.environ, and yield s3://<bucket>. Stop the server at the end."""
     os.environ |= environment(port)
     command = [sys.executable, "-m", "moto.server", "-p", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -57,8 +57,8 @@ def s3_server(port: int, bucket: str) -> Iterator[str]:
 
 
 def copy(folder: Path, uri: str) -> None:
-    """Copy the files of a folder to a URI, those that are not there yet."""
-    there = {info.base_name: info.size for info in filesystem.list_files(uri)}
+    """Copy the files of a folder to a URI, except those that exist there with the same size."""
+    existing = {info.base_name: info.size for info in filesystem.list_files(uri)}
     for path in sorted(folder.iterdir()):
-        if there.get(path.name) != path.stat().st_size:
+        if existing.get(path.name) != path.stat().st_size:
             filesystem.write_bytes(filesystem.join(uri, path.name), path.read_bytes())

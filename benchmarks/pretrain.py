@@ -1,17 +1,16 @@
-"""Pretraining beside a bare loop of the same method, and against the ceiling of a matrix product.
+"""Measure pretraining vs. a bare loop of the same method and vs. the peak rate of a matrix product.
 
     python benchmarks/pretrain.py [--quick]
 
-The stage's own worker, in its own Ray Train group, takes turns by epochs with the loop that one writes first: the same
-network, batch, augmentation, optimiser and threads, nothing measured, nothing kept. On a GPU the network is ResNet-18
-in bf16, and once in fp16. Medians over the turns. Full size also has the network compiled, and two workers vs. one
-where there are two GPUs.
+The stage's worker, in a Ray Train group, takes turns by epochs with the loop that one writes first: the same network,
+batch, augmentation, optimiser and threads, but no metrics and no checkpoints. On a GPU the network is ResNet-18 in
+bf16, and once in fp16. Rates are medians over the turns. The full size also compiles the network, and compares two
+workers with one where there are two GPUs.
 """
 
 import dataclasses
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +22,7 @@ from reporting import emit
 from torch import nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
-from training import begin, ceiling, measure_in_worker, smooth_png, wait
+from training import begin, ceiling, images_per_s, measure_in_worker, smooth_png
 
 from elfs_ray.config import Config, load_config
 from elfs_ray.methods.simclr.training import MEAN, STD, simclr_settings
@@ -57,7 +56,7 @@ def main() -> None:
 
 
 def _measure_worker(run_dir: RunDir, rounds: int, on_gpu: bool, compiles: bool) -> None:
-    """One worker with every core, or a GPU, against a loop in the same process."""
+    """Measure a worker with all cores or a GPU vs. a loop in the same process."""
     config = _config(run_dir, on_gpu)
     settings = simclr_settings(vars(config.pretrain), SIZE)
     num_samples = CopyResult.read(run_dir).rows
@@ -81,7 +80,13 @@ def _measure_worker(run_dir: RunDir, rounds: int, on_gpu: bool, compiles: bool) 
         results = measure_in_worker(_take_turns, run_dir, gpus=float(on_gpu), jobs=jobs, rounds=rounds)
     emit(settings.network, results["ours"], "images/s", "bare loop", results["bare"])
     for name in variants:
-        emit(f"{settings.network}, {name}", results[name], "images/s", "as it is", results["ours"])
+        emit(
+            f"{settings.network}, {name}",
+            results[name],
+            "images/s",
+            "default settings",
+            results["ours"],
+        )
     arithmetic = results["ours"] * results["flop"] / 1e9
     emit("arithmetic", arithmetic, "GFLOP/s", "matrix product", results["ceiling"] / 1e9)
 
@@ -98,29 +103,20 @@ def _measure_workers(run_dir: RunDir) -> None:
 
 
 def _take_turns(jobs: dict[str, PretrainJob], rounds: int) -> dict[str, float]:
-    """Runs in the training worker: epochs of each contestant in turn, and what a matrix product reaches."""
+    """Measure epochs of each contestant in turn, and a matrix product. Runs in the training worker."""
     workers = {name: PretrainWorker(job) for name, job in jobs.items()}
     worker = workers["ours"]
     torch.set_num_threads(worker.job.num_decoders)
     contestants: dict[str, Callable[[int], Any]] = {name: each.train_epoch for name, each in workers.items()}
     contestants["bare"] = _BareLoop(worker).train_epoch
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(rounds + 1):
-        for name, train_epoch in contestants.items():
-            start_s = time.perf_counter()
-            train_epoch(turn)
-            wait(worker.member.device)
-            if turn > 0:  # the first warms up
-                seconds[name].append(time.perf_counter() - start_s)
-    results = {name: worker.plan.num_samples / statistics.median(times) for name, times in seconds.items()}
-    return results | {
+    return images_per_s(contestants, worker.plan.num_samples, rounds, worker.member.device) | {
         "flop": _flop_an_image(worker),
         "ceiling": ceiling(worker.member.device, worker.trainer.precision),
     }
 
 
 class _BareLoop:
-    """SimCLR over images in memory, as one writes it first."""
+    """A loop of SimCLR over images in memory, as one writes it first."""
 
     def __init__(self, worker: PretrainWorker) -> None:
         pool, decoded = ray.get(worker.job.data)
@@ -153,8 +149,8 @@ class _BareLoop:
             ]
             with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
                 projections = self._model(torch.cat(images))
-            rows_ = functional.normalize(projections.float(), dim=1)
-            logits = (rows_ @ rows_.T / self._settings.temperature).fill_diagonal_(-torch.inf)
+            unit = functional.normalize(projections.float(), dim=1)
+            logits = (unit @ unit.T / self._settings.temperature).fill_diagonal_(-torch.inf)
             targets = torch.arange(2 * len(rows), device=self._device).roll(len(rows))
             functional.cross_entropy(logits, targets).backward()
             self._optimizer.step()
@@ -162,7 +158,7 @@ class _BareLoop:
 
 
 def _flop_an_image(worker: PretrainWorker) -> float:
-    """Floating-point operations of a training step, an image, that is two views."""
+    """Return the floating-point operations of a training step for an image, that is for two views."""
     backbone, _ = build_backbone(worker.settings.network)
     with FlopCounterMode(display=False) as counter:
         backbone(torch.zeros(64, 3, SIZE, SIZE)).sum().backward()
@@ -189,7 +185,7 @@ def _config(run_dir: RunDir, on_gpu: bool, *overrides: str) -> Config:
 
 
 def _write_pool(run_dir: RunDir, num_samples: int) -> None:
-    """Smooth random images, as stage copy leaves them."""
+    """Write smooth random images as the stage copy does."""
     rng = np.random.default_rng(0)
     for first in range(0, num_samples, ROWS_PER_FILE):
         ids = np.arange(first, min(first + ROWS_PER_FILE, num_samples))

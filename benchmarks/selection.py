@@ -1,14 +1,13 @@
-"""Selecting by rank from scores on disk, beside NumPy's argsort in memory and Ray Data's sort.
+"""Measure selection by rank from scores on disk vs. NumPy's argsort in memory and Ray Data's sort.
 
     python benchmarks/selection.py [--quick]
 
-A tenth of the pool is kept after the hardest 40%. Everyone reads the same Parquet files and ends with the sample ids
-that are kept: ours from histograms, one file at a time in each of two workers, NumPy by a stable argsort of all scores,
-Ray Data by its distributed sort. The memory is what all processes take at their peak beyond what they hold when idle,
-Ray's object store included. Not called select.py: run from here, that would hide Python's own module of the name.
+A tenth of the pool is kept after the hardest 40%. All read the same Parquet files and return the sample ids to keep:
+ours from histograms, one file at a time in each of two workers, NumPy by a stable argsort of all scores, Ray Data by
+its distributed sort. Memory is the peak of all processes, with Ray's object store, beyond their memory when idle. Not
+called select.py, because a script's folder comes first on the path: that would hide Python's module of the same name.
 """
 
-import argparse
 import multiprocessing
 import os
 import tempfile
@@ -22,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-from reporting import emit, peak_bytes
+from reporting import command_line, emit, peak_bytes
 
 from elfs_ray.config import SelectConfig
 from elfs_ray.runtime.cluster import connect, run_tasks
@@ -37,7 +36,7 @@ SORT_ROWS = 10_000_000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true", help="10 million rows; under 45 s on 2 cores")
     quick = parser.parse_args().quick
     connect("local", num_cpus=2, object_store_memory=1 << 30)
@@ -47,37 +46,37 @@ def main() -> None:
     if quick:
         return
     smallest, largest = min(seconds), max(seconds)
-    name = f"time for {largest:,} rows, in times of that for {smallest:,}"
+    name = f"time for {largest:,} rows, relative to {smallest:,}"
     emit(name, seconds[largest] / seconds[smallest], "times", "rows", largest / smallest, less_is_better=True)
 
 
 def measure(num_rows: int) -> float:
-    """Ours beside both others; returns our seconds."""
+    """Measure ours vs. both baselines. Return our seconds."""
     with tempfile.TemporaryDirectory() as folder:
         files = write_pool(folder, num_rows)
         pool = ScoredPool(tuple(files), SCORE, "low", num_rows, 1)
-        for _ in range(2):  # workers that have imported all they need
+        for _ in range(2):  # so that the workers have imported everything
             select_ids(replace(pool, files=tuple(files[:2]), num_ids=min(num_rows, 2 * IDS_PER_FILE)))
         idle = memory_of_ray()
         with Peak(memory_of_ray) as ours:
             kept = select_ids(pool)
-        own_bytes = max(ours.peak_bytes - idle, 1)
+        our_bytes = max(ours.peak_bytes - idle, 1)
         argsort_s, argsort_bytes, expected = in_a_process(by_argsort, files)
-        assert np.array_equal(np.sort(np.concatenate(kept)), np.sort(expected)), "ours and NumPy keep other samples"
+        assert np.array_equal(np.sort(np.concatenate(kept)), np.sort(expected)), "ours and NumPy keep different samples"
         name, mib = f"select a tenth of {num_rows:,} rows", 2**20
         emit(name, ours.seconds, "s", "argsort", argsort_s, less_is_better=True)
-        emit(f"memory to {name}", own_bytes / mib, "MiB", "argsort", argsort_bytes / mib, less_is_better=True)
+        emit(f"memory to {name}", our_bytes / mib, "MiB", "argsort", argsort_bytes / mib, less_is_better=True)
         if num_rows <= SORT_ROWS:
             with Peak(memory_of_ray) as sort:
                 by_ray_data(files)
             emit(name, ours.seconds, "s", "Ray Data's sort", sort.seconds, less_is_better=True)
             sort_bytes = max(sort.peak_bytes - idle, 1)
-            emit(f"memory to {name}", own_bytes / mib, "MiB", "Ray Data's sort", sort_bytes / mib, less_is_better=True)
+            emit(f"memory to {name}", our_bytes / mib, "MiB", "Ray Data's sort", sort_bytes / mib, less_is_better=True)
     return ours.seconds
 
 
 def write_pool(folder: str, num_rows: int) -> list[str]:
-    """scores/ as stage select leaves it, with three of its columns."""
+    """Write scores/ as the stage select does, with three of its columns."""
     ranges = [(first, min(first + IDS_PER_FILE, num_rows)) for first in range(0, num_rows, IDS_PER_FILE)]
     files = [os.path.join(folder, schema.range_file(first, end - 1)) for first, end in ranges]
     for _ in run_tasks(write_file, [(path, *ids) for path, ids in zip(files, ranges, strict=True)]):
@@ -86,7 +85,7 @@ def write_pool(folder: str, num_rows: int) -> list[str]:
 
 
 def write_file(path: str, first: int, end: int) -> None:
-    """Sums of 200 margins, as a training of 200 epochs leaves them: most samples near the top."""
+    """Write scores like the sums of 200 epochs' margins: most samples are near the maximum."""
     rng = np.random.default_rng(first)
     scores = (200 * (2 * rng.beta(3, 1, end - first) - 1)).astype(np.float32)
     labels = rng.integers(0, 1000, end - first).astype(np.int32)
@@ -100,19 +99,20 @@ def window(num_rows: int) -> tuple[int, int]:
 
 
 def select_ids(pool: ScoredPool) -> list[np.ndarray]:
-    """The stage's own search for both cuts, then a pass that collects what lies between them, share by share."""
+    """Find both cuts as the stage does, then collect the ids between them in a second pass."""
     budget = Budget(int(KEPT * pool.num_ids), HARD_FRACTION)
     (selection,) = choose(pool, SelectConfig(hard_fraction=HARD_FRACTION), 0, [budget])
     return list(pool.map_shares(kept_ids, selection))
 
 
 def kept_ids(pool: ScoredPool, files: Sequence[str], selection: Selection) -> np.ndarray:
-    rows = (pool.read(path) for path in files)
-    return np.concatenate([own.sample_ids[selection.mask(pool, own)] for own in rows])
+    parts = (pool.read(path) for path in files)
+    return np.concatenate([rows.sample_ids[selection.mask(pool, rows)] for rows in parts])
 
 
 def by_argsort(files: Sequence[str]) -> np.ndarray:
-    """In one process, all scores and ids in memory; a stable sort breaks ties by id, as ours does."""
+    """Select by an argsort of all scores in memory."""
+    # A stable sort breaks ties by id, as ours does.
     scores, sample_ids = [
         np.concatenate([pq.read_table(f, columns=[c])[c].to_numpy() for f in files]) for c in (SCORE, schema.SAMPLE_ID)
     ]
@@ -121,18 +121,19 @@ def by_argsort(files: Sequence[str]) -> np.ndarray:
 
 
 def by_ray_data(files: Sequence[str]) -> int:
-    """Ray Data has no cut by rank: it sorts all, and the rows between the two ranks would be read off."""
+    """Sort with Ray Data, and count the rows."""
+    # Ray Data cannot cut by rank: it must sort all rows, of which those between two ranks would then be read.
     table = ray.data.read_parquet(list(files), columns=[schema.SAMPLE_ID, SCORE])
     return table.sort([SCORE, schema.SAMPLE_ID]).materialize().count()
 
 
 def in_a_process(function: Callable[..., np.ndarray], *arguments: object) -> tuple[float, int, np.ndarray]:
-    """(seconds, peak bytes beyond those when idle, result) of a call in a process of its own."""
+    """Call a function in a separate process. Return (seconds, peak bytes beyond those when idle, result)."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_call_and_send, args=(sender, function, arguments))
     process.start()
-    sender.close()  # so that the end of the process ends the wait
+    sender.close()  # otherwise recv would wait for ever if the process died
     result = receiver.recv()
     process.join()
     return result
@@ -147,7 +148,7 @@ def _call_and_send(sender, function: Callable[..., np.ndarray], arguments: tuple
 
 
 class Peak:
-    """Seconds of a block, and the most that `measure` said of it, asked four times a second and at the end."""
+    """Measure the seconds of a block, and the maximum of `measure`, called four times a second and at the end."""
 
     def __init__(self, measure: Callable[[], int]) -> None:
         self._measure, self._done = measure, threading.Event()
@@ -171,7 +172,7 @@ class Peak:
 
 
 def memory_of_ray() -> int:
-    """Private memory of this process and of all below it, Ray's workers among them, and Ray's object store once."""
+    """Return the private memory of this process and its descendants, such as Ray's workers, and of the object store."""
     parents, private, shared = {}, {}, {}
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
@@ -184,10 +185,11 @@ def memory_of_ray() -> int:
             pid = int(folder.name)
             parents[pid] = int(status["PPid"])
             private[pid], shared[pid] = (int(status[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
-    own = {os.getpid()}
-    while below := {pid for pid, parent in parents.items() if parent in own} - own:
-        own |= below
-    return sum(private[pid] for pid in own) + max(shared[pid] for pid in own)
+    family = {os.getpid()}
+    while children := {pid for pid, parent in parents.items() if parent in family} - family:
+        family |= children
+    # Every process maps the same object store: it counts once.
+    return sum(private[pid] for pid in family) + max(shared[pid] for pid in family)
 
 
 if __name__ == "__main__":

