@@ -1,7 +1,9 @@
-# make demo   the whole pipeline on real images, then an evaluation beside random
-# make test   lint, types, documentation and tests; make docs  the documentation alone, in site/
-# make chaos  the pipeline struck by faults, and its bytes compared; make audit  known holes of the dependencies
-# All make .venv first, and again when pyproject.toml or constraints.txt is newer.
+# make demo   run the whole pipeline on real images, then evaluate the coreset vs. random samples
+# make test   check style and types, build the documentation, run the tests
+# make docs   build the documentation only, in site/
+# make chaos  strike the pipeline with faults and compare its bytes with those of an undisturbed run
+# make audit  list known vulnerabilities of the dependencies
+# Each creates .venv first, and again when pyproject.toml or constraints.txt is newer.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -18,7 +20,7 @@ test: docs
 	$(BIN)/mypy
 	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
-# Strict: a page that is not listed or a link that leads nowhere fails.
+# Strict: an unlisted page or a broken link fails the build.
 docs: .venv/ready
 	$(BIN)/mkdocs build --quiet --strict
 
@@ -31,7 +33,7 @@ test-gpu: .venv/ready
 chaos: .venv/ready
 	$(BIN)/python -m tests.faults.chaos
 
-# Strict, because a package that the database of holes does not know would pass for one without any.
+# Strict, because a package that the database does not know would otherwise count as one without vulnerabilities.
 audit: .venv/ready
 	$(BIN)/python -m venv .venv/audit
 	.venv/audit/bin/pip install --quiet pip-audit
