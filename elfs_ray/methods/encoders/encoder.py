@@ -109,6 +109,7 @@ def load_encoder(
     if path is not None and weights is None and weights_sha256 is not None:
         check_sha256(path, weights_sha256)
     target = torch.device(device)
+    # Networks initialize themselves from torch's global generator, even where weights are loaded over it.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = source.network(model, size.crop, path, target)
@@ -172,7 +173,7 @@ class Encoder:
         inputs = host.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float()
         inputs.sub_(self._mean).div_(self._std)
         if self._is_program:
-            return self._network(inputs.contiguous())
+            return self._network(inputs.contiguous())  # an export may have fixed the strides of its input
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=self._on_gpu):
             return self._network(inputs)
 

@@ -69,7 +69,7 @@ def nearest_centroids(embeddings: torch.Tensor, centroids: np.ndarray, engine: s
     exact = exact_centroids(centroids, embeddings.device)
     search = FaissFilter(exact) if engine == "faiss" else ProductFilter(exact)
     labels = torch.empty(len(embeddings), dtype=torch.int64, device=embeddings.device)
-    contested = [torch.empty(0, dtype=torch.int64, device=embeddings.device)]
+    contested = [torch.empty(0, dtype=torch.int64, device=embeddings.device)]  # torch.cat refuses an empty list
     for rows in row_chunks(len(embeddings), len(exact), embeddings.device):
         labels[rows], close = search.search(embeddings[rows])
         contested.append(flat_nonzero(close) + rows.start)
@@ -88,6 +88,7 @@ def squared_distances_to(embeddings: torch.Tensor, centroids: np.ndarray, labels
     exact = exact_centroids(centroids, embeddings.device)
     result = torch.empty(len(embeddings), dtype=torch.float64, device=embeddings.device)
     space = Workspace(embeddings.device)
+    # ‖x - c‖² directly: exact as well, and 0 for equal points without ‖x‖² - 2 x·c + ‖c‖²'s extra terms.
     for rows in row_chunks(len(embeddings), embeddings.shape[1], embeddings.device):
         differences = space.copy("rows", embeddings[rows], torch.float64).sub_(exact[labels[rows]])
         torch.sum(differences.square_(), 1, out=result[rows])

@@ -52,7 +52,7 @@ class KMeansState:
     attempt: int = 0
     centroids: np.ndarray | None = None
     history: tuple[float, ...] = ()
-    last_split: int = -_ITERATIONS_TO_SETTLE
+    last_split: int = -_ITERATIONS_TO_SETTLE  # long ago: nothing to wait for before the first split
     best: KMeansResult | None = None
 
     def to_arrays(self) -> dict[str, np.ndarray]:
@@ -152,6 +152,7 @@ def _check_arguments(points: Points, num_clusters: int, max_iterations: int, tol
 
 
 def _seed(points: Points, num_clusters: int, seed: int, attempt: int) -> np.ndarray:
+    # Seeds come from a sample: k-means++ over the whole pool would take k passes over every shard.
     num_rows = max(MIN_SEED_ROWS, SEED_ROWS_PER_CLUSTER * num_clusters)
     return points.on_sample(
         partial(seed_centroids, num_clusters=num_clusters, seed=seed, attempt=attempt), num_rows, seed
@@ -180,7 +181,7 @@ def _has_converged(state: KMeansState, tolerance: float) -> bool:
 def _next_attempt(state: KMeansState, counts: np.ndarray) -> KMeansState:
     assert state.centroids is not None
     best = state.best
-    if best is None or state.history[-1] < best.objective:
+    if best is None or state.history[-1] < best.objective:  # of equal tries the first wins
         best = KMeansResult(state.centroids, counts, state.history, state.attempt)
     return KMeansState(attempt=state.attempt + 1, best=best)
 

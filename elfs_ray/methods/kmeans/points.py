@@ -84,7 +84,7 @@ class ArrayPoints:
         self._embeddings = embeddings_to_device(embeddings, sample_ids, self._device)
         self._sample_ids = sample_ids
         self._engine = engine
-        self._order = np.argsort(sample_ids, kind="stable")
+        self._order = np.argsort(sample_ids, kind="stable")  # rows are looked up by id, and shards need not be sorted
         if (np.diff(sample_ids[self._order]) == 0).any():
             raise ValueError("sample_ids hold an id more than once; every sample must have an id of its own")
         # Exact squared norms are multiples of 2^-48, whose sums would outgrow float64; of 2^-24 they stay exact.
@@ -109,6 +109,7 @@ class ArrayPoints:
         """
         hashes = hash_uint64(seed, self._sample_ids)
         if num < len(hashes):
+            # A partition finds the largest of the smallest hashes without sorting the shard.
             chosen = np.flatnonzero(hashes <= np.partition(hashes, num - 1)[num - 1])
             return hashes[chosen], self._sample_ids[chosen]
         return hashes, self._sample_ids
@@ -150,6 +151,7 @@ class ArrayPoints:
         )
 
     def _nearest(self, centroids: np.ndarray) -> torch.Tensor:
+        # The bounds are for a CPU, where a product takes far longer than a pass over the bounds.
         if self._device.type == "cpu" and self._engine == "torch":
             return self._bounded(centroids)
         return nearest_centroids(self._embeddings, centroids, self._engine)

@@ -77,6 +77,7 @@ class ScoreAccumulator:
         sample_ids: (n,) integers, exactly the accumulator's; the others: (n,) float32.
         Raises ValueError, and adds nothing, for values that are not finite, which means that training diverged.
         """
+        # Workers record samples in the order in which they trained on them.
         source = np.argsort(sample_ids)
         assert np.array_equal(sample_ids[source], self.sample_ids), f"epoch {self.num_epochs} has other samples"
         for name, column in (("target_prob", target_prob), ("max_other_prob", max_other_prob), ("el2n", el2n)):
@@ -93,6 +94,7 @@ class ScoreAccumulator:
     def finish(self) -> dict[str, np.ndarray]:
         """Return the scores by name, each (n,) in the order of sample_ids; see the top of the file."""
         assert self.num_epochs, "scores need at least one epoch"
+        # A sample that was never right was never forgotten either. It is the hardest, so it scores above any count.
         never_learned = self._correctness == 0
         return {
             "aum": self._aum.astype(np.float32),
@@ -109,7 +111,7 @@ class ScoreAccumulator:
         self._aum += target_prob.astype(np.float64) - max_other_prob
         if self.num_epochs < EL2N_EPOCHS:
             self._el2n += el2n
-        right = target_prob > max_other_prob
+        right = target_prob > max_other_prob  # a tie is wrong: argmax could name either class
         self._forgetting += self._was_right & ~right
         self._correctness += right
         self._was_right = right

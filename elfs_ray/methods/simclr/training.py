@@ -113,7 +113,7 @@ class SimclrTrainer:
         self.settings, self.device, self.precision, self.group = settings, device, precision, group
         self._num_steps = num_steps
         with torch.random.fork_rng(devices=[]):  # leaves the caller's random state alone
-            torch.manual_seed(int(hash_uint64(seed, _INIT_STREAM)) >> 1)
+            torch.manual_seed(int(hash_uint64(seed, _INIT_STREAM)) >> 1)  # torch's seeds are int64: drop the top bit
             model = ContrastiveNetwork(settings.network, settings.hidden_dim, settings.projection_dim)
         self.model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.network: nn.Module = self.model
@@ -155,6 +155,7 @@ class SimclrTrainer:
         dtype = AUTOCAST_DTYPES[self.precision]
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
             features, projections = self.network(views)
+        # Both views go through the network in one batch, so that batch norm's statistics are those of both.
         by_view = projections.view(NUM_VIEWS, len(projections) // NUM_VIEWS, projections.shape[1])
         loss = nt_xent(by_view, self.settings.temperature, shares=shares, group=self.group)
         self._scaler.scale(loss).backward()

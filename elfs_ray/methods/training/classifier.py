@@ -66,7 +66,7 @@ class Classifier:
 
     def __init__(self, num_classes: int, settings: ClassifierSettings, *, seed: int, device: str = "cpu") -> None:
         self.settings, self.seed, self.device = settings, seed, torch.device(device)
-        torch.manual_seed(int(hash_uint64(seed, _INIT_STREAM)) >> 1)
+        torch.manual_seed(int(hash_uint64(seed, _INIT_STREAM)) >> 1)  # torch's seeds are int64: drop the top bit
         self.model = build_proxy_model(settings.network, num_classes).to(self.device)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = make_optimizer(
@@ -101,6 +101,7 @@ class Classifier:
         Raises FloatingPointError where the loss is not finite.
         """
         settings, monitor = self.settings, LossMonitor()
+        # As uint8 a whole set fits on a device: copied once, no step waits for it.
         images = torch.from_numpy(np.ascontiguousarray(train.images)).to(self.device)
         labels = torch.from_numpy(train.labels.astype(np.int64)).to(self.device)
         batches = _batches(len(labels), settings.batch_size, range(self.num_steps, settings.iterations), self.seed)
@@ -131,7 +132,7 @@ class Classifier:
             monitor.add(loss, num_real=len(rows), epoch=epoch, step=step, lr=lr)
             self.num_steps = step + 1
             if self.num_steps == settings.iterations:
-                monitor.finish()
+                monitor.finish()  # on a GPU the last losses are still unchecked
             yield self.num_steps
 
     def is_test_due(self) -> bool:
@@ -160,6 +161,7 @@ class Classifier:
         """
         self.model.eval()
         features, probs = [], []
+        # The hook takes the features from the pass that computes the probabilities, instead of a second one.
         hook = classifier_of(self.model).register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].float()))
         for start in range(0, len(images), _TEST_BATCH):
             batch = torch.from_numpy(images[start : start + _TEST_BATCH]).to(self.device)
@@ -193,6 +195,7 @@ def _batches(num_samples: int, batch_size: int, steps: range, seed: int) -> Iter
     per_epoch = num_samples // size
     order_of, order = -1, np.empty(0, np.int64)
     for step in steps:
+        # The step alone decides the batch, so that training resumes in the middle of an epoch.
         epoch, position = divmod(step, per_epoch)
         if epoch != order_of:
             order_of, order = epoch, epoch_order(num_samples, seed, epoch)

@@ -139,7 +139,7 @@ def test_a_warm_up_rises_linearly_and_the_cosine_follows_it():
     [
         ({"base_lr": 1e-5}, "min_lr is 0.0001 and base_lr 1e-05"),
         ({"base_lr": 0.1, "min_lr": -1.0}, "min_lr is -1.0"),
-        ({"base_lr": 0.1, "warmup_steps": 10}, "warmup_steps is 10 of 10"),
+        ({"base_lr": 0.1, "warmup_steps": 10}, "warmup_steps is 10; it must be at least 0 and below total_steps = 10"),
     ],
 )
 def test_a_schedule_out_of_order_is_refused(arguments, message):
