@@ -53,8 +53,8 @@ class Stage:
     is_part_of     whether a run has this stage
     inputs         the stages whose tables it reads
     tables, files  the tables that it writes, and the files beside them
-    requests       the workers that it asks for, besides tasks of one CPU. Raises ConfigError for a GPU where there can
-                   be none, and for a number of workers that only the user can give
+    requests       the workers and GPU tasks that it asks for, besides tasks of one CPU; its run takes its numbers from
+                   the same functions. Raises ConfigError for a GPU where there can be none
     advice         what to tell a person before it runs for days
     check          raises ConfigError, before any work, for a config that this stage could not run
     check_result   raises ConfigError for a config that does not fit what the complete stage has counted

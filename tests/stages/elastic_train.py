@@ -36,7 +36,7 @@ def main(folder: Path) -> None:
     node = cluster.add_node(**NODE)
     _wait_for_report(folder, _wait_for_workers(folder, 2, training))
     cluster.remove_node(node, allow_graceful=False)
-    print(json.dumps(training.result()))
+    print(json.dumps(training.result().to_json()))
     ray.shutdown()
     cluster.shutdown()
 

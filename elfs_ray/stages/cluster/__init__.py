@@ -1,13 +1,14 @@
 """cluster: pseudo-labels from embeddings."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from elfs_ray.config import Config, ConfigError, check_balance
+from elfs_ray.config import ClusterConfig, Config, ConfigError, check_balance
 from elfs_ray.methods.numeric.faiss_build import check_faiss
 from elfs_ray.runtime.progress import count
-from elfs_ray.runtime.resources import Request, request_workers
+from elfs_ray.runtime.resources import Request, request_gpu_tasks, request_workers
 from elfs_ray.stages.stage import Result, Stage
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
@@ -50,9 +51,17 @@ def _describe(config: Config, num_samples: int) -> str:
 def _requests(config: Config, devices: "Devices") -> list[Request]:
     cluster = config.cluster
     _check_faiss(config, devices.resolve(cluster.device, "cluster.device"))
-    if cluster.method == "file":
-        return []
-    shards = request_workers(
+    requests = [request_shards(cluster, devices)]
+    if cluster.kept_neighbors and searches_on_gpus(cluster, devices):
+        requests.append(request_gpu_tasks(devices, "cluster", "neighbour search task"))
+    if cluster.method == "temi":
+        requests.append(request_temi_workers(cluster, devices))
+    return requests
+
+
+def request_shards(cluster: ClusterConfig, devices: "Devices") -> Request:
+    """Return the workers that hold the embeddings."""
+    return request_workers(
         devices,
         "cluster",
         "shard",
@@ -61,11 +70,25 @@ def _requests(config: Config, devices: "Devices") -> list[Request]:
         usual=devices.num_cpus,
         memory_gib=cluster.memory_gib,
     )
-    if cluster.method != "temi":
-        return [shards]
-    workers = cluster.temi.num_workers
-    heads = request_workers(devices, "cluster.temi", "TEMI worker", device=cluster.device, num_workers=workers, usual=1)
-    return [shards, heads]
+
+
+def searches_on_gpus(cluster: ClusterConfig, devices: "Devices") -> bool:
+    """Return whether tasks on GPUs find the nearest neighbours, which the inverted file does on CPUs alone."""
+    return devices.resolve(cluster.device, "cluster.device") == "cuda" and cluster.neighbor_search != "ivf"
+
+
+def request_temi_workers(cluster: ClusterConfig, devices: "Devices") -> Request:
+    """Return the workers that train TEMI's heads: each with a GPU and a CPU, or with an equal share of the CPUs."""
+    request = request_workers(
+        devices,
+        "cluster.temi",
+        "TEMI worker",
+        device=cluster.device,
+        num_workers=cluster.temi.num_workers,
+        usual=1,
+        cpus=None,
+    )
+    return dataclasses.replace(request, cpus=1) if request.gpus else request
 
 
 def _check_faiss(config: Config, device: str) -> None:

@@ -25,8 +25,9 @@ from elfs_ray.methods.kmeans.points import ArrayPoints
 from elfs_ray.methods.neighbors.exact import Neighbors, nearest_neighbors
 from elfs_ray.methods.neighbors.inverted import InvertedFile, choose_nprobe, merge_neighbors, search_lists
 from elfs_ray.methods.numeric.hashing import hash_uniform
-from elfs_ray.runtime.cluster import get_result, num_cpus, num_gpus, resolve_device, run_tasks
+from elfs_ray.runtime.cluster import devices_of_cluster, get_result, num_cpus, run_tasks
 from elfs_ray.runtime.progress import Progress
+from elfs_ray.stages.cluster import searches_on_gpus
 from elfs_ray.stages.cluster.shards import read_embeddings
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
@@ -50,7 +51,8 @@ def run_neighbors(config: ClusterConfig, run_dir: RunDir, num_neighbors: int, se
 
     Raises ValueError when num_neighbors is not below the number of samples.
     """
-    device = resolve_device(config.device, "cluster.device")
+    devices = devices_of_cluster()
+    on_gpus = searches_on_gpus(config, devices)
     files = run_dir.counted_files(schema.EMBEDDINGS)
     num_samples = _num_rows(files)
     if num_neighbors >= num_samples:
@@ -59,18 +61,19 @@ def run_neighbors(config: ClusterConfig, run_dir: RunDir, num_neighbors: int, se
         )
     search = config.neighbor_search
     if search == "auto":
-        search = "exact" if device == "cuda" or num_samples <= MAX_EXACT_ON_CPU else "ivf"
+        search = "exact" if on_gpus or num_samples <= MAX_EXACT_ON_CPU else "ivf"
 
     done = {filesystem.basename(path) for path in run_dir.table_files(schema.NEIGHBORS)}
-    num_workers = num_gpus() if device == "cuda" else num_cpus()
+    num_workers = max(1, devices.num_gpus if on_gpus else devices.num_cpus)
     groups = _group(files, min(MAX_QUERIES, -(-num_samples // (MIN_TASKS_PER_WORKER * num_workers))))
     pending = [group for group in groups if any(filesystem.basename(path) not in done for path, _ in group)]
     metrics: dict[str, Any] = {"search": search, "num_neighbors": num_neighbors}
     with Progress("cluster", num_samples, "neighbours found") as progress:
         if search == "exact":
             shards = ray.put(_group(files, _shard_rows(files)))
+            device = "cuda" if on_gpus else "cpu"
             searches: list[tuple] = [(shards, run_dir, group, num_neighbors, device) for group in pending]
-            results = run_tasks(_exact, searches, num_gpus_each=1 if device == "cuda" else 0)
+            results = run_tasks(_exact, searches, num_gpus_each=int(on_gpus))
         else:
             lists, centroids, measured = _build_lists(config, files, num_neighbors, seed)
             metrics |= {"num_lists": len(centroids), "nprobe": measured[-1]["nprobe"]}

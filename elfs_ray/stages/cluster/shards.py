@@ -17,7 +17,9 @@ from elfs_ray.config import ClusterConfig
 from elfs_ray.methods.kmeans.assignment import FASTEST_ENGINE, add_rows, squared_distances_to
 from elfs_ray.methods.kmeans.points import ArrayPoints, PartialSums, smallest_ids
 from elfs_ray.methods.numeric.exact_arithmetic import to_fixed_point
-from elfs_ray.runtime.cluster import get_result, num_cpus, num_gpus, resolve_device
+from elfs_ray.runtime.cluster import devices_of_cluster, get_result
+from elfs_ray.runtime.resources import GIB
+from elfs_ray.stages.cluster import request_shards
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
@@ -32,11 +34,9 @@ class ShardedPoints:
     """Some files of embeddings/ on each of several actors. Driver memory: one copy of what an iteration returns."""
 
     def __init__(self, config: ClusterConfig, run_dir: RunDir):
-        self._device = resolve_device(config.device, "cluster.device")
         self._engine = FASTEST_ENGINE if config.engine == "auto" else config.engine
-        self._memory_bytes = int((config.memory_gib or 0) * (1 << 30))
-        num_workers = config.num_workers or (num_gpus() if self._device == "cuda" else num_cpus())
-        self._shares = _share_out(run_dir.counted_files(schema.EMBEDDINGS), num_workers)
+        self._request = request_shards(config, devices_of_cluster())
+        self._shares = _share_out(run_dir.counted_files(schema.EMBEDDINGS), self._request.most)
         self._shards: list[Any] = []
         sizes = self._on_all("size")
         self.count = sum(count for count, _ in sizes)
@@ -78,10 +78,11 @@ class ShardedPoints:
 
     def _workers(self) -> list[Any]:
         if not self._shards:
-            gpus = 1 if self._device == "cuda" else 0
-            options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus, "memory": self._memory_bytes}
+            request = self._request
+            memory = int((request.memory_gib or 0) * GIB)
+            options: dict[str, Any] = {"num_cpus": request.cpus, "num_gpus": request.gpus, "memory": memory}
             actor: Any = ray.remote(**options, max_restarts=-1, max_task_retries=-1)(_Shard)
-            self._shards = [actor.remote(files, self._device, self._engine) for files in self._shares]
+            self._shards = [actor.remote(files, request.device, self._engine) for files in self._shares]
         return self._shards
 
     def _on_all(self, method: str, *arguments: Any) -> list[Any]:

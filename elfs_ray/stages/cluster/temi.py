@@ -31,8 +31,9 @@ from elfs_ray.methods.temi.training import (
     steps_per_epoch,
     train_epoch,
 )
-from elfs_ray.runtime.cluster import num_cpus, num_gpus, remote_progress, resolve_device
+from elfs_ray.runtime.cluster import devices_of_cluster, remote_progress
 from elfs_ray.runtime.progress import Progress
+from elfs_ray.stages.cluster import request_temi_workers
 from elfs_ray.stages.cluster.shards import write_label_file
 from elfs_ray.stages.training.checkpoints import CheckpointReporter, load_checkpoint
 from elfs_ray.stages.training.group_member import GroupMember
@@ -83,21 +84,14 @@ def run_temi(config: Config, run_dir: RunDir, num_clusters: int, num_samples: in
     Raises ClusteringCollapseError when nearly all samples end in one cluster, RuntimeError when training gives up.
     """
     temi = config.cluster.temi
-    device = resolve_device(config.cluster.device, "cluster.device")
-    num_workers = temi.num_workers or (num_gpus() if device == "cuda" else 1)
-    settings = temi_settings(temi, num_clusters, num_samples, num_workers)
+    request = request_temi_workers(config.cluster, devices_of_cluster())
+    settings = temi_settings(temi, num_clusters, num_samples, request.most)
     data = _load(run_dir, settings.pca_dim, config.seed)
     total = settings.num_epochs * steps_per_epoch(num_samples, settings)
     with Progress("cluster", total, "TEMI steps") as progress, remote_progress(progress) as board:
         job = _Job(settings, temi.precision, config.seed, run_dir, [data], board)
-        cpus = 1 if device == "cuda" else max(1, num_cpus() // num_workers)
         group = WorkerGroup(
-            folder=run_dir.path("cluster"),
-            name=CHECKPOINTS_DIR,
-            num_workers=(num_workers, num_workers),
-            cpus_per_worker=cpus,
-            use_gpu=device == "cuda",
-            max_failures=temi.max_failures,
+            folder=run_dir.path("cluster"), name=CHECKPOINTS_DIR, request=request, max_failures=temi.max_failures
         )
         run_workers(group, _train_heads, job)
     metrics = json.loads(filesystem.read_bytes(run_dir.path("cluster", CHECKPOINTS_DIR, RESULT_FILE)))

@@ -38,9 +38,10 @@ def _describe(config: Config, num_samples: int) -> str:
     return f"{config.embed.encoder}, {copies}"
 
 
-def _requests(config: Config, devices: "Devices") -> list[Request]:
+def request_encoders(config: Config, devices: "Devices") -> Request:
+    """Return the workers that embed."""
     embed = config.embed
-    request = request_workers(
+    return request_workers(
         devices,
         "embed",
         "encoder",
@@ -50,7 +51,6 @@ def _requests(config: Config, devices: "Devices") -> list[Request]:
         cpus=embed.cpus_per_worker or 1,
         memory_gib=embed.memory_gib,
     )
-    return [request]
 
 
 def _check(config: Config) -> None:
@@ -89,7 +89,7 @@ STAGE = Stage(
     inputs=lambda config: ("index", "copy", "pretrain") if config.pretrains else ("index",),
     tables=_tables,
     describe=_describe,
-    requests=_requests,
+    requests=lambda config, devices: [request_encoders(config, devices)],
     check=_check,
     check_result=_check_result,
 )

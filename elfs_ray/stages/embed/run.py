@@ -26,7 +26,7 @@ import ray.data
 import torch
 from PIL import Image
 
-from elfs_ray.config import Config, EmbedConfig, worker_range
+from elfs_ray.config import Config
 from elfs_ray.methods.encoders.encoder import (
     EncoderInput,
     describe_weights,
@@ -36,10 +36,11 @@ from elfs_ray.methods.encoders.encoder import (
     to_unit_float16,
 )
 from elfs_ray.pool.images import describe_bad_copy, open_proxy_image, resize_center_crop
-from elfs_ray.runtime.cluster import num_cpus, num_gpus, resolve_device
+from elfs_ray.runtime.cluster import devices_of_cluster
 from elfs_ray.runtime.metrics import report_rejected
 from elfs_ray.runtime.progress import Progress, say
-from elfs_ray.stages.embed import EmbedResult
+from elfs_ray.runtime.resources import GIB, Request
+from elfs_ray.stages.embed import EmbedResult, request_encoders
 from elfs_ray.stages.embed.blocks import (
     copy_images,
     plan_blocks,
@@ -134,33 +135,29 @@ def pending_blocks(run_dir: RunDir, blocks: list[tuple[int, int]]) -> list[tuple
 def _stream(job: EmbedJob, blocks: list[tuple[int, int]]):
     """Run the blocks through Ray Data; yields each block's row counts as it is written."""
     config = job.config
-    device = resolve_device(config.embed.device, "embed.device")
+    request = request_encoders(config, devices_of_cluster())
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # importing ray.data has set it to INFO
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     rows = [{"first": first, "last": last} for first, last in blocks]
     todo = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_INPUT_BLOCKS))
-    embed = _embed_on_gpus if device == "cuda" else _embed_on_cpus
-    return embed(todo, job, _encoder_pool(config.embed, device, len(blocks))).iter_rows()
+    embed = _embed_on_gpus if request.gpus else _embed_on_cpus
+    return embed(todo, job, _encoder_pool(request, len(blocks))).iter_rows()
 
 
-def _encoder_pool(config: EmbedConfig, device: str, num_blocks: int) -> dict[str, Any]:
-    """How many encoders, and what each holds, as options of map_batches. All are asked for at once.
-
-    An autoscaling cluster grows by what waits, and work begins on the first that has come.
-    """
-    usual = num_gpus() if device == "cuda" else num_cpus()
+def _encoder_pool(request: Request, num_blocks: int) -> dict[str, Any]:
+    """Return the number of encoders, and what each holds, as options of map_batches."""
     # An encoder without a block to embed would be loaded for nothing.
-    fewest, most = (
-        min(limit, num_blocks) for limit in worker_range(config.num_workers, "embed.num_workers") or (usual, usual)
-    )
-    options: dict[str, Any] = {"num_gpus": 1} if device == "cuda" else {"num_cpus": config.cpus_per_worker or 1}
-    if device == "cuda" and config.cpus_per_worker:
-        options["num_cpus"] = config.cpus_per_worker
-    if config.memory_gib:
-        options["memory"] = config.memory_gib * (1 << 30)
-    return {"compute": ray.data.ActorPoolStrategy(min_size=fewest, max_size=most, initial_size=most), **options}
+    fewest, most = min(request.fewest, num_blocks), min(request.most, num_blocks)
+    # All are requested at once: an autoscaling cluster grows by what waits, and work begins on the first that comes.
+    pool = ray.data.ActorPoolStrategy(min_size=fewest, max_size=most, initial_size=most)
+    options: dict[str, Any] = {"compute": pool, "num_cpus": request.cpus}
+    if request.gpus:
+        options["num_gpus"] = request.gpus
+    if request.memory_gib:
+        options["memory"] = request.memory_gib * GIB
+    return options
 
 
 def _embed_on_gpus(dataset: ray.data.Dataset, job: EmbedJob, encoder_pool: dict[str, Any]) -> ray.data.Dataset:

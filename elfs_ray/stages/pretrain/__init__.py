@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from elfs_ray.config import Config, check_pretraining_workers
 from elfs_ray.runtime.progress import count
-from elfs_ray.runtime.resources import Request, request_workers
+from elfs_ray.runtime.resources import Request
 from elfs_ray.stages.stage import Result, Stage
-from elfs_ray.stages.training import check_network
+from elfs_ray.stages.training import check_network, planned_reading, request_training_workers
 from elfs_ray.storage import schema
 
 if TYPE_CHECKING:
@@ -38,20 +38,18 @@ def _describe(config: Config, num_samples: int) -> str:
     return f"SimCLR, {chosen.network}, {count(chosen.epochs, 'epoch')} of {count(steps, 'step')}"
 
 
-def _requests(config: Config, devices: "Devices") -> list[Request]:
+def request_pretraining_workers(config: Config, devices: "Devices", reading: str | None) -> Request:
+    """Return the workers of pretraining; `reading` is how images are read, or None while that is open."""
     pretrain = config.pretrain
-    check_pretraining_workers(devices.resolve(pretrain.device, "pretrain.device"), pretrain.num_workers or 1)
-    request = request_workers(
-        devices,
-        "pretrain",
-        "worker",
-        device=pretrain.device,
-        num_workers=pretrain.num_workers,
-        usual=1,
-        cpus=pretrain.cpus_per_worker or 1,
-        memory_gib=pretrain.memory_gib,
-    )
-    return [request]
+    num_workers = pretrain.num_workers
+    request = request_training_workers(devices, "pretrain", pretrain, num_workers=num_workers, reading=reading)
+    check_pretraining_workers(request.device, request.most)
+    return request
+
+
+def _requests(config: Config, devices: "Devices") -> list[Request]:
+    reading = planned_reading(config.pretrain.reading, needs_whole_images=False)
+    return [request_pretraining_workers(config, devices, reading)]
 
 
 def _advice(config: Config, devices: "Devices") -> list[str]:

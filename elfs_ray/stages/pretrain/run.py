@@ -12,13 +12,15 @@ in the last minute.
 """
 
 import dataclasses
+from typing import Any
 
 from elfs_ray.config import Config
-from elfs_ray.methods.simclr.training import simclr_settings
-from elfs_ray.runtime.cluster import num_cpus, num_gpus, remote_progress, resolve_device
+from elfs_ray.methods.simclr.training import SimclrSettings, simclr_settings
+from elfs_ray.runtime.cluster import devices_of_cluster, remote_progress
 from elfs_ray.runtime.progress import Progress, say
+from elfs_ray.runtime.resources import Request
 from elfs_ray.stages.copy import CopyResult
-from elfs_ray.stages.pretrain import PretrainResult
+from elfs_ray.stages.pretrain import PretrainResult, request_pretraining_workers
 from elfs_ray.stages.pretrain.worker import PretrainJob, pretrain_worker
 from elfs_ray.stages.training.checkpoints import CHECKPOINTS_DIR
 from elfs_ray.stages.training.epoch_log import read_metrics
@@ -36,52 +38,45 @@ def run_pretrain(config: Config, run_dir: RunDir) -> PretrainResult:
     a loss that is not finite, a collapsed encoder, a copy that cannot be decoded.
     """
     pretrain, proxy_size = config.pretrain, config.embed.proxy_image_size
-    device = resolve_device(pretrain.device, "pretrain.device")
-    num_workers = pretrain.num_workers or (num_gpus() if device == "cuda" else 1)
     num_samples = CopyResult.read(run_dir).rows
     reading = choose_reading(run_dir, "pretrain", pretrain.reading, num_samples, proxy_size, needs_whole_images=False)
-    one_cpu = device == "cuda" and reading == "memory"
-    cpus = pretrain.cpus_per_worker or (1 if one_cpu else max(1, num_cpus() // num_workers))
-    image_size = pretrain.image_size or proxy_size
-    settings = simclr_settings(vars(pretrain), image_size)
+    request = request_pretraining_workers(config, devices_of_cluster(), reading)
+    settings = simclr_settings(vars(pretrain), pretrain.image_size or proxy_size)
     if settings.epochs == 0:
         say("pretrain  no epochs: the encoder stays untrained")
-
-    with (
-        Progress("pretrain", num_samples * settings.epochs, "images") as progress,
-        remote_progress(progress) as board,
-    ):
-        job = PretrainJob(
-            settings=settings,
-            precision=pretrain.precision,
-            compile=pretrain.compile,
-            seed=config.seed,
-            image_size=image_size,
-            proxy_size=proxy_size,
-            run_dir=run_dir,
-            data=load_data(run_dir, reading, proxy_size, every_image),
-            board=board,
-            num_decoders=cpus,
-        )
-        group = WorkerGroup(
-            folder=run_dir.path("pretrain"),
-            name=CHECKPOINTS_DIR,
-            num_workers=(num_workers, num_workers),
-            cpus_per_worker=cpus,
-            use_gpu=device == "cuda",
-            max_failures=pretrain.max_failures,
-            memory_gib=pretrain.memory_gib,
-        )
-        run_workers(group, pretrain_worker, job)
+    _train(config, run_dir, settings, request, load_data(run_dir, reading, proxy_size, every_image))
     encoder = run_dir.path("pretrain", schema.ENCODER_FILE)
     say(f"pretrain  the encoder is {encoder}")
     history = [read_metrics(run_dir, "pretrain", epoch) for epoch in range(settings.epochs)]
     return PretrainResult(
         rows=num_samples,
         epochs=settings.epochs,
-        workers=num_workers,
+        workers=request.most,
         reading=reading,
         settings=dataclasses.asdict(settings),
         encoder=encoder,
         history=history,
     )
+
+
+def _train(config: Config, run_dir: RunDir, settings: SimclrSettings, request: Request, data: list[Any]) -> None:
+    """Run the workers until every epoch's metrics and the encoder are on disk; `data` is from `load_data`."""
+    pretrain, proxy_size = config.pretrain, config.embed.proxy_image_size
+    group = WorkerGroup(
+        folder=run_dir.path("pretrain"), name=CHECKPOINTS_DIR, request=request, max_failures=pretrain.max_failures
+    )
+    total = CopyResult.read(run_dir).rows * settings.epochs
+    with Progress("pretrain", total, "images") as progress, remote_progress(progress) as board:
+        job = PretrainJob(
+            settings=settings,
+            precision=pretrain.precision,
+            compile=pretrain.compile,
+            seed=config.seed,
+            image_size=pretrain.image_size or proxy_size,
+            proxy_size=proxy_size,
+            run_dir=run_dir,
+            data=data,
+            board=board,
+            num_decoders=request.cpus,
+        )
+        run_workers(group, pretrain_worker, job)

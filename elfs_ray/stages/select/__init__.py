@@ -2,11 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from elfs_ray.config import Config
+from elfs_ray.runtime.resources import Request, request_gpu_tasks
 from elfs_ray.stages.stage import Result, Stage
 from elfs_ray.storage import schema
+
+if TYPE_CHECKING:
+    from elfs_ray.runtime.cluster import Devices
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,12 @@ def _describe(config: Config, num_samples: int) -> str:
     return f"{config.select.method} by {config.select.score}{balanced}"
 
 
+def _requests(config: Config, devices: "Devices") -> list[Request]:
+    if "search" not in config.hard_fractions or devices.resolve(config.train.device, "train.device") != "cuda":
+        return []
+    return [request_gpu_tasks(devices, "train", "training task")]
+
+
 STAGE = Stage(
     result=SelectResult,
     section="select",
@@ -75,4 +85,5 @@ STAGE = Stage(
     tables=_tables,
     files=_files,
     describe=_describe,
+    requests=_requests,
 )

@@ -69,9 +69,8 @@ def search_hard_fractions(
         for budget, coreset in zip(budgets, coresets, strict=True)
     ]
     accuracies = np.zeros(len(tasks))
-    num_gpus = 1 if device == "cuda" else 0
     with Progress("select", len(tasks), "trainings to find the hard fraction") as progress:
-        for position, metrics in run_tasks(_train, tasks, num_gpus_each=num_gpus):
+        for position, metrics in run_tasks(_train, tasks, num_gpus_each=1 if device == "cuda" else 0):
             accuracies[position] = metrics["accuracy"]
             progress.advance(1)
     trials: dict[int, list[dict[str, float]]] = {count: [] for count in counts}

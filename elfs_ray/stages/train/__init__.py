@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, ClassVar
 
 from elfs_ray.config import LINEAR, Config, proxy_workers
 from elfs_ray.runtime.progress import count
-from elfs_ray.runtime.resources import Request, request_workers
+from elfs_ray.runtime.resources import Request
 from elfs_ray.stages.stage import Result, Stage
-from elfs_ray.stages.training import check_network
+from elfs_ray.stages.training import check_network, planned_reading, request_training_workers
 from elfs_ray.storage import schema
 
 if TYPE_CHECKING:
     from elfs_ray.runtime.cluster import Devices
+
+
+FROM_EMBEDDINGS = "embeddings"  # in place of how images are read
 
 
 @dataclass(frozen=True)
@@ -35,19 +38,23 @@ def _describe(config: Config, num_samples: int) -> str:
     return f"{proxy}, {count(train.epochs, 'epoch')} of {steps}"
 
 
+def needs_whole_images(config: Config) -> bool:
+    """Return whether training crops whole photographs, not centre squares, so that images must be streamed."""
+    return config.train.augmentation == "resized_crop_flip"
+
+
+def request_proxy_workers(config: Config, devices: "Devices", reading: str | None) -> Request:
+    """Return the workers of proxy training; `reading` is how images are read, or None while that is open."""
+    num_workers = proxy_workers(config.train)
+    return request_training_workers(devices, "train", config.train, num_workers=num_workers, reading=reading)
+
+
 def _requests(config: Config, devices: "Devices") -> list[Request]:
-    train = config.train
-    request = request_workers(
-        devices,
-        "train",
-        "worker",
-        device=train.device,
-        num_workers=proxy_workers(train),
-        usual=1,
-        cpus=train.cpus_per_worker or 1,
-        memory_gib=train.memory_gib,
-    )
-    return [request]
+    if config.train.network == LINEAR:
+        reading: str | None = FROM_EMBEDDINGS
+    else:
+        reading = planned_reading(config.train.reading, needs_whole_images=needs_whole_images(config))
+    return [request_proxy_workers(config, devices, reading)]
 
 
 STAGE = Stage(

@@ -12,11 +12,11 @@ equals an undisturbed one of as many workers.
 
 from concurrent.futures import ThreadPoolExecutor
 
-from elfs_ray.config import LINEAR, Config, proxy_workers, worker_range
-from elfs_ray.runtime.cluster import num_cpus, num_gpus, remote_progress, resolve_device
+from elfs_ray.config import LINEAR, Config
+from elfs_ray.runtime.cluster import devices_of_cluster, remote_progress
 from elfs_ray.runtime.progress import Progress
 from elfs_ray.stages.cluster import ClusterResult
-from elfs_ray.stages.train import TrainResult
+from elfs_ray.stages.train import FROM_EMBEDDINGS, TrainResult, needs_whole_images, request_proxy_workers
 from elfs_ray.stages.train.worker import ProxyTrainingJob, train_proxy
 from elfs_ray.stages.training.checkpoints import CHECKPOINTS_DIR
 from elfs_ray.stages.training.epoch_log import read_metrics
@@ -26,7 +26,6 @@ from elfs_ray.stages.training.worker_group import WorkerGroup, run_workers
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
-FROM_EMBEDDINGS = "embeddings"  # in place of how images are read
 FOOTER_THREADS = 32
 
 
@@ -36,42 +35,9 @@ def run_train(config: Config, run_dir: RunDir) -> TrainResult:
     Raises RuntimeError with the workers' message when training gives up, at once where a retry would end the same way:
     a loss that is not finite, a proxy image that cannot be decoded. And where records of a finished epoch are gone.
     """
-    device = resolve_device(config.train.device, "train.device")
-    limits = worker_range(proxy_workers(config.train), "train.num_workers") or (
-        (num_gpus(),) * 2 if device == "cuda" else (1, 1)
-    )
-    clusters = ClusterResult.read(run_dir)
-    num_samples = clusters.rows
-    reading = FROM_EMBEDDINGS if config.train.network == LINEAR else _choose_reading(config, run_dir, num_samples)
-    one_cpu = device == "cuda" and reading != "streamed"
-    cpus = config.train.cpus_per_worker or (1 if one_cpu else max(1, num_cpus() // limits[1]))
-    if reading == FROM_EMBEDDINGS:
-        data = load_embeddings(run_dir)
-    else:
-        data = load_data(run_dir, reading, config.embed.proxy_image_size)
-
-    total = num_samples * config.train.epochs
-    with Progress("train", total, "images") as progress, remote_progress(progress) as board:
-        job = ProxyTrainingJob(
-            config=config.train,
-            seed=config.seed,
-            num_classes=clusters.num_clusters,
-            proxy_size=config.embed.proxy_image_size,
-            run_dir=run_dir,
-            data=data,
-            board=board,
-            num_decoders=cpus,
-        )
-        group = WorkerGroup(
-            folder=run_dir.path("train"),
-            name=CHECKPOINTS_DIR,
-            num_workers=limits,
-            cpus_per_worker=cpus,
-            use_gpu=device == "cuda",
-            max_failures=config.train.max_failures,
-            memory_gib=config.train.memory_gib,
-        )
-        run_workers(group, train_proxy, job)
+    num_samples = ClusterResult.read(run_dir).rows
+    reading = _choose_reading(config, run_dir, num_samples)
+    _train(config, run_dir, reading, num_samples)
     history = [read_metrics(run_dir, "train", epoch) for epoch in range(config.train.epochs)]
     _check_records(run_dir, num_samples, len(history))
     return TrainResult(
@@ -84,15 +50,39 @@ def run_train(config: Config, run_dir: RunDir) -> TrainResult:
 
 
 def _choose_reading(config: Config, run_dir: RunDir, num_samples: int) -> str:
-    train = config.train
+    if config.train.network == LINEAR:
+        return FROM_EMBEDDINGS
     return choose_reading(
         run_dir,
         "train",
-        train.reading,
+        config.train.reading,
         num_samples,
         config.embed.proxy_image_size,
-        needs_whole_images=train.augmentation == "resized_crop_flip",
+        needs_whole_images=needs_whole_images(config),
     )
+
+
+def _train(config: Config, run_dir: RunDir, reading: str, num_samples: int) -> None:
+    """Run the workers until every epoch's records and metrics are on disk."""
+    train, proxy_size = config.train, config.embed.proxy_image_size
+    request = request_proxy_workers(config, devices_of_cluster(), reading)
+    data = load_embeddings(run_dir) if reading == FROM_EMBEDDINGS else load_data(run_dir, reading, proxy_size)
+    group = WorkerGroup(
+        folder=run_dir.path("train"), name=CHECKPOINTS_DIR, request=request, max_failures=train.max_failures
+    )
+    total = num_samples * train.epochs
+    with Progress("train", total, "images") as progress, remote_progress(progress) as board:
+        job = ProxyTrainingJob(
+            config=train,
+            seed=config.seed,
+            num_classes=ClusterResult.read(run_dir).num_clusters,
+            proxy_size=proxy_size,
+            run_dir=run_dir,
+            data=data,
+            board=board,
+            num_decoders=request.cpus,
+        )
+        run_workers(group, train_proxy, job)
 
 
 def _check_records(run_dir: RunDir, num_samples: int, num_epochs: int) -> None:

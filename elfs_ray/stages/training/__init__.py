@@ -1,6 +1,13 @@
 """What the stages that train networks share: readers, worker groups on Ray Train, checkpoints, epoch logs."""
 
-from elfs_ray.config import ConfigError
+import dataclasses
+from typing import TYPE_CHECKING
+
+from elfs_ray.config import ConfigError, PretrainConfig, TrainConfig
+from elfs_ray.runtime.resources import Request, request_workers
+
+if TYPE_CHECKING:
+    from elfs_ray.runtime.cluster import Devices
 
 
 def check_network(key: str, network: str, *others: str) -> None:
@@ -10,3 +17,40 @@ def check_network(key: str, network: str, *others: str) -> None:
     known = (*PROXY_MODELS, *others)
     if network not in known:
         raise ConfigError(f"{key}={network!r}: must be one of {', '.join(known)}")
+
+
+def planned_reading(configured: str, *, needs_whole_images: bool) -> str | None:
+    """Return how images are read, memory or streamed; None where the size of the pool has still to decide."""
+    if configured != "auto":
+        return configured
+    return "streamed" if needs_whole_images else None
+
+
+def request_training_workers(
+    devices: "Devices",
+    key: str,
+    section: TrainConfig | PretrainConfig,
+    *,
+    num_workers: int | str | None,
+    reading: str | None,
+) -> Request:
+    """Return the workers that train a network; `reading` as in `planned_reading`, or another word for no images.
+
+    With cpus_per_worker=null a worker gets an equal share of the CPUs, to compute on or to decode streamed images.
+    Beside a GPU with all inputs in memory it gets one CPU.
+    """
+    request = request_workers(
+        devices,
+        key,
+        "worker",
+        device=section.device,
+        num_workers=num_workers,
+        usual=1,
+        cpus=section.cpus_per_worker,
+        memory_gib=section.memory_gib,
+    )
+    if section.cpus_per_worker or not request.gpus or reading == "streamed":
+        return request
+    if reading is None:
+        return dataclasses.replace(request, fewest_cpus=1)
+    return dataclasses.replace(request, cpus=1)

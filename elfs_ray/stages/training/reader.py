@@ -21,6 +21,7 @@ from elfs_ray.methods.training import augmentation
 from elfs_ray.methods.training.dynamics import BatchPlan, epoch_order
 from elfs_ray.pool.images import decode_proxy_image, describe_bad_copy
 from elfs_ray.runtime.cluster import get_result
+from elfs_ray.stages.training import planned_reading
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
@@ -216,11 +217,11 @@ def choose_reading(
     path = run_dir.path(stage, READING_FILE)
     if filesystem.exists(path):
         return filesystem.read_bytes(path).decode()
-    reading = configured
-    if configured == "auto":
+    reading = planned_reading(configured, needs_whole_images=needs_whole_images)
+    if reading is None:
         stores = [node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"]]
         fits = num_samples * 3 * proxy_size**2 <= MAX_STORE_SHARE * min(stores)
-        reading = "memory" if fits and not needs_whole_images else "streamed"
+        reading = "memory" if fits else "streamed"
     filesystem.write_bytes(path, reading.encode())
     return reading
 

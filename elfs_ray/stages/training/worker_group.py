@@ -23,6 +23,7 @@ import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from elfs_ray.runtime.cluster import call_interruptibly
+from elfs_ray.runtime.resources import GIB, Request
 from elfs_ray.storage import filesystem
 
 FINAL_ERRORS = (FloatingPointError, ValueError)
@@ -36,25 +37,23 @@ POLL_VARIABLE, POLL_INTERVAL_S = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", 0.2
 
 @dataclass(frozen=True)
 class WorkerGroup:
-    """The resources of a group, and the folder of its checkpoints: `folder`/`name`.
+    """The workers of a group, and the folder of its checkpoints: `folder`/`name`.
 
-    `num_workers` is (fewest, most): a group whose two differ follows what the cluster has. With `max_failures` of -1
-    it never gives up.
+    A group that can begin with fewer workers than its most follows what the cluster has. With `max_failures` of -1 it
+    never gives up.
     """
 
     folder: str
     name: str
-    num_workers: tuple[int, int]
-    cpus_per_worker: int
-    use_gpu: bool
+    request: Request
     max_failures: int
-    memory_gib: float | None = None
 
     @property
     def resources(self) -> dict[str, float]:
         """Return what a worker holds, in Ray's names."""
-        memory = {"memory": int(self.memory_gib * (1 << 30))} if self.memory_gib else {}
-        return {"CPU": self.cpus_per_worker, **({"GPU": 1} if self.use_gpu else {}), **memory}
+        request = self.request
+        memory = {"memory": int(request.memory_gib * GIB)} if request.memory_gib else {}
+        return {"CPU": request.cpus, **({"GPU": request.gpus} if request.gpus else {}), **memory}
 
     @property
     def failure_file(self) -> str:
@@ -73,7 +72,7 @@ def run_workers(group: WorkerGroup, worker: Callable[[Any], None], job: Any) -> 
     Raises RuntimeError with the worker's message for a final error, and once there were more failures than allowed.
     """
     os.environ.setdefault(POLL_VARIABLE, str(POLL_INTERVAL_S))
-    fewest, most = group.num_workers
+    fewest, most = group.request.fewest, group.request.most
     scaling: dict[str, Any] = {  # a type checker sees the older ScalingConfig, which knows no ranges
         "num_workers": fewest if fewest == most else (fewest, most),
         "elastic_resize_monitor_interval_s": RESIZE_INTERVAL_S,
@@ -82,9 +81,9 @@ def run_workers(group: WorkerGroup, worker: Callable[[Any], None], job: Any) -> 
     trainer = TorchTrainer(
         _work,
         train_loop_config={"group": group, "worker": worker, "job": job},
-        torch_config=TorchConfig(backend="nccl" if group.use_gpu else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if group.request.gpus else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            use_gpu=group.use_gpu,
+            use_gpu=bool(group.request.gpus),
             resources_per_worker=group.resources,
             **scaling,
         ),
@@ -128,7 +127,7 @@ def _work(loop_config: dict[str, Any]) -> None:
     if filesystem.exists(group.failure_file):
         return
     try:
-        torch.set_num_threads(group.cpus_per_worker)
+        torch.set_num_threads(group.request.cpus)
         loop_config["worker"](loop_config["job"])
     except pa.ArrowException:  # some of which are ValueErrors
         raise

@@ -1,4 +1,4 @@
-"""A group of workers: which errors a retry may mend, and which are final."""
+"""A group of workers: which errors a retry may repair, and which are final."""
 
 import os
 from pathlib import Path
@@ -7,12 +7,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from elfs_ray.runtime.resources import Request
 from elfs_ray.stages.training.worker_group import WorkerGroup, run_workers
 from elfs_ray.storage import filesystem
 
 
 def group(folder: Path, max_failures: int) -> WorkerGroup:
-    return WorkerGroup(str(folder), "group", (1, 1), cpus_per_worker=1, use_gpu=False, max_failures=max_failures)
+    request = Request("train", "train.num_workers", "worker", fewest=1, most=1, cpus=1, gpus=0)
+    return WorkerGroup(str(folder), "group", request, max_failures)
 
 
 def write_torn(path: Path) -> bytes:
