@@ -1,4 +1,5 @@
-"""The stages: tables in, tables out, on Ray; a folder each, whose `__init__` says what it is and run.py does it.
+"""The stages of the pipeline: each reads tables, works on Ray, and writes tables.
 
-Only files pass between them: a stage imports no other's run.py.
+A stage is a folder: its `__init__` describes the stage and its run.py does the work. Only files pass between stages, so
+no stage imports another's run.py.
 """

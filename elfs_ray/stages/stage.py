@@ -1,7 +1,7 @@
-"""A stage as one value: what decides its result, what it reads and writes, what it needs, how a plan describes it.
+"""Describe a stage as one value: its keys, its inputs and outputs, its workers, its checks.
 
-A folder of stages/ that has a `STAGE` is a stage. Its `__init__` is light to import (no torch, Ray or faiss), so that
---help and --dry-run are quick and a worker imports only its own stage; `run.py` beside it does the work.
+A folder of stages/ whose `__init__` defines `STAGE` is a stage, and the run.py in it does the work. The `__init__` must
+not import torch, Ray or faiss: --help and --dry-run stay quick, and a worker imports only its own stage.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # importing it imports Ray
 
 @dataclass(frozen=True)
 class Result:
-    """What a complete stage tells later stages and the report; kept in its marker."""
+    """The facts about a complete stage that later stages and the report use; kept in its marker."""
 
     stage: ClassVar[str]
 
@@ -44,21 +44,23 @@ def _nothing(config: Config) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage. Functions of the config say what depends on it; every default is that of a stage which needs nothing.
+    """One stage of the pipeline. Attributes that depend on the config are functions of it.
 
-    result         the dataclass of its result, whose `stage` is its name
-    section        the section of the config that decides its result, with the `global_keys` of the whole config
-    section_keys   the keys of that section which decide it, where the others are another stage's
-    describe       the work in a few words, for a pool of so many samples
-    is_part_of     whether a run has this stage
+    result         the dataclass of its result; the dataclass's `stage` is the name of the stage
+    section        the section of the config that decides its result, together with the top-level keys `global_keys`
+    section_keys   the keys of that section that matter to this stage; None for all of them
+    describe       (config, number of samples) -> the work in a few words, for the plan
+    is_part_of     True if a run with this config has the stage
     inputs         the stages whose tables it reads
     tables, files  the tables that it writes, and the files beside them
-    requests       the workers and GPU tasks that it asks for, besides tasks of one CPU; its run takes its numbers from
-                   the same functions. Raises ConfigError for a GPU where there can be none
-    advice         what to tell a person before it runs for days
-    check          raises ConfigError, before any work, for a config that this stage could not run
-    check_result   raises ConfigError for a config that does not fit what the complete stage has counted
-    epoch_gauges   the metrics of an epoch that it reports to Ray, with their meanings
+    is_on_driver   True if it needs no tasks or workers
+    requests       the workers and GPU tasks that it requests, besides tasks of one CPU. The run takes its numbers from
+                   the same functions, so that the plan cannot differ from it. Raises ConfigError for a GPU where there
+                   can be none
+    advice         lines to print before the stage starts, such as a warning that it will take days
+    check          raises ConfigError, before any work, for a config that the stage cannot run
+    check_result   raises ConfigError for a config that does not fit the counts of the complete stage
+    epoch_gauges   the metrics that it reports to Ray after each epoch, with their meanings
     """
 
     result: type[Result]
@@ -92,6 +94,7 @@ class Stage:
         return (*self.tables(config), *self.files(config))
 
     def run(self, config: Config, run_dir: RunDir) -> Result:
-        """Do the work, by `run_<name>` in the folder's run.py, imported only now."""
+        """Do the work: call `run_<name>` of the stage's run.py."""
+        # Imported only now, since run.py imports torch and Ray (see the module's docstring).
         module = importlib.import_module(f"elfs_ray.stages.{self.name}.run")
         return getattr(module, f"run_{self.name}")(config, run_dir)

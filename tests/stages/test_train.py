@@ -182,7 +182,7 @@ def test_records_that_were_deleted_after_training_are_missed(tmp_path):
     write_trained(run_dir, 200, num_epochs=3)
     train._check_records(run_dir, 198, 3)
     sorted(tmp_path.glob("dynamics/epoch=001/*"))[0].unlink()
-    with pytest.raises(RuntimeError, match=r"epoch=001 has \d+ records of 198 samples.*delete .*train and .*dynamics"):
+    with pytest.raises(RuntimeError, match=r"epoch=001 has \d+ records for 198 samples.*delete .*train and .*dynamics"):
         train._check_records(run_dir, 198, 3)
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PretrainResult(Result):
-    """How the encoder was trained, the path of its file, and the metrics of every epoch."""
+    """The settings of the training, the path of the encoder's file, and the metrics of every epoch."""
 
     stage: ClassVar[str] = "pretrain"
     rows: int
@@ -39,7 +39,7 @@ def _describe(config: Config, num_samples: int) -> str:
 
 
 def request_pretraining_workers(config: Config, devices: "Devices", reading: str | None) -> Request:
-    """Return the workers of pretraining; `reading` is how images are read, or None while that is open."""
+    """Return the workers of pretraining; `reading` is None if it is not known yet."""
     pretrain = config.pretrain
     num_workers = pretrain.num_workers
     request = request_training_workers(devices, "pretrain", pretrain, num_workers=num_workers, reading=reading)

@@ -1,14 +1,14 @@
-"""pretrain: an encoder learns from the pool itself, without labels and without weights from elsewhere.
+"""pretrain: train an encoder on the pool itself, without labels and without pretrained weights.
 
 Reads   proxy_images/
-Writes  pretrain/encoder.pt (what embed.weights can name in any later run), pretrain/history/ (one file an epoch),
-        pretrain/checkpoints/, pretrain/reading.txt (how images are read, chosen once)
+Writes  pretrain/encoder.pt (embed.weights of a later run can name it), pretrain/history/ (one file an epoch),
+        pretrain/checkpoints/, pretrain/reading.txt (memory or streamed, chosen once)
 
-Runs with embed.encoder=self_supervised, before embed. The method is SimCLR (methods/simclr/loss.py says why). Ray
-Train runs the workers (worker_group.py, worker.py), DDP (gloo or NCCL) joins them, and the batches come from
-the readers of proxy training (training/reader.py). Every random choice is a function of the seed, the epoch, the sample
-and the view, so a resumed run equals an undisturbed one of as many workers. A lost worker costs an epoch, or what began
-in the last minute.
+Runs before embed, with embed.encoder=self_supervised. The method is SimCLR (methods/simclr/loss.py says why). Ray Train
+runs the workers (worker_group.py, worker.py), DDP (gloo or NCCL) averages their gradients, and the readers are those of
+proxy training (training/reader.py). Every random choice is a function of the seed, the epoch, the sample and the view,
+so a resumed run equals an undisturbed one with as many workers. A lost worker costs one epoch, or the epochs of the
+last minute.
 """
 
 import dataclasses
@@ -32,10 +32,10 @@ from elfs_ray.storage.run_dir import RunDir
 
 
 def run_pretrain(config: Config, run_dir: RunDir) -> PretrainResult:
-    """Train the encoder.
+    """Train the encoder and write it to a file.
 
-    Raises RuntimeError with the workers' message when training gives up, at once where a retry would end the same way:
-    a loss that is not finite, a collapsed encoder, a copy that cannot be decoded.
+    Raises RuntimeError with the workers' message if training gives up. It gives up without a retry if the loss is not
+    finite, the encoder has collapsed, or a copy cannot be decoded.
     """
     pretrain, proxy_size = config.pretrain, config.embed.proxy_image_size
     num_samples = CopyResult.read(run_dir).rows
@@ -60,7 +60,7 @@ def run_pretrain(config: Config, run_dir: RunDir) -> PretrainResult:
 
 
 def _train(config: Config, run_dir: RunDir, settings: SimclrSettings, request: Request, data: list[Any]) -> None:
-    """Run the workers until every epoch's metrics and the encoder are on disk; `data` is from `load_data`."""
+    """Run the workers until the metrics of every epoch and the encoder are on disk; `data` is from `load_data`."""
     pretrain, proxy_size = config.pretrain, config.embed.proxy_image_size
     group = WorkerGroup(
         folder=run_dir.path("pretrain"), name=CHECKPOINTS_DIR, request=request, max_failures=pretrain.max_failures

@@ -1,4 +1,4 @@
-"""Pretraining in one worker: the epochs and their metrics, the content of checkpoints, the encoder at the end."""
+"""Pretrain in one worker: epochs, metrics, checkpoints and, at the end, the encoder's file."""
 
 import dataclasses
 import hashlib
@@ -26,12 +26,12 @@ from elfs_ray.stages.training.streamed_reader import make_reader
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
-MEASURED_STEPS = 16  # the last of an epoch, whose embeddings tell of a collapse
+MEASURED_STEPS = 16  # the last steps of an epoch, whose features are checked for a collapse
 
 
 @dataclass(frozen=True)
 class PretrainJob:
-    """What every worker of pretraining needs; `data` is what `load_data` put into the object store."""
+    """The inputs of every worker of pretraining; `data` holds the references that `load_data` returns."""
 
     settings: SimclrSettings
     precision: str
@@ -47,7 +47,7 @@ class PretrainJob:
 
 @dataclass(frozen=True)
 class TwoViews:
-    """The augmentation of pretraining: two crops of every image, each in other colours."""
+    """The augmentation of pretraining: two crops of every image, each with its own change of colours."""
 
     settings: ViewSettings
     seed: int
@@ -62,7 +62,7 @@ class TwoViews:
         return two_crops(images, sample_ids, self.settings, seed=self.seed, epoch=epoch, size=self.size)
 
     def finish(self, crops: torch.Tensor, sample_ids: np.ndarray, epoch: int) -> torch.Tensor:
-        """Colour (n, 2, s, s, 3) uint8 into (2·n, 3, s, s) float32, all first views before all second ones."""
+        """Change the colours of (n, 2, s, s, 3) uint8; return (2·n, 3, s, s) float32, all first views first."""
         views = [
             change_colors(crops[:, view], sample_ids, self.settings, MEAN, STD, seed=self.seed, epoch=epoch, view=view)
             for view in range(NUM_VIEWS)
@@ -71,12 +71,12 @@ class TwoViews:
 
 
 def pretrain_worker(job: PretrainJob) -> None:
-    """Train every epoch that is left, as one worker of the group."""
+    """Train the epochs that are left, as one worker of the group."""
     PretrainWorker(job).train()
 
 
 class PretrainWorker:
-    """One worker's reader and trainer. Made within Ray Train."""
+    """One worker's reader and trainer. Must be made in a worker of Ray Train."""
 
     def __init__(self, job: PretrainJob):
         self.job, self.settings, self.member = job, job.settings, GroupMember.current()
@@ -109,7 +109,7 @@ class PretrainWorker:
         )
 
     def train(self) -> None:
-        """Train every epoch that is left; then rank 0 writes the encoder."""
+        """Train the epochs that are left; then rank 0 writes the encoder."""
         for epoch in self.log.epochs_left(self.trainer.load_state_dict):
             metrics = self.train_epoch(epoch)
             note = f"spread {metrics['spread']:.3f}, effective rank {metrics['effective_rank']:.1f}"
@@ -118,7 +118,7 @@ class PretrainWorker:
             filesystem.write_bytes(self.job.run_dir.path("pretrain", schema.ENCODER_FILE), self._encoder().to_bytes())
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
-        """Pass over the pool once; return the metrics, over all workers. Raises EncoderCollapseError."""
+        """Train one epoch. Returns its metrics, over all workers. Raises EncoderCollapseError."""
         clock, world_size = StepClock(self.member.device), self.member.world_size
         steps = self.reader.steps(epoch)
         for index in range(self.plan.num_steps):
@@ -130,7 +130,8 @@ class PretrainWorker:
             if index >= self.plan.num_steps - MEASURED_STEPS:
                 self.collapse.add(features)
             self.log.end_step(epoch, (index + 1) * self.plan.global_batch)
-        mean_loss = self.losses.finish()  # before measures of embeddings that a NaN could have reached
+        # The loss first: it raises for a NaN, which would otherwise reach the measures and look like a collapse.
+        mean_loss = self.losses.finish()
         measures = self.collapse.finish(self.member.process_group)
         check_encoder_collapse(measures, epoch)
         times = clock.finish()
@@ -148,7 +149,7 @@ class PretrainWorker:
         }
 
     def _encoder(self) -> TrainedEncoder:
-        """Return the backbone, with the settings that made it."""
+        """Return the backbone with the settings that it was trained with."""
         weights = self.trainer.model.backbone.state_dict()
         return TrainedEncoder(
             network=self.settings.network,
@@ -170,14 +171,18 @@ class PretrainWorker:
 
 
 def pool_hash(run_dir: RunDir) -> str:
-    """Hash how the pool was listed and copied, and how many files and bytes that gave: 16 hex digits."""
+    """Return a hash that identifies the pool, 16 hex digits.
+
+    It covers the configs of stages index and copy and the files and bytes that they wrote.
+    """
     markers = [run_dir.complete_marker(stage) for stage in ("index", "copy")]
     content = {marker.stage: [marker.identity, marker.outputs] for marker in markers}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def real_views(batch: Batch) -> torch.Tensor:
-    """Return a batch's views without the rows that only fill it: they may be nobody's negatives, nor in statistics."""
+    """Return the views of a batch without its padding."""
+    # A duplicate would be its original's negative, and would count twice in the statistics of batch norms.
     if batch.mask.all():
         return batch.inputs
     real = torch.from_numpy(np.flatnonzero(np.tile(batch.mask, NUM_VIEWS))).to(batch.inputs.device)

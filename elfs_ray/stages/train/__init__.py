@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from elfs_ray.runtime.cluster import Devices
 
 
-FROM_EMBEDDINGS = "embeddings"  # in place of how images are read
+FROM_EMBEDDINGS = "embeddings"  # the `reading` of a linear proxy, which sees no images
 
 
 @dataclass(frozen=True)
 class TrainResult(Result):
-    """The samples recorded in each epoch, how the images were read, and the metrics of every epoch."""
+    """The number of samples recorded in each epoch, how images were read, and the metrics of every epoch."""
 
     stage: ClassVar[str] = "train"
     rows: int
@@ -39,12 +39,12 @@ def _describe(config: Config, num_samples: int) -> str:
 
 
 def needs_whole_images(config: Config) -> bool:
-    """Return whether training crops whole photographs, not centre squares, so that images must be streamed."""
+    """Return True if training crops whole photographs rather than centre squares; these must be streamed."""
     return config.train.augmentation == "resized_crop_flip"
 
 
 def request_proxy_workers(config: Config, devices: "Devices", reading: str | None) -> Request:
-    """Return the workers of proxy training; `reading` is how images are read, or None while that is open."""
+    """Return the workers of proxy training; `reading` is None if it is not known yet."""
     num_workers = proxy_workers(config.train)
     return request_training_workers(devices, "train", config.train, num_workers=num_workers, reading=reading)
 

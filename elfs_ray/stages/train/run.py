@@ -1,13 +1,13 @@
-"""train: a proxy network learns the pseudo-labels; what it makes of every sample in every epoch is recorded.
+"""train: train a proxy network on the pseudo-labels and record its predictions for every sample in every epoch.
 
 Reads   clusters/pseudo_labels, proxy_images/ (embeddings/ for train.network=linear)
 Writes  dynamics/epoch=NNN/ (one file a worker), train/history/ (one file an epoch), train/checkpoints/,
-        train/reading.txt (how images are read, chosen once, where any are)
+        train/reading.txt (memory or streamed, chosen once)
 
-Ray Train runs the workers (worker_group.py, worker.py), DDP (gloo or NCCL) joins them. An epoch's records are
-written before its checkpoint is reported, so a checkpoint means that its epoch's are on disk; an epoch that is trained
-again overwrites its files. Every random choice is a function of the seed, the epoch and the sample, so a resumed run
-equals an undisturbed one of as many workers.
+Ray Train runs the workers (worker_group.py, worker.py), and DDP (gloo or NCCL) averages their gradients. An epoch's
+records are written before its checkpoint, so a checkpoint proves that they are on disk; an epoch that is trained again
+overwrites its files. Every random choice is a function of the seed, the epoch and the sample, so a resumed run equals
+an undisturbed one with as many workers.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -30,10 +30,10 @@ FOOTER_THREADS = 32
 
 
 def run_train(config: Config, run_dir: RunDir) -> TrainResult:
-    """Train the proxy network.
+    """Train the proxy network and record its training dynamics.
 
-    Raises RuntimeError with the workers' message when training gives up, at once where a retry would end the same way:
-    a loss that is not finite, a proxy image that cannot be decoded. And where records of a finished epoch are gone.
+    Raises RuntimeError with the workers' message if training gives up. It gives up without a retry if the loss is not
+    finite or a proxy image cannot be decoded. Also raises RuntimeError if records of a finished epoch are missing.
     """
     num_samples = ClusterResult.read(run_dir).rows
     reading = _choose_reading(config, run_dir, num_samples)
@@ -63,7 +63,7 @@ def _choose_reading(config: Config, run_dir: RunDir, num_samples: int) -> str:
 
 
 def _train(config: Config, run_dir: RunDir, reading: str, num_samples: int) -> None:
-    """Run the workers until every epoch's records and metrics are on disk."""
+    """Run the workers until the records and metrics of every epoch are on disk."""
     train, proxy_size = config.train, config.embed.proxy_image_size
     request = request_proxy_workers(config, devices_of_cluster(), reading)
     data = load_embeddings(run_dir) if reading == FROM_EMBEDDINGS else load_data(run_dir, reading, proxy_size)
@@ -86,14 +86,16 @@ def _train(config: Config, run_dir: RunDir, reading: str, num_samples: int) -> N
 
 
 def _check_records(run_dir: RunDir, num_samples: int, num_epochs: int) -> None:
-    """Raise RuntimeError for an epoch with fewer records than samples: files may have been deleted after training."""
+    """Raise RuntimeError for an epoch that has not one record of each sample."""
+    # A resumed run trains only the epochs after its checkpoint: records of earlier ones that somebody deleted would be
+    # missed only in stage select, hours later.
     epochs = [run_dir.table_files(schema.DYNAMICS, schema.epoch_dir(epoch)) for epoch in range(num_epochs)]
     with ThreadPoolExecutor(FOOTER_THREADS) as threads:
         counts = [sum(threads.map(filesystem.num_rows, paths)) for paths in epochs]
     for epoch, count in enumerate(counts):
         if count != num_samples:
             raise RuntimeError(
-                f"{run_dir.path(schema.DYNAMICS, schema.epoch_dir(epoch))} has {count} records of {num_samples} "
+                f"{run_dir.path(schema.DYNAMICS, schema.epoch_dir(epoch))} has {count} records for {num_samples} "
                 f"samples, and training is past that epoch: delete {run_dir.path('train')} and "
                 f"{run_dir.path(schema.DYNAMICS)}, then run again"
             )

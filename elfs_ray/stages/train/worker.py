@@ -1,8 +1,8 @@
-"""Proxy training in one worker: the epochs, their records and metrics, and the content of checkpoints.
+"""Train the proxy network in one worker: epochs, records, metrics and checkpoints.
 
-Memory beside the network's: O(batch), and at its peak some 110 bytes for each sample of its share, for the order of an
-epoch and its records (106 measured where images are streamed, benchmarks/train.py). Images in memory are once in a
-node's object store (training/reader.py).
+Memory besides the network and a batch: up to about 110 bytes for each sample of the worker's share, for an epoch's
+order and records (106 measured with streamed images, benchmarks/train.py). Images in memory are shared by the workers
+of a node (training/reader.py).
 """
 
 from dataclasses import dataclass
@@ -32,21 +32,21 @@ from elfs_ray.methods.training.sgd import (
 from elfs_ray.stages.train import STAGE
 from elfs_ray.stages.training.epoch_log import EpochLog
 from elfs_ray.stages.training.group_member import GroupMember
-from elfs_ray.stages.training.reader import Augmenter, Batch, EmbeddingsAsTheyAre
+from elfs_ray.stages.training.reader import Augmenter, Batch, UnchangedEmbeddings
 from elfs_ray.stages.training.step_clock import StepClock
 from elfs_ray.stages.training.streamed_reader import make_reader
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
-_INIT_STREAM = 0x696E6974
+_INIT_STREAM = 0x696E6974  # keeps these random numbers apart from others of the same seed
 
 
 @dataclass(frozen=True)
 class ProxyTrainingJob:
-    """What every worker of proxy training needs.
+    """The inputs of every worker of proxy training.
 
-    `data` is a list of references to the object store: a TrainingPool, then decoded images (m, s, s, 3) uint8, the
-    ChunkTable of images that are streamed, or for a linear proxy embeddings (m, d) float16.
+    `data` holds two references to the object store: a TrainingPool, then decoded images (m, s, s, 3) uint8, the
+    ChunkTable of streamed images, or the embeddings (m, d) float16 of a linear proxy.
     """
 
     config: TrainConfig
@@ -65,17 +65,17 @@ class ProxyTrainingJob:
 
 
 def train_proxy(job: ProxyTrainingJob) -> None:
-    """Train every epoch that is left, as one worker of the group."""
+    """Train the epochs that are left, as one worker of the group."""
     ProxyTrainingWorker(job).train()
 
 
 def init_seed(seed: int) -> int:
-    """Return the seed of torch's generator from which the network's weights come."""
+    """Return the seed of torch's generator for the network's initial weights."""
     return int(hash_uint64(seed, _INIT_STREAM)) >> 1
 
 
 class ProxyTrainingWorker:
-    """One worker's reader, network, optimiser and recorder. Made within Ray Train."""
+    """One worker's reader, network, optimiser and recorder. Must be made in a worker of Ray Train."""
 
     def __init__(self, job: ProxyTrainingJob):
         self.job, self.config, self.member = job, job.config, GroupMember.current()
@@ -89,7 +89,7 @@ class ProxyTrainingWorker:
         self.reader = make_reader(
             pool,
             inputs,
-            EmbeddingsAsTheyAre(job.seed) if is_linear else Augmenter(config, job.seed, job.size),
+            UnchangedEmbeddings(job.seed) if is_linear else Augmenter(config, job.seed, job.size),
             self.plan,
             member.device,
             proxy_size=job.proxy_size,
@@ -111,7 +111,8 @@ class ProxyTrainingWorker:
         )
 
     def _make_model(self, dim: int | None) -> nn.Module:
-        """Build the network on images or, where their `dim` is given, the linear classifier of embeddings."""
+        """Return the network on images or, for embeddings of `dim` numbers, the linear classifier."""
+        # The initial weights depend on the seed alone, not on what has used torch's generator before.
         torch.manual_seed(init_seed(self.job.seed))
         if dim is None:
             model = build_proxy_model(self.config.network, self.job.num_classes)
@@ -123,14 +124,15 @@ class ProxyTrainingWorker:
         return model
 
     def train(self) -> None:
-        """Train every epoch that is left; records are on disk before the checkpoint that says so is reported."""
+        """Train the epochs that are left."""
         for epoch in self.log.epochs_left(self.load_state_dict):
             metrics, records = self.train_epoch(epoch)
+            # Before the checkpoint is reported: a group that resumes from it never trains this epoch again.
             self._write_records(epoch, records)
             self.log.end_epoch(metrics, f"accuracy {metrics['accuracy']:.1%}", self.state_dict)
 
     def train_epoch(self, epoch: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """Pass over the pool once. Returns the epoch's metrics, over all workers, and this worker's records."""
+        """Train one epoch. Returns its metrics, over all workers, and this worker's records."""
         clock, num_steps = StepClock(self.member.device), self.plan.num_steps
         steps = self.reader.steps(epoch)
         for index in range(num_steps):
@@ -141,6 +143,7 @@ class ProxyTrainingWorker:
             self.losses.add(loss, num_real=num_real, epoch=epoch, step=index, lr=lr)
             self.log.end_step(epoch, (index + 1) * self.config.batch_size)
         records, mean_loss, times = self.recorder.finish(), self.losses.finish(), clock.finish()
+        # A sample counts as right if its pseudo-label was the likeliest class in the pass that trained on it.
         num_right = int((records[schema.TARGET_PROB] > records[schema.MAX_OTHER_PROB]).sum())
         num_right_of_all, loss_sum, waiting, recording = self.member.sum_over_workers(
             num_right, mean_loss, times["data_wait_share"], times["recorder_share"]
@@ -159,14 +162,14 @@ class ProxyTrainingWorker:
         return metrics, records
 
     def _learning_rate(self, step: int) -> float:
-        """Return the rate of a step, counted over all epochs."""
+        """Return the learning rate of a step; steps are counted over all epochs."""
         config, num_steps = self.config, self.plan.num_steps
         return cosine_lr(
             step, config.epochs * num_steps, scaled_lr(config), config.min_lr, config.warmup_epochs * num_steps
         )
 
     def _step(self, batches: list[Batch], num_real: int, clock: StepClock) -> torch.Tensor:
-        """Update the network from this worker's micro-batches of a global batch and record them. Returns the loss."""
+        """Update the network from this worker's micro-batches and record its predictions. Returns the loss."""
         loss = torch.zeros((), device=self.member.device)
         for position, batch in enumerate(batches):
             logits, part = forward_backward(
@@ -181,17 +184,20 @@ class ProxyTrainingWorker:
                 world_size=self.member.world_size,
             )
             loss += part
+            # These are the logits of the training pass itself, so that recording needs no second pass over the pool.
             with clock.recording():
                 self.recorder.add(batch.sample_ids, batch.mask, logits, batch.targets)
         update(self.optimizer, self.scaler)
         return loss
 
     def _write_records(self, epoch: int, records: dict[str, np.ndarray]) -> None:
-        """Write this worker's records; rank 0 then removes the files of a group of another size from this epoch."""
+        """Write this worker's records of an epoch."""
         run_dir, rank, world_size = self.job.run_dir, self.member.rank, self.member.world_size
         folder = run_dir.path(schema.DYNAMICS, schema.epoch_dir(epoch))
         table = pa.table(records, schema=schema.DYNAMICS_SCHEMA)
         filesystem.write_table(filesystem.join(folder, schema.rank_file(rank, world_size)), table)
+        # An elastic group of another size may have written this epoch before it was lost. Its files divide the samples
+        # otherwise and would give some of them a second record. They go once every rank has written.
         if world_size > 1:
             distributed.barrier()
         if rank == 0:
@@ -209,7 +215,7 @@ class ProxyTrainingWorker:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Resume from the content of a checkpoint."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

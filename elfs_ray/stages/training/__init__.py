@@ -1,4 +1,4 @@
-"""What the stages that train networks share: readers, worker groups on Ray Train, checkpoints, epoch logs."""
+"""Shared by the stages that train networks: readers, worker groups on Ray Train, checkpoints, epoch logs."""
 
 import dataclasses
 from typing import TYPE_CHECKING
@@ -11,8 +11,9 @@ if TYPE_CHECKING:
 
 
 def check_network(key: str, network: str, *others: str) -> None:
-    """Raise ConfigError for a network that is neither one on images nor among `others`."""
-    from elfs_ray.methods.training.networks import PROXY_MODELS  # imports torch
+    """Raise ConfigError for a network that is neither an image network nor among `others`."""
+    # Imported only here, since it imports torch and this module must be light (stages/stage.py).
+    from elfs_ray.methods.training.networks import PROXY_MODELS
 
     known = (*PROXY_MODELS, *others)
     if network not in known:
@@ -20,7 +21,7 @@ def check_network(key: str, network: str, *others: str) -> None:
 
 
 def planned_reading(configured: str, *, needs_whole_images: bool) -> str | None:
-    """Return how images are read, memory or streamed; None where the size of the pool has still to decide."""
+    """Return how images will be read, memory or streamed; None if that depends on the size of the pool."""
     if configured != "auto":
         return configured
     return "streamed" if needs_whole_images else None
@@ -34,10 +35,11 @@ def request_training_workers(
     num_workers: int | str | None,
     reading: str | None,
 ) -> Request:
-    """Return the workers that train a network; `reading` as in `planned_reading`, or another word for no images.
+    """Return the workers that train a network.
 
-    With cpus_per_worker=null a worker gets an equal share of the CPUs, to compute on or to decode streamed images.
-    Beside a GPU with all inputs in memory it gets one CPU.
+    `reading` is memory, streamed, or another word if no images are read; None if it is not known yet. With
+    cpus_per_worker=null, workers share the CPUs equally, to compute or to decode streamed images. A worker with a GPU
+    and all of its inputs in memory has nothing to decode and gets one CPU.
     """
     request = request_workers(
         devices,

@@ -1,4 +1,4 @@
-"""Read what the training of a classifier needs of a run: settings, proxy images, and results of an earlier try."""
+"""Read the inputs of a classifier's training from a run: its settings, proxy images and saved results."""
 
 import json
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def training_settings(
     num_tests: int = 10,
     precision: Precision = "fp32",
 ) -> ClassifierSettings:
-    """Return the settings of a classifier; those that are not arguments are the proxy's."""
+    """Return the settings of a classifier: the arguments, and for the rest those of the proxy network."""
     return ClassifierSettings(
         network=network,
         iterations=iterations,
@@ -44,13 +44,13 @@ def training_settings(
 
 
 def load_proxy_images(run_dir: RunDir, sample_ids: np.ndarray, size: int) -> np.ndarray:
-    """Decode the centre squares of samples' proxy images, in the order of `sample_ids`: (n, size, size, 3) uint8."""
+    """Return the centre squares of proxy images in the order of `sample_ids`, (n, size, size, 3) uint8."""
     data = run_dir.read_rows(schema.PROXY_IMAGES, sample_ids, [schema.IMAGE])[schema.IMAGE].to_pylist()
     return np.stack([decode_proxy_image(image, size) for image in data])
 
 
 def kept_or_computed(path: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return the metrics in a JSON file that an earlier try wrote, else compute them and write the file."""
+    """Return the metrics in a JSON file if an earlier run wrote it; else compute them and write the file."""
     if filesystem.exists(path):
         return json.loads(filesystem.read_bytes(path))
     metrics = compute()

@@ -1,4 +1,4 @@
-"""What training and pretraining report of their epochs: progress, metrics on disk and for Prometheus, checkpoints."""
+"""Log the epochs of training and pretraining: progress, metrics on disk and for Prometheus, checkpoints."""
 
 import json
 import time
@@ -19,9 +19,9 @@ REPORT_INTERVAL_S = 0.5
 
 
 class EpochLog:
-    """Follows the epochs of a stage; every worker of the group calls it, and rank 0 reports.
+    """Logs the epochs of a stage; every worker of the group calls it, and rank 0 writes.
 
-    `board` is a remote_progress that counts images.
+    `board` is an actor of `remote_progress` that counts images.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class EpochLog:
         self._shown_s = 0.0
 
     def epochs_left(self, load_state: Callable[[dict[str, Any]], None]) -> range:
-        """Load the last reported state, if there is one, and return the epochs that are left to train."""
+        """Load the last checkpoint, if there is one, and return the epochs that are left to train."""
         state = load_checkpoint(self._run_dir.path(self._stage.name, CHECKPOINTS_DIR))
         if state is None:
             return range(self._num_epochs)
@@ -41,18 +41,20 @@ class EpochLog:
         return range(state["next_epoch"], self._num_epochs)
 
     def end_step(self, epoch: int, num_seen: int) -> None:
-        """Show how far the epoch is, in samples; often enough for a person."""
+        """Show the progress within an epoch: `num_seen` samples."""
+        # A small pool takes hundreds of steps a second, more than the board need hear of.
         if self._member.rank == 0 and time.monotonic() - self._shown_s > REPORT_INTERVAL_S:
             self._shown_s = time.monotonic()
             self._board.write.remote(epoch * self._num_samples + min(num_seen, self._num_samples), "")
 
     def end_epoch(self, metrics: dict[str, Any], note: str, make_state: Callable[[], dict[str, Any]]) -> None:
-        """Write the metrics, report a checkpoint where it is due (checkpoints.py), then show the epoch.
+        """Write the metrics, report a checkpoint if one is due (checkpoints.py), then show the epoch.
 
-        `note` is the part of the shown line that is the stage's own; `make_state` makes the checkpoint's content.
+        `note` is the stage's part of the line that is shown; `make_state` returns the content of the checkpoint.
         """
         epoch, is_rank_0 = metrics["epoch"], self._member.rank == 0
         next_epoch = epoch + 1
+        # The metrics are written before the checkpoint: a run that resumes after this epoch does not write them again.
         if is_rank_0:
             filesystem.write_bytes(_history_file(self._run_dir, self._stage.name, epoch), json.dumps(metrics).encode())
             report_epoch(self._stage.name, self._stage.epoch_gauges, metrics)
@@ -66,11 +68,12 @@ class EpochLog:
                 f"epoch {next_epoch}/{self._num_epochs}, loss {metrics['loss']:.3f}, {note}, "
                 f"{metrics['images_per_s']:,.0f} images/s, {metrics['data_wait_share']:.0%} waiting for data"
             )
+            # Waited for, unlike in `end_step`: after the last epoch the worker may exit before the message is sent.
             ray.get(self._board.write.remote(next_epoch * self._num_samples, line))
 
 
 def read_metrics(run_dir: RunDir, stage: str, epoch: int) -> dict[str, Any]:
-    """Read the metrics of an epoch."""
+    """Return the metrics of an epoch."""
     return json.loads(filesystem.read_bytes(_history_file(run_dir, stage, epoch)))
 
 

@@ -1,4 +1,4 @@
-"""A worker's place in its group, and the sums that all workers of the group take part in."""
+"""Know a worker's place in its group, and sum values over the group."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from torch import distributed
 
 @dataclass(frozen=True)
 class GroupMember:
-    """One worker of a group; `device` is where it computes and exchanges tensors with the others."""
+    """One worker of a group; `device` is where it computes and where tensors for the other workers lie."""
 
     rank: int
     world_size: int
@@ -18,17 +18,18 @@ class GroupMember:
 
     @classmethod
     def current(cls) -> "GroupMember":
-        """Return the place of the Ray Train worker that calls."""
+        """Return the place of the calling Ray Train worker."""
         context = ray.train.get_context()
         return cls(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
 
     @property
     def process_group(self) -> distributed.ProcessGroup | None:
-        """Return the group that exchanges tensors, or None for a worker that is alone."""
+        """Return the process group that exchanges tensors; None if there is only one worker."""
         return distributed.group.WORLD if self.world_size > 1 else None
 
     def sum_over_workers(self, *values: float) -> list[float]:
-        """Add up each value over all workers, in float64; every worker must call it, with as many values."""
+        """Return the sum of each value over all workers; every worker must call this with as many values."""
+        # float64, in which counts of samples stay exact.
         sums = torch.tensor(values, dtype=torch.float64, device=self.device)
         if self.world_size > 1:
             distributed.all_reduce(sums)

@@ -1,10 +1,11 @@
-"""How proxy training and pretraining read proxy_images/ or embeddings/: the batches of an epoch, on the device.
+"""Read the batches of an epoch from proxy_images/ or embeddings/ onto the device.
 
-Two readers, one interface. InMemoryReader, here, has a pool decoded once to centre squares, or for a linear proxy its
-embeddings: one copy a node in the object store, or on each GPU. StreamedReader (streamed_reader.py) decodes in
-every epoch what it reads in chunks.
-Both visit samples in an order that is a function of the seed and the epoch, not of the number of workers; augmentation
-is a function of (seed, epoch, sample_id); tails are padded with masked duplicates (methods/training/dynamics.py).
+Two readers share one interface. InMemoryReader, in this file, holds the whole pool, decoded once to centre squares, or
+the embeddings for a linear proxy: one copy a node in the object store, or one on each GPU. StreamedReader
+(streamed_reader.py) reads and decodes the images anew in every epoch.
+
+Both visit samples in an order that depends on the seed and the epoch, not on the number of workers. Augmentation is a
+function of (seed, epoch, sample_id). The last batch is padded with masked duplicates (methods/training/dynamics.py).
 """
 
 import warnings
@@ -25,17 +26,17 @@ from elfs_ray.stages.training import planned_reading
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
-MAX_GPU_SHARE = 0.3
+MAX_GPU_SHARE = 0.3  # of the free GPU memory; the rest is for the network and its activations
 READING_FILE = "reading.txt"
-MAX_STORE_SHARE = 0.25  # of a node's object store; while they are joined, decoded images take twice their place
+MAX_STORE_SHARE = 0.25  # of a node's object store: images take twice their size while they are joined
 
 
 class Batch(NamedTuple):
-    """What one worker puts through the network at once.
+    """One forward pass of one worker.
 
-    sample_ids (m,) int64 and mask (m,) bool on the host; inputs, images (m, 3, s, s) or embeddings (m, d) float32, and
-    targets (m,) int64 on the device. Rows outside the mask only fill the batch. Of images with several views, all first
-    ones come first.
+    On the host: sample_ids (m,) int64 and mask (m,) bool, False for rows that only pad the batch. On the device:
+    inputs, images (m, 3, s, s) or embeddings (m, d) float32, and targets (m,) int64. If images have several views,
+    inputs holds all first views, then all second views.
     """
 
     sample_ids: np.ndarray
@@ -45,18 +46,18 @@ class Batch(NamedTuple):
 
 
 class Reader(Protocol):
-    """The source of a training worker's batches."""
+    """The source of one worker's batches."""
 
     def steps(self, epoch: int) -> Iterator[tuple[int, list[Batch]]]:
-        """Yield (real rows of the global batch, this worker's micro-batches) for each step of an epoch."""
+        """Yield (rows of the global batch without padding, this worker's micro-batches) for each step of an epoch."""
 
 
 @dataclass(frozen=True)
 class TrainingPool:
     """The samples to train on, by ascending id. Memory: 16 bytes a sample, once a node.
 
-    sample_ids (n,) int64; targets (n,) int32, the pseudo-labels, or zeros where there are none; rows (n,) int32, where
-    a sample is among the decoded images or embeddings, or its image in its chunk.
+    sample_ids (n,) int64; targets (n,) int32, the pseudo-labels, or zeros if there are none; rows (n,) int32, the
+    sample's position among the decoded images or embeddings or, if images are streamed, in its chunk.
     """
 
     sample_ids: np.ndarray
@@ -65,11 +66,11 @@ class TrainingPool:
 
 
 class Augmentation(Protocol):
-    """Turns uint8 images into what a network sees, in two steps: decoders crop, the device does the rest."""
+    """Turns uint8 images into a network's input in two steps: decoders crop, the device does the rest."""
 
     @property
     def seed(self) -> int:
-        """Return the seed, which the order of samples follows from, too."""
+        """Return the seed, which also decides the order of samples."""
 
     @property
     def takes_whole_images(self) -> bool:
@@ -84,7 +85,7 @@ class Augmentation(Protocol):
 
 @dataclass(frozen=True)
 class Augmenter:
-    """The augmentation of proxy training, as the config says."""
+    """The augmentation of proxy training that the config sets."""
 
     config: TrainConfig
     seed: int
@@ -123,14 +124,14 @@ class Augmenter:
 
 
 @dataclass(frozen=True)
-class EmbeddingsAsTheyAre:
-    """The augmentation of embeddings: none; `crop` and `finish` take and give (n, d)."""
+class UnchangedEmbeddings:
+    """No augmentation, for embeddings: `crop` and `finish` take and return (n, d)."""
 
     seed: int
     takes_whole_images: bool = False
 
     def crop(self, images: torch.Tensor, sample_ids: np.ndarray, epoch: int) -> torch.Tensor:
-        """Return the embeddings as they are."""
+        """Return the embeddings unchanged."""
         return images
 
     def finish(self, crops: torch.Tensor, sample_ids: np.ndarray, epoch: int) -> torch.Tensor:
@@ -139,11 +140,11 @@ class EmbeddingsAsTheyAre:
 
 
 class InMemoryReader:
-    """Batches from decoded images (m, s, s, 3) uint8 or embeddings (m, d) float16, m >= n.
+    """Reads batches from decoded images (m, s, s, 3) uint8 or embeddings (m, d) float16, for n <= m samples.
 
-    They lie on the GPU where they take no more than 30% of it.
+    They are copied to the GPU if they take less than 30% of its free memory.
 
-    Memory: the pool's, the images', and 8 bytes a sample for an epoch's order (24 while it is made).
+    Memory: the pool and the images, and 8 bytes a sample for an epoch's order (24 while it is made).
     """
 
     def __init__(
@@ -163,7 +164,7 @@ class InMemoryReader:
     def _batch(self, samples: np.ndarray, mask: np.ndarray, epoch: int) -> Batch:
         sample_ids = self._pool.sample_ids[samples]
         rows = torch.from_numpy(self._pool.rows[samples]).to(self._images.device, non_blocking=True)
-        # index_select copies whole rows: 20 times as fast as numpy's indexing.
+        # index_select copies whole rows of a matrix, 20 times as fast as numpy's indexing.
         images = self._images.index_select(0, rows).view(len(samples), *self._shape)
         images = images.to(self._device, non_blocking=True)
         targets = targets_on(self._device, self._pool.targets[samples])
@@ -172,40 +173,41 @@ class InMemoryReader:
 
 
 def targets_on(device: torch.device, targets: np.ndarray) -> torch.Tensor:
-    """Move targets to a device as (m,) int64, without waiting for it."""
+    """Return targets on a device as (m,) int64, without waiting for the copy."""
+    # Only a copy from pinned memory runs beside the host.
     tensor = torch.from_numpy(targets.astype(np.int64))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def view_as_tensor(array: np.ndarray) -> torch.Tensor:
-    """Return a tensor over memory of the object store, which must not be written to."""
-    with warnings.catch_warnings(action="ignore"):  # of just that
+    """Return a tensor that shares an array of the object store. It must not be written to."""
+    with warnings.catch_warnings(action="ignore"):  # torch warns that the array is read-only
         return torch.from_numpy(array)
 
 
 def read_pool(
     run_dir: RunDir, image_ids: np.ndarray, table: str = schema.PROXY_IMAGES
 ) -> tuple[TrainingPool, np.ndarray]:
-    """Return the pseudo-labelled samples, and the positions of each in `image_ids` (m,) int64, ascending.
+    """Return the samples that have a pseudo-label, and their positions in `image_ids` (m,) int64, which ascend.
 
-    Raises ValueError for samples without a row in `table`, and names some.
+    Raises ValueError, naming some, for samples without a row in `table`.
     """
     tables = run_dir.read_table(schema.CLUSTERS, schema.PSEUDO_LABELS_DIR)
     parts = [(rows[schema.SAMPLE_ID].to_numpy(), rows[schema.PSEUDO_LABEL].to_numpy()) for rows in tables]
     sample_ids, targets = (np.concatenate(column) for column in zip(*parts, strict=True))
     rows = np.searchsorted(image_ids, sample_ids)
-    has_row = np.append(image_ids, -1)[rows] == sample_ids
+    has_row = np.append(image_ids, -1)[rows] == sample_ids  # -1: an id above the last one gets the position m
     if not has_row.all():
         missing = sample_ids[~has_row]
         raise ValueError(
-            f"{len(missing)} samples have no row in {table}/, sample_id {missing[:5].tolist()} among "
-            "them: the same command with on_change=rerun makes it again"
+            f"{len(missing)} samples have no row in {table}/, such as sample_id {missing[:5].tolist()}: run the same "
+            "command with on_change=rerun to write the table again"
         )
     return TrainingPool(sample_ids, targets, rows.astype(np.int32)), rows
 
 
 def every_image(run_dir: RunDir, image_ids: np.ndarray) -> tuple[TrainingPool, np.ndarray]:
-    """Return what `read_pool` does, for every image that has a copy, without targets."""
+    """Return the same as `read_pool`, for all images that have a copy and without targets."""
     positions = np.arange(len(image_ids))
     return TrainingPool(image_ids, np.zeros(len(image_ids), np.int32), positions.astype(np.int32)), positions
 
@@ -213,7 +215,9 @@ def every_image(run_dir: RunDir, image_ids: np.ndarray) -> tuple[TrainingPool, n
 def choose_reading(
     run_dir: RunDir, stage: str, configured: str, num_samples: int, proxy_size: int, *, needs_whole_images: bool
 ) -> str:
-    """Return memory or streamed. The order of samples depends on it, so a stage that was begun keeps its choice."""
+    """Return memory or streamed, as the config says or as the pool's size decides."""
+    # The order of samples differs between the two. A resumed run may see another cluster, with larger or smaller object
+    # stores, so the first choice is written down and kept.
     path = run_dir.path(stage, READING_FILE)
     if filesystem.exists(path):
         return filesystem.read_bytes(path).decode()
@@ -227,30 +231,31 @@ def choose_reading(
 
 
 def load_images(run_dir: RunDir, size: int) -> tuple[np.ndarray, ray.ObjectRef]:
-    """Decode proxy_images/ into the object store: (sample_ids, reference of an (n, size, size, 3) uint8 array).
+    """Decode proxy_images/ into the object store. Returns sample_ids and the reference of (n, size, size, 3) uint8.
 
-    Driver memory: 8 bytes a sample. Object store: 3 · size² bytes a sample, twice while the parts are joined.
-    Raises ValueError naming the first image that cannot be decoded.
+    Driver memory: 8 bytes a sample. Object store: 3·size² bytes a sample, and twice that while the parts are joined.
+    Raises ValueError for an image that cannot be decoded, and names it.
     """
     return _load(_decode_file, [(path, size) for path in run_dir.table_files(schema.PROXY_IMAGES)])
 
 
 def load_embeddings(run_dir: RunDir) -> list[ray.ObjectRef]:
-    """Return references to a linear proxy's data for InMemoryReader: the pool, then embeddings (n, d) float16.
+    """Return references to the data of a linear proxy: a TrainingPool, then embeddings (n, d) float16.
 
-    Driver memory: 50 bytes a sample. Object store: 2 · d bytes a sample, twice while the parts are joined.
+    Driver memory: 50 bytes a sample. Object store: 2·d bytes a sample, and twice that while the parts are joined.
     """
     sample_ids, embeddings = _load(_read_embeddings, [(path,) for path in run_dir.table_files(schema.EMBEDDINGS)])
     return [ray.put(read_pool(run_dir, sample_ids, schema.EMBEDDINGS)[0]), embeddings]
 
 
 def _load(read: Callable[..., tuple[np.ndarray, np.ndarray]], tasks: list[tuple]) -> tuple[np.ndarray, ray.ObjectRef]:
-    """Return (sample_ids, reference of the rows) of all files; `read` returns ids and rows of one."""
+    """Return (sample_ids, reference of the rows) of all files; `read` returns the ids and rows of one."""
+    # Two returns, so that the ids come to the driver and the rows stay in the object store.
     remote = ray.remote(num_cpus=1, num_returns=2)(read)
     parts: list[Any] = [remote.remote(*task) for task in tasks]
     sample_ids = np.concatenate([get_result(ids) for ids, _ in parts])
     joined = ray.remote(num_cpus=1)(_join).remote(*[rows for _, rows in parts])
-    ray.wait([joined], fetch_local=False)
+    ray.wait([joined], fetch_local=False)  # the parts' memory is free before training starts
     return sample_ids, joined
 
 

@@ -1,4 +1,4 @@
-"""Where the time of an epoch goes: seconds spent waiting for data and recording."""
+"""Measure the time that an epoch spends waiting for data and recording."""
 
 import time
 from collections.abc import Iterator
@@ -12,11 +12,7 @@ T = TypeVar("T")
 
 
 class StepClock:
-    """Measures one epoch, from its construction on.
-
-    On a GPU recording is timed there, by events about every 16th batch: reading them waits for the GPU, which is left
-    to `finish`.
-    """
+    """Measures one epoch, which begins when the clock is made."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -40,6 +36,8 @@ class StepClock:
             start_s = time.perf_counter()
             yield
             self._recording_s += time.perf_counter() - start_s
+        # The host only queues the recording of a batch on the GPU. CUDA events measure it there; reading an event
+        # waits for the GPU, so `finish` does that once. Timing every 16th batch keeps the events few.
         elif self._num_batches % _EVENTS_EVERY == 1:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
@@ -50,7 +48,7 @@ class StepClock:
             yield
 
     def finish(self) -> dict[str, float]:
-        """Return the seconds of the epoch, and the shares of it spent waiting for data and recording."""
+        """Return the seconds of the epoch and the shares of them spent waiting for data and recording."""
         if self._events:
             torch.cuda.synchronize(self._device)
             timed_s = sum(start.elapsed_time(end) for start, end in self._events) / 1e3

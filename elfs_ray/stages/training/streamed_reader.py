@@ -1,13 +1,12 @@
-"""Training images streamed from proxy_images/: for pools larger than memory, on local disks or in an object store.
+"""Stream training images from proxy_images/, for pools larger than memory, on local disks or in an object store.
 
-A chunk is a row group of a Parquet file, about 1 MiB of encoded images as embed writes them, and the unit of reading.
-The training process works out an epoch's order (`streamed_order` in methods/training/dynamics.py) and hands each
-batch, in parts, to decoder processes of its own; a decoder reads the chunks of its part, ahead of need and each about
-once an epoch, decodes, and crops. Processes, because Python's share of decoding a small image is larger than
-Pillow's, and threads would take it from the training loop.
+The unit of reading is a chunk: a row group of a Parquet file, about 1 MiB of encoded images as embed writes them. The
+training process computes an epoch's order (`streamed_order` in methods/training/dynamics.py) and sends each batch, in
+parts, to its decoder processes. A decoder reads the chunks of its part in advance, decodes and crops. The order keeps
+the samples of a chunk close together, so that each chunk is read about once an epoch and not once for every sample.
 
-Memory of a worker: 16 bytes a sample once a node, 8 for an epoch's order (41 while it is made); of its decoders:
-(64 lanes / all decoders + 1) · 6 chunks, and 4 parts of a batch each.
+Memory of a worker: 16 bytes a sample once a node, and 8 bytes a sample for an epoch's order (41 while it is made). Its
+decoders hold (64 lanes / all decoders + 1)·6 chunks and 4 parts of a batch each.
 """
 
 import multiprocessing
@@ -43,16 +42,16 @@ from elfs_ray.stages.training.reader import (
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
-PARTS_AHEAD = 4  # decoded parts of batches that wait for the training process, a decoder
-READ_AHEAD = 8  # parts of batches, a decoder, whose chunks are being read
-READ_THREADS = 4
+PARTS_AHEAD = 4  # decoded parts that wait for the training process, for each decoder
+READ_AHEAD = 8  # parts whose chunks are being read, for each decoder
+READ_THREADS = 4  # a read from a bucket mostly waits
 MAX_OPEN_FOOTERS = 1024
 PoolOf = Callable[[RunDir, np.ndarray], tuple[TrainingPool, np.ndarray]]
 
 
 @dataclass(frozen=True)
 class ChunkTable:
-    """Where each chunk is: file (k,) int32 among `paths`, its row group (k,) int32; sizes (k,) int64 in samples."""
+    """The place of each chunk: files (k,) int32 index `paths`, row_groups (k,) int32; sizes (k,) int64 in samples."""
 
     paths: list[str]
     files: np.ndarray
@@ -61,7 +60,7 @@ class ChunkTable:
 
 
 class _Part(NamedTuple):
-    """What a decoder makes of a batch: sample_ids, their chunks and the rows in these, each (m,); chunks to read."""
+    """One decoder's part of a batch: sample_ids, their chunks and rows in these, each (m,); chunks to read ahead."""
 
     epoch: int
     sample_ids: np.ndarray
@@ -71,9 +70,9 @@ class _Part(NamedTuple):
 
 
 def load_data(run_dir: RunDir, reading: str, proxy_size: int, pool_of: PoolOf = read_pool) -> list[ray.ObjectRef]:
-    """Return references to `make_reader`'s data: the pool, then decoded images or, for reading=streamed, the chunks.
+    """Return references to the data of `make_reader`: a TrainingPool, then decoded images or a ChunkTable.
 
-    pool_of: which samples there are, as `read_pool` gives them for the ids of all images.
+    `pool_of` returns the samples to train on and their positions among all images, as `read_pool` does.
     """
     if reading == "streamed":
         pool, chunks = scan_chunks(run_dir, pool_of)
@@ -92,16 +91,16 @@ def make_reader(
     proxy_size: int,
     num_decoders: int,
 ) -> Reader:
-    """The reader of what `load_data` or `load_embeddings` left in the object store: `images` may be embeddings."""
+    """Return the reader of the data of `load_data` or `load_embeddings`; `images` may be embeddings."""
     if isinstance(images, ChunkTable):
         return StreamedReader(pool, images, augmenter, plan, device, proxy_size=proxy_size, num_decoders=num_decoders)
     return InMemoryReader(pool, images, augmenter, plan, device)
 
 
 def scan_chunks(run_dir: RunDir, pool_of: PoolOf = read_pool) -> tuple[TrainingPool, ChunkTable]:
-    """Return the samples to train on and the chunks with their images, from the files' footers and ids.
+    """Return the samples to train on and the chunks that hold their images.
 
-    Driver memory: 40 bytes a sample. Raises ValueError for samples without an image.
+    Reads footers and ids only. Driver memory: 40 bytes a sample. Raises ValueError for samples without an image.
     """
     paths = run_dir.table_files(schema.PROXY_IMAGES)
     scanned: list[Any] = [None] * len(paths)
@@ -112,6 +111,7 @@ def scan_chunks(run_dir: RunDir, pool_of: PoolOf = read_pool) -> tuple[TrainingP
 
     starts = np.cumsum([0, *chain.from_iterable(sizes for _, sizes in scanned)])
     chunks = np.searchsorted(starts, positions, side="right") - 1
+    # A chunk counts only the samples to train on, and a chunk without any is left out.
     sizes = np.bincount(chunks, minlength=len(starts) - 1)
     used = np.flatnonzero(sizes)
     files = np.repeat(np.arange(len(paths), dtype=np.int32), num_groups)
@@ -129,7 +129,7 @@ def _scan_file(path: str) -> tuple[np.ndarray, list[int]]:
 
 
 class StreamedReader:
-    """Batches decoded by `num_decoders` processes beside the training process, `proxy_size` the images' short side.
+    """Reads batches that `num_decoders` processes decode; `proxy_size` is the short side of the images.
 
     Global batches are the same for any number of workers and decoders.
     """
@@ -164,6 +164,8 @@ class StreamedReader:
         parts = []
         for _ in range(self._num_decoders):
             part = next(decoded)
+            # A decoder returns an error as a message: torch would raise it with the traceback of another process in
+            # the text.
             if isinstance(part, str):
                 raise ValueError(part)
             parts.append(part.to(self._device, non_blocking=True))
@@ -172,20 +174,21 @@ class StreamedReader:
         return Batch(sample_ids, mask, images, targets_on(self._device, self._pool.targets[samples]))
 
     def _make_parts(self, order: np.ndarray, epoch: int) -> Iterator[_Part]:
-        """Cut every micro-batch of the epoch into as many parts as there are decoders."""
+        """Yield every micro-batch of the epoch in as many parts as there are decoders."""
         parts = self._split(order, self._plan.steps())
         ahead = deque(islice(parts, READ_AHEAD * self._num_decoders))
         while ahead:
             samples, chunks = ahead.popleft()
             upcoming = np.empty(0, np.int64)
-            following = next(parts, None)  # of the same decoder
+            # The loader deals parts to decoders in turn, so this later part goes to the same decoder.
+            following = next(parts, None)
             if following is not None:
                 ahead.append(following)
                 upcoming = np.unique(following[1])
             yield _Part(epoch, self._pool.sample_ids[samples], chunks, self._pool.rows[samples], upcoming)
 
     def _split(self, order: np.ndarray, steps: Iterable[Step]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield (samples, their chunks) of each part."""
+        """Yield (samples, their chunks) for each part."""
         for step in steps:
             for micro_batch in step.micro_batches:
                 for samples in np.array_split(order[micro_batch.positions], self._num_decoders):
@@ -193,7 +196,10 @@ class StreamedReader:
 
 
 class _PartsOfTheEpoch:
-    """What the loader asks for the parts of the epoch that its reader is in."""
+    """The loader's sampler: iterates over the parts of the reader's current epoch.
+
+    The loader keeps its processes, and with them this one sampler, from epoch to epoch.
+    """
 
     def __init__(self, reader: StreamedReader):
         self._reader = reader
@@ -204,16 +210,19 @@ class _PartsOfTheEpoch:
 
 def _make_loader(decoder: "_Decoder", parts: Iterable[_Part], num_decoders: int, *, pin_memory: bool) -> DataLoader:
     """Return torch's loader of parts, which takes one from each decoder in turn."""
-    # A fork of this process, which has threads of Ray, Arrow and torch, may hang; one of a fresh process does not.
+    # Decoders are processes: for a small image Python takes longer than Pillow, and threads would take that time from
+    # the training loop, which holds the same interpreter lock.
+    # Not by "fork": this process has threads of Ray, Arrow and torch, and a fork in which a lock is held hangs. The
+    # server forks from a process without threads that has imported this module, which is quicker than "spawn".
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload([__name__])
-    with warnings.catch_warnings(action="ignore"):  # of more processes than CPUs: how many is for the config to say
+    with warnings.catch_warnings(action="ignore"):  # torch warns of more processes than CPUs, which the config decides
         return DataLoader(
             decoder,
             batch_size=None,
             sampler=parts,
             num_workers=num_decoders,
-            collate_fn=_as_it_is,
+            collate_fn=_unchanged,
             pin_memory=pin_memory,
             prefetch_factor=PARTS_AHEAD,
             persistent_workers=True,
@@ -221,23 +230,25 @@ def _make_loader(decoder: "_Decoder", parts: Iterable[_Part], num_decoders: int,
         )
 
 
-def _as_it_is(part: Any) -> Any:
+def _unchanged(part: Any) -> Any:
     return part
 
 
 class _Decoder(Dataset):
-    """Lives in a decoder process: decodes and crops the images of a part, keeps the chunks that it goes on to need."""
+    """Decodes and crops the images of parts, in a decoder process; keeps the chunks that later parts need."""
 
     def __init__(self, chunks: ChunkTable, augmenter: Augmentation, proxy_size: int, max_chunks: int):
         self._chunks, self._augmenter, self._proxy_size = chunks, augmenter, proxy_size
         self._max_chunks = max_chunks
         self._read: OrderedDict[int, Future[pa.Array]] = OrderedDict()
-        self._threads: ThreadPoolExecutor | None = None
+        self._threads: ThreadPoolExecutor | None = None  # started in the decoder process: threads cannot be pickled
 
     def __getitem__(self, part: _Part) -> torch.Tensor | str:
-        """Decode a part: (m, ..., size, size, 3) uint8, or a message about an image that cannot be decoded."""
+        """Return a part's images (m, ..., size, size, 3) uint8, or a message about one that cannot be decoded."""
         needed = self._request(np.unique(part.chunks))
         self._request(part.upcoming)
+        # The limit is the number of chunks in the lanes that this decoder may meet (see StreamedReader): with a lower
+        # one, chunks would be read twice.
         while len(self._read) > max(self._max_chunks, len(needed) + len(part.upcoming)):
             self._read.popitem(last=False)
         images = []
@@ -247,7 +258,7 @@ class _Decoder(Dataset):
                 images.append(self._decode(encoded, sample_id, part.epoch))
             except Exception as error:
                 return describe_bad_copy(sample_id, self._chunks.paths[self._chunks.files[chunk]], error)
-        if not images:
+        if not images:  # of a batch smaller than the decoders are many; `crop` gives the shape
             none = torch.empty((0, self._proxy_size, self._proxy_size, 3), dtype=torch.uint8)
             return self._augmenter.crop(none, part.sample_ids, part.epoch)
         if self._augmenter.takes_whole_images:
@@ -255,14 +266,15 @@ class _Decoder(Dataset):
         return self._augmenter.crop(torch.cat(images), part.sample_ids, part.epoch)
 
     def _decode(self, encoded: bytes, sample_id: int, epoch: int) -> torch.Tensor:
-        """Decode an image and crop it, (1, ..., size, size, 3) uint8; or return its centre square, to crop later."""
+        """Return an image as (1, ..., size, size, 3) uint8: cropped, or as its centre square to crop later."""
         if not self._augmenter.takes_whole_images:
             return torch.from_numpy(decode_proxy_image(encoded, self._proxy_size)[None].copy())
+        # Whole photographs differ in size, so they are cropped one by one; centre squares are cropped as a batch.
         whole = torch.from_numpy(decode_proxy_image(encoded)[None].copy())
         return self._augmenter.crop(whole, np.array([sample_id]), epoch)
 
     def _request(self, chunks: np.ndarray) -> "dict[int, Future[pa.Array]]":
-        """Start reading the chunks that are not read yet; they become the last to be dropped."""
+        """Start reading the chunks that are not in memory; return them all. They will be the last to be dropped."""
         if self._threads is None:
             self._threads = ThreadPoolExecutor(READ_THREADS)
         for chunk in chunks.tolist():
@@ -273,6 +285,7 @@ class _Decoder(Dataset):
         return {chunk: self._read[chunk] for chunk in chunks.tolist()}
 
 
+# A file has many chunks, and without this each of their reads would begin by reading the footer.
 @lru_cache(maxsize=MAX_OPEN_FOOTERS)
 def _footer(path: str) -> pq.FileMetaData:
     with filesystem.open_parquet(path) as file:
@@ -280,7 +293,7 @@ def _footer(path: str) -> pq.FileMetaData:
 
 
 def _read_chunk(path: str, row_group: int) -> pa.Array:
-    """Read the encoded images of a chunk, (rows,) binary."""
+    """Return the encoded images of a chunk, (rows,) binary."""
     filesystem_, inner = filesystem.resolve(path)
     with pq.ParquetFile(inner, filesystem=filesystem_, metadata=_footer(path)) as file:
         rows = file.read_row_group(row_group, columns=[schema.IMAGE], use_threads=False)

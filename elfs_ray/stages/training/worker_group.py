@@ -1,14 +1,11 @@
-"""Run a group of data-parallel workers on Ray Train (V2): start it, restart it after a loss, and give up for good.
+"""Run a group of data-parallel workers on Ray Train (V2), restart it after a failure, or give up.
 
-A worker that dies or fails is replaced with its whole group, which goes on from the last checkpoint. Ray Train starts a
-group again after any exception and has none that it takes for final. So the first worker to meet an error that a retry
-would meet again leaves its message in a file, and the group that is started again returns without work.
+If a worker dies or fails, Ray Train restarts the whole group, which resumes from the last checkpoint. Ray Train retries
+after every exception and knows no final one. So a worker that meets an error which a retry would meet again writes
+its message to a file, and the restarted group returns without working.
 
-A Parquet file that cannot be read is no such error: a read may have been torn, and the next one is whole. One that is
-damaged ends the group once its retries are used up.
-
-Ray Train keeps in a file which checkpoints there are, and rewrites it in place: a kill or a full disk may leave half of
-it. Such a file is dropped, and the workers take the newest checkpoint that is whole (checkpoints.py).
+A Parquet file that cannot be read is not final: the read may have been cut short, and the next one may succeed. A file
+that is really damaged ends the group when its retries are used up.
 """
 
 import json
@@ -26,12 +23,12 @@ from elfs_ray.runtime.cluster import call_interruptibly
 from elfs_ray.runtime.resources import GIB, Request
 from elfs_ray.storage import filesystem
 
-FINAL_ERRORS = (FloatingPointError, ValueError)
+FINAL_ERRORS = (FloatingPointError, ValueError)  # a diverged loss, a damaged input: the same in every try
 FAILURE_FILE = "failure.txt"
 SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"  # Ray Train's
-RESIZE_INTERVAL_S = 60.0  # between looks at whether an elastic group could have another size
-# A worker may not report again before the controller has looked for its last report, by itself every 2 s. Set by the
-# environment, it is left alone.
+RESIZE_INTERVAL_S = 60.0  # an elastic group loses the epoch in progress when it resizes
+# A report blocks until the controller has polled for the one before it, by default every 2 s: longer than an epoch of a
+# small pool. A value from the user's environment is kept.
 POLL_VARIABLE, POLL_INTERVAL_S = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", 0.2
 
 
@@ -39,8 +36,7 @@ POLL_VARIABLE, POLL_INTERVAL_S = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", 0.2
 class WorkerGroup:
     """The workers of a group, and the folder of its checkpoints: `folder`/`name`.
 
-    A group that can begin with fewer workers than its most follows what the cluster has. With `max_failures` of -1 it
-    never gives up.
+    A request for a range of workers makes the group elastic. With max_failures=-1 it never gives up.
     """
 
     folder: str
@@ -50,30 +46,31 @@ class WorkerGroup:
 
     @property
     def resources(self) -> dict[str, float]:
-        """Return what a worker holds, in Ray's names."""
+        """Return the resources of each worker by Ray's names."""
         request = self.request
         memory = {"memory": int(request.memory_gib * GIB)} if request.memory_gib else {}
         return {"CPU": request.cpus, **({"GPU": request.gpus} if request.gpus else {}), **memory}
 
     @property
     def failure_file(self) -> str:
-        """Return the path of the file with the message of a final error."""
+        """Return the path of the file that holds the message of a final error."""
         return filesystem.join(self.folder, FAILURE_FILE)
 
     @property
     def checkpoints(self) -> str:
-        """Return the folder of its checkpoints."""
+        """Return the folder of the group's checkpoints."""
         return filesystem.join(self.folder, self.name)
 
 
 def run_workers(group: WorkerGroup, worker: Callable[[Any], None], job: Any) -> None:
-    """Call `worker(job)` in every worker of a group until it returns in all of them.
+    """Call `worker(job)` in every worker of a group until it has returned in all of them.
 
-    Raises RuntimeError with the worker's message for a final error, and once there were more failures than allowed.
+    Raises RuntimeError with the worker's message after a final error or too many failures.
     """
     os.environ.setdefault(POLL_VARIABLE, str(POLL_INTERVAL_S))
     fewest, most = group.request.fewest, group.request.most
-    scaling: dict[str, Any] = {  # a type checker sees the older ScalingConfig, which knows no ranges
+    # A dictionary, because type checkers see the ScalingConfig of Ray Train V1, which has no ranges.
+    scaling: dict[str, Any] = {
         "num_workers": fewest if fewest == most else (fewest, most),
         "elastic_resize_monitor_interval_s": RESIZE_INTERVAL_S,
     }
@@ -91,10 +88,11 @@ def run_workers(group: WorkerGroup, worker: Callable[[Any], None], job: Any) -> 
             name=group.name,
             storage_path=path,
             storage_filesystem=store,
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),  # only the last is ever loaded
             failure_config=ray.train.FailureConfig(max_failures=group.max_failures),
         ),
     )
+    # A message of an earlier run would end this one before it has tried.
     filesystem.delete(group.failure_file)
     _drop_broken_snapshot(group.checkpoints)
     try:
@@ -108,7 +106,11 @@ def run_workers(group: WorkerGroup, worker: Callable[[Any], None], job: Any) -> 
 
 
 def _drop_broken_snapshot(folder: str) -> None:
-    """Delete Ray Train's list of checkpoints where it cannot be read, or names checkpoints that are not there."""
+    """Delete Ray Train's list of checkpoints if it is unreadable or names checkpoints that do not exist.
+
+    Ray Train rewrites the list in place, so a kill or a full disk may leave half of it, and then every start fails.
+    Without the list, workers load the newest intact checkpoint (checkpoints.py).
+    """
     path = filesystem.join(folder, SNAPSHOT_FILE)
     try:
         listed = json.loads(filesystem.read_bytes(path))["checkpoint_results"]
@@ -122,14 +124,14 @@ def _drop_broken_snapshot(folder: str) -> None:
 
 
 def _work(loop_config: dict[str, Any]) -> None:
-    """Run one worker; return at once where an earlier group met a final error."""
+    """Run one worker; return at once if an earlier group met a final error."""
     group: WorkerGroup = loop_config["group"]
     if filesystem.exists(group.failure_file):
         return
     try:
         torch.set_num_threads(group.request.cpus)
         loop_config["worker"](loop_config["job"])
-    except pa.ArrowException:  # some of which are ValueErrors
+    except pa.ArrowException:  # some are ValueErrors, but a retry may read the file whole
         raise
     except FINAL_ERRORS as error:
         filesystem.write_bytes(group.failure_file, str(error).encode())

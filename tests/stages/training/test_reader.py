@@ -158,7 +158,7 @@ def test_a_corrupt_proxy_image_is_named(ray_cluster, tmp_path, data):
 def test_samples_without_an_image_are_named(ray_cluster, tmp_path):
     write_clustered(RunDir(str(tmp_path)), 200)
     sorted((tmp_path / "proxy_images").iterdir())[1].unlink()
-    with pytest.raises(ValueError, match=r"50 samples have no row in proxy_images/, sample_id \[150, "):
+    with pytest.raises(ValueError, match=r"50 samples have no row in proxy_images/, such as sample_id \[150, "):
         scan_chunks(RunDir(str(tmp_path)))
 
 
