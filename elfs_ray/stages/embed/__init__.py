@@ -14,12 +14,12 @@ from elfs_ray.storage.run_dir import RunDir
 if TYPE_CHECKING:
     from elfs_ray.runtime.cluster import Devices
 
-MAX_ENLARGEMENT = 2  # of the images that an encoder was trained on
+MAX_ENLARGEMENT = 2  # of images, compared with the size that a self-supervised encoder was trained on
 
 
 @dataclass(frozen=True)
 class EmbedResult(Result):
-    """The images embedded and rejected, the dimension of an embedding, and what a weights file that was named holds."""
+    """The images embedded and rejected, the dimension of an embedding, and facts about the weights file, if any."""
 
     stage: ClassVar[str] = "embed"
     rows: int
@@ -29,7 +29,8 @@ class EmbedResult(Result):
 
 
 def _tables(config: Config) -> tuple[str, ...]:
-    copies = () if config.pretrains else (schema.PROXY_IMAGES,)  # else stage copy has written them
+    # With pretraining, stage copy has written them.
+    copies = () if config.pretrains else (schema.PROXY_IMAGES,)
     return (schema.EMBEDDINGS, *copies, schema.REJECTED)
 
 
@@ -39,7 +40,7 @@ def _describe(config: Config, num_samples: int) -> str:
 
 
 def request_encoders(config: Config, devices: "Devices") -> Request:
-    """Return the workers that embed."""
+    """Return the workers that embed, each with one encoder."""
     embed = config.embed
     return request_workers(
         devices,
@@ -54,8 +55,8 @@ def request_encoders(config: Config, devices: "Devices") -> Request:
 
 
 def _check(config: Config) -> None:
-    """Look at the encoder and its weights, which are fetched for that where they are in a bucket."""
-    if config.pretrains:  # the weights are made in this run
+    """Raise ConfigError for an encoder or weights that cannot be loaded. Fetches weights that are in a bucket."""
+    if config.pretrains:  # this run has yet to train the weights
         return
     from elfs_ray.methods.encoders.encoder import check_encoder, encoder_input
 
@@ -72,8 +73,8 @@ def _check(config: Config) -> None:
             if embed.image_size > MAX_ENLARGEMENT * trained_on:
                 raise ConfigError(
                     f"embed.image_size={embed.image_size}: the encoder of embed.weights was trained on images of "
-                    f"{trained_on} pixels, and features of such large ones are poor; give embed.image_size=null for "
-                    f"its own size, or one up to {MAX_ENLARGEMENT * trained_on}"
+                    f"{trained_on} pixels, and its features of such large images are poor; give embed.image_size=null "
+                    f"for the size that it was trained on, or a size up to {MAX_ENLARGEMENT * trained_on}"
                 )
 
 

@@ -1,6 +1,7 @@
-"""Blocks of ids: what the pool's images are read, decoded and written in, by stage embed and by stage copy before it.
+"""Read, decode and write the pool's images in blocks of ids, for stages embed and copy.
 
-A block is a function of the config and the pool's size alone, and every table has one file for it.
+The blocks depend only on the config and on the pool's size, and every table has one file for each block. So a resumed
+run, on any number of workers, finds the blocks that are done by the names of their files.
 """
 
 from collections.abc import Iterator
@@ -16,15 +17,18 @@ from elfs_ray.pool.listing import PoolColumns, read_images
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
-BLOCK_PIXEL_BYTES = 64 << 20
+BLOCK_PIXEL_BYTES = 64 << 20  # a block crosses the object store as one row: a few must fit in a worker's memory
 MAX_BLOCK_IMAGES = 8192
-PROXY_GROUP_BYTES = 1 << 20  # of proxy images in a row group, the unit in which streamed training reads
-MIN_BLOCKS = 16
+PROXY_GROUP_BYTES = 1 << 20  # encoded images in a row group, which streamed training reads at once
+MIN_BLOCKS = 16  # a small pool still has enough blocks to share among workers
 MIN_BLOCK_IMAGES = 64
 
 
 def plan_blocks(block_images: int | None, side: int, num_samples: int) -> list[tuple[int, int]]:
-    """(first, last) id of each block: `block_images` at most, or about 64 MiB of squares of `side` pixels."""
+    """Return the (first, last) id of each block.
+
+    A block has `block_images` images or, if that is None, about 64 MiB of pixels of squares with `side` pixels.
+    """
     rows = block_images
     if rows is None:
         rows = min(BLOCK_PIXEL_BYTES // (3 * side * side), MAX_BLOCK_IMAGES, -(-num_samples // MIN_BLOCKS))
@@ -33,7 +37,7 @@ def plan_blocks(block_images: int | None, side: int, num_samples: int) -> list[t
 
 
 def rows_by_file(run_dir: RunDir, *table: str) -> dict[str, int]:
-    """The rows of each file of a table, from their footers; -1 for a file that has none, and is made again."""
+    """Return the number of rows in each file of a table, from its footer; -1 for a damaged file."""
     paths = run_dir.table_files(*table)
     counts = filesystem.map_files(_num_rows, paths)
     return {filesystem.basename(path): count for path, count in zip(paths, counts, strict=True)}
@@ -42,7 +46,7 @@ def rows_by_file(run_dir: RunDir, *table: str) -> dict[str, int]:
 def _num_rows(path: str) -> int:
     try:
         return filesystem.num_rows(path)
-    except pa.ArrowInvalid:
+    except pa.ArrowInvalid:  # cut short by a full disk or a copy: its block counts as not done and is written again
         return -1
 
 
@@ -56,10 +60,10 @@ def copy_images(
     rejected: list[dict[str, Any]],
     min_size: int = 0,
 ) -> Iterator[tuple[int, Image.Image, bytes]]:
-    """(sample_id, image, its copy for the proxy network) of a block in turn.
+    """Yield (sample_id, image, its encoded copy for the proxy network) for the images of a block.
 
-    An image that cannot be used becomes a row of `rejected` in the name of `stage`. min_size: the short side, in
-    pixels, below which a JPEG may not be decoded; at least that of the copy.
+    Appends a row to `rejected`, in the name of `stage`, for each image that cannot be used. `min_size` is the smallest
+    short side, in pixels, to which a JPEG may be scaled while it is decoded; it is raised to that of the copy.
     """
     embed = config.embed
     min_size = max(min_size, embed.proxy_image_size)
@@ -74,7 +78,7 @@ def copy_images(
 def _decode_images(
     config: Config, run_dir: RunDir, first: int, last: int, min_size: int
 ) -> Iterator[tuple[int, str, Image.Image | BadImage]]:
-    """(sample_id, uri, image) of a block in turn; in place of an image that cannot be used, the reason."""
+    """Yield (sample_id, uri, image) for the images of a block, with a BadImage for one that cannot be used."""
     index = run_dir.read_rows(schema.INDEX, np.arange(first, last + 1), [schema.URI])
     uris = index[schema.URI].to_pylist()
     columns = PoolColumns(config.pool.image_column)
@@ -98,9 +102,9 @@ def write_proxy_images(run_dir: RunDir, name: str, sample_ids: list[int], encode
 
 
 def write_rejected(path: str, rejected: list[dict[str, Any]]) -> None:
-    """Write a block's file of rejected images by ascending sample_id, or none where there is no such image."""
+    """Write a block's file of rejected images by ascending sample_id; write none for a block without any."""
     if not rejected:
-        # An earlier try may have failed to read what can be read now.
+        # An earlier run may have rejected an image that could not be read then and can be read now.
         filesystem.delete(path)
         return
     rejected.sort(key=lambda row: row["sample_id"])
@@ -108,5 +112,5 @@ def write_rejected(path: str, rejected: list[dict[str, Any]]) -> None:
 
 
 def rejected_by_copy(run_dir: RunDir, name: str) -> str:
-    """The file in which stage copy keeps what it could not use of a block, until embed takes it over."""
+    """Return the path of the file in which stage copy keeps a block's rejected images, for embed to take over."""
     return run_dir.path("copy", schema.REJECTED, name)

@@ -1,16 +1,15 @@
-"""embed: a unit-length vector for every image, and a small copy for the proxy network.
+"""embed: compute a unit-length vector for every image, and a small copy of it for the proxy network.
 
 Reads   index/, the pool's images
 Writes  embeddings/, proxy_images/, rejected/, one file of each for a block of ids
 
-Ray Data streams blocks of ids: the images of a block are read, decoded and resized once for both tables, and embedded
-by an actor pool of encoders. Beside GPUs, CPU tasks decode and a block crosses the object store as one row of uint8
-pixels, so that the two scale apart; encoders on CPUs decode for themselves. A block's embeddings are written last, so
-that a file in embeddings/ means a block that is done: a resumed run skips it, a re-tried block overwrites itself. An
-image that cannot be used is a row in rejected/.
+Ray Data streams blocks of ids. The images of a block are read and decoded once for both tables, and a pool of actors
+embeds them. If the encoders have GPUs, tasks on CPUs decode, so that decoding and encoding scale apart; encoders on
+CPUs decode their own blocks. An image that cannot be used becomes a row in rejected/. A resumed run skips the blocks
+that are done, and a retried block overwrites its own files.
 
-With an encoder that this run has trained on its own pool (stages copy and pretrain) proxy_images/ is there already: its
-images are embedded as they are, and nothing is decoded at full size again.
+If this run trains its own encoder (stages copy and pretrain), proxy_images/ exists already. Its images are embedded,
+and nothing is decoded at full size again.
 """
 
 import contextlib
@@ -53,20 +52,20 @@ from elfs_ray.stages.index import IndexResult
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
-MAX_INPUT_BLOCKS = 4096
+MAX_INPUT_BLOCKS = 4096  # the driver keeps an account of each of Ray Data's blocks
 UNUSABLE = "its embedding is zero or not finite"
 
 
 @dataclass(frozen=True)
 class EmbedJob:
-    """What every task and encoder is given; `shape` is what the encoder sees."""
+    """The inputs of every task and encoder; `shape` describes the encoder's input images."""
 
     config: Config
     run_dir: RunDir
     shape: EncoderInput
 
     def blocks(self, num_samples: int) -> list[tuple[int, int]]:
-        """(first, last) id of each file; where copies are there already, their blocks."""
+        """Return the (first, last) id of each block; if stage copy has run, these are its blocks."""
         embed = self.config.embed
         side = embed.proxy_image_size if self.config.pretrains else self.shape.crop
         return plan_blocks(embed.block_images, side, num_samples)
@@ -79,11 +78,12 @@ def run_embed(config: Config, run_dir: RunDir) -> EmbedResult:
     pending = pending_blocks(run_dir, job.blocks(num_samples))
     num_done = num_samples - sum(last - first + 1 for first, last in pending)
     if 0 < num_done < num_samples:
-        say(f"embed: {num_done:,} images were embedded by an earlier run")
+        say(f"embed     {num_done:,} images were embedded by an earlier run")
 
     if pending:
         with _weights(config, run_dir) as weights:
-            fetch_weights(config.embed.encoder, weights)  # here first: a download that fails says so once, in one line
+            # On the driver first: a failed download is one clear error there, and one from each encoder otherwise.
+            fetch_weights(config.embed.encoder, weights)
     rejected = 0
     with Progress("embed", num_samples, "images", done=num_done) as progress:
         for summary in _stream(job, pending) if pending else ():
@@ -94,7 +94,7 @@ def run_embed(config: Config, run_dir: RunDir) -> EmbedResult:
 
 
 def make_job(config: Config, run_dir: RunDir) -> EmbedJob:
-    """The job that a config asks for."""
+    """Return the job of a config."""
     embed = config.embed
     with _weights(config, run_dir) as weights:
         shape = encoder_input(embed.encoder, embed.image_size, embed.resize, weights)
@@ -103,14 +103,14 @@ def make_job(config: Config, run_dir: RunDir) -> EmbedJob:
 
 @contextlib.contextmanager
 def _weights(config: Config, run_dir: RunDir) -> Iterator[str | None]:
-    """The weights to load, on this machine: what the config says, or what stage pretrain made."""
+    """Yield the weights to load, with a file on this machine: the config's, or those that stage pretrain wrote."""
     file = run_dir.path("pretrain", schema.ENCODER_FILE) if config.pretrains else config.embed.weights_file
     with filesystem.local_file(file) if file is not None else contextlib.nullcontext(config.embed.weights) as weights:
         yield weights
 
 
 def _describe_weights_file(config: Config) -> dict[str, Any] | None:
-    """Return what tells the weights file that the config names from another; None where it names none."""
+    """Return the facts that identify the weights file of the config; None if the config names none."""
     file = config.embed.weights_file
     if file is None:
         return None
@@ -119,28 +119,29 @@ def _describe_weights_file(config: Config) -> dict[str, Any] | None:
 
 
 def pending_blocks(run_dir: RunDir, blocks: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The blocks of which an image is neither embedded nor rejected, or has no copy for the proxy network."""
+    """Return the blocks with images that are neither embedded nor rejected, or that have no proxy image."""
     tables = (schema.EMBEDDINGS, schema.REJECTED, schema.PROXY_IMAGES)
     embedded, rejected, copied = (rows_by_file(run_dir, table) for table in tables)
 
     def is_done(first: int, last: int) -> bool:
         name = schema.range_file(first, last)
         num_embedded = embedded.get(name, -1)
-        # An image whose embedding is of no use has been copied before that is known.
+        # There may be more copies than embeddings: an image is copied before its embedding turns out to be unusable.
         return num_embedded + rejected.get(name, 0) == last - first + 1 and copied.get(name, -1) >= num_embedded
 
     return [block for block in blocks if not is_done(*block)]
 
 
 def _stream(job: EmbedJob, blocks: list[tuple[int, int]]):
-    """Run the blocks through Ray Data; yields each block's row counts as it is written."""
+    """Run the blocks through Ray Data; yield the row counts of each block when it is written."""
     config = job.config
     request = request_encoders(config, devices_of_cluster())
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # importing ray.data has set it to INFO
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # the import of ray.data has set it to INFO
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     rows = [{"first": first, "last": last} for first, last in blocks]
+    # One of our blocks in each of Ray Data's: these are what it schedules and retries, and by default it makes few.
     todo = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_INPUT_BLOCKS))
     embed = _embed_on_gpus if request.gpus else _embed_on_cpus
     return embed(todo, job, _encoder_pool(request, len(blocks))).iter_rows()
@@ -161,7 +162,7 @@ def _encoder_pool(request: Request, num_blocks: int) -> dict[str, Any]:
 
 
 def _embed_on_gpus(dataset: ray.data.Dataset, job: EmbedJob, encoder_pool: dict[str, Any]) -> ray.data.Dataset:
-    """CPU tasks decode, one encoder a GPU embeds."""
+    """Decode in tasks on CPUs and embed on an encoder for each GPU."""
     decode: Any = _read_block
     decoded = dataset.map_batches(decode, batch_size=1, num_cpus=1, fn_kwargs={"job": job})
     encode: Any = _EncodeBlock
@@ -169,14 +170,14 @@ def _embed_on_gpus(dataset: ray.data.Dataset, job: EmbedJob, encoder_pool: dict[
 
 
 def _embed_on_cpus(dataset: ray.data.Dataset, job: EmbedJob, encoder_pool: dict[str, Any]) -> ray.data.Dataset:
-    """One encoder a CPU decodes and embeds: nothing crosses the object store, and no CPU waits for another."""
+    """Decode and embed in one encoder for each CPU: no pixels cross the object store, and no CPU waits for another."""
     encode: Any = _DecodeAndEncodeBlock
     return dataset.map_batches(encode, batch_size=1, fn_constructor_args=(job, "cpu"), **encoder_pool)
 
 
 def _decode_block(batch: dict[str, Any], job: EmbedJob) -> dict[str, Any]:
-    """Read and decode one block; write its proxy images; hand on its pixels and the reasons of what is rejected."""
-    torch.set_num_threads(1)
+    """Read and decode one block and write its proxy images; return its pixels and its rejected images."""
+    torch.set_num_threads(1)  # a task has one CPU; threads of several tasks would only take turns
     first, last = int(batch["first"][0]), int(batch["last"][0])
     shape = job.shape
     sample_ids, pixels, copies = [], [], []
@@ -191,7 +192,7 @@ def _decode_block(batch: dict[str, Any], job: EmbedJob) -> dict[str, Any]:
 
 
 def _read_copies(batch: dict[str, Any], job: EmbedJob) -> dict[str, Any]:
-    """Hand on one block's copies and what stage copy could not use of it."""
+    """Return the pixels of one block's copies and the images that stage copy rejected."""
     torch.set_num_threads(1)
     first, last = int(batch["first"][0]), int(batch["last"][0])
     name, shape = schema.range_file(first, last), job.shape
@@ -202,7 +203,7 @@ def _read_copies(batch: dict[str, Any], job: EmbedJob) -> dict[str, Any]:
     for sample_id, copy in zip(sample_ids, copies[schema.IMAGE], strict=True):
         try:
             image = open_proxy_image(copy.as_py())
-        except Exception as error:  # as of Pillow's decoders in decode_image
+        except Exception as error:  # Pillow's decoders raise many kinds for a broken image, as in decode_image
             raise ValueError(describe_bad_copy(sample_id, path, error)) from error
         pixels.append(_pixels(image, shape))
     path = rejected_by_copy(job.run_dir, name)
@@ -211,19 +212,19 @@ def _read_copies(batch: dict[str, Any], job: EmbedJob) -> dict[str, Any]:
 
 
 def _pixels(image: Image.Image, shape: EncoderInput) -> np.ndarray:
-    """What the encoder sees of an image: (side, side, 3) uint8."""
+    """Return the encoder's view of an image, (side, side, 3) uint8."""
     return resize_center_crop(image, resize=shape.resize, crop=shape.crop, interpolation=shape.interpolation)
 
 
 def _read_block(batch: dict[str, Any], job: EmbedJob) -> dict[str, Any]:
-    """One block's pixels, decoded from the pool or from its copies."""
+    """Return the pixels of one block, decoded from the pool or from its copies."""
     return _read_copies(batch, job) if job.config.pretrains else _decode_block(batch, job)
 
 
 def _pack(
     first: int, last: int, side: int, sample_ids: list[int], pixels: list[np.ndarray], rejected: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """A block as one row, to cross the object store."""
+    """Return a block as one row of bytes and JSON, which has the same schema for every block."""
     images = np.stack(pixels) if pixels else np.empty((0, side, side, 3), np.uint8)
     return {
         "first": [first],
@@ -236,7 +237,7 @@ def _pack(
 
 
 class _EncodeBlock:
-    """An encoder held by an actor: embeds a block and writes what it gives."""
+    """An encoder in an actor: embeds blocks and writes their embeddings and rejected images."""
 
     def __init__(self, job: EmbedJob, device: str):
         torch.set_num_threads(1)
@@ -272,12 +273,13 @@ class _EncodeBlock:
             ]
         name = schema.range_file(first, last)
         write_rejected(run_dir.path(schema.REJECTED, name), rejected)
+        # Last of the block's files: a file in embeddings/ means that the block is done.
         _write_embeddings(run_dir.path(schema.EMBEDDINGS, name), sample_ids[usable], embeddings[usable])
         return {"rows": [last - first + 1], "rejected": [len(rejected)]}
 
 
 class _DecodeAndEncodeBlock(_EncodeBlock):
-    """An encoder that decodes its own blocks."""
+    """An encoder that also decodes its blocks."""
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         return super().__call__(_read_block(batch, self._job))
