@@ -1,1 +1,1 @@
-"""How good coresets are: selections of several methods, trainings from scratch on each, tables and a chart."""
+"""Measure how good coresets are: select by several methods, train from scratch on each, write tables and a chart."""

@@ -1,10 +1,10 @@
-"""BADGE as a baseline: labels are bought round by round, and a network is trained from scratch on those bought so far.
+"""BADGE as a baseline: buy labels in rounds, each with a network trained from scratch on the labels bought before.
 
-Reads   proxy_images/, the true labels of what was bought
-Writes  <folder>/round-0000.parquet, ... (sample_id, in the order of buying), one a round, so that none is repeated
+Reads   proxy_images/, the true labels of the bought samples
+Writes  <folder>/round-0000.parquet, ... (sample_id, in the order of buying): one file per round
 
-Every round embeds the whole pool: the task holds its images, 3 · s² bytes a sample for s pixels, and the factors of its
-gradients, 4 · (d + 2 classes) bytes a sample (methods/selection/badge.py).
+Every round embeds the whole pool. The task holds the pool's images, 3 · s² bytes a sample for s pixels, and the factors
+of the gradients, 4 · (d + 2 · classes) bytes a sample (methods/selection/badge.py).
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,10 @@ from elfs_ray.storage.run_dir import RunDir
 
 @dataclass(frozen=True)
 class BadgeJob:
-    """Hold what decides which samples are bought: pool (ascending ids), how many by the end of each round, seed."""
+    """Everything that decides which samples are bought.
+
+    sample_ids: the pool, ascending (n,) int64. round_ends: the number of samples bought by the end of each round.
+    """
 
     run_dir: RunDir
     image_size: int
@@ -41,17 +44,22 @@ class BadgeJob:
 
 
 def round_ends(counts: Sequence[int], num_rounds: int) -> tuple[int, ...]:
-    """Return how many samples are bought by each round's end: equal rounds from each budget to the next larger one."""
-    ends = [
-        start + (end - start) * (number + 1) // num_rounds
-        for start, end in pairwise([0, *sorted(set(counts))])
-        for number in range(num_rounds)
-    ]
-    return tuple(sorted(set(ends) - {0}))
+    """Return the number of samples bought by the end of each round.
+
+    Between one budget and the next larger one lie `num_rounds` rounds of equal size.
+    """
+    ends: set[int] = set()
+    for start, end in pairwise([0, *sorted(set(counts))]):
+        ends |= {start + (end - start) * (number + 1) // num_rounds for number in range(num_rounds)}
+    # Budgets closer together than the number of rounds give empty rounds; the set keeps one of each end.
+    return tuple(sorted(ends - {0}))
 
 
 def buy_labels(job: BadgeJob, labels: TrueLabels, folder: str, place: TrialPlace) -> np.ndarray:
-    """Return the samples in the order of buying, (last round's end,) int64; the first n are those of a budget of n."""
+    """Return the sample ids in the order of buying, (last round's end,) int64.
+
+    The first n of them are what BADGE selects for a budget of n.
+    """
     buy = ray.remote(num_cpus=place.num_cpus_each, num_gpus=place.num_gpus_each, max_retries=3)(_buy)
     with Progress("badge", len(job.round_ends), "rounds") as progress, remote_progress(progress) as board:
         return get_result(buy.remote(job, [ray.put(labels)], folder, place, board))
@@ -69,6 +77,7 @@ def _buy(
         if filesystem.exists(path):
             new = filesystem.read_table(path)[schema.SAMPLE_ID].to_numpy()
         else:
+            # Loaded late: a task that is retried after its last round was written decodes no image.
             if images is None:
                 images = load_proxy_images(job.run_dir, job.sample_ids, job.image_size)
             new = _next_round(job, images, true_labels, bought, end - len(bought), number, place.device)
@@ -87,14 +96,17 @@ def _next_round(
     number: int,
     device: str,
 ) -> np.ndarray:
-    """Return the ids to buy next, at random in the first round; only the labels of what was bought are looked at."""
+    """Return the ids to buy next, sampled uniformly in the first round.
+
+    Looks at the labels of the bought samples only.
+    """
     if not len(bought):
         return job.sample_ids[random_selection(job.sample_ids, count, job.seed)]
     chosen = np.sort(bought)
     positions = np.searchsorted(job.sample_ids, chosen)
     train = LabelledImages(images[positions], labels.of(chosen), chosen)
     training = Classifier(labels.num_classes, job.settings, seed=job.seed + number, device=device)
-    for _ in training.steps(train):
+    for _ in training.steps(train):  # a generator: it trains as it is iterated
         pass
     left = np.ones(len(job.sample_ids), bool)
     left[positions] = False

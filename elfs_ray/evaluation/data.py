@@ -1,4 +1,4 @@
-"""What an evaluation reads and no selection may: true labels and test images."""
+"""Read true labels and test images, which an evaluation needs and a selection must not see."""
 
 import hashlib
 from dataclasses import dataclass
@@ -22,9 +22,10 @@ NO_LABEL = -1
 
 @dataclass(frozen=True)
 class TrueLabels:
-    """Hold the true label of every sample of a pool.
+    """The true labels of a pool.
 
-    of_id: (num ids,) int32 by sample_id, -1 where there is none. names: those of the numbers where labels are names.
+    of_id: (num ids,) int32, the label of each sample_id, NO_LABEL where it has none.
+    names: the class names in the order of their numbers; empty if the pool's labels are integers.
     """
 
     of_id: np.ndarray
@@ -32,11 +33,11 @@ class TrueLabels:
 
     @property
     def num_classes(self) -> int:
-        """One more than the largest label."""
+        """Return the largest label plus one."""
         return int(self.of_id.max()) + 1
 
     def of(self, sample_ids: np.ndarray) -> np.ndarray:
-        """Return the labels of some samples, (n,) int32. Raises ValueError where one has none."""
+        """Return the labels of some samples, (n,) int32. Raises ValueError if any has none."""
         labels = self.of_id[sample_ids]
         num_missing = int((labels == NO_LABEL).sum())
         if num_missing:
@@ -45,7 +46,7 @@ class TrueLabels:
 
 
 def read_labels(run_dir: RunDir) -> TrueLabels:
-    """Read the labels that a run copied from its pool. Memory: 4 bytes a sample, 20 while they are read."""
+    """Read the labels that a run copied from its pool into its index. Memory: 4 bytes a sample, 20 while reading."""
     index = IndexResult.read(run_dir)
     of_id = np.full(index.rows, NO_LABEL, np.int32)
     for rows in run_dir.read_table(schema.INDEX, columns=[schema.SAMPLE_ID, schema.LABEL]):
@@ -54,9 +55,9 @@ def read_labels(run_dir: RunDir) -> TrueLabels:
 
 
 def list_labels(run_dir: RunDir, pool_uri: str, pool_format: str, columns: PoolColumns) -> TrueLabels:
-    """Read the labels of a pool that a run copied none of, from a listing of it; uris tell which sample is which.
+    """Read labels from the pool itself, for a run whose index has none; samples are matched by uri.
 
-    Memory: the pool's uris twice. Raises ValueError where the pool lists other images than the run's index.
+    Memory: the pool's uris twice. Raises ValueError if the pool no longer lists the images of the run's index.
     """
     listed = pa.concat_tables([list_unit(unit, columns) for unit in find_units(pool_uri, pool_format)])
     labels = listed[schema.LABEL]
@@ -67,26 +68,30 @@ def list_labels(run_dir: RunDir, pool_uri: str, pool_format: str, columns: PoolC
         of_row = np.array([numbers.get(name, NO_LABEL) for name in labels.to_pylist()], np.int32)
     else:
         of_row = labels.fill_null(NO_LABEL).to_numpy().astype(np.int32)
-    # The listing is sorted as it was for the index.
+    # `find_units` sorts as it did for the index, so the i-th image listed is the sample with id i.
     position = 0
     for rows in run_dir.read_table(schema.INDEX, columns=[schema.URI]):
         if rows[schema.URI].to_pylist() != listed[schema.URI].slice(position, rows.num_rows).to_pylist():
-            raise ValueError(f"{pool_uri} lists other images now than when {run_dir.uri} was made: its labels are lost")
+            raise ValueError(
+                f"{pool_uri} no longer lists the images of {run_dir.uri}, so its labels cannot be matched: run the "
+                "pipeline again with pool.label=..."
+            )
         position += rows.num_rows
     return TrueLabels(of_row[:position], names)
 
 
 def load_samples(run_dir: RunDir, labels: TrueLabels, sample_ids: np.ndarray, size: int) -> LabelledImages:
-    """Load samples of the pool with their true labels. Memory: 3 · size² bytes each."""
+    """Load samples of the pool with their true labels. Memory: 3 · size² bytes a sample."""
     return LabelledImages(load_proxy_images(run_dir, sample_ids, size), labels.of(sample_ids), sample_ids)
 
 
 def load_test_images(
     test_uri: str, test_format: str, columns: PoolColumns, embed: EmbedConfig, names: tuple[str, ...]
 ) -> LabelledImages:
-    """Decode every test image, brought to the proxy's resolution as the pool's were; classes numbered as the pool's.
+    """Decode the test images at the resolution of the proxy images, with classes numbered as in the pool.
 
-    Memory: 3 · size² bytes each. Raises ValueError for images that cannot be decoded, without label, of unknown class.
+    Memory: 3 · size² bytes an image. Raises ValueError for an image that cannot be decoded, has no label, or has a
+    class that the pool does not have.
     """
     listed = list_test_images(test_uri, test_format, columns)
     size = embed.proxy_image_size
@@ -96,13 +101,14 @@ def load_test_images(
         if isinstance(data, BadImage):
             raise ValueError(f"test image {uris[position]}: {data}")
         image = decode_image(data, max_pixels=embed.max_image_pixels, min_size=size)
+        # Proxy images above 64 pixels are JPEG. Test images get the same encoding, so that both have its artefacts.
         proxy = encode_proxy_image(image, short_side=size, jpeg_quality=embed.proxy_jpeg_quality)
         images[position] = decode_proxy_image(proxy, size)
     return LabelledImages(images, class_numbers(test_uri, listed, names), np.arange(len(images)))
 
 
 def digest(*parts: Any) -> str:
-    """Return a hash of arrays, and of anything else by its text: 16 hex digits."""
+    """Return a hash of 16 hex digits: of arrays by dtype, shape and bytes, of anything else by its repr."""
     hashed = hashlib.sha256()
     for part in parts:
         if isinstance(part, np.ndarray):
@@ -110,5 +116,5 @@ def digest(*parts: Any) -> str:
             hashed.update(np.ascontiguousarray(part).data)
         else:
             hashed.update(repr(part).encode())
-        hashed.update(b"\0")
+        hashed.update(b"\0")  # keeps ("ab", "c") and ("a", "bc") apart
     return hashed.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The labelled images that selections are tested on, which must not be in the pool: listed and checked, not decoded."""
+"""List the labelled test images and check that none of them is in the pool. Nothing is decoded here."""
 
 import numpy as np
 import pyarrow as pa
@@ -10,13 +10,14 @@ from elfs_ray.storage.run_dir import RunDir
 
 
 def list_test_images(test_uri: str, test_format: str, columns: PoolColumns) -> pa.Table:
-    """Return uri and label of every test image; labels are integers, or names where folders name the classes.
+    """Return the uri and label of every test image. Labels are integers, or names if folders name the classes.
 
-    Raises ConfigError where there are none, or one has no label.
+    Raises ConfigError if there are no images, or one has no label.
     """
     try:
         listed = pa.concat_tables([list_unit(unit, columns) for unit in find_units(test_uri, test_format)])
     except (ValueError, OSError) as error:
+        # The listing is the pool's, so its messages name pool.uri.
         raise ConfigError(f"test_uri: {str(error).replace('pool.uri', 'test_uri')}") from error
     if not listed.num_rows:
         raise ConfigError(f"test_uri={test_uri!r} holds no images")
@@ -28,9 +29,9 @@ def list_test_images(test_uri: str, test_format: str, columns: PoolColumns) -> p
 
 
 def refuse_shared_units(test_uri: str, pool_uri: str, pool_format: str) -> None:
-    """Raise ConfigError where a folder or file is in both the pool and the test images, by their listings alone.
+    """Raise ConfigError if a folder or file belongs to both the pool and the test images.
 
-    Images that both reach by different paths are found by `refuse_shared_images`, once the pool has an index.
+    Compares the units that would be listed, as there is no index yet. `refuse_shared_images` later compares images.
     """
     tested, pooled = (find_units(uri, pool_format) for uri in (test_uri, pool_uri))
     shared = [*_inside(tested, pooled), *_inside(pooled, tested)]
@@ -42,14 +43,15 @@ def refuse_shared_units(test_uri: str, pool_uri: str, pool_format: str) -> None:
 
 
 def _inside(units: list[Unit], others: list[Unit]) -> list[str]:
-    """Return the uris of the units that are among the others, or in a folder of them."""
+    """Return the uris of the units that are among `others`, or below a folder among them."""
     uris = {unit.uri for unit in others}
+    # With the slash: "pool/a" is not inside "pool/a-b".
     folders = tuple(f"{unit.uri.rstrip('/')}/" for unit in others if unit.format == "folder" and unit.recursive)
     return [unit.uri for unit in units if unit.uri in uris or unit.uri.startswith(folders)]
 
 
 def refuse_shared_images(test_uri: str, listed: pa.Table, run_dir: RunDir) -> None:
-    """Raise ConfigError where a test image is in the index of a run. Memory: the uris of both."""
+    """Raise ConfigError if a test image is in the index of a run. Memory: the test uris and those of one index file."""
     tested = listed[schema.URI].to_numpy()
     for path in run_dir.table_files(schema.INDEX):
         shared = np.intersect1d(tested, filesystem.read_table(path, [schema.URI])[schema.URI].to_numpy())
@@ -61,9 +63,9 @@ def refuse_shared_images(test_uri: str, listed: pa.Table, run_dir: RunDir) -> No
 
 
 def class_numbers(test_uri: str, listed: pa.Table, names: tuple[str, ...]) -> np.ndarray:
-    """Return the labels of test images (n,) as the index numbers them: names by their place among the pool's.
+    """Return the labels of the test images, (n,) int, numbered as in the pool's index.
 
-    Raises ConfigError for a name that the pool does not have.
+    names: the pool's class names in the order of their numbers. Raises ConfigError for a name that is not among them.
     """
     labels = listed[schema.LABEL]
     if not pa.types.is_string(labels.type):

@@ -1,7 +1,7 @@
-"""The evaluation that a job makes of its own run, at its end, where evaluate.test_uri names images to test on.
+"""Run the pipeline, then evaluate its coresets if evaluate.test_uri names test images.
 
-The pipeline goes first. Methods are compared at all budgets of the run, and everything is written to evaluate/ in the
-run directory, laid out as run.py says.
+Methods are compared at every budget of the run. Everything is written to evaluate/ in the run directory; run.py lists
+the files.
 """
 
 from dataclasses import asdict
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 
 def describe(config: Config, pool: PoolCount | None = None) -> str:
-    """Return what `run` would do, with counts and resources, after the same checks. Raises ConfigError.
+    """Describe what `run` would do, with counts and resources, after the same checks. Raises ConfigError.
 
-    pool: the size of a pool that the job itself writes, with the test images, before it runs.
+    pool: the size of a pool that the job writes itself, together with the test images, before it runs.
     """
     check(config, images_are_there=pool is None)
     lines = [describe_plan(config, pool)]
@@ -47,7 +47,7 @@ def describe(config: Config, pool: PoolCount | None = None) -> str:
 
 
 def run(config: Config) -> RunDir:
-    """Run the pipeline, then evaluate its coresets where config.evaluate.test_uri is given, as far as not complete.
+    """Run the pipeline, then evaluate its coresets if config.evaluate.test_uri is set. Complete work is kept.
 
     Raises ConfigError, before any work, for a config that cannot be run.
     """
@@ -55,7 +55,7 @@ def run(config: Config) -> RunDir:
 
 
 def run_with_results(config: Config) -> tuple[RunDir, "Results | None"]:
-    """Do what `run` does; return what the evaluation measured, too, None where there is none."""
+    """Do what `run` does; also return what the evaluation measured, None if there was no evaluation."""
     check(config)
     run_dir = runner.run(config)
     if config.evaluate.test_uri is None:
@@ -63,18 +63,19 @@ def run_with_results(config: Config) -> tuple[RunDir, "Results | None"]:
     if reason := _why_not(config):
         say(reason)
         return run_dir, None
+    # Late, as it imports torch, which a dry run does not need.
     from elfs_ray.evaluation.run import run as evaluate
 
     return run_dir, evaluate(keys_of_job(config))
 
 
 def _why_not(config: Config) -> str:
-    """Return why a run that names test images is not evaluated; nothing where it is."""
+    """Return why a run that names test images is not evaluated, or an empty string if it is."""
     return "" if select.STAGE in stages_of(config) else f"evaluate  left out, as until={config.until}"
 
 
 def check(config: Config, *, images_are_there: bool = True) -> None:
-    """Check what can be checked of an evaluation before there is a run. Raises ConfigError."""
+    """Check everything about an evaluation that can be checked before the run exists. Raises ConfigError."""
     evaluate = config.evaluate
     if evaluate.test_uri is None:
         return
@@ -91,6 +92,7 @@ def check(config: Config, *, images_are_there: bool = True) -> None:
             list_test_images(evaluate.test_uri, config.pool.format, columns)
             refuse_shared_units(evaluate.test_uri, config.pool.uri, config.pool.format)
     except ConfigError as error:
+        # These messages begin with the key as jobs/evaluate.py names it, without the section.
         raise ConfigError(f"evaluate.{error}") from error
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error

@@ -1,4 +1,4 @@
-"""Every key of an evaluation of finished runs (jobs/evaluate.py): the section evaluate of a run's config, and more."""
+"""The keys of jobs/evaluate.py: those of the section `evaluate`, plus the runs to compare and where to write."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +9,7 @@ from elfs_ray.config import Config, EvaluateConfig
 from elfs_ray.config.declaration import Bounds, option
 from elfs_ray.storage.run_dir import RunDir
 
-RUNS_OWN = "run"  # the hard fraction that a run selected with
+AS_IN_RUN = "run"  # value of hard_fraction: take the one that the run selected with
 
 
 @dataclass
@@ -25,12 +25,12 @@ class LabelConfig:
 
 @dataclass
 class EvaluateRunsConfig(EvaluateConfig):
-    """An evaluation of finished runs, at budgets that need not be theirs."""
+    """An evaluation of finished runs, at any budgets."""
 
     runs: list[str] = option(MISSING, "run directories of one pool, complete up to select", is_path=True)
-    out: str = option(MISSING, "where selections, trainings and results go; local path, s3:// or gs://", is_path=True)
+    out: str = option(MISSING, "folder for selections, trainings and results: local path, s3:// or gs://", is_path=True)
     test_uri: str = option(
-        MISSING, "labelled images to test on, stored as the pool is; no selection sees them", is_path=True
+        MISSING, "labelled images to test on, in the same format as the pool; no selection sees them", is_path=True
     )
     methods: list[str] = option(
         ["random", "prototypicality", "d2", "aum_hardest", "elfs"],
@@ -43,10 +43,10 @@ class EvaluateRunsConfig(EvaluateConfig):
         bounds=Bounds(above=0),
     )
     hard_fraction: Any = option(
-        RUNS_OWN,
-        "elfs: the hard fraction, or auto or search; [...] gives one for each budget; run takes the run's own",
+        AS_IN_RUN,
+        "elfs: the hard fraction, or auto or search; [...] gives one for each budget; run takes that of the run",
         unit="fraction",
-        choices=(RUNS_OWN, "auto", "search"),
+        choices=(AS_IN_RUN, "auto", "search"),
         bounds=Bounds(at_least=0, below=1),
     )
     ray_address: str | None = option(
@@ -59,14 +59,14 @@ class EvaluateRunsConfig(EvaluateConfig):
 
 
 def keys_of_job(config: Config) -> EvaluateRunsConfig:
-    """Return the evaluation of one run by its own job: at all of its budgets, into evaluate/ of its run directory."""
+    """Return the keys with which a job evaluates its own run: all its budgets, with results in evaluate/ of the run."""
     assert config.evaluate.test_uri is not None
     return EvaluateRunsConfig(
         **vars(config.evaluate),
         runs=[config.run_dir],
         out=RunDir(config.run_dir).path("evaluate"),
         budgets=config.budgets,
-        hard_fraction=RUNS_OWN,
+        hard_fraction=AS_IN_RUN,
         ray_address=config.ray_address,
         ray_logs=config.ray_logs,
         pool=LabelConfig(config.pool.label),

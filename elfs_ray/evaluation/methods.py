@@ -1,4 +1,4 @@
-"""The methods that an evaluation compares: what each selects, and from which runs."""
+"""Declare the methods that an evaluation compares: what each selects, and from which runs."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,11 +8,11 @@ from elfs_ray.config import EVALUATED_METHODS
 
 @dataclass(frozen=True)
 class Method:
-    """A way to select, of which a line of the table tells how good it is.
+    """A way to select samples; each gets a line in the table of results.
 
-    select_keys: the keys that stage select gets over those of the run; None where another code selects.
-    made_from: the first run alone, one run of each kind of embeddings, or every run.
-    is_per_seed: each seed has a selection of its own. is_supervised: scores come from a proxy trained on true labels.
+    select_keys: keys of stage select that override the run's; None if stage select does not make the selection.
+    made_from: only the first run, one run per distinct set of embeddings, or every run.
+    is_per_seed: select anew for each seed. is_supervised: the scores come from a proxy trained on true labels.
     """
 
     meaning: str
@@ -22,45 +22,53 @@ class Method:
     is_supervised: bool = False
 
 
-def _plain(method: str, *keys: str) -> tuple[str, ...]:
-    """Return the keys of a baseline, which selects from the pool as a whole even where the run balances."""
+def _unbalanced(method: str, *keys: str) -> tuple[str, ...]:
+    """Return the keys of a baseline. Baselines do not balance pseudo-labels, even if the run does."""
     return (f"select.method={method}", *keys, "select.balance=false")
 
 
 METHODS = {
-    "random": Method("sampled uniformly, anew for each seed", _plain("random"), "first run", is_per_seed=True),
-    "prototypicality": Method("farthest from their k-means centroid", _plain("prototypicality"), "embeddings"),
-    "d2": Method("D2 pruning over the run's neighbours, without labels", _plain("d2"), "embeddings"),
-    "zcore": Method("ZCore: covers the embeddings; once for all seeds", _plain("zcore"), "embeddings"),
-    "aum_hardest": Method("lowest AUM of the pseudo-labels", _plain("hardest", "select.score=aum")),
-    "elfs": Method("what the run selects by, at each budget", ()),
+    "random": Method("sampled uniformly, anew for each seed", _unbalanced("random"), "first run", is_per_seed=True),
+    "prototypicality": Method(
+        "the samples farthest from their k-means centroid", _unbalanced("prototypicality"), "embeddings"
+    ),
+    "d2": Method("D2 pruning over the graph of nearest neighbours, without labels", _unbalanced("d2"), "embeddings"),
+    "zcore": Method(
+        "ZCore: covers the space of embeddings; one selection for all seeds", _unbalanced("zcore"), "embeddings"
+    ),
+    "aum_hardest": Method("lowest AUM on pseudo-labels", _unbalanced("hardest", "select.score=aum")),
+    "elfs": Method("the run's selection settings, at each budget", ()),
     "elfs_auto": Method(
-        "the same, the hard fraction estimated from the run's training dynamics", ("select.hard_fraction=auto",)
+        "the same, with the hard fraction estimated from the training dynamics", ("select.hard_fraction=auto",)
     ),
     "elfs_search": Method(
-        "the same, the hard fraction searched by short trainings on pseudo-labels", ("select.hard_fraction=search",)
+        "the same, with the hard fraction found by short trainings on pseudo-labels", ("select.hard_fraction=search",)
     ),
     "dual": Method(
-        "DUAL with Beta sampling, on pseudo-labels, anew for each seed", _plain("dual_beta"), is_per_seed=True
+        "DUAL with Beta sampling, on pseudo-labels, anew for each seed", _unbalanced("dual_beta"), is_per_seed=True
     ),
     "badge": Method(
-        "BADGE: labels bought round by round, the network trained on those bought so far; once for all seeds",
+        "BADGE: buys labels in rounds, guided by a network trained on those bought so far; one selection for all seeds",
         None,
         "first run",
     ),
     "aum_ccs": Method(
-        "true labels: CCS over AUM, anew for each seed",
-        _plain("stratified", "select.score=aum"),
+        "with true labels: CCS over AUM, anew for each seed",
+        _unbalanced("stratified", "select.score=aum"),
         "first run",
         is_per_seed=True,
         is_supervised=True,
     ),
     "el2n": Method(
-        "true labels: highest EL2N", _plain("hardest", "select.score=el2n"), "first run", is_supervised=True
+        "with true labels: highest EL2N", _unbalanced("hardest", "select.score=el2n"), "first run", is_supervised=True
     ),
     "forgetting": Method(
-        "true labels: most forgotten", _plain("hardest", "select.score=forgetting"), "first run", is_supervised=True
+        "with true labels: most often forgotten",
+        _unbalanced("hardest", "select.score=forgetting"),
+        "first run",
+        is_supervised=True,
     ),
-    "full": Method("all images, once whatever the budgets", None, "first run"),
+    "full": Method("all images, whatever the budgets", None, "first run"),
 }
+# config/ has a list of its own for the help texts, as it may not import from here.
 assert tuple(METHODS) == EVALUATED_METHODS

@@ -1,6 +1,6 @@
-"""What the ELFS paper (2406.04273) reports: best test accuracy over training in %, read off its figures (±0.2).
+"""The ELFS paper's results (arXiv 2406.04273): best test accuracy over training in %, read off its figures (±0.2).
 
-By the fraction of the pool that is kept; the paper gives 30, 50, 70, 80 and 90% pruned.
+Keyed by pool, method and the fraction of the pool that is kept. The paper prunes 30, 50, 70, 80 and 90%.
 """
 
 PUBLISHED: dict[str, dict[str, dict[float, float]]] = {

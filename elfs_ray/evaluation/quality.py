@@ -1,4 +1,4 @@
-"""How good pseudo-labels and embeddings are, measured by true labels.
+"""Measure how well pseudo-labels and embeddings agree with the true labels.
 
 Reads   clusters/pseudo_labels, embeddings/
 Writes  <folder>/knn-<hash>.json
@@ -29,14 +29,14 @@ from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
 NUM_NEIGHBORS = 10
-MAX_QUERIES = 10_000  # whose error is then below 0.5%, as a standard deviation
+MAX_QUERIES = 10_000  # the standard error of a share over n queries is at most 0.5/√n: 0.5% here
 QUERIES_PER_TASK = 1024
-_QUERY_STREAM = 0x6B6E6E
+_QUERY_STREAM = 0x6B6E6E  # "knn"; keeps these hashes apart from others of the same seed
 
 
 @dataclass(frozen=True)
 class ClusteringQuality:
-    """Pseudo-labels compared with true labels; accuracy is that of matching clusters and classes one to one."""
+    """Pseudo-labels compared with true labels; accuracy is for the best one-to-one matching of clusters and classes."""
 
     num_clusters: int
     num_classes: int
@@ -48,7 +48,7 @@ class ClusteringQuality:
 
 @dataclass(frozen=True)
 class NeighborVote:
-    """How often the nearest neighbours of a sample, by cosine and without itself, vote for its class."""
+    """The share of samples whose nearest neighbours (cosine, without the sample itself) vote for their class."""
 
     accuracy: float
     num_neighbors: int
@@ -56,13 +56,14 @@ class NeighborVote:
 
 
 def judge_clustering(run_dir: RunDir, labels: TrueLabels) -> ClusteringQuality:
-    """Compare the pseudo-labels with the true labels, on the samples that have one."""
+    """Compare pseudo-labels with true labels, on the samples that have a true label."""
     sample_ids, clusters = (
         run_dir.read_column(schema.CLUSTERS, schema.PSEUDO_LABELS_DIR, column=column)
         for column in (schema.SAMPLE_ID, schema.PSEUDO_LABEL)
     )
     of_sample = labels.of_id[sample_ids]
     known = of_sample != NO_LABEL
+    # Numbered anew: classes that no sample has would be empty columns of the table.
     classes, truth = np.unique(of_sample[known], return_inverse=True)
     num_clusters = ClusterResult.read(run_dir).num_clusters
     table = contingency_table(clusters[known], truth, num_clusters, len(classes))
@@ -77,25 +78,32 @@ def judge_clustering(run_dir: RunDir, labels: TrueLabels) -> ClusteringQuality:
 
 
 def judge_embeddings(run_dir: RunDir, labels: TrueLabels, seed: int, device: str, folder: str) -> NeighborVote:
-    """Return `neighbor_accuracy`, kept as a file in `folder` for later evaluations of the same embeddings."""
+    """Return `neighbor_accuracy`, from a file in `folder` if an earlier evaluation of these embeddings left one."""
     name = f"knn-{digest(run_dir.identity('embed'), labels.of_id, seed)}.json"
-    compute = lambda: asdict(neighbor_accuracy(run_dir, labels, seed, device))  # noqa: E731
+
+    def compute() -> dict[str, float | int]:
+        return asdict(neighbor_accuracy(run_dir, labels, seed, device))
+
     return NeighborVote(**kept_or_computed(filesystem.join(folder, name), compute))
 
 
 def neighbor_accuracy(run_dir: RunDir, labels: TrueLabels, seed: int, device: str) -> NeighborVote:
-    """Let the 10 nearest neighbours of each sample vote for its class (ties: the lowest).
+    """Measure how often the 10 nearest neighbours of a sample vote for its class; a tie goes to the lowest class.
 
-    Only samples with a label count, and of more than 10,000 a random 10,000. Costs 2·n·d operations each.
-    Driver memory: 20 bytes a sample. Raises ValueError where fewer than two samples have a label.
+    Samples without a label neither vote nor are voted on. Of more than 10,000 samples a random 10,000 are queries.
+    Cost: 2 · n · d operations a query. Driver memory: 20 bytes a sample. Raises ValueError if fewer than two samples
+    have a label.
     """
     embedded = run_dir.read_column(schema.EMBEDDINGS, column=schema.SAMPLE_ID)
     of_sample = labels.of_id[embedded]
     known = of_sample != NO_LABEL
     sample_ids, classes = embedded[known], of_sample[known]
     if len(sample_ids) < 2:
-        raise ValueError(f"{len(sample_ids)} samples have a label: at least 2 are needed, check pool.label")
-    queries = np.sort(np.argsort(hash_uint64(seed, _QUERY_STREAM, sample_ids), kind="stable")[:MAX_QUERIES])
+        raise ValueError(f"{len(sample_ids)} samples have a label, but there must be at least 2: check pool.label")
+    # Sampled by hashes, which depend on seed and ids only, not on how the tables are cut into files. Sorted, so that
+    # the rows of a task lie close together.
+    order = np.argsort(hash_uint64(seed, _QUERY_STREAM, sample_ids), kind="stable")
+    queries = np.sort(order[:MAX_QUERIES])
     labelled = ray.put((sample_ids, classes))
     tasks = [
         (run_dir, [labelled], queries[start : start + QUERIES_PER_TASK], device)
@@ -110,8 +118,11 @@ def neighbor_accuracy(run_dir: RunDir, labels: TrueLabels, seed: int, device: st
 
 
 def _vote(run_dir: RunDir, labelled: list[ray.ObjectRef], queries: np.ndarray, device: str) -> int:
-    """Count the samples (positions among the labelled ones) that have the class of most of their neighbours."""
-    torch.set_num_threads(1)
+    """Return how many queries have the class that most of their neighbours have.
+
+    queries: positions among the labelled samples, (q,) int64.
+    """
+    torch.set_num_threads(1)  # a task holds one CPU; by default torch would use every core
     sample_ids, classes = ray.get(labelled[0])
     numbers = np.unique(classes, return_inverse=True)[1]
     rows = run_dir.read_rows(schema.EMBEDDINGS, sample_ids[queries], [schema.EMBEDDING])
@@ -124,12 +135,14 @@ def _vote(run_dir: RunDir, labelled: list[ray.ObjectRef], queries: np.ndarray, d
     )
     votes = numbers[np.searchsorted(sample_ids, nearest.neighbor_ids)]
     counts = np.zeros((len(queries), numbers.max() + 1), np.int64)
+    # `counts[rows, votes] += 1` would count a class once however many neighbours vote for it.
     np.add.at(counts, (np.arange(len(queries))[:, None], votes), 1)
-    return int((counts.argmax(1) == numbers[queries]).sum())
+    winners = counts.argmax(1)
+    return int((winners == numbers[queries]).sum())
 
 
 def _labelled_shards(run_dir: RunDir, sample_ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the embeddings of some samples (ascending ids), file by file."""
+    """Yield (embeddings, ids) of some samples, file by file; sample_ids ascend."""
     for rows in run_dir.read_table(schema.EMBEDDINGS):
         ids = rows[schema.SAMPLE_ID].to_numpy()
         is_labelled = np.isin(ids, sample_ids, assume_unique=True)

@@ -1,4 +1,4 @@
-"""The results of an evaluation as tables for people; the paper's numbers have rows of their own."""
+"""Write the results of an evaluation as text: tables in Markdown, and a summary for the terminal."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ ALL = "all"  # the budget of the method full
 
 @dataclass(frozen=True)
 class Line:
-    """The accuracies of a method by budget (ALL for the whole pool), and its hard fractions where it has them."""
+    """A method's accuracies and, if it uses one, hard fractions, by budget (ALL: the whole pool)."""
 
     name: str
     cells: Mapping[str, Accuracy]
@@ -32,14 +32,14 @@ class Quality:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that an evaluation measured; quality is by the name of the run."""
+    """Everything that an evaluation measured. quality: by name of the run."""
 
     lines: tuple[Line, ...]
     quality: Mapping[str, Quality]
 
 
 def to_markdown(config: EvaluateRunsConfig, workload: Workload, results: Results) -> str:
-    """Return the whole results.md."""
+    """Return results.md. The paper's numbers have rows of their own, so that nobody takes them for measured ones."""
     lines = results.lines
     budgets = [str(budget) for budget in config.budgets] + ([ALL] if any(ALL in line.cells for line in lines) else [])
     head = ["test accuracy, %", *_headings(budgets, workload)]
@@ -67,8 +67,9 @@ def to_markdown(config: EvaluateRunsConfig, workload: Workload, results: Results
 
 
 def closing_lines(results: Results) -> str:
-    """Return the results in short, for a terminal."""
+    """Return a summary of the results for the terminal."""
     lines = results.lines
+    # Budgets in the order of the first line that has them; "all" comes with the line full.
     counts = {budget: cell.num_samples for line in lines for budget, cell in line.cells.items()}
     heads = [f"{budget} ({num_samples:,})" for budget, num_samples in counts.items()]
     width = max(len("selection"), *(len(line.name) for line in lines))
@@ -131,7 +132,7 @@ def _measured_rows(lines: Sequence[Line], budgets: Sequence[str]) -> list[list[s
 
 
 def _published_rows(config: EvaluateRunsConfig, workload: Workload, budgets: Sequence[str]) -> list[list[str]]:
-    """Return a row for each method that the paper has a number of at any of the budgets."""
+    """Return a row for each method with a published number at one of the budgets."""
     num_samples = workload.sources[0].num_samples
     shares = [count / num_samples for count in workload.counts]
     shares += [1.0] * (len(budgets) - len(shares))
@@ -144,6 +145,7 @@ def _published_rows(config: EvaluateRunsConfig, workload: Workload, budgets: Seq
 
 
 def _published_cell(numbers: Mapping[float, float], share: float) -> str:
+    # Not exactly equal: budgets can be counts, and fractions of the pool are rounded down to whole samples.
     near = [value for kept, value in numbers.items() if abs(kept - share) < 0.005]
     return f"{near[0]:.1f}" if near else "–"
 

@@ -1,17 +1,18 @@
-"""Run an evaluation: selections first, from the runs' tables alone; then labels and test images, trainings, tables.
+"""Run an evaluation: select, read labels and test images, train on each selection, write the tables.
 
-Everything lies in the folder that the config names as `out`:
+Everything is written to the folder `out` of the config:
 
-    selections/<line>/<hash>/coreset/...   the coreset of each method at each budget, as stage select writes them; those
-                                           that a run has made itself are read there
-    supervised/                            the proxy trained on true labels, a run directory of the stages train, select
-    badge/<hash>/round-0000.parquet        what each round of BADGE bought
-    trials/<hash>-seed0.json               one training each
+    selections/<line>/<hash>/coreset/...   the coreset of each method at each budget, as stage select writes it; a
+                                           coreset that a run has made already is read from the run
+    supervised/<hash>/                     the proxy trained on true labels: a run directory with the stages cluster,
+                                           train and select
+    badge/<hash>/round-0000.parquet        the samples that a round of BADGE bought
+    trials/<hash>-seed0.json               the result of one training
     quality/knn-<hash>.json                how often nearest neighbours share a class
     results.parquet, results.md, results.svg
 
-A training and a selection are named by a hash of what decides them, so the same command goes on where it was stopped,
-and more methods, budgets or seeds only add to what is there.
+Selections and trainings are named by a hash of everything that decides them. So the same command resumes where it was
+stopped, and more methods, budgets or seeds add to what exists.
 """
 
 from collections.abc import Iterator
@@ -50,6 +51,7 @@ def run(config: EvaluateRunsConfig) -> Results:
     place = TrialPlace(device, config.gpus_per_training if device == "cuda" else 0.0, config.cpus_per_training)
     out = RunDir(config.out)
     with locked(out):
+        # Before any label is read: what the label-free methods select cannot depend on one.
         selections = select_without_labels(config, workload, out)
         labels = _labels(workload)
         selections += buy_and_select(config, workload, out, labels, settings, place)
@@ -65,25 +67,25 @@ def run(config: EvaluateRunsConfig) -> Results:
 
 
 def _write_chart(config: EvaluateRunsConfig, workload: Workload, out: RunDir, results: Results) -> None:
-    """Write the chart where matplotlib is installed; else say how to get one."""
+    """Write the chart, or say how to get one if matplotlib is not installed."""
     try:
         chart = draw_chart(config, workload, results.lines)
     except ImportError as error:
-        say(f"no chart: {error}; pip install 'elfs-ray[chart]' and the same command draws it")
-        filesystem.delete(out.path(RESULTS_SVG))  # one of other results would be taken for that of these
+        say(f"no chart: {error}; run pip install 'elfs-ray[chart]', then the same command again")
+        filesystem.delete(out.path(RESULTS_SVG))  # it may be there from earlier results, and would contradict these
         return
     filesystem.write_bytes(out.path(RESULTS_SVG), chart)
 
 
 def written_files(out: RunDir) -> Iterator[tuple[str, str]]:
-    """Yield what an evaluation has written for people, and where."""
+    """Yield (name, path) of the files of results that exist."""
     for name, file in (("table", RESULTS_MD), ("chart", RESULTS_SVG), ("results", schema.RESULTS_FILE)):
         if filesystem.exists(out.path(file)):
             yield name, out.path(file)
 
 
 def _settings(config: EvaluateRunsConfig, workload: Workload, device: str) -> ClassifierSettings:
-    """Return how every training runs; what the config does not say is as the first run's proxy was trained."""
+    """Return the settings of every training: the keys of the evaluation, the rest as in the first run's stage train."""
     return training_settings(
         workload.sources[0].config.train,
         network=config.network,
@@ -112,7 +114,7 @@ def _train(
     settings: ClassifierSettings,
     place: TrialPlace,
 ) -> list[dict[str, Any]]:
-    """Train on every selection; return the rows of the results."""
+    """Train on every selection; return the rows of results.parquet."""
     source = workload.sources[0]
     embed = source.config.embed
     test = load_test_images(config.test_uri, workload.pool_format, workload.columns, embed, labels.names)

@@ -1,7 +1,7 @@
-"""The samples of every line of an evaluation: selections without labels first, then those that buy or have labels.
+"""Select the samples of every line of an evaluation.
 
-Reads   the tables of the runs; true labels for badge and the supervised methods alone; test images never
-Writes  selections/, badge/ and supervised/ of the folder that the config names as `out`, see run.py
+Reads   the tables of the runs; true labels only for badge and the supervised methods; never a test image
+Writes  selections/, badge/ and supervised/ in the folder `out` of the config (see run.py)
 """
 
 from collections.abc import Mapping
@@ -25,12 +25,17 @@ from elfs_ray.stages.train.run import run_train
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import Marker, Overlay, RunDir
 
-SUPERVISED_HERE = ("cluster", "train", "dynamics", "scores")
+# What the supervised proxy's run directory holds itself: markers of stages and tables by the start of their names
+# ("cluster" is clusters/, too). All else, such as index/ and proxy_images/, is read from the run.
+SUPERVISED_TABLES = ("cluster", "train", "dynamics", "scores")
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The samples of a line at one budget for one seed: ascending ids (n,) int64; its hard fraction if it has one."""
+    """The samples that a line trains on, at one budget, for one seed.
+
+    sample_ids: ascending (n,) int64. hard_fraction: None if the method has none.
+    """
 
     entry: Entry
     budget: str
@@ -40,7 +45,7 @@ class Selection:
 
 
 def select_without_labels(config: EvaluateRunsConfig, workload: Workload, out: RunDir) -> list[Selection]:
-    """Select for every line that needs no true label, from the tables of its run."""
+    """Select for every line that needs no true labels, from the tables of its run."""
     selections = []
     for entry in workload.entries:
         if entry.method_name == "full":
@@ -59,25 +64,26 @@ def buy_and_select(
     settings: ClassifierSettings,
     place: TrialPlace,
 ) -> list[Selection]:
-    """Select for the lines that buy labels, by trainings of `settings`, or that have them all."""
+    """Select for the lines that need true labels: badge, which trains with `settings`, and the supervised methods."""
     selections = []
     run_dir = None
     for entry in workload.entries:
         if entry.method_name == "badge":
             selections += _buy(config, workload, out, entry, labels, settings, place)
         elif entry.method.is_supervised:
+            # One proxy serves all supervised methods: they differ in the score only.
             run_dir = run_dir or _train_supervised(config, workload.sources[0], out, labels)
             selections += _coresets(config, entry, run_dir, out.path("selections", entry.name))
     return selections
 
 
 def _pseudo_labelled(source: Source) -> np.ndarray:
-    """Return every sample that can be selected: ascending ids (n,) int64."""
+    """Return the ids of the samples that can be selected, ascending (n,) int64."""
     return np.sort(source.run_dir.read_column(schema.CLUSTERS, schema.PSEUDO_LABELS_DIR, column=schema.SAMPLE_ID))
 
 
 def _coresets(config: EvaluateRunsConfig, entry: Entry, run_dir: RunDir, out: str) -> list[Selection]:
-    """Return the coresets of a line: the run's where it made the same selection, else written below `out`."""
+    """Return the coresets of a line: those of the run if it made the same selection, else selected into `out`."""
     assert entry.config is not None
     selections = []
     for seed in range(config.num_seeds):
@@ -94,10 +100,10 @@ def _coresets(config: EvaluateRunsConfig, entry: Entry, run_dir: RunDir, out: st
 def _kept_or_written(
     config: Config, run_dir: RunDir, out: str, name: str
 ) -> tuple[RunDir, Mapping[str, CoresetResult]]:
-    """Return where a selection is, written by stage select unless it is there, and what is known of its coresets."""
+    """Return (folder, coresets by table) of a selection, after running stage select unless the selection exists."""
     wanted = reselect.marker_of(config, run_dir)
     folder = Overlay(filesystem.join(out, wanted.identity), run_dir, reselect.SELECTION_PREFIXES)
-    # The run first: a search for its hard fraction is too dear to be done again.
+    # The run may have made this selection, perhaps with a search for its hard fraction, which takes many trainings.
     for place in (run_dir, folder):
         marker = place.success_marker(reselect.SELECT)
         if marker is not None and marker.is_made_as(wanted) and not place.damage(reselect.SELECT):
@@ -122,8 +128,8 @@ def _buy(
     ends = round_ends(workload.counts, config.badge.rounds)
     size = source.base["embed"]["proxy_image_size"]
     job = BadgeJob(source.run_dir, size, pool, ends, settings, int(source.base["seed"]))
-    made_of = (source.run_dir.identity("embed"), sorted(asdict(settings).items()), ends, job.seed, pool, labels.of_id)
-    bought = buy_labels(job, labels, out.path("badge", digest(*made_of)), place)
+    made_from = (source.run_dir.identity("embed"), sorted(asdict(settings).items()), ends, job.seed, pool, labels.of_id)
+    bought = buy_labels(job, labels, out.path("badge", digest(*made_from)), place)
     return [
         Selection(entry, str(budget), seed, np.sort(bought[:count]))
         for seed in range(config.num_seeds)
@@ -132,9 +138,9 @@ def _buy(
 
 
 def _train_supervised(config: EvaluateRunsConfig, source: Source, out: RunDir, labels: TrueLabels) -> RunDir:
-    """Train the first run's proxy on true labels by stage train, unless it is there; return where its scores go."""
-    made_of = (source.run_dir.identity("train"), labels.of_id)
-    run_dir = Overlay(out.path("supervised", digest(*made_of)), source.run_dir, SUPERVISED_HERE)
+    """Train the run's proxy on true labels with stage train, unless done before; return its run directory."""
+    made_from = (source.run_dir.identity("train"), labels.of_id)
+    run_dir = Overlay(out.path("supervised", digest(*made_from)), source.run_dir, SUPERVISED_TABLES)
     if run_dir.success_marker("cluster") is None:
         write_labels_as_clusters(run_dir, source.run_dir, labels)
     if run_dir.success_marker("train") is None:

@@ -1,7 +1,7 @@
-"""True labels in the place of pseudo-labels, for the rivals that score a proxy trained on them.
+"""Put true labels in the place of pseudo-labels, for baselines that score a proxy trained on true labels.
 
-Reads   clusters/pseudo_labels (which samples, and their files), the true labels
-Writes  clusters/pseudo_labels of another run directory, for stages train and select to read
+Reads   clusters/pseudo_labels of a run, its true labels
+Writes  clusters/pseudo_labels of another run directory, which stages train and select read
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ from elfs_ray.storage.run_dir import Marker, RunDir
 
 
 def write_labels_as_clusters(run_dir: RunDir, source: RunDir, labels: TrueLabels) -> None:
-    """Write every pseudo-labelled sample of `source` with its true label. Raises ValueError where one has none."""
+    """Write the pseudo-label table of `source` with true labels. Raises ValueError if a sample has none."""
     sizes = np.zeros(labels.num_classes, np.int64)
     for path in source.table_files(schema.CLUSTERS, schema.PSEUDO_LABELS_DIR):
         rows = filesystem.read_table(path)

@@ -1,8 +1,10 @@
-"""Trainings from scratch with true labels, side by side on the cluster's devices; each leaves a file, none is repeated.
+"""Train from scratch on selections with their true labels, in parallel on the cluster's devices, and test.
 
-A file is named by a hash of all that decides its result: the samples, their labels, the test images, the settings and
-the seed. Selections that hold the same samples share their trainings, and another config finds its own files. A
-training that is killed goes on from its last minute, exactly.
+Writes  <folder>/<hash>-seed<seed>.json, one per training
+
+The hash is over everything that decides the result: the samples, their labels, the test images and the settings. So no
+training is repeated, and selections of the same samples share their trainings. A killed training resumes from a state
+that is at most a minute old, with the same result as if it had not been killed.
 """
 
 import io
@@ -38,7 +40,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class TrialPlace:
-    """Where trainings run, and what each holds of it: a share of a GPU, or so many CPU threads."""
+    """Where trainings run and what each occupies: a share of a GPU, and CPUs."""
 
     device: str = "cpu"
     num_gpus_each: float = 0.0
@@ -47,7 +49,7 @@ class TrialPlace:
 
 @dataclass(frozen=True)
 class TrialData:
-    """What all trainings share: the run that has the pool's images, labels, test images; every key is in the hash."""
+    """What all trainings share: the run with the pool's images, the labels and the test images."""
 
     run_dir: RunDir
     image_size: int
@@ -62,10 +64,10 @@ class TrialData:
 def run_trials(
     trials: Sequence[Trial], data: TrialData, settings: ClassifierSettings, folder: str, place: TrialPlace
 ) -> list[dict[str, Any]]:
-    """Train on each selection and test; return the metrics of each trial, in their order.
+    """Train on each selection and test; return the metrics of the trials, in their order.
 
-    They are seed, num_samples, last_accuracy, best_accuracy and accuracies. Driver memory: the test images, and what
-    `data` holds. Raises ValueError for samples without label.
+    Metrics: seed, num_samples, last_accuracy, best_accuracy, accuracies. Driver memory: `data`. Raises ValueError for
+    samples without a label.
     """
     shared = digest(
         data.run_dir.identity("index"),
@@ -80,29 +82,32 @@ def run_trials(
         for trial in trials
     ]
     distinct = dict(zip(names, trials, strict=True))
-    found = _read_results(folder, distinct)
-    left = [name for name in distinct if name not in found]
+    results = _read_results(folder, distinct)
+    left = [name for name in distinct if name not in results]
+    # In the object store once for all tasks. Ray fetches references that are arguments before a task starts, those in a
+    # list only where the task calls `ray.get`: a task whose result exists fetches nothing.
     references = [ray.put(data.labels), ray.put(data.test)]
     common = (data.run_dir, data.image_size, data.num_classes, references, settings, place)
     tasks = [(*common, distinct[name], filesystem.join(folder, name)) for name in left]
-    with Progress("evaluate", len(distinct), "trainings", done=len(found)) as progress:
+    with Progress("evaluate", len(distinct), "trainings", done=len(results)) as progress:
         for position, metrics in run_tasks(
             _run_trial, tasks, num_gpus_each=place.num_gpus_each, num_cpus_each=place.num_cpus_each
         ):
-            found[left[position]] = metrics
+            results[left[position]] = metrics
             progress.advance(1)
-    return [found[name] for name in names]
+    return [results[name] for name in names]
 
 
 def _read_results(folder: str, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """What an earlier run has left of these trainings; the states that a kill has left beside results are dropped."""
-    there = {info.base_name for info in filesystem.list_files(folder)}
-    found = {}
-    for name in there.intersection(names):
-        found[name] = json.loads(filesystem.read_bytes(filesystem.join(folder, name)))
-        if (unfinished := name.removesuffix(".json") + UNFINISHED) in there:
+    """Return the results of these trainings that an earlier evaluation wrote, by name."""
+    existing = {info.base_name for info in filesystem.list_files(folder)}
+    results = {}
+    for name in existing.intersection(names):
+        results[name] = json.loads(filesystem.read_bytes(filesystem.join(folder, name)))
+        # A task that was killed after it wrote its result had no time to delete its state.
+        if (unfinished := name.removesuffix(".json") + UNFINISHED) in existing:
             filesystem.delete(filesystem.join(folder, unfinished))
-    return found
+    return results
 
 
 def _run_trial(
@@ -115,7 +120,7 @@ def _run_trial(
     trial: Trial,
     path: str,
 ) -> dict[str, Any]:
-    """One training, unless an earlier try of this task has its result."""
+    """Train once and return the metrics, which an earlier try of this task may have written already."""
     torch.set_num_threads(place.num_cpus_each)
 
     def train() -> dict[str, Any]:
@@ -132,6 +137,7 @@ def _run_trial(
         }
 
     metrics = kept_or_computed(path, train)
+    # Only once the result is written: a kill in between must not lose both.
     filesystem.delete(path.removesuffix(".json") + UNFINISHED)
     return metrics
 
@@ -143,9 +149,13 @@ def _train_in_parts(
     path: str,
     save_every_s: float = SAVE_EVERY_S,
 ) -> list[float]:
-    """The accuracies of a training that goes on from the file at `path` and leaves its state there now and then."""
+    """Train and return the accuracies of the tests.
+
+    Resumes from the state at `path` if there is one, and writes it every `save_every_s` seconds.
+    """
     accuracies: list[float] = []
     if filesystem.exists(path):
+        # weights_only: a pickle could run code, and a shared folder may hold files of others.
         state = torch.load(io.BytesIO(filesystem.read_bytes(path)), map_location="cpu", weights_only=True)
         training.restore(state)
         accuracies = state["accuracies"]
@@ -153,6 +163,7 @@ def _train_in_parts(
     for _ in training.steps(samples):
         if training.is_test_due():
             accuracies.append(training.accuracy(test))
+        # After the test, so that a state never lacks the accuracy of its step. At the end the result follows at once.
         if time.monotonic() - saved_s > save_every_s and training.num_steps < training.settings.iterations:
             buffer = io.BytesIO()
             torch.save({**training.state(), "accuracies": accuracies}, buffer)
@@ -163,9 +174,9 @@ def _train_in_parts(
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Test accuracies of one selection over its seeds: of the last test, and of the best one of each training.
+    """Test accuracies of one selection over its seeds: of the last test, and of the best test of each training.
 
-    A spread is the sample standard deviation over seeds, 0 for a single one.
+    A spread is the sample standard deviation over the seeds, 0 for a single seed.
     """
 
     num_samples: int

@@ -1,4 +1,4 @@
-"""Everything that an evaluation selects and trains on, with each check that can be made before it does."""
+"""Turn the keys of an evaluation into what it selects and trains on, after every check that needs no work."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from elfs_ray.config import (
     load_keys,
 )
 from elfs_ray.evaluation.held_out import class_numbers, list_test_images, refuse_shared_images
-from elfs_ray.evaluation.keys import RUNS_OWN, EvaluateRunsConfig
+from elfs_ray.evaluation.keys import AS_IN_RUN, EvaluateRunsConfig
 from elfs_ray.evaluation.methods import METHODS, Method
 from elfs_ray.pipeline.reselect import config_of
 from elfs_ray.pool.listing import PoolColumns
@@ -25,12 +25,15 @@ from elfs_ray.stages.train import TrainResult
 from elfs_ray.stages.training import check_network
 from elfs_ray.storage.run_dir import RunDir
 
-MIN_SAMPLES = 2  # of a training, whose batch norms need more than one
+MIN_SAMPLES = 2  # per training: batch norm cannot normalise a single sample
 
 
 @dataclass(frozen=True)
 class Source:
-    """A finished run: its directory, what its markers say of its config, and the name that tells it from the others."""
+    """A finished run.
+
+    base: the part of its config that its markers record, nested. name: what tells it from the other runs.
+    """
 
     run_dir: RunDir
     base: Mapping[str, Any]
@@ -38,18 +41,18 @@ class Source:
 
     @property
     def config(self) -> Config:
-        """The config that the run was made with, as far as its markers have it."""
+        """Return the config that the run was made with, as far as its markers record it."""
         return load_config(None, [f"run_dir={self.run_dir.uri}"], base=self.base)
 
     @property
     def num_samples(self) -> int:
-        """Samples that can be selected."""
+        """Return the number of samples that can be selected."""
         return TrainResult.read(self.run_dir).rows
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of the table: a method on a run, with the config of its selection; none for badge and full."""
+    """A line of the table: a method applied to a run. config: of its selection; None for badge and full."""
 
     name: str
     method_name: str
@@ -63,7 +66,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Workload:
-    """Everything that is to be selected and trained on; images and labels are those of the first source."""
+    """Everything to select and to train on. Images and labels come from the first source."""
 
     sources: tuple[Source, ...]
     entries: tuple[Entry, ...]
@@ -74,7 +77,7 @@ class Workload:
 
 
 def load(overrides: list[str]) -> EvaluateRunsConfig:
-    """Return the keys of jobs/evaluate.py, each checked by itself. Raises ConfigError."""
+    """Return the keys of jobs/evaluate.py, each checked on its own. Raises ConfigError."""
     config = load_keys(EvaluateRunsConfig, overrides=overrides)
     for name in ("runs", "methods", "budgets"):
         refuse_duplicates(name, getattr(config, name))
@@ -83,13 +86,13 @@ def load(overrides: list[str]) -> EvaluateRunsConfig:
 
 
 def refuse_duplicates(key: str, values: Sequence[Any]) -> None:
-    """Raise ConfigError for a list that names something twice."""
+    """Raise ConfigError if a list has an item twice."""
     if len({str(value) for value in values}) < len(values):
         raise ConfigError(f"{key}={list(values)} names one twice")
 
 
 def make_workload(config: EvaluateRunsConfig) -> Workload:
-    """Check runs, methods, budgets, labels and test images; return what is to be done. Raises ConfigError."""
+    """Check runs, methods, budgets, labels and test images; return what to do. Raises ConfigError."""
     check_neighbor_search(config.device, "device", config.ray_address)
     sources = _sources(config.runs)
     first = sources[0].run_dir
@@ -100,19 +103,21 @@ def make_workload(config: EvaluateRunsConfig) -> Workload:
         raise ConfigError(f"{first.uri} has no true labels, as its pool.label was null: give pool.label=...")
     counts = _counts(config, sources[0].num_samples)
     columns = PoolColumns(index.config.get("pool.image_column"), label)
-    workload = Workload(
-        sources, entries, counts, columns, index.config["pool.uri"], index.config.get("pool.format", "auto")
-    )
+    pool_uri, pool_format = index.config["pool.uri"], index.config.get("pool.format", "auto")
+    workload = Workload(sources, entries, counts, columns, pool_uri, pool_format)
     listed = list_test_images(config.test_uri, workload.pool_format, columns)
     names = tuple(IndexResult.read(first).label_names)
-    if names:  # else the run copied no labels, and they are numbered once they are read
+    # Without names the labels are integers, or the run copied none: then they are numbered, and compared with the test
+    # images', once they are read.
+    if names:
         class_numbers(config.test_uri, listed, names)
     refuse_shared_images(config.test_uri, listed, first)
     return workload
 
 
 def check_neighbor_search(device: str, key: str, ray_address: str | None) -> None:
-    """Raise ConfigError where nearest neighbours, by which embeddings are judged, cannot be searched on the device."""
+    """Raise ConfigError if nearest neighbours, which measure the embeddings, cannot be searched on the device."""
+    # Late, so that `--help` does not import Ray.
     from elfs_ray.methods.numeric.faiss_build import check_faiss
     from elfs_ray.runtime.cluster import find_devices
 
@@ -123,7 +128,7 @@ def check_neighbor_search(device: str, key: str, ray_address: str | None) -> Non
 
 
 def _sources(uris: list[str]) -> tuple[Source, ...]:
-    """Return the runs, which must be complete, undamaged, and of one pool."""
+    """Return the runs. Raises ConfigError unless they are complete, undamaged, and of one pool."""
     run_dirs = [RunDir(uri) for uri in uris]
     bases = [config_of(run_dir) for run_dir in run_dirs]
     for run_dir in run_dirs:
@@ -134,65 +139,75 @@ def _sources(uris: list[str]) -> tuple[Source, ...]:
             )
         if _pool_of(run_dir) != _pool_of(run_dirs[0]):
             raise ConfigError(
-                f"{run_dir.uri} is a run of another pool than {run_dirs[0].uri}: only coresets of one pool can be "
-                "compared"
+                f"{run_dir.uri} is a run of another pool than {run_dirs[0].uri}: give runs of the same pool"
             )
+    return tuple(map(Source, run_dirs, bases, _names_of(run_dirs)))
+
+
+def _names_of(run_dirs: list[RunDir]) -> list[str]:
+    """Return a name for each run: its clustering method, or its folder if two runs share the method."""
     methods = [ClusterResult.read(run_dir).method for run_dir in run_dirs]
     folders = [run_dir.uri.rstrip("/").rsplit("/", 1)[1] for run_dir in run_dirs]
-    names = next((names for names in (methods, folders) if len(set(names)) == len(names)), None)
-    if names is None:
-        raise ConfigError(f"runs={uris}: two folders have the same name, which must tell them apart: rename one")
-    return tuple(map(Source, run_dirs, bases, names))
+    for names in (methods, folders):
+        if len(set(names)) == len(names):
+            return names
+    raise ConfigError(
+        f"runs={[run_dir.uri for run_dir in run_dirs]}: two folders have the same name, which labels a run in the "
+        "table: rename one"
+    )
 
 
 def _pool_of(run_dir: RunDir) -> tuple[Mapping[str, Any], int]:
-    """Return what tells a run's pool from another: its keys, but for the labels, and its number of images."""
+    """Return what identifies a run's pool: the pool keys except the label, and the number of images."""
     index = run_dir.complete_marker(IndexResult.stage)
     keys = {key: value for key, value in index.config.items() if key != "pool.label"}
     return keys, IndexResult.read(run_dir).rows
 
 
 def _entries(text: str, sources: tuple[Source, ...], config: EvaluateRunsConfig) -> list[Entry]:
-    """Return the lines of one method: on the first run, on a run of each kind of embeddings, or on every run."""
+    """Return the lines of one method, one for each run that `made_from` of the method names."""
     name, _ = parse_method(text)
     method = METHODS[name]
     chosen = sources
     if method.made_from == "first run":
         chosen = sources[:1]
     elif method.made_from == "embeddings":
-        # Of runs that share embeddings the first, in the order of the runs.
+        # The first run of each distinct embeddings: of equal keys a dict keeps the last value, so it is filled in
+        # reverse.
         by_embeddings = {source.run_dir.identity("embed"): source for source in reversed(sources)}
         chosen = tuple(by_embeddings.values())[::-1]
-    return [
-        Entry(
-            f"{text}-{source.name}" if len(chosen) > 1 else text,
-            name,
-            source,
-            None if method.select_keys is None else _config_of(text, name, source, config),
-        )
-        for source in chosen
-    ]
+    entries = []
+    for source in chosen:
+        selection = None if method.select_keys is None else _config_of(text, name, source, config)
+        entries.append(Entry(f"{text}-{source.name}" if len(chosen) > 1 else text, name, source, selection))
+    return entries
 
 
 def parse_method(text: str) -> tuple[str, list[str]]:
-    """Return (name, keys of select) of a text such as elfs+score=el2n. Raises ConfigError for what no method takes."""
+    """Return (method, keys of select) of a text such as elfs+score=el2n.
+
+    Raises ConfigError for an unknown method, and for keys of a method that stage select does not make.
+    """
     name, *keys = text.split("+")
     if name not in METHODS:
         close = difflib.get_close_matches(name, METHODS, n=3)
         raise ConfigError(f"methods: {text!r} must be one of {', '.join(close or METHODS)}")
     if keys and METHODS[name].select_keys is None:
-        raise ConfigError(f"methods: {text!r}: {name} is not made by select and takes none of its keys")
+        raise ConfigError(
+            f"methods: {text!r}: {name} is not made by select and takes none of its keys: give {name} alone"
+        )
     return name, keys
 
 
 def _config_of(text: str, name: str, source: Source, config: EvaluateRunsConfig) -> Config:
-    """Return the config of a selection from a finished run. Raises ConfigError for one that cannot be made."""
+    """Return the config of a selection from a finished run. Raises ConfigError if it cannot be made."""
     hard_fraction = _hard_fraction(source, config) if name == "elfs" else None
     try:
         selection = selection_config(text, config, source.base, source.run_dir.uri, config.budgets, hard_fraction)
     except ConfigError as error:
         if "cluster.num_neighbors" not in str(error):
             raise
+        # The key is none of an evaluation's: the neighbours must come from the run.
         raise ConfigError(
             f"{error} to {source.run_dir.uri}, run again with on_change=rerun, or leave {text} out of methods"
         ) from error
@@ -211,16 +226,18 @@ def selection_config(
     budgets: Sequence[int | float],
     hard_fraction: Any,
 ) -> Config:
-    """Return the config of a method's selection: that of the run, then the method's keys, then those of the text.
+    """Return the config of a method's selection: the run's, overridden by the method's keys, then by those of the text.
 
-    hard_fraction: that of elfs; other methods have theirs. Raises ConfigError for keys that do not fit each other.
+    hard_fraction: the one that elfs uses; aum_ccs has a key for its own. Raises ConfigError for keys that contradict
+    each other.
     """
     name, keys = parse_method(text)
+    # 0 where the method ignores it: the run's list may have another length than these budgets.
     fraction = {"elfs": hard_fraction, "aum_ccs": settings.proxy.ccs_hard_fraction}.get(name, 0)
     overrides = [
         f"run_dir={run_uri}",
         f"budget={budgets[0] if len(budgets) == 1 else list(budgets)}",
-        "on_change=refuse",
+        "on_change=refuse",  # an evaluation must never remake a stage of the run
         f"select.hard_fraction={fraction}",
     ]
     overrides += [*(METHODS[name].select_keys or ()), *(f"select.{key}" for key in keys)]
@@ -231,18 +248,19 @@ def selection_config(
 
 
 def _hard_fraction(source: Source, config: EvaluateRunsConfig) -> Any:
-    """Return the hard fraction of the config, or the run's: one for all budgets, or that of each."""
-    if config.hard_fraction != RUNS_OWN:
+    """Return the hard fraction of elfs: that of the config or of the run, one for all budgets or one for each."""
+    if config.hard_fraction != AS_IN_RUN:
         return config.hard_fraction
     fraction, budget = source.base["select"]["hard_fraction"], source.base["budget"]
     if not isinstance(fraction, list):
         return fraction
-    of_budget = dict(zip(map(str, budget if isinstance(budget, list) else [budget]), fraction, strict=True))
+    budgets = budget if isinstance(budget, list) else [budget]
+    of_budget = dict(zip(map(str, budgets), fraction, strict=True))
     missing = [budget for budget in config.budgets if str(budget) not in of_budget]
     if missing:
         raise ConfigError(
-            f"{source.run_dir.uri} has a hard fraction for each of its budgets, and none for {missing}: give "
-            "hard_fraction=... (a number, auto, search, or one for each budget)"
+            f"{source.run_dir.uri} has one hard fraction for each of its budgets, but none for {missing}: give "
+            "hard_fraction=... (a number, auto, search, or a list with one for each budget)"
         )
     return [of_budget[str(budget)] for budget in config.budgets]
 
@@ -260,7 +278,7 @@ def _counts(config: EvaluateRunsConfig, num_samples: int) -> tuple[int, ...]:
 
 
 def describe(config: EvaluateRunsConfig) -> str:
-    """Return what `run` would do, for people. Raises ConfigError as it does."""
+    """Describe what an evaluation would do. Raises ConfigError as it would."""
     workload = make_workload(config)
     lines = [f"pool      {workload.pool_uri}, {workload.sources[0].num_samples:,} images to choose from"]
     lines += [f"run       {source.name}: {source.run_dir.uri}" for source in workload.sources]
@@ -271,12 +289,13 @@ def describe(config: EvaluateRunsConfig) -> str:
         select = entry.config.select if entry.config else None
         hard = f", hard fraction {select.hard_fraction}" if select and select.method in USES_HARD_FRACTION else ""
         lines.append(f"method    {entry.name}: {entry.method.meaning}{hard}")
-    lines.append(describe_trainings(config, [entry.method_name for entry in workload.entries], len(config.budgets)))
-    return "\n".join([*lines[:-1], f"{lines[-1]}, to {config.out}"])
+    trainings = describe_trainings(config, [entry.method_name for entry in workload.entries], len(config.budgets))
+    lines.append(f"{trainings}, to {config.out}")
+    return "\n".join(lines)
 
 
 def describe_trainings(settings: EvaluateConfig, methods: Sequence[str], num_budgets: int) -> str:
-    """Return how many trainings the methods take, all images being one budget, in one line."""
+    """Return a line with the number of trainings; the method full has one budget, all images."""
     num_selections = sum(1 if method == "full" else num_budgets for method in methods)
     return (
         f"evaluate  {num_selections * settings.num_seeds:,} trainings of {settings.network}, "

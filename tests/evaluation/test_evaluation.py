@@ -1,4 +1,4 @@
-"""Evaluations of finished runs: what is selected, what sees labels and test images, what is kept, what is reported."""
+"""Evaluations of finished runs: selections, who sees labels and test images, what is kept, what is reported."""
 
 import os
 import shutil
@@ -43,7 +43,7 @@ METHODS = "random,prototypicality,d2,aum_hardest,elfs,elfs_auto,elfs+score=el2n+
 
 @pytest.fixture(scope="module")
 def finished(ray_cluster, tmp_path_factory) -> Path:
-    """A folder with a complete run of 1,003 labelled digits, `run`, and 200 others to test on, `test.parquet`."""
+    """Return a folder with `run`, a complete run of 1,003 labelled digits, and `test.parquet`, 200 other digits."""
     folder = tmp_path_factory.mktemp("finished")
     write_run(folder / "run", digit_images(NUM_POOL)[1])
     images, labels = digit_images(NUM_POOL + NUM_TEST)
@@ -70,8 +70,8 @@ def write_run(folder: Path, labels: np.ndarray) -> None:
 
 def write_neighbors(run_dir: RunDir, ids: np.ndarray) -> None:
     vectors = np.concatenate([schema.matrix_of(rows, "embedding") for rows in run_dir.read_table("embeddings")])
-    found = NearestNeighbors(n_neighbors=11, metric="cosine").fit(vectors.astype(np.float64))
-    distances, places = found.kneighbors(vectors.astype(np.float64))
+    search = NearestNeighbors(n_neighbors=11, metric="cosine").fit(vectors.astype(np.float64))
+    distances, places = search.kneighbors(vectors.astype(np.float64))
     columns = [pa.array(ids), schema.matrix_column(ids[places[:, 1:]])]
     columns.append(schema.matrix_column((1 - distances[:, 1:]).astype(np.float32)))
     table = pa.table(columns, schema=schema.neighbors_schema(10))
@@ -98,7 +98,7 @@ def judged(finished, tmp_path_factory) -> tuple[Path, Results]:
 
 
 def test_every_selection_is_trained_on_for_the_same_number_of_steps(judged):
-    """Every method at every budget with every seed; the table has the mean and spread of its rows."""
+    """Each method is trained at each budget with each seed; the table shows mean and spread over the seeds."""
     out, results = judged
     rows = pq.read_table(out / "results.parquet").to_pylist()
     assert [line.name for line in results.lines] == METHODS.split(",")
@@ -115,7 +115,7 @@ def test_every_selection_is_trained_on_for_the_same_number_of_steps(judged):
             assert cell.best_mean >= cell.mean
 
 
-def test_each_method_selects_what_it_should_from_the_tables_of_the_run(finished, judged):
+def test_each_method_selects_its_samples_from_the_tables_of_the_run(finished, judged):
     config = load(keys(finished, judged[0]))
     chosen = select_without_labels(config, make_workload(config), RunDir(judged[0]))
     ids_of = {(made.entry.name, made.budget, made.seed): made.sample_ids for made in chosen}
@@ -127,8 +127,8 @@ def test_each_method_selects_what_it_should_from_the_tables_of_the_run(finished,
     ids, aum = scores["sample_id"].to_numpy(), scores["aum"].to_numpy()
     assert np.array_equal(ids_of["aum_hardest", "0.1", 1], np.sort(ids[selections.hardest(aum, ids, 100, "low")]))
     for seed in (0, 1):
-        drawn = np.sort(ids[pruning.random_selection(ids, 100, seed)])
-        assert np.array_equal(ids_of["random", "0.1", seed], drawn)
+        sampled = np.sort(ids[pruning.random_selection(ids, 100, seed)])
+        assert np.array_equal(ids_of["random", "0.1", seed], sampled)
     assert not np.array_equal(ids_of["dual", "0.1", 0], ids_of["dual", "0.1", 1])
     assert np.array_equal(ids_of["full", "all", 0], ids)
     labels = scores["pseudo_label"].to_numpy()[np.searchsorted(ids, ids_of["elfs+score=el2n+balance=true", "0.1", 0])]
@@ -146,9 +146,9 @@ def test_test_images_never_reach_a_selection(finished, judged, tmp_path, monkeyp
 
     def refuse(*arguments):
         os.unlink(tmp_path / "test.parquet")
-        raise FileNotFoundError("every selection is made, and here test images would be read for the first time")
+        raise FileNotFoundError("every selection is made, and the test images are about to be read")
 
-    # Whatever is selected is selected before the test images are read, and they are gone from then on.
+    # The test images disappear when they are about to be read: whatever exists by then was selected without them.
     monkeypatch.setattr(evaluation, "load_test_images", refuse)
     with pytest.raises(FileNotFoundError, match="every selection is made"):
         evaluation.run(config)
@@ -160,7 +160,7 @@ def test_test_images_never_reach_a_selection(finished, judged, tmp_path, monkeyp
         evaluation.run(config)
 
 
-def test_badge_looks_at_no_label_that_it_has_not_bought(finished, judged, tmp_path):
+def test_badge_looks_only_at_labels_that_it_has_bought(finished, judged, tmp_path):
     run_dir = RunDir(finished / "run")
     config = load(keys(finished, tmp_path))
     settings = replace(evaluation._settings(config, make_workload(config), "cpu"), iterations=6)
@@ -178,7 +178,7 @@ def test_badge_looks_at_no_label_that_it_has_not_bought(finished, judged, tmp_pa
     assert np.array_equal(buy_labels(job, labels, str(tmp_path / "a"), TrialPlace()), bought)
 
 
-def test_an_evaluation_that_lost_some_of_its_work_ends_with_the_same_bytes(finished, judged):
+def test_an_evaluation_that_lost_some_files_ends_with_the_same_bytes(finished, judged):
     out, results = judged
     before = contents(out, ".")
     for path in sorted((out / "trials").iterdir())[::2]:
@@ -189,19 +189,19 @@ def test_an_evaluation_that_lost_some_of_its_work_ends_with_the_same_bytes(finis
     assert contents(out, ".") == before
 
 
-def test_trainings_that_are_there_count_as_done_from_the_start(finished, judged, monkeypatch):
-    """And the state of a training that was killed after it had written its result is removed."""
+def test_existing_trainings_count_as_done_from_the_start(finished, judged, monkeypatch):
+    """The state of a training that was killed after it wrote its result is removed, too."""
     out, results = judged
     left, kept, *_ = sorted((out / "trials").iterdir())
     left.unlink()
     unfinished = Path(str(kept).removesuffix(".json") + trials.UNFINISHED)
     unfinished.write_bytes(b"of a training that was killed after its result")
-    told: list[tuple[str, int, int]] = []
-    listener = lambda name, unit, done, total, rate, running: told.append((unit, done, total))  # noqa: E731
+    reports: list[tuple[str, int, int]] = []
+    listener = lambda name, unit, done, total, rate, running: reports.append((unit, done, total))  # noqa: E731
     monkeypatch.setattr(progress, "_listeners", [listener])
     assert evaluation.run(load(keys(finished, out))) == results
     num_trials = len(list((out / "trials").iterdir()))
-    assert next(line for line in told if line[0] == "trainings") == ("trainings", num_trials - 1, num_trials)
+    assert next(report for report in reports if report[0] == "trainings") == ("trainings", num_trials - 1, num_trials)
     assert not unfinished.exists()
 
 
@@ -220,14 +220,14 @@ def test_the_runs_are_left_as_they_were(finished, judged):
     ]
 
 
-def test_published_numbers_are_marked_and_stand_beside_the_measured_ones(finished, judged):
+def test_published_numbers_have_marked_rows_next_to_the_measured_ones(finished, judged):
     out, results = judged
     config = load(keys(finished, out, "published=cifar10"))
     workload = make_workload(config)
     rows = [line for line in to_markdown(config, workload, results).splitlines() if line.startswith("|")]
     published = [row for row in rows if "published" in row]
     assert "| elfs, published | 87.0 | 93.3 | – |" in published and "| full, published | – | – | 95.5 |" in published
-    numbers = {f"{value:.1f}" for own in PUBLISHED["cifar10"].values() for share, value in own.items() if share == 0.1}
+    numbers = {f"{values[0.1]:.1f}" for values in PUBLISHED["cifar10"].values() if 0.1 in values}
     assert all(any(f"| {number} |" in row for row in published) for number in numbers)
     assert "read off its figures" in to_markdown(config, workload, results)
     plain = load(keys(finished, out))
@@ -239,7 +239,7 @@ def test_published_numbers_are_marked_and_stand_beside_the_measured_ones(finishe
     assert "dc:date" not in chart and chart == draw_chart(config, workload, results.lines).decode()
 
 
-def test_without_matplotlib_the_table_is_written_all_the_same(finished, judged, monkeypatch, capfd):
+def test_without_matplotlib_the_tables_are_still_written(finished, judged, monkeypatch, capfd):
     out, results = judged
     before = contents(out, ".")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -268,10 +268,10 @@ def test_the_closing_lines_have_every_selection_and_the_quality_of_the_run(judge
     assert "±" not in closing_lines(single)
 
 
-def test_the_plan_says_what_would_be_done_and_does_nothing(finished, tmp_path):
+def test_the_dry_run_describes_the_trainings_and_does_nothing(finished, tmp_path):
     text = describe(load(keys(finished, tmp_path / "out")))
     assert "38 trainings of small_cnn, 12 steps each" in text and "0.3: 300 images" in text
-    assert "elfs: what the run selects by" in text and "hard fraction 0.1" in text
+    assert "elfs: the run's selection settings" in text and "hard fraction 0.1" in text
     assert not (tmp_path / "out").exists()
 
 
@@ -297,7 +297,7 @@ def test_the_plan_says_what_would_be_done_and_does_nothing(finished, tmp_path):
         (["num_seeds=0"], "must be a number >= 1"),
     ],
 )
-def test_what_cannot_be_evaluated_is_refused_before_any_work(finished, tmp_path, changed, needed):
+def test_a_bad_evaluation_is_refused_before_any_work(finished, tmp_path, changed, needed):
     with pytest.raises(ConfigError, match=needed):
         evaluation.run(load([*keys(finished, tmp_path / "out"), *changed]))
     assert not (tmp_path / "out").exists()
@@ -345,7 +345,7 @@ def test_two_runs_of_one_pool_share_what_needs_no_pseudo_label(finished, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_killed_job_ends_with_the_bytes_of_an_undisturbed_one(finished, judged, tmp_path):
+def test_a_killed_and_repeated_job_equals_an_undisturbed_one(finished, judged, tmp_path):
     command = [sys.executable, str(JOB), *keys(finished, tmp_path)]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         while len(list(tmp_path.glob("trials/*.json"))) < 5:
@@ -362,7 +362,7 @@ def test_a_killed_job_ends_with_the_bytes_of_an_undisturbed_one(finished, judged
 
 @pytest.mark.slow
 def test_supervised_methods_score_a_proxy_that_learned_the_true_labels(finished, tmp_path):
-    """And they leave the run as it was."""
+    """The run itself is left as it was."""
     before = contents(finished / "run", "clusters", "dynamics", "scores", "train")
     results = evaluation.run(load(keys(finished, tmp_path, "methods=[aum_ccs,el2n,forgetting]")))
     assert [line.name for line in results.lines] == ["aum_ccs", "el2n", "forgetting"]

@@ -1,4 +1,4 @@
-"""A job that names test images evaluates its run at its end; what it would refuse then, it refuses at once."""
+"""A job with test images evaluates its run at the end, and refuses a bad evaluation before the run starts."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ SETTINGS = ("evaluate.network=small_cnn", "evaluate.iterations=12", "evaluate.ba
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory) -> Path:
-    """A folder with 300 labelled digits, pool.parquet, and 100 others, test.parquet."""
+    """Return a folder with 300 labelled digits, pool.parquet, and 100 others, test.parquet."""
     folder = tmp_path_factory.mktemp("digits")
     images, labels = digit_images(NUM_POOL + NUM_TEST)
     for name, part in (("pool", slice(NUM_POOL)), ("test", slice(NUM_POOL, None))):
@@ -56,7 +56,7 @@ def first_words(printed: str) -> dict[str, str]:
 
 
 def test_a_job_with_test_images_evaluates_all_its_budgets(ray_cluster, digits, tmp_path, capfd):
-    """The same command again repeats nothing; another method adds its trainings alone."""
+    """Typing the command again repeats nothing, and another method adds only its trainings."""
     run_config(config_of(digits, tmp_path))
     printed = capfd.readouterr().out
     lines = first_words(printed)
@@ -100,7 +100,7 @@ def test_a_run_that_ends_before_select_says_that_it_is_not_evaluated(ray_cluster
         (["budget=1"], "needs at least 2 images"),
     ],
 )
-def test_what_cannot_be_evaluated_is_refused_before_any_work(digits, tmp_path, overrides, needed):
+def test_a_bad_evaluation_is_refused_before_any_work(digits, tmp_path, overrides, needed):
     with pytest.raises(ConfigError, match=needed):
         job.run(config_of(digits, tmp_path / "run", *overrides))
     assert not (tmp_path / "run").exists()
@@ -120,13 +120,13 @@ def test_test_images_that_are_in_the_pool_are_refused_before_any_work(digits, tm
 
 
 @pytest.mark.parametrize("name", ["imagenet", "cifar10", "cifar100", "stl10", "cinic10"])
-def test_the_dry_run_of_every_job_says_what_it_would_evaluate(digits, tmp_path, name):
+def test_the_dry_run_of_every_job_describes_the_evaluation(digits, tmp_path, name):
     config = config_of(digits, tmp_path / "run", "evaluate.methods=[elfs,random,full]", name=name)
     assert job.describe(config).endswith("10 trainings of small_cnn, 12 steps each; on elfs, random, full")
 
 
 def test_the_evaluator_gets_every_key_of_the_section(digits, tmp_path):
-    """Each key, changed, changes what the evaluator is told."""
+    """Changing any key changes what is passed to the evaluator."""
     plain = keys_of_job(config_of(digits, tmp_path))
     for key, spec in fields_of(EvaluateConfig):
         changed = config_of(digits, tmp_path)

@@ -1,4 +1,4 @@
-"""Pseudo-labels and embeddings measured by true labels, as scikit-learn measures them."""
+"""Metrics of pseudo-labels and embeddings agree with those of scikit-learn."""
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,7 @@ WRONG = 0.2  # share of the pseudo-labels that are made wrong
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory) -> RunDir:
-    """A run directory of digits whose pseudo-labels are right in four cases of five."""
+    """Return a run directory of digits, four fifths of whose pseudo-labels are right."""
     run_dir = RunDir(tmp_path_factory.mktemp("run"))
     write_clustered(run_dir, NUM_POOL)
     for path in run_dir.table_files(schema.CLUSTERS, schema.PSEUDO_LABELS_DIR):
@@ -41,7 +41,7 @@ def embeddings(run_dir: RunDir) -> tuple[np.ndarray, np.ndarray]:
     return rows["sample_id"].to_numpy(), np.stack(rows["embedding"].to_numpy()).astype(np.float64)
 
 
-def test_pseudo_labels_are_measured_as_scikit_learn_does(run_dir, labels):
+def test_metrics_of_pseudo_labels_equal_those_of_scikit_learn(run_dir, labels):
     ids = run_dir.read_column("clusters", "pseudo_labels", column="sample_id")
     clusters = run_dir.read_column("clusters", "pseudo_labels", column="pseudo_label")
     truth = labels.of(ids)
@@ -52,8 +52,8 @@ def test_pseudo_labels_are_measured_as_scikit_learn_does(run_dir, labels):
     assert measured.ari == pytest.approx(adjusted_rand_score(truth, clusters))
 
 
-def test_neighbours_vote_as_those_of_scikit_learn_do(ray_cluster, run_dir, labels, tmp_path):
-    """A sample is no neighbour of itself; the result is kept in a file."""
+def test_the_vote_of_neighbours_equals_that_of_scikit_learn(ray_cluster, run_dir, labels, tmp_path):
+    """A sample is not its own neighbour. The result is read from its file the next time."""
     ids, vectors = embeddings(run_dir)
     truth = labels.of(ids)
     nearest = NearestNeighbors(n_neighbors=11, metric="cosine", algorithm="brute").fit(vectors).kneighbors(vectors)[1]
@@ -69,7 +69,7 @@ def test_neighbours_vote_as_those_of_scikit_learn_do(ray_cluster, run_dir, label
 
 
 def test_samples_without_a_label_take_no_part_in_the_vote(ray_cluster, run_dir, labels, monkeypatch):
-    """Of a large pool a random part is asked."""
+    """Of a large pool a random part are queries."""
     some = TrueLabels(np.where(np.arange(NUM_POOL) % 3 == 0, labels.of_id, NO_LABEL), ())
     ids, vectors = embeddings(run_dir)
     is_labelled = ids % 3 == 0
