@@ -1,1 +1,1 @@
-"""Entry points for `python jobs/<name>.py` and `ray job submit`, each over the YAML beside it."""
+"""Entry points for `python jobs/<name>.py` and `ray job submit`, each with its settings in a YAML file of its name."""

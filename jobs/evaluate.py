@@ -1,13 +1,13 @@
 """Compare the coresets of finished runs with baselines, by training on each with the true labels.
 
 For every method, budget and seed a network is trained from scratch for the same number of steps, and tested on images
-that no selection has seen. Trainings share the cluster's devices. What is complete is kept: the same command goes on
-where it was stopped, and more methods, budgets or seeds only add to it. Example:
+that no selection has seen. Trainings share the cluster's devices. The same command resumes where it was stopped, and
+more methods, budgets or seeds repeat nothing. Example:
 
     python jobs/evaluate.py runs=[runs/a,runs/b] out=runs/judged test_uri=cifar10/test.parquet pool.label=label \\
       methods=[random,prototypicality,d2,elfs,elfs+score=el2n] budgets=[0.1,0.3]
 
-A single run can evaluate itself at its end: give its job evaluate.test_uri=...
+To evaluate a single run at the end of its own job, give that job evaluate.test_uri=...
 """
 
 import sys
@@ -20,7 +20,7 @@ from elfs_ray.storage.run_dir import RunDir
 
 
 def help_text() -> str:
-    """Return every key with its default."""
+    """Return the text of --help: every key with its default."""
     lines = [str(__doc__), "usage: python jobs/evaluate.py [--dry-run] [--help] key=value ...", ""]
     lines += ["--dry-run  check everything, print what would be selected and trained, do nothing", ""]
     return "\n".join([*lines, *key_lines(describe_keys(kind=EvaluateRunsConfig))])
@@ -35,6 +35,7 @@ def main(arguments: list[str]) -> None:
     if options:
         print(describe(config))
         return
+    # Late, so that --help and --dry-run need not import torch.
     from elfs_ray.evaluation.run import run
 
     print_results(run(config), RunDir(config.out))

@@ -1,8 +1,8 @@
 """Turn a published benchmark into pools: cifar10, cifar100, stl10, cinic10 or imagenet.
 
-The owner's archives are checked by MD5, the splits and classes by their numbers of images. The pools are Parquet: image
-(bytes of an image file), label. They have their name only once they are whole; after an interruption, type the same
-command again.
+The publisher's archives are checked by MD5, the splits and classes by their numbers of images. The pools are Parquet
+with the columns image (bytes of an image file) and label. They get their names only when they are complete; after an
+interruption, type the same command again.
 
     python jobs/prepare.py dataset=cifar10 source=cifar-10-python.tar.gz out=pools/cifar10
     python jobs/cifar10.py pool.uri=pools/cifar10/train pool.label=label run_dir=runs/cifar10 \\
@@ -21,22 +21,22 @@ from elfs_ray.runtime.progress import count
 
 KEYS = {
     "dataset": f"one of {', '.join(BENCHMARKS)}",
-    "source": f"the owner's archive or what it unpacks to, or {DOWNLOAD}, which keeps the archive in the folder of out",
-    "out": "folder for the pools, on this machine (default pools/<dataset>); copy it to a bucket from there",
+    "source": f"the publisher's archive, the folder it unpacks to, or {DOWNLOAD}, which keeps the archive next to out",
+    "out": "folder for the pools on this machine (default pools/<dataset>), from where you can copy them to a bucket",
 }
 
 
 def help_text() -> str:
     """Return the text of --help: the keys, and what each benchmark needs."""
     lines = [str(__doc__), "usage: python jobs/prepare.py [--dry-run] [--help] key=value ...", ""]
-    lines += ["--dry-run  say what would be written, do nothing", ""]
+    lines += ["--dry-run  print what would be written, do nothing", ""]
     lines += [f"{key:<8} {meaning}" for key, meaning in KEYS.items()] + [""]
     lines += [f"{name:<8} {benchmark.valid_sources}" for name, benchmark in BENCHMARKS.items()]
     return "\n".join(lines)
 
 
 def read_keys(overrides: list[str]) -> tuple[Benchmark, str | None, Path]:
-    """Return (benchmark, source, out). Raises ConfigError for an unknown key or benchmark, or a bucket as out."""
+    """Return (benchmark, source, out). Raises ConfigError for an unknown key or benchmark, and for a bucket as out."""
     values = dict(override.split("=", 1) for override in overrides if "=" in override)
     if len(values) < len(overrides) or not values.keys() <= KEYS.keys():
         raise ConfigError(f"{' '.join(overrides)}: arguments must be dataset=..., source=... and optionally out=...")
@@ -44,12 +44,12 @@ def read_keys(overrides: list[str]) -> tuple[Benchmark, str | None, Path]:
         raise ConfigError(f"dataset={values.get('dataset', '')} must be one of {', '.join(BENCHMARKS)}")
     out = values.get("out") or f"pools/{values['dataset']}"
     if "://" in out:
-        raise ConfigError(f"out={out} must be a folder on this machine: write to one, and copy it to the bucket")
+        raise ConfigError(f"out={out} must be a folder on this machine: give one, then copy it to the bucket")
     return BENCHMARKS[values["dataset"]], values.get("source") or None, Path(out).expanduser()
 
 
 def describe(benchmark: Benchmark, facts: Facts | None, out: Path) -> str:
-    """Return a line for each pool that is or will be written, and the command that uses them once they are."""
+    """Return a line for each pool and, once they are written (facts is not None), the command that uses them."""
     lines = [
         f"{split:<6} {count(known.num_images, 'image')} of {benchmark.num_classes:,} classes  {out / split}"
         for split, known in benchmark.splits.items()

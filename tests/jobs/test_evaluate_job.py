@@ -1,4 +1,4 @@
-"""jobs/evaluate.py as a person types it; what it does is tested in tests/evaluation."""
+"""jobs/evaluate.py on the command line; tests/evaluation has what it does."""
 
 import subprocess
 import sys

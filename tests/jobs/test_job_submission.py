@@ -1,4 +1,4 @@
-"""`ray job submit` against a head that `ray start` made: a job is followed, stopped and submitted again."""
+"""Submit jobs with `ray job submit` to a head that `ray start` made; follow, stop and resubmit them."""
 
 import os
 import shutil
@@ -38,7 +38,7 @@ def free_ports(count: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[str]:
-    """The address of the jobs' server of a head with 2 CPUs, which has the session's token and no copy of elfs_ray."""
+    """Yield the address of the job server of a head with 2 CPUs, the session's token and no copy of elfs_ray."""
     folder = tempfile.mkdtemp(prefix="er-", dir="/tmp")
     ports = free_ports(len(PORT_OPTIONS))
     command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={folder}"]
@@ -116,7 +116,7 @@ def test_a_submitted_job_runs_the_code_that_came_with_it(head):
     assert "/working_dir_files/_ray_pkg_" in result.stdout
 
 
-def test_a_job_that_is_stopped_and_submitted_again_equals_an_undisturbed_run(head, ray_cluster, overrides, tmp_path):
+def test_a_stopped_and_resubmitted_job_equals_an_undisturbed_run(head, ray_cluster, overrides, tmp_path):
     entrypoint = ["--working-dir", ".", "--", "python", "jobs/cifar10.py", *overrides, f"run_dir={tmp_path / 'run'}"]
     submitted = ray_job("submit", "--no-wait", "--submission-id", "first", *entrypoint, address=head)
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr

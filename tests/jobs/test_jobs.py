@@ -1,4 +1,4 @@
-"""Jobs as a person types them: --help, --dry-run, errors and their exit codes."""
+"""Jobs on the command line: --help, --dry-run, errors and exit codes."""
 
 import os
 import subprocess
@@ -77,8 +77,8 @@ def test_dry_run_prints_the_plan_and_does_nothing(pool, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_demo_plans_on_a_fresh_clone_and_writes_its_digits_only_when_it_runs(tmp_path):
-    """A run that is refused once the digits are there, so that nothing is trained here."""
+def test_the_dry_run_of_the_demo_writes_no_digits_and_the_run_does(tmp_path):
+    """The run has a budget that is refused once the digits exist, so that nothing is trained."""
     plan = type_job("quickstart", "--dry-run", cwd=tmp_path)
     assert plan.returncode == 0, plan.stderr
     assert "4,000 images in runs/digits/pool.parquet" in plan.stdout and "40 images (1.00%)" in plan.stdout
@@ -99,7 +99,7 @@ def test_the_demo_plans_on_a_fresh_clone_and_writes_its_digits_only_when_it_runs
 
 @pytest.mark.parametrize("uri", ["photos/pool.parquet", "s3:/bucket/pool.parquet", "other/digits"])
 @pytest.mark.parametrize("option", ["--dry-run", "seed=0"])
-def test_the_demo_writes_no_digits_where_another_pool_is_asked_for(tmp_path, uri, option):
+def test_the_demo_writes_no_digits_for_another_pool(tmp_path, uri, option):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "test.parquet").write_text("mine")
     result = type_job("quickstart", option, f"pool.uri={uri}", "evaluate.test_uri=photos", cwd=tmp_path)
@@ -108,7 +108,7 @@ def test_the_demo_writes_no_digits_where_another_pool_is_asked_for(tmp_path, uri
     assert (tmp_path / "photos" / "test.parquet").read_text() == "mine"
 
 
-def test_a_gpu_that_is_not_there_is_refused_by_the_dry_run(pool, tmp_path):
+def test_the_dry_run_refuses_a_missing_gpu(pool, tmp_path):
     arguments = [f"pool.uri={pool}", f"run_dir={tmp_path / 'run'}", "embed.encoder=pixels", "ray_address=local"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     result = type_job("cifar10", "--dry-run", "train.device=cuda", *arguments, env=environment)
@@ -116,7 +116,7 @@ def test_a_gpu_that_is_not_there_is_refused_by_the_dry_run(pool, tmp_path):
     assert "train.device=cuda, but there is no GPU on this machine" in result.stderr
 
 
-def test_help_that_is_cut_short_by_its_reader_is_no_error():
+def test_help_piped_into_head_is_no_error():
     command = f"{sys.executable} {JOBS / 'imagenet.py'} --help | head -1; exit ${{PIPESTATUS[0]}}"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=100)
     assert (result.returncode, result.stderr, result.stdout.count("\n")) == (0, "", 1)

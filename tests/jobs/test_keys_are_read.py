@@ -1,8 +1,9 @@
-"""Every key that a job takes is read by the code that the job runs, as the type checker sees it.
+"""Every key that a job accepts is read by the code that the job runs.
 
-mypy tells of what class each attribute that the sources read is. A key counts as read where it is read of its own
-section in a module that does something; the modules of config/ declare and check, and there only what others call in
-turn counts, such as Config.budgets. Sections whose keys are handed over by name must have them all where they arrive.
+mypy knows the class of every attribute that the sources read. A key counts as read if it is read from its section
+outside config/. The modules of config/ declare and check keys, so there only functions and properties that the other
+packages call count, such as Config.budgets. A section that is passed on by the names of its keys must arrive in a class
+that has them all.
 """
 
 import ast
@@ -28,7 +29,7 @@ from elfs_ray.pipeline import reselect
 
 ROOT = Path(__file__).parent.parent.parent
 PIPELINE_JOBS = ("imagenet", "cifar10", "cifar100", "stl10", "cinic10")
-# A key of these that is not read by name is handed over with its name to one of the classes.
+# Keys of these sections become the fields of the same names of the classes.
 HANDED_OVER = {PretrainConfig: (SimclrSettings, ViewSettings), TemiConfig: (TemiSettings,)}
 KEY_NAMES = {name.rpartition(".")[2] for kind in (Config, EvaluateRunsConfig) for name, _ in fields_of(kind)}
 Read = tuple[str, str]  # full name of a class, attribute
@@ -36,13 +37,13 @@ Read = tuple[str, str]  # full name of a class, attribute
 
 @dataclass
 class Reads:
-    """What each function of some modules reads, "" being what is outside of functions."""
+    """The attributes and names that each function of some modules reads; "" is code outside of functions."""
 
     attributes: dict[str, set[Read]] = field(default_factory=lambda: defaultdict(set))
     names: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
 
     def add_module(self, source: str, tree: MypyFile, types: Mapping[Expression, Type]) -> None:
-        """Add the names in a source, and its attributes with the classes of their owners, which mypy knows."""
+        """Add what a source reads: names, and attributes with the classes that mypy knows their owners by."""
         for function, node in _with_functions(ast.parse(source), ""):
             if isinstance(node, ast.Name):
                 self.names[function].add(node.id)
@@ -53,7 +54,7 @@ class Reads:
                     place = (owner.lineno, owner.col_offset, owner.end_lineno, owner.end_col_offset)
                     kind = get_proper_type(types.get(find_by_location(tree, *place)))
                     if isinstance(kind, Instance):
-                        # What is read of a subclass is read of the class that declares it.
+                        # A key read from a subclass counts as read from the class that declares it.
                         self.attributes[function] |= {(base.fullname, node.attr) for base in kind.type.mro}
 
 
@@ -83,23 +84,23 @@ def reads() -> dict[str, Reads]:
 
 
 def read_by(packages: tuple[str, ...]) -> set[Read]:
-    """Return what some packages read, themselves or through functions and properties of config/ that do not check."""
+    """Return what packages read, themselves or through functions and properties of config/ that do more than check."""
     config = reads()["config"]
     functions = {name for name in config.names if name and "check" not in name and not name.startswith("load")}
-    found = set().union(*(read for package in packages for read in reads()[package].attributes.values()))
+    result = set().union(*(read for package in packages for read in reads()[package].attributes.values()))
     called = set().union(*(names for package in packages for names in reads()[package].names.values()))
     done: set[str] = set()
     while left := (functions & called) - done:
         for name in left:
-            found |= config.attributes[name]
+            result |= config.attributes[name]
             called |= config.names[name]
         done |= left
-    return found
+    return result
 
 
 def unread(kind: type, packages: tuple[str, ...], prefix: str = "") -> list[str]:
     """Return the keys of a section, and of those in it, that the packages do not read."""
-    found, missing = read_by((*packages, "methods")), []
+    reads_of_packages, missing = read_by((*packages, "methods")), []
     for spec in fields(kind):
         if not spec.metadata:
             missing += unread(spec.type, packages, f"{prefix}{spec.name}.")
@@ -108,7 +109,7 @@ def unread(kind: type, packages: tuple[str, ...], prefix: str = "") -> list[str]
         owner = f"{declared.__module__}.{declared.__qualname__}"
         targets = [target for target in HANDED_OVER.get(kind, ()) if spec.name in target.__dataclass_fields__]
         read = {(f"{target.__module__}.{target.__qualname__}", spec.name) for target in targets} | {(owner, spec.name)}
-        if not read & found:
+        if not read & reads_of_packages:
             missing.append(prefix + spec.name)
     return missing
 
@@ -145,8 +146,8 @@ def test_a_key_that_nobody_reads_is_found():
 
 
 @pytest.mark.parametrize("name", PIPELINE_JOBS)
-def test_the_job_of_each_benchmark_is_the_whole_command_line_of_a_run(name):
-    """It runs `run_job` over the YAML of its name and nothing else, so that what a run reads, the job reads."""
+def test_the_job_of_each_benchmark_calls_only_run_job(name):
+    """So the job reads every key that a run reads."""
     tree = ast.parse((ROOT / "jobs" / f"{name}.py").read_text())
     main = tree.body[-1]
     assert isinstance(main, ast.If)
@@ -156,5 +157,5 @@ def test_the_job_of_each_benchmark_is_the_whole_command_line_of_a_run(name):
 
 
 def test_every_key_of_a_reselection_is_one_of_a_run():
-    """What it does not take, it refuses: see tests/pipeline/test_reselect.py."""
+    """Other keys are refused: see tests/pipeline/test_reselect.py."""
     assert set(reselect.KEYS) <= {key for key, _ in fields_of(Config)}

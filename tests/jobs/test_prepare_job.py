@@ -1,4 +1,4 @@
-"""jobs/prepare.py as a user types it: its keys, what it asks for, and the command that it ends with."""
+"""jobs/prepare.py on the command line: its keys, its errors, and the command that it prints at the end."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from tests.jobs.test_jobs import JOBS, type_job
 
 
 def command_of(tmp_path: Path) -> list[str]:
-    """Return the command that the job prints once a small CIFAR10 is there."""
+    """Return the command that the job prints after it has made the pools of a small CIFAR10."""
     from jobs.prepare import describe
 
     built = BUILD["cifar10"]("cifar10", tmp_path / "published")
@@ -22,7 +22,7 @@ def command_of(tmp_path: Path) -> list[str]:
     return describe(built.benchmark, facts, tmp_path / "pools" / "cifar10").splitlines()[-1].split()
 
 
-def test_the_command_at_the_end_names_a_job_and_keys_that_it_takes(tmp_path):
+def test_the_printed_command_names_a_job_and_keys_that_it_accepts(tmp_path):
     python, job, *overrides = command_of(tmp_path)
     config = load_config(JOBS.parent / Path(job).with_suffix(".yaml"), overrides)
     assert python == "python" and (JOBS.parent / job).is_file()
@@ -32,7 +32,7 @@ def test_the_command_at_the_end_names_a_job_and_keys_that_it_takes(tmp_path):
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_without_a_source_it_asks_for_one_and_names_the_page(name, tmp_path):
+def test_a_missing_source_is_refused_with_the_page_that_has_it(name, tmp_path):
     from jobs.prepare import main
 
     with pytest.raises(ValueError, match="no source for") as error:
