@@ -137,7 +137,7 @@ def test_more_than_a_cluster_of_fixed_size_has_is_refused():
 def test_a_cluster_that_may_grow_accepts_larger_requests_as_shortages():
     for devices in (EMPTY, SMALL):
         (shortage,) = shortages("train", devices, "train.num_workers=9", "train.device=cuda", "train.cpus_per_worker=4")
-        assert f"9 workers of 4 CPUs, 1 GPU: 36 CPUs in all, and there are {devices.num_cpus} that" in shortage
+        assert f"9 workers of 4 CPUs, 1 GPU: 36 CPUs in all, and there are {devices.num_cpus} in the" in shortage
     (shortage,) = shortages("cluster", SMALL, "cluster.memory_gib=2")
     assert "more than the 1.0 GiB" in shortage
     assert shortages("embed", SMALL, "embed.num_workers=4-64") == []
