@@ -16,8 +16,8 @@ import pyarrow as pa
 import ray
 import torch
 
-from elfs_ray.evaluation.data import TrueLabels
 from elfs_ray.evaluation.trials import TrialPlace
+from elfs_ray.evaluation.true_labels import TrueLabels
 from elfs_ray.methods.selection.badge import badge_selection
 from elfs_ray.methods.selection.pruning import random_selection
 from elfs_ray.methods.training.classifier import Classifier, ClassifierSettings, LabelledImages

@@ -11,7 +11,7 @@ import numpy as np
 import ray
 import torch
 
-from elfs_ray.evaluation.data import NO_LABEL, TrueLabels, digest
+from elfs_ray.evaluation.true_labels import NO_LABEL, TrueLabels, digest
 from elfs_ray.methods.clustering_metrics import (
     adjusted_rand_index,
     contingency_table,

@@ -22,12 +22,12 @@ import pyarrow as pa
 import torch
 
 from elfs_ray.evaluation.chart import draw_chart
-from elfs_ray.evaluation.data import TrueLabels, list_labels, load_test_images, read_labels
 from elfs_ray.evaluation.keys import EvaluateRunsConfig
 from elfs_ray.evaluation.quality import judge_clustering, judge_embeddings
 from elfs_ray.evaluation.report import Line, Quality, Results, to_markdown
 from elfs_ray.evaluation.selections import Selection, buy_and_select, select_without_labels
 from elfs_ray.evaluation.trials import Trial, TrialData, TrialPlace, run_trials, summarize
+from elfs_ray.evaluation.true_labels import TrueLabels, list_labels, load_test_images, read_labels
 from elfs_ray.evaluation.workload import Workload, make_workload
 from elfs_ray.methods.numeric.precision import resolve_precision
 from elfs_ray.methods.training.classifier import ClassifierSettings

@@ -11,11 +11,11 @@ import numpy as np
 
 from elfs_ray.config import USES_HARD_FRACTION, Config, load_config
 from elfs_ray.evaluation.badge import BadgeJob, buy_labels, round_ends
-from elfs_ray.evaluation.data import TrueLabels, digest
 from elfs_ray.evaluation.keys import EvaluateRunsConfig
 from elfs_ray.evaluation.report import ALL
 from elfs_ray.evaluation.supervised import write_labels_as_clusters
 from elfs_ray.evaluation.trials import TrialPlace
+from elfs_ray.evaluation.true_labels import TrueLabels, digest
 from elfs_ray.evaluation.workload import Entry, Source, Workload
 from elfs_ray.methods.training.classifier import ClassifierSettings
 from elfs_ray.pipeline import reselect

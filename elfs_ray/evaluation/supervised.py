@@ -7,7 +7,7 @@ Writes  clusters/pseudo_labels of another run directory, which stages train and 
 import numpy as np
 import pyarrow as pa
 
-from elfs_ray.evaluation.data import TrueLabels
+from elfs_ray.evaluation.true_labels import TrueLabels
 from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import Marker, RunDir

@@ -18,7 +18,7 @@ import numpy as np
 import ray
 import torch
 
-from elfs_ray.evaluation.data import TrueLabels, digest, load_samples
+from elfs_ray.evaluation.true_labels import TrueLabels, digest, load_samples
 from elfs_ray.methods.training.classifier import Classifier, ClassifierSettings, LabelledImages
 from elfs_ray.runtime.cluster import run_tasks
 from elfs_ray.runtime.progress import Progress

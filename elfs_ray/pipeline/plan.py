@@ -1,4 +1,4 @@
-"""Plan what a run does with each stage, and check everything that can be checked before it starts."""
+"""Decide for each stage whether a run skips, resumes, runs or replaces it, and check all that can be checked before."""
 
 import json
 import secrets
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from elfs_ray.config import Config, ConfigError, check_against_pool
 from elfs_ray.pipeline.replace import describe_obstacles, replaced_names
 from elfs_ray.pipeline.stages import stages_of
+from elfs_ray.pool.files import UNIT_NOUNS
 from elfs_ray.pool.listing import PoolColumns, count_unit, find_units
 from elfs_ray.stages.index import IndexResult
 from elfs_ray.stages.stage import Result, Stage
@@ -16,7 +17,6 @@ from elfs_ray.storage import filesystem
 from elfs_ray.storage.run_dir import BadMarkerError, Marker, RunDir
 
 MIN_UNITS_COUNTED = 64  # of more than twice as many tars or folders, only every second, third, ... is counted
-UNIT_NOUNS = {"folder": "folder", "parquet": "Parquet file", "webdataset": "tar"}
 
 
 @dataclass(frozen=True)

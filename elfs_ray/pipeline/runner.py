@@ -1,4 +1,4 @@
-"""Run the stages in order: skip complete ones, refuse those made with another config, resume unfinished ones.
+"""Run the stages in order, as plan.py has decided for each: skip, resume, run or replace it.
 
 A stage is a function of (config, run_dir) that reads tables of earlier stages and writes its own.
 """

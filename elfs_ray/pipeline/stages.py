@@ -1,4 +1,5 @@
-"""List the stages in order. A new stage is a folder of stages/ and a line here.
+"""List the stages in order. A new stage is a folder of stages/ and a line here; its keys go into config/, the columns
+of its tables into storage/schema.py, and later stages name it in their `inputs`.
 
 index ──► embed ──► cluster ──► train ──► select ──► report
 index ──► copy ──► pretrain ──► embed ──► ...               for an encoder that is trained on the pool itself

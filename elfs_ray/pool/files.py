@@ -27,6 +27,7 @@ _FILE_ERRNOS = (
 # pyarrow raises a plain OSError, often without an errno, for whatever an object store answers: only the text tells.
 _STORE_ERROR = re.compile(r"AWS Error|google::cloud|HTTP status|curl", re.IGNORECASE)
 UNIT_EXTENSION = {"parquet": ".parquet", "webdataset": ".tar"}
+UNIT_NOUNS = {"folder": "folder", "parquet": "Parquet file", "webdataset": "tar"}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Decode, resize and encode images: bytes in, 8-bit RGB out, or the reason why not.
 
 Greyscale, palette, CMYK, transparent and 16-bit images are converted to 8-bit RGB. Everything else raises `BadImage`,
-whose message becomes the reason in rejected/.
+whose message becomes the reason in rejected/. Other reasons come from files.py (a file that cannot be read), tar.py and
+parquet_rows.py (a damaged container) and stages/embed/run.py (an unusable embedding).
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Request workers from the cluster: how many, and the CPUs, GPUs and memory of each."""
+"""Make, check and describe the requests for workers. What a stage requests is in its stages/<name>/__init__.py."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING

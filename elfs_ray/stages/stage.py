@@ -54,8 +54,8 @@ class Stage:
     inputs         the stages whose tables it reads
     tables, files  the tables that it writes, and the files beside them
     is_on_driver   True if it needs no tasks or workers
-    requests       the workers and GPU tasks that it requests, besides tasks of one CPU. The run takes its numbers from
-                   the same functions, so that the plan cannot differ from it. Raises ConfigError for a GPU where there
+    requests       the workers and GPU tasks that it requests, besides tasks of one CPU. Workers are started from these
+                   same numbers, so that the plan cannot differ from the run. Raises ConfigError for a GPU where there
                    can be none
     advice         lines to print before the stage starts, such as a warning that it will take days
     check          raises ConfigError, before any work, for a config that the stage cannot run

@@ -20,11 +20,11 @@ from elfs_ray.evaluation import run as evaluation
 from elfs_ray.evaluation import trials
 from elfs_ray.evaluation.badge import BadgeJob, buy_labels, round_ends
 from elfs_ray.evaluation.chart import draw_chart
-from elfs_ray.evaluation.data import TrueLabels, read_labels
 from elfs_ray.evaluation.published import PUBLISHED
 from elfs_ray.evaluation.report import Results, closing_lines, to_markdown
 from elfs_ray.evaluation.selections import select_without_labels
 from elfs_ray.evaluation.trials import TrialPlace
+from elfs_ray.evaluation.true_labels import TrueLabels, read_labels
 from elfs_ray.evaluation.workload import describe, load, make_workload
 from elfs_ray.methods.selection import pruning
 from elfs_ray.pipeline import reselect

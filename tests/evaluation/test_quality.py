@@ -7,8 +7,8 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
 from elfs_ray.evaluation import quality
-from elfs_ray.evaluation.data import NO_LABEL, TrueLabels
 from elfs_ray.evaluation.quality import judge_clustering, judge_embeddings, neighbor_accuracy
+from elfs_ray.evaluation.true_labels import NO_LABEL, TrueLabels
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 from tests.tables import digit_images, write_clustered

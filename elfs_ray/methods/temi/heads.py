@@ -1,8 +1,8 @@
-"""The clustering heads of TEMI and their loss (Adaloglou et al., BMVC 2023, arXiv 2303.17896).
+"""The clustering heads of TEMI and their settings (Adaloglou et al., BMVC 2023, arXiv 2303.17896).
 
 TEMI clusters embeddings with many heads that train at the same time. Each head is a small student and teacher that
 learn to put a sample and its neighbour into the same cluster. All heads form one batched module, so that a step takes a
-few large matrix products, however many heads there are. training.py trains them.
+few large matrix products, however many heads there are. loss.py has what they minimize, training.py the training.
 """
 
 import math
@@ -98,7 +98,7 @@ class TemiHeads(nn.Module):
         bottleneck = torch.baddbmm(self.bottleneck_bias, hidden, self.bottleneck_weight)
         clusters = _UnitRows.apply(self.cluster_direction) * self.cluster_gain
         # Norms are taken in float32: the squares of half-precision numbers underflow or lose too many bits.
-        return torch.bmm(_UnitRows.apply(_at_least_float32(bottleneck)), clusters.transpose(1, 2))
+        return torch.bmm(_UnitRows.apply(at_least_float32(bottleneck)), clusters.transpose(1, 2))
 
     def part(self, heads: slice) -> "TemiHeads":
         """Return some of the heads as a module whose parameters and gradients are views of this module's."""
@@ -119,38 +119,6 @@ class TemiHeads(nn.Module):
         return [self.hidden_bias, self.bottleneck_bias, self.cluster_gain]
 
 
-def cluster_log_probs(logits: Tensor, temperature: float) -> Tensor:
-    """Return the log of the cluster probabilities, of the logits' shape, in float32 or wider."""
-    return F.log_softmax(_at_least_float32(logits) / temperature, dim=-1)
-
-
-@torch.no_grad()
-def pair_weights(teacher_log_probs: Tensor) -> Tensor:
-    """Return the weight (b,) of each pair, from teacher log-probabilities (H, 2, b, C).
-
-    It is the probability, averaged over the heads, that the teachers put a sample and its neighbour into one cluster.
-    """
-    teacher_probs = teacher_log_probs.exp()
-    return (teacher_probs[:, 0] * teacher_probs[:, 1]).sum(dim=-1).mean(dim=0)
-
-
-def temi_loss(
-    student_log_probs: Tensor, teacher_log_probs: Tensor, marginal: Tensor, pair_weight: Tensor, beta: float
-) -> Tensor:
-    """Return the loss of each head, (H,), for a batch of pairs (TEMI, equation 8; ELFS, section 3).
-
-    `student_log_probs` and `teacher_log_probs` are (H, 2, b, C): axis 1 holds the samples, then their neighbours.
-    `marginal` is (H, C), `pair_weight` (b,) the `pair_weights` over all heads. Gradients flow into the student alone.
-    """
-    with torch.no_grad():
-        # The marginal of an unused cluster decays to 0, whose logarithm would make the loss infinite.
-        log_marginal = marginal.clamp_min(torch.finfo(marginal.dtype).tiny).log()
-        target = beta * teacher_log_probs.flip(1) - log_marginal[:, None, None, :]
-    # The sum over clusters is taken on logarithms, as (q_s · q_t)^β underflows where a head is certain.
-    agreement = torch.logsumexp(beta * student_log_probs + target, dim=-1)
-    return -(pair_weight * agreement).mean(dim=(1, 2))
-
-
 class _UnitRows(torch.autograd.Function):
     """L2 normalization of the last axis, whose gradient takes two passes over memory instead of F.normalize's eight."""
 
@@ -169,5 +137,6 @@ class _UnitRows(torch.autograd.Function):
         return torch.addcmul(gradient, unit, along, value=-1).div_(norm)
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return half-precision numbers as float32, others unchanged."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from elfs_ray.methods.numeric.hashing import hash_uint64, hash_uniform
-from elfs_ray.methods.temi.heads import TemiHeads, TemiSettings, cluster_log_probs, pair_weights, temi_loss
+from elfs_ray.methods.temi.heads import TemiHeads, TemiSettings
+from elfs_ray.methods.temi.loss import cluster_log_probs, pair_weights, temi_loss
 
 _ORDER_STREAM, _NEIGHBOR_STREAM = 2, 3  # 1 is the initialization's in heads.py
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from elfs_ray.methods.clustering_metrics import contingency_table, matched_accuracy
 from elfs_ray.methods.numeric.pca import fit_pca, project
 from elfs_ray.methods.temi import training as temi_training
-from elfs_ray.methods.temi.heads import CPU_PROFILE, TemiHeads, TemiSettings, cluster_log_probs, pair_weights, temi_loss
+from elfs_ray.methods.temi.heads import CPU_PROFILE, TemiHeads, TemiSettings
+from elfs_ray.methods.temi.loss import cluster_log_probs, pair_weights, temi_loss
 from elfs_ray.methods.temi.training import (
     ClusteringCollapseError,
     TemiTrainer,
