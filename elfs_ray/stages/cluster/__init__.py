@@ -1,4 +1,4 @@
-"""cluster: pseudo-labels from embeddings."""
+"""cluster: give every embedding a pseudo-label."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ClusterResult(Result):
-    """The samples with a pseudo-label, the clusters and their sizes, and the metrics that need no true labels.
+    """The number of samples with a pseudo-label, the sizes of the clusters, and metrics that need no true labels.
 
-    objective and iterations are those of k-means; neighbors, neighbor_purity and temi are there where these were asked
-    for, num_clusters_evidence where the number of clusters was estimated.
+    objective and iterations are those of k-means. neighbors, neighbor_purity, temi and num_clusters_evidence are None
+    or empty if the run had no neighbour search, no TEMI, and no estimate of the number of clusters.
     """
 
     stage: ClassVar[str] = "cluster"
@@ -73,12 +73,12 @@ def request_shards(cluster: ClusterConfig, devices: "Devices") -> Request:
 
 
 def searches_on_gpus(cluster: ClusterConfig, devices: "Devices") -> bool:
-    """Return whether tasks on GPUs find the nearest neighbours, which the inverted file does on CPUs alone."""
+    """Return True if tasks on GPUs search for the nearest neighbours; the inverted file is on CPUs only."""
     return devices.resolve(cluster.device, "cluster.device") == "cuda" and cluster.neighbor_search != "ivf"
 
 
 def request_temi_workers(cluster: ClusterConfig, devices: "Devices") -> Request:
-    """Return the workers that train TEMI's heads: each with a GPU and a CPU, or with an equal share of the CPUs."""
+    """Return the workers that train TEMI's heads, each with 1 GPU and 1 CPU or with an equal share of the CPUs."""
     request = request_workers(
         devices,
         "cluster.temi",
@@ -92,7 +92,7 @@ def request_temi_workers(cluster: ClusterConfig, devices: "Devices") -> Request:
 
 
 def _check_faiss(config: Config, device: str) -> None:
-    """Raise ConfigError where the stage needs faiss on a device and the installed one, if any, cannot serve it."""
+    """Raise ConfigError if the stage needs faiss on a device and the installed faiss, if any, cannot serve it."""
     cluster = config.cluster
     try:
         if cluster.engine == "faiss" and cluster.method != "file":

@@ -1,9 +1,11 @@
-"""The nearest neighbours of every sample, for TEMI and for baselines that look at the neighbourhood graph.
+"""Find the nearest neighbours of every sample, for TEMI and for baselines that use the neighbourhood graph.
 
 Reads   embeddings/
-Writes  neighbors/ (sample_id, neighbor_ids, similarity), a file for each of embeddings/
+Writes  neighbors/ (sample_id, neighbor_ids, similarity), one file for each file of embeddings/
 
-A task finds the neighbours of some files' samples in all files, a few at a time; a resumed run skips files that exist.
+A task finds the neighbours of the samples of some files among all files, which it reads a few at a time. A resumed run
+skips the files that exist.
+
 Exact search costs 2·n²·d operations. Above 200,000 samples CPUs use faiss's inverted file instead, in shards on
 actors, around the centroids of a spherical k-means on a sample. It looks into as many lists as the requested recall
 takes, measured on a sample, and into more where these hold too few.
@@ -33,23 +35,25 @@ from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
 MAX_EXACT_ON_CPU = 200_000
-MAX_QUERIES = 1 << 18
-MIN_TASKS_PER_WORKER = 4
-SHARD_BYTES = 256 << 20
-RECALL_QUERIES = 1000
+MAX_QUERIES = 1 << 18  # samples of a task: a task that is lost is done again
+MIN_TASKS_PER_WORKER = 4  # so that workers end at about the same time
+SHARD_BYTES = 256 << 20  # embeddings that a task holds besides its queries
+RECALL_QUERIES = 1000  # the standard error of a recall of 95% is then 0.7%
 LISTS_PER_ROOT = 4  # times the square root of the samples
 LIST_ROWS = 39  # faiss's own lower bound of training rows a list
 LIST_ITERATIONS = 10
-CPUS_OF_A_TURN = 0.5  # of the inverted file's shards, and of the tasks that ask them and wait
+# Of the inverted file's shards and of the tasks that query them: one waits while the other works, so that a whole CPU
+# for each would leave half of the CPUs idle.
+CPUS_OF_A_TURN = 0.5
 _LIST_STREAM, _QUERY_STREAM = 1, 2
 
 Files = list[tuple[str, int]]  # paths with their rows
 
 
 def run_neighbors(config: ClusterConfig, run_dir: RunDir, num_neighbors: int, seed: int) -> dict[str, Any]:
-    """Write neighbors/. Returns the route taken and, for the inverted file, its nprobe and measured recall.
+    """Write neighbors/. Returns the kind of search and, for the inverted file, its nprobe and measured recall.
 
-    Raises ValueError when num_neighbors is not below the number of samples.
+    Raises ValueError if num_neighbors is not below the number of samples.
     """
     devices = devices_of_cluster()
     on_gpus = searches_on_gpus(config, devices)
@@ -92,7 +96,7 @@ def _num_rows(files: Files) -> int:
 
 
 def _group(files: Files, max_rows: int) -> list[Files]:
-    """Consecutive files with up to `max_rows` rows together, at least one file each."""
+    """Return groups of consecutive files with up to `max_rows` rows in all, or with a single larger file."""
     groups: list[Files] = []
     room = 0
     for path, count in files:
@@ -105,27 +109,27 @@ def _group(files: Files, max_rows: int) -> list[Files]:
 
 
 def _shard_rows(files: Files) -> int:
-    """Rows of some 256 MiB of embeddings."""
+    """Return the number of rows in about 256 MiB of embeddings."""
     row_bytes = 2 * filesystem.read_schema(files[0][0]).field(schema.EMBEDDING).type.list_size
     return max(1, SHARD_BYTES // row_bytes)
 
 
 def _read(files: Files) -> tuple[np.ndarray, np.ndarray]:
-    """(embeddings (n, d) float16, sample_ids (n,)) of some files."""
+    """Return (embeddings (n, d) float16, sample_ids (n,)) of some files."""
     return read_embeddings([path for path, _ in files], _num_rows(files))
 
 
 def _exact(shards: list[Files], run_dir: RunDir, group: Files, num_neighbors: int, device: str) -> int:
-    """Write the neighbours of a group of files, found in all shards; the number of samples."""
+    """Write the neighbours of the samples of a group of files by exact search. Returns the number of samples."""
     queries, query_ids = _read(group)
-    found = nearest_neighbors(queries, query_ids, map(_read, shards), num_neighbors, device=device)
-    return _write(run_dir, group, query_ids, found)
+    neighbors = nearest_neighbors(queries, query_ids, map(_read, shards), num_neighbors, device=device)
+    return _write(run_dir, group, query_ids, neighbors)
 
 
 def _approximate(
     centroids: np.ndarray, lists: list[Any], run_dir: RunDir, group: Files, nprobe: int, num_neighbors: int
 ) -> int:
-    """Write the neighbours of a group of files, found through the inverted file; the number of samples."""
+    """Write the neighbours of the samples of a group of files by the inverted file. Returns the number of samples."""
     torch.set_num_threads(1)
     queries, query_ids = _read(group)
     search = partial(_ask, lists, num_neighbors)
@@ -133,7 +137,8 @@ def _approximate(
 
 
 def _ask(shards: list[Any], k: int, *queries_ids_lists: np.ndarray) -> Neighbors:
-    """What all shards of the inverted file find together."""
+    """Return the nearest neighbours in all shards of the inverted file."""
+    # Stored once, not once for each shard that is called with them.
     shared = [ray.put(array) for array in queries_ids_lists]
     return merge_neighbors(ray.get([shard.search.remote(*shared, k) for shard in shards]))
 
@@ -152,9 +157,13 @@ class _ListShard:
 def _build_lists(
     config: ClusterConfig, files: Files, num_neighbors: int, seed: int
 ) -> tuple[list[Any], np.ndarray, list[dict[str, float]]]:
-    """Actors that hold the inverted file, its centroids, and the recall of each nprobe, the last of them chosen."""
+    """Return the actors that hold the inverted file, its centroids, and the recall of each nprobe that was tried.
+
+    The last nprobe is the one to use.
+    """
     prepare = ray.remote(num_cpus=1)(_prepare)
     centroids, queries, query_ids, exact = get_result(prepare.remote(files, num_neighbors, seed))
+    # With half a CPU each, so many leave at least half of the CPUs to the tasks that query them.
     num_workers = min(config.num_workers or max(1, num_cpus() // 2), num_cpus())
     actor = ray.remote(num_cpus=CPUS_OF_A_TURN, max_restarts=-1, max_task_retries=-1)(_ListShard)
     shared = ray.put(centroids)
@@ -168,9 +177,10 @@ def _build_lists(
 
 
 def _prepare(files: Files, num_neighbors: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, Neighbors]:
-    """Centroids of the lists from a sample of the pool, and queries with their exact neighbours to measure recall.
+    """Return the centroids of the lists, and queries, their ids and their exact neighbours to measure recall.
 
-    There are no more lists than the sample has distinct embeddings.
+    The centroids come from a k-means on a sample of the pool. There are no more lists than that sample has distinct
+    embeddings.
     """
     torch.set_num_threads(1)
     num_samples = _num_rows(files)
@@ -190,33 +200,41 @@ def _prepare(files: Files, num_neighbors: int, seed: int) -> tuple[np.ndarray, n
 def _samples(
     shards: Iterator[tuple[np.ndarray, np.ndarray]], shares: dict[int, float], seed: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """About a share of all samples for each stream of random numbers, drawn by the hash of their ids."""
-    drawn: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {stream: [] for stream in shares}
+    """Return a random sample of (embeddings, ids) for each stream of random numbers, of about its share of the pool.
+
+    A sample is chosen by the hash of its id, so the result does not depend on the division into shards.
+    """
+    sampled: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {stream: [] for stream in shares}
     for embeddings, sample_ids in shards:
         for stream, share in shares.items():
             chosen = hash_uniform(seed, stream, sample_ids) < share
-            drawn[stream].append((embeddings[chosen], sample_ids[chosen]))
-    return [(np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])) for parts in drawn.values()]
+            sampled[stream].append((embeddings[chosen], sample_ids[chosen]))
+    joined = []
+    for parts in sampled.values():
+        rows, ids = zip(*parts, strict=True)
+        joined.append((np.concatenate(rows), np.concatenate(ids)))
+    return joined
 
 
 def _distinct(rows: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first of each group of equal embeddings."""
-    as_numbers = np.ascontiguousarray(rows + np.float16(0))  # which turns -0.0 into 0.0
+    """Return the first of each group of equal embeddings, with its id."""
+    as_numbers = np.ascontiguousarray(rows + np.float16(0))  # turns -0.0 into 0.0, whose bytes differ
+    # Each row becomes a single value of bytes, which `np.unique` can compare.
     whole_rows = as_numbers.view(np.dtype((np.void, as_numbers.shape[1] * 2)))[:, 0]
     first = np.sort(np.unique(whole_rows, return_index=True)[1])
     return rows[first], ids[first]
 
 
-def _write(run_dir: RunDir, group: Files, query_ids: np.ndarray, found: Neighbors) -> int:
+def _write(run_dir: RunDir, group: Files, query_ids: np.ndarray, neighbors: Neighbors) -> int:
     start = 0
     for path, rows in group:
         end = start + rows
         columns = [
             pa.array(query_ids[start:end]),
-            schema.matrix_column(found.neighbor_ids[start:end]),
-            schema.matrix_column(found.similarity[start:end]),
+            schema.matrix_column(neighbors.neighbor_ids[start:end]),
+            schema.matrix_column(neighbors.similarity[start:end]),
         ]
-        table = pa.table(columns, schema=schema.neighbors_schema(found.neighbor_ids.shape[1]))
+        table = pa.table(columns, schema=schema.neighbors_schema(neighbors.neighbor_ids.shape[1]))
         filesystem.write_table(run_dir.path(schema.NEIGHBORS, filesystem.basename(path)), table)
         start = end
     return len(query_ids)

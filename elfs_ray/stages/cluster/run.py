@@ -1,12 +1,14 @@
-"""cluster: pseudo-labels from embeddings.
+"""cluster: give every embedding a pseudo-label.
 
-Reads   embeddings/; with cluster.method=file also a table of pseudo-labels made elsewhere
-Writes  clusters/centroids.parquet, clusters/pseudo_labels/ and neighbors/ (a file of each for each of embeddings/)
+Reads   embeddings/; with cluster.method=file also a table of pseudo-labels
+Writes  clusters/centroids.parquet, clusters/pseudo_labels/, and neighbors/ if it is requested, with one file for each
+        file of embeddings/
 
-k-means runs over workers that hold shards (shards.py). cluster.method=temi goes on to the nearest
-neighbours (neighbors.py) and to heads trained on them (temi.py); these give the labels.
-The centroids of k-means are those that samples were assigned to, of unit length where cluster.spherical asks for it;
-those of other labels are the means of their samples. The distance is that to the own centroid.
+k-means runs over workers that each hold a shard of the embeddings (shards.py). With cluster.method=temi, the nearest
+neighbours are found next (neighbors.py), and heads trained on them (temi.py) give the labels.
+
+The centroids of k-means are those that samples were assigned to, of unit length with cluster.spherical=true. The
+centroids of TEMI and of a file are the means of their samples. Each sample has the distance to its cluster's centroid.
 """
 
 import io
@@ -31,18 +33,19 @@ from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
 STATE_FILE = "kmeans_state.npz"
-SAVE_INTERVAL_S = 2.0
-PURITY_SAMPLES = 20_000
+SAVE_INTERVAL_S = 2.0  # iterations of a small pool take milliseconds, and a write to a bucket far longer
+PURITY_SAMPLES = 20_000  # enough for a standard error below 0.4%
 
 
 def run_cluster(config: Config, run_dir: RunDir) -> ClusterResult:
     """Give every embedding a pseudo-label.
 
-    Raises ValueError for embeddings that are not finite, of which fewer than num_clusters are distinct, or whose
-    deep clustering collapsed. Driver memory: four copies of the centroids, and 12 bytes a sample for the measures.
+    Raises ValueError for embeddings that are not finite, for fewer distinct embeddings than clusters, and for a deep
+    clustering that collapsed. Driver memory: four copies of the centroids, and 12 bytes a sample for the metrics.
     """
     cluster = config.cluster
-    if cluster.method == "file":  # before any worker starts: what is given may not fit
+    # Before any worker starts, since the file may be refused.
+    if cluster.method == "file":
         num_clusters = write_external_labels(cluster, run_dir)
     points = ShardedPoints(cluster, run_dir)
     optional: dict[str, Any] = {}
@@ -53,7 +56,7 @@ def run_cluster(config: Config, run_dir: RunDir) -> ClusterResult:
 
     num_neighbors = _num_neighbors(config, points.count)
     if num_neighbors:
-        points.release()
+        points.release()  # the search needs the same CPUs, GPUs and memory
         optional["neighbors"] = run_neighbors(cluster, run_dir, num_neighbors, config.seed)
     if cluster.method == "temi":
         optional["temi"] = run_temi(config, run_dir, num_clusters, points.count)
@@ -63,7 +66,7 @@ def run_cluster(config: Config, run_dir: RunDir) -> ClusterResult:
     else:
         centroids = points.means_of_labels(run_dir, num_clusters)
         sizes = points.write_labels_and_distances(run_dir, centroids)
-        filesystem.delete(run_dir.path("cluster", LABELS_DIR))
+        filesystem.delete(run_dir.path("cluster", LABELS_DIR))  # they are in clusters/pseudo_labels/ now
     points.release()
     _write_centroids(run_dir, centroids)
     if num_neighbors:
@@ -79,10 +82,10 @@ def run_cluster(config: Config, run_dir: RunDir) -> ClusterResult:
 
 
 def _choose_num_clusters(config: Config, points: ShardedPoints) -> tuple[int, list[dict[str, float]]]:
-    """The number of clusters asked for, or an estimate with its evidence."""
-    asked = config.cluster.num_clusters
-    if not isinstance(asked, str):
-        return int(asked), []
+    """Return the number of clusters of the config, or an estimate with its evidence for num_clusters=auto."""
+    num_clusters = config.cluster.num_clusters
+    if not isinstance(num_clusters, str):
+        return int(num_clusters), []
     estimate = points.on_sample(partial(estimate_num_clusters, seed=config.seed), ESTIMATE_ROWS, config.seed)
     say(f"cluster   {estimate.num_clusters} clusters, estimated from {min(ESTIMATE_ROWS, points.count):,} embeddings")
     return estimate.num_clusters, list(estimate.evidence)
@@ -90,12 +93,12 @@ def _choose_num_clusters(config: Config, points: ShardedPoints) -> tuple[int, li
 
 def _num_neighbors(config: Config, num_samples: int) -> int:
     kept = config.cluster.kept_neighbors
-    # A number that was asked for is refused where the pool is too small; the default takes what there is.
+    # The default adapts to a small pool. The user's number does not: `run_neighbors` refuses one that is too large.
     return kept if config.cluster.num_neighbors is not None else min(kept, num_samples - 1)
 
 
 def _fit(config: Config, run_dir: RunDir, points: ShardedPoints, num_clusters: int) -> KMeansResult:
-    """Run k-means, from the state that an earlier run left and saving it as it goes."""
+    """Run k-means from the state that an earlier run saved, and save the state as it goes."""
     cluster = config.cluster
     saved_s = time.monotonic()
     total = cluster.num_tries * cluster.max_iterations
@@ -123,6 +126,7 @@ def _fit(config: Config, run_dir: RunDir, points: ShardedPoints, num_clusters: i
             start=_load_state(run_dir),
             on_iteration=on_iteration,
         )
+    # A run that is killed while it writes tables resumes with the result.
     _save_state(run_dir, KMeansState(attempt=cluster.num_tries, best=result))
     return result
 
@@ -149,7 +153,10 @@ def _write_centroids(run_dir: RunDir, centroids: np.ndarray) -> None:
 
 
 def _neighbor_purity(run_dir: RunDir) -> float:
-    """The mean share of a sample's neighbours that have its pseudo-label, over the first samples of every file."""
+    """Return the mean share of a sample's neighbours that have its pseudo-label.
+
+    The mean is over the first samples of every file, some 20,000 in all.
+    """
     ids = run_dir.read_column(schema.CLUSTERS, schema.PSEUDO_LABELS_DIR, column=schema.SAMPLE_ID)
     labels = run_dir.read_column(schema.CLUSTERS, schema.PSEUDO_LABELS_DIR, column=schema.PSEUDO_LABEL)
     files = run_dir.table_files(schema.NEIGHBORS)

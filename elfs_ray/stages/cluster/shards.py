@@ -1,6 +1,6 @@
-"""The pool's embeddings in shards on Ray actors, as k-means sees them (methods.kmeans_points.Points).
+"""Hold the pool's embeddings in shards on Ray actors, for k-means (methods/kmeans/points.py, Points).
 
-Each worker reads its own files of embeddings/ once and returns sums, never rows. Sums are exact, so any number of
+Each worker reads its files of embeddings/ once and returns sums, never rows. The sums are exact, so any number of
 workers gives the same bytes. A lost worker starts again, reads its files and repeats its part of one iteration.
 """
 
@@ -24,14 +24,17 @@ from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
 LABELS_DIR = "labels"
-FAN_IN = 8
+FAN_IN = 8  # partial sums that one task adds up
 MAX_BYTES_TO_DRIVER = 64 << 20
 
 T = TypeVar("T")
 
 
 class ShardedPoints:
-    """Some files of embeddings/ on each of several actors. Driver memory: one copy of what an iteration returns."""
+    """The embeddings, with some files of them on each of several actors.
+
+    Driver memory: the sums of one iteration.
+    """
 
     def __init__(self, config: ClusterConfig, run_dir: RunDir):
         self._engine = FASTEST_ENGINE if config.engine == "auto" else config.engine
@@ -49,7 +52,7 @@ class ShardedPoints:
     def on_sample(self, function: Callable[[torch.Tensor], T], num_rows: int, seed: int) -> T:
         sample_ids = smallest_ids(self._on_all("smallest_hashes", num_rows, seed), num_rows)
         rows = [shard.rows_among.remote(sample_ids) for shard in self._workers()]
-        # On a worker, so that the rows never come to the driver.
+        # Called on a worker, so that the rows never come to the driver.
         return get_result(self._workers()[0].on_rows.remote(function, *rows))
 
     def assign(self, centroids: np.ndarray) -> PartialSums:
@@ -57,21 +60,21 @@ class ShardedPoints:
         return self._total([shard.assign.remote(reference) for shard in self._workers()], centroids.nbytes)
 
     def write_labels(self, run_dir: RunDir, centroids: np.ndarray) -> np.ndarray:
-        """Write clusters/pseudo_labels/ with each sample's nearest centroid; the sizes of the clusters (k,) int64."""
+        """Write clusters/pseudo_labels/ with each sample's nearest centroid. Returns the cluster sizes (k,) int64."""
         return sum(self._on_all("write_labels", run_dir, ray.put(centroids)))
 
     def means_of_labels(self, run_dir: RunDir, num_clusters: int) -> np.ndarray:
-        """The mean embedding (k, d) float32 of each label in cluster/labels/; 0 for labels that no sample has."""
+        """Return the mean embedding of each label in cluster/labels/, (k, d) float32; 0 for a label of no sample."""
         calls = [shard.sum_labels.remote(run_dir, num_clusters) for shard in self._workers()]
         totals = self._total(calls, num_clusters * self.dim * 4)
         return to_fixed_point(totals.sums / np.maximum(totals.counts, 1)[:, None])
 
     def write_labels_and_distances(self, run_dir: RunDir, centroids: np.ndarray) -> np.ndarray:
-        """Write clusters/pseudo_labels/ with the labels of cluster/labels/; the sizes of the clusters (k,) int64."""
+        """Write clusters/pseudo_labels/ with the labels of cluster/labels/. Returns the cluster sizes (k,) int64."""
         return sum(self._on_all("write_labels_and_distances", run_dir, ray.put(centroids)))
 
     def release(self) -> None:
-        """Let the workers' memory and devices go until they are needed again."""
+        """End the workers, to free their memory and devices; the next call starts them again."""
         for shard in self._shards:
             ray.kill(shard)
         self._shards = []
@@ -86,10 +89,12 @@ class ShardedPoints:
         return self._shards
 
     def _on_all(self, method: str, *arguments: Any) -> list[Any]:
-        return [get_result(call) for call in [getattr(shard, method).remote(*arguments) for shard in self._workers()]]
+        # All calls are made before the first result is awaited, so that the workers run at the same time.
+        calls = [getattr(shard, method).remote(*arguments) for shard in self._workers()]
+        return [get_result(call) for call in calls]
 
     def _total(self, sums: list[Any], centroid_bytes: int) -> PartialSums:
-        """Add up what the shards return: here while it is small, else on workers, by a tree."""
+        """Return the total of the shards' sums, added up on the driver if they are small, else by a tree of tasks."""
         if len(sums) * 2 * centroid_bytes > MAX_BYTES_TO_DRIVER:
             while len(sums) > 1:
                 sums = [_add_up.remote(*sums[i : i + FAN_IN]) for i in range(0, len(sums), FAN_IN)]
@@ -97,7 +102,7 @@ class ShardedPoints:
 
 
 class _Shard:
-    """Some files of embeddings/, given with their rows, in the memory of one actor."""
+    """Some files of embeddings/, named with their numbers of rows, in the memory of one actor."""
 
     def __init__(self, files: list[tuple[str, int]], device: str, engine: str):
         torch.set_num_threads(1)
@@ -120,7 +125,8 @@ class _Shard:
 
     @cached_property
     def _points(self) -> ArrayPoints:
-        """Read by the first call, not as the actor starts: the driver gets a call's error as it was raised."""
+        # Read by the first call and not when the actor starts: the driver gets the error of a call as it was raised,
+        # but of a failed start only that the actor died.
         return ArrayPoints(self._embeddings, self._sample_ids, device=self._device, engine=self._engine)
 
     def size(self) -> tuple[int, int]:
@@ -130,12 +136,12 @@ class _Shard:
         return self._points.smallest_hashes(num, seed)
 
     def rows_among(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, embeddings) of those ids that this shard holds."""
-        own = sample_ids[np.isin(sample_ids, self._sample_ids)]
-        return own, self._points.rows(own)
+        """Return (ids, embeddings) of those ids that this shard holds."""
+        held_ids = sample_ids[np.isin(sample_ids, self._sample_ids)]
+        return held_ids, self._points.rows(held_ids)
 
     def on_rows(self, function: Callable[[torch.Tensor], T], *parts: tuple[np.ndarray, np.ndarray]) -> T:
-        """Call `function` on the rows of all parts in the order of their ids."""
+        """Return the result of `function` for the rows of all parts, in the order of their ids."""
         ids = np.concatenate([part[0] for part in parts])
         rows = np.concatenate([part[1] for part in parts])
         return function(torch.from_numpy(rows[np.argsort(ids)]))
@@ -163,7 +169,7 @@ class _Shard:
         return np.bincount(labels, minlength=len(centroids))
 
     def _read_labels(self, run_dir: RunDir) -> np.ndarray:
-        """The labels of cluster/labels/ of this shard's samples, in their order."""
+        """Return the labels in cluster/labels/ of this shard's samples, in the samples' order."""
         tables = [filesystem.read_table(run_dir.path("cluster", LABELS_DIR, name)) for name in self._names]
         sample_ids = np.concatenate([table[schema.SAMPLE_ID].to_numpy() for table in tables])
         assert (sample_ids == self._sample_ids).all(), "labels of other samples than the embeddings'"
@@ -179,10 +185,11 @@ class _Shard:
 
 
 def read_embeddings(files: list[str], num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """(embeddings (n, d) float16, sample_ids (n,)) of files with `num_rows` rows together.
+    """Return (embeddings (n, d) float16, sample_ids (n,)) of some files with n = `num_rows` rows in all.
 
-    Memory beside these: one file.
+    Memory besides these: one file.
     """
+    # Filled in place, since to join the files' arrays at the end would take the memory twice.
     embeddings, sample_ids = np.empty((0, 0), np.float16), np.empty(num_rows, np.int64)
     end = 0
     for path in files:
@@ -199,14 +206,21 @@ def read_embeddings(files: list[str], num_rows: int) -> tuple[np.ndarray, np.nda
 
 
 def write_label_file(run_dir: RunDir, name: str, sample_ids: np.ndarray, labels: np.ndarray) -> None:
-    """Write a file of cluster/labels/, where labels wait for their distances; `name` is that of its embeddings."""
+    """Write a file of cluster/labels/, which holds labels until their distances are known.
+
+    `name` is that of the file in embeddings/ with the same samples.
+    """
     table = pa.table({schema.SAMPLE_ID: sample_ids, schema.PSEUDO_LABEL: labels.astype(np.int32)})
     filesystem.write_table(run_dir.path("cluster", LABELS_DIR, name), table)
 
 
 def _share_out(files: list[tuple[str, int]], num_workers: int) -> list[list[tuple[str, int]]]:
-    """Files, with their rows, in runs of about as many rows each, one for each worker that gets any."""
+    """Return the files, named with their numbers of rows, in one run for each worker with about as many rows in each.
+
+    Workers that would get no file have no run.
+    """
     rows = np.array([count for _, count in files])
+    # A file goes to the worker in whose share of all rows its middle row lies.
     middles = np.cumsum(rows) - rows / 2
     worker = np.minimum((middles / max(rows.sum(), 1) * num_workers).astype(int), num_workers - 1)
     shares = [[file for file, w in zip(files, worker, strict=True) if w == number] for number in range(num_workers)]
@@ -220,4 +234,5 @@ def _add(*parts: PartialSums) -> PartialSums:
     return total
 
 
+# Without a CPU of its own: the shards may hold all of them, and would wait for this task forever.
 _add_up: Any = ray.remote(num_cpus=0)(_add)

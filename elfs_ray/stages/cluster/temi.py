@@ -1,11 +1,11 @@
-"""TEMI deep clustering on Ray Train: heads learn to give a sample and its neighbours one cluster.
+"""Train TEMI deep clustering on Ray Train: heads learn to put a sample and its neighbours into one cluster.
 
 Reads   embeddings/, neighbors/
-Writes  cluster/labels/ (the best head's), cluster/temi/ (checkpoints and the losses of every epoch)
+Writes  cluster/labels/ (of the best head), cluster/temi/ (checkpoints, and the losses of every epoch)
 
-The embeddings and the neighbours are joined once into the object store; all workers of a node see that one copy. The
-head is picked by its training loss in the last epoch, never by labels. A lost worker costs an epoch, or what began in
-the last minute.
+Embeddings and neighbours are joined once into the object store, where the workers of a node share one copy. The head
+with the lowest training loss in the last epoch gives the labels; no true label is used. A lost worker costs one epoch,
+or the epochs of the last minute.
 """
 
 import dataclasses
@@ -45,13 +45,13 @@ CHECKPOINTS_DIR = "temi"
 RESULT_FILE = "result.json"
 PCA_SAMPLES = 20_000
 AGREEMENT_SAMPLES = 20_000
-ASSIGN_ROWS = 8192
-_PCA_STREAM = 0x706361
+ASSIGN_ROWS = 8192  # bounds the memory of the logits of all heads
+_PCA_STREAM = 0x706361  # keeps these random numbers apart from others of the same seed
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What every worker needs. `data` refers to (sample_ids, embeddings (n, d), neighbours as positions (n, k))."""
+    """The inputs of every worker. `data` refers to (sample_ids, embeddings (n, d), neighbours as positions (n, k))."""
 
     settings: TemiSettings
     precision: str
@@ -62,16 +62,16 @@ class _Job:
 
 
 def temi_settings(config: TemiConfig, num_clusters: int, num_samples: int, num_workers: int) -> TemiSettings:
-    """Return the hyperparameters: the config's, else the profile's, else the paper's.
+    """Return the hyperparameters: those of the config, else of the profile, else of the paper.
 
-    A pool smaller than a batch is one batch, as far as the workers can share it evenly. Raises ConfigError for a batch
-    that they cannot.
+    For a pool smaller than a batch, the batch is the largest that the workers can share evenly. Raises ConfigError for
+    a batch of the config that they cannot share evenly.
     """
     profile = CPU_PROFILE if config.profile == "cpu" else {}
     names = {spec.name for spec in dataclasses.fields(TemiSettings)} - {"num_clusters"}
     from_config = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     chosen = {**profile, **from_config}
-    chosen["pca_dim"] = chosen.get("pca_dim") or None
+    chosen["pca_dim"] = chosen.get("pca_dim") or None  # 0 is the config's word for no projection
     settings = TemiSettings(num_clusters=num_clusters, **chosen)
     check_temi_workers(settings.batch_size, num_workers)
     largest = max(1, num_samples // num_workers) * num_workers
@@ -79,9 +79,9 @@ def temi_settings(config: TemiConfig, num_clusters: int, num_samples: int, num_w
 
 
 def run_temi(config: Config, run_dir: RunDir, num_clusters: int, num_samples: int) -> dict[str, Any]:
-    """Train the heads and write the labels of the one with the lowest loss. Returns its losses and agreement.
+    """Train the heads and write the labels of the best one. Returns the losses and the agreement of the heads.
 
-    Raises ClusteringCollapseError when nearly all samples end in one cluster, RuntimeError when training gives up.
+    Raises ClusteringCollapseError if nearly all samples end in one cluster, RuntimeError if training gives up.
     """
     temi = config.cluster.temi
     request = request_temi_workers(config.cluster, devices_of_cluster())
@@ -100,9 +100,10 @@ def run_temi(config: Config, run_dir: RunDir, num_clusters: int, num_samples: in
 
 
 def _load(run_dir: RunDir, pca_dim: int | None, seed: int) -> ray.ObjectRef:
-    """Join embeddings/ (projected to `pca_dim`) and neighbors/ in the object store. Memory there: a copy of each.
+    """Join embeddings/ (projected to `pca_dim`) and neighbors/ into one object. Returns its reference.
 
-    float16 embeddings and 4 bytes a neighbour: 1.28M samples of 768 dimensions with 50 neighbours take 2.2 GB.
+    Memory of the object store: 2·d + 4·k bytes a sample; 1.28M samples of 768 dimensions with 50 neighbours take 2.2
+    GB.
     """
     names = [filesystem.basename(path) for path in run_dir.table_files(schema.EMBEDDINGS)]
     read = ray.remote(num_cpus=1)(_read_file)
@@ -125,13 +126,14 @@ def _join(
     if pca_dim is None or pca_dim >= parts[0][1].shape[1]:
         return sample_ids, np.concatenate([part[1] for part in parts]), neighbors
     embeddings = np.concatenate([part[1] for part in parts])
+    # The samples with the smallest hashes: the same ones however the files are divided.
     sample = np.sort(np.argsort(hash_uint64(seed, _PCA_STREAM, sample_ids), kind="stable")[:PCA_SAMPLES])
     mean, components = fit_pca(embeddings[sample].astype(np.float32), pca_dim)
     return sample_ids, np.concatenate([project(part[1], mean, components) for part in parts]), neighbors
 
 
 def _train_heads(job: _Job) -> None:
-    """Train the epochs that are left, as one worker of the group; rank 0 writes the result."""
+    """Train the epochs that are left, as one worker of the group; rank 0 then writes the result."""
     member = GroupMember.current()
     sample_ids, embeddings, neighbors = ray.get(job.data[0])
     num_steps = steps_per_epoch(len(embeddings), job.settings)
@@ -144,6 +146,7 @@ def _train_heads(job: _Job) -> None:
         autocast_dtype=AUTOCAST_DTYPES[resolve_precision(job.precision, member.device)],
         process_group=member.process_group,
     )
+    # Copied, because memory of the object store is read-only and torch warns of it.
     rows = torch.from_numpy(embeddings.copy()).to(member.device) if member.device.type == "cuda" else embeddings
     first_epoch, losses = _load_checkpoint(job, trainer)
     checkpoints = CheckpointReporter(member)
@@ -162,7 +165,7 @@ def _train_heads(job: _Job) -> None:
 
 
 def _load_checkpoint(job: _Job, trainer: TemiTrainer) -> tuple[int, list[list[float]]]:
-    """Restore the last reported state, if there is one; return the next epoch and the losses of those before."""
+    """Restore the last checkpoint, if there is one. Returns the next epoch and the losses of the epochs before it."""
     state = load_checkpoint(job.run_dir.path("cluster", CHECKPOINTS_DIR))
     if state is None:
         return 0, []
@@ -173,7 +176,7 @@ def _load_checkpoint(job: _Job, trainer: TemiTrainer) -> tuple[int, list[list[fl
 def _write_result(
     job: _Job, trainer: TemiTrainer, sample_ids: np.ndarray, embeddings: np.ndarray, losses: list[list[float]]
 ) -> None:
-    """Label every sample with the best head's teacher, file by file, and write how far the heads agree."""
+    """Label every sample by the teacher of the best head; write the labels and the agreement of the heads."""
     head = pick_head(np.array(losses[-1]))
     assign = partial(_assign, trainer, embeddings)
     labels = assign(np.arange(len(embeddings)), head)
@@ -195,7 +198,7 @@ def _write_result(
 
 
 def _assign(trainer: TemiTrainer, embeddings: np.ndarray, rows: np.ndarray, head: int | None) -> np.ndarray:
-    """Return the labels of some rows by one head (n,), or by all (H, n)."""
+    """Return the labels that one head gives to some rows, (n,), or those of all heads, (H, n)."""
     starts = range(0, len(rows), ASSIGN_ROWS)
     parts = [trainer.assign(torch.from_numpy(embeddings[rows[s : s + ASSIGN_ROWS]]), head).cpu() for s in starts]
     return torch.cat(parts, dim=-1).numpy()

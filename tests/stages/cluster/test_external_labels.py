@@ -80,34 +80,40 @@ def test_a_small_pool_may_have_labels_of_a_large_data_set(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("columns", "needed"),
+    ("columns", "message"),
     [
-        ({"sample_id": [0, 1], "pseudo_label": [0, 1]}, r"has no pseudo_label of 998 samples \(sample_id 2, 4, 5"),
+        ({"sample_id": [0, 1], "pseudo_label": [0, 1]}, r"has no pseudo_label for 998 samples \(sample_id 2, 4, 5"),
         ({"sample_id": [*range(1003), 7], "pseudo_label": [0] * 1004}, "labels 1 samples .* more than once"),
-        ({"sample_id": [*range(1002), 1003], "pseudo_label": [0] * 1003}, "sample_id 1003.* that the pool has not"),
-        ({"sample_id": [-1, *range(1, 1003)], "pseudo_label": [0] * 1003}, "sample_id -1.* that the pool has not"),
-        ({"sample_id": [0.5, 1.0], "pseudo_label": [0, 1]}, "sample_id is double .* needed: integers"),
-        ({"sample_id": [0, None], "pseudo_label": [0, 1]}, "sample_id is int64 with 1 nulls; needed: integers, no"),
-        ({"sample_id": ["a", "b"], "pseudo_label": [0, 1]}, "sample_id is string .* needed: integers"),
+        ({"sample_id": [*range(1002), 1003], "pseudo_label": [0] * 1003}, "sample_id 1003.* that are not in the pool"),
+        ({"sample_id": [-1, *range(1, 1003)], "pseudo_label": [0] * 1003}, "sample_id -1.* that are not in the pool"),
+        ({"sample_id": [0.5, 1.0], "pseudo_label": [0, 1]}, "sample_id is double .* must be integers"),
+        (
+            {"sample_id": [0, None], "pseudo_label": [0, 1]},
+            "sample_id is int64 with 1 nulls; it must be integers without",
+        ),
+        ({"sample_id": ["a", "b"], "pseudo_label": [0, 1]}, "sample_id is string .* must be integers"),
         ({"sample_id": range(1003), "pseudo_label": [-1] * 1003}, "number them from 0"),
-        ({"sample_id": range(1003), "pseudo_label": [0.5] * 1003}, "pseudo_label is double .* needed: integers"),
-        ({"sample_id": [0, 1], "pseudo_label": [0, None]}, "pseudo_label is int64 with 1 nulls; needed: integers"),
-        ({"sample_id": range(1003), "pseudo_label": ["cat"] * 1003}, "pseudo_label is string .* needed: integers"),
+        ({"sample_id": range(1003), "pseudo_label": [0.5] * 1003}, "pseudo_label is double .* must be integers"),
+        ({"sample_id": [0, 1], "pseudo_label": [0, None]}, "pseudo_label is int64 with 1 nulls; it must be integers"),
+        ({"sample_id": range(1003), "pseudo_label": ["cat"] * 1003}, "pseudo_label is string .* must be integers"),
         ({"sample_id": range(1003), "pseudo_label": [3_000_000_000] * 1003}, "highest pseudo_label is 3000000000;"),
-        ({"sample_id": range(1003), "pseudo_label": [65_536] * 1003}, "labels below 65536 are taken"),
-        ({"sample_id": range(1003), "label": range(1003)}, "needed are pseudo_label and sample_id or uri"),
-        ({"pseudo_label": range(1003)}, "needed are pseudo_label and sample_id or uri"),
-        ({"uri": ["/none.png"], "pseudo_label": [0]}, r"uris that the pool has not: 1 uris \(/none.png\)"),
+        ({"sample_id": range(1003), "pseudo_label": [65_536] * 1003}, "labels must be below 65536"),
+        ({"sample_id": range(1003), "label": range(1003)}, "it must have pseudo_label and sample_id or uri"),
+        ({"pseudo_label": range(1003)}, "it must have pseudo_label and sample_id or uri"),
+        ({"uri": ["/none.png"], "pseudo_label": [0]}, r"uris that are not in the pool: 1 uris \(/none.png\)"),
         ({"uri": [*URIS, URIS[4]], "pseudo_label": [*range(1003), 5]}, r"two labels each to 1 uris \(/digits/4.png\)"),
-        ({"uri": [*URIS[1:], None], "pseudo_label": [0] * 1003}, "uri is string with 1 nulls; needed: strings, no"),
-        ({"uri": range(1003), "pseudo_label": [0] * 1003}, "uri is int64 with 0 nulls; needed: strings"),
-        ({"uri": URIS[1:], "pseudo_label": [0] * 1002}, r"has no pseudo_label of 1 samples \(sample_id 0\)"),
+        (
+            {"uri": [*URIS[1:], None], "pseudo_label": [0] * 1003},
+            "uri is string with 1 nulls; it must be strings without",
+        ),
+        ({"uri": range(1003), "pseudo_label": [0] * 1003}, "uri is int64 with 0 nulls; it must be strings"),
+        ({"uri": URIS[1:], "pseudo_label": [0] * 1002}, r"has no pseudo_label for 1 samples \(sample_id 0\)"),
         (
             {"uri": pa.array([], pa.string()), "pseudo_label": pa.array([], pa.int64())},
-            "has no pseudo_label of 1000 samples",
+            "has no pseudo_label for 1000 samples",
         ),
     ],
 )
-def test_labels_that_do_not_fit_are_refused_with_what_is_wrong(tmp_path, columns, needed):
-    with pytest.raises(ValueError, match=needed):
+def test_labels_that_do_not_fit_are_refused_with_what_is_wrong(tmp_path, columns, message):
+    with pytest.raises(ValueError, match=message):
         match(tmp_path, columns)
