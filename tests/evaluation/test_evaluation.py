@@ -283,7 +283,7 @@ def test_the_dry_run_describes_the_trainings_and_does_nothing(finished, tmp_path
         (["methods=[elfs,elfs]"], "names one twice"),
         (["methods=[elfs+scor=aum]"], "did you mean select.score"),
         (["methods=[badge+score=aum]"], "badge is not made by select"),
-        (["methods=[elfs+hard_fraction=0.8]"], "select.hard_fraction=0.8 of it"),
+        (["methods=[elfs+hard_fraction=0.8]"], "select.hard_fraction=0.8 asks to drop more than that"),
         (["methods=[d2+d2_neighbors=40]"], r"give cluster\.num_neighbors=40 to .*/run, run again with on_change=rerun"),
         (["budgets=[0.0001]"], "rounds down to no sample"),
         (["budgets=[1]"], "at least 2 samples"),

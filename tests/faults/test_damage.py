@@ -179,6 +179,7 @@ def test_a_stage_made_from_replaced_tables_is_refused(ray_cluster, pool, finishe
     assert contents(run_dir, *tables) == contents(finished, *tables)
 
 
+@pytest.mark.slow
 def test_a_damaged_proxy_image_is_made_again_as_the_message_says(ray_cluster, pool, finished, tmp_path):
     run_dir = tmp_path / "run"
     run_pipeline(config_of(pool, run_dir, "until=cluster"))
@@ -264,6 +265,7 @@ def test_a_directory_that_cannot_be_written_is_refused_before_any_work(ray_clust
     assert cli.run_job("a job", YAML, ["--dry-run", *overrides(pool, small_disk / "run")]) == 0
 
 
+@pytest.mark.slow
 def test_six_kinds_of_faults_in_one_run_change_no_byte(finished, pool, small_disk):
     """Like chaos.py, but at the beginning of each stage, so that every strike hits."""
     remount(small_disk, "size=32m")

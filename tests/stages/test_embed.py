@@ -348,5 +348,7 @@ def test_a_damaged_copy_is_an_error_that_names_it_and_says_what_to_do(pool, tmp_
     copies = [encode(Image.new("RGB", (SIZE, SIZE), "red"), "PNG"), gif if broken is None else broken]
     embed_blocks.write_proxy_images(run_dir, schema.range_file(0, 1), [0, 1], copies)
     batch = {"first": np.array([0]), "last": np.array([1])}
-    with pytest.raises(ValueError, match=r"copy of sample_id 1 in .*part-0.* cannot be decoded.*on_change=rerun"):
+    with pytest.raises(
+        ValueError, match=r"proxy image of sample_id 1 in .*part-0.* cannot be decoded.*on_change=rerun"
+    ):
         embed._read_copies(batch, embed.make_job(config, run_dir))

@@ -80,6 +80,7 @@ def train(trainer: SimclrTrainer, rank: int, world_size: int) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 def test_a_compiled_network_trains_as_a_plain_one_does():
     plain, compiled = (SimclrTrainer(SMALL, len(STEPS), seed=1, device=CPU, compiles=value) for value in (False, True))
     np.testing.assert_allclose(train(compiled, 0, 1), train(plain, 0, 1), rtol=1e-3, atol=1e-5)

@@ -240,7 +240,7 @@ def test_d2_over_files_is_d2_in_memory_and_a_missing_graph_is_named(ray_cluster,
 
 def test_zcore_over_files_is_zcore_in_memory(ray_cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(select, "IDS_PER_FILE", 300)
-    monkeypatch.setattr(zcore, "_DRAWS", 40)
+    monkeypatch.setattr(zcore, "_DRAWS_PER_RANGE", 40)
     run_dir = RunDir(tmp_path)
     ids = write_trained(run_dir)["sample_id"]
     select.run_select(digits_config(tmp_path, "select.method=zcore", "select.zcore_draws=100"), run_dir)
