@@ -1,4 +1,4 @@
-"""copy: a small copy of every image, before an encoder is trained on the pool."""
+"""copy: make a small copy of every image, before an encoder is trained on the pool."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,7 +11,7 @@ from elfs_ray.storage.run_dir import RunDir
 
 @dataclass(frozen=True)
 class CopyResult(Result):
-    """The images copied, and those that could not be decoded."""
+    """The number of images copied and of those that could not be decoded."""
 
     stage: ClassVar[str] = "copy"
     rows: int

@@ -1,11 +1,10 @@
-"""copy: a small copy of every image, where an encoder trains on the pool before anything is embedded.
+"""copy: make a small copy of every image, in runs that train an encoder before they embed.
 
 Reads   index/, the pool's images
-Writes  proxy_images/, copy/rejected/ (what embed takes over into rejected/), one file of each for a block of ids
+Writes  proxy_images/, copy/rejected/ (embed takes it over into rejected/), one file of each for a block of ids
 
-The pool is decoded at full size here and nowhere else: stage pretrain learns from the copies and stage embed embeds
-them. Without pretraining there is no such stage, and embed writes proxy_images/ while it decodes. A block's file in
-proxy_images/ is written last, so that it means a block that is done.
+Only this stage decodes the pool at full size: stage pretrain learns from the copies, and stage embed embeds them. A run
+without pretraining has no stage copy, and embed writes proxy_images/ while it decodes.
 """
 
 from typing import Any
@@ -29,7 +28,7 @@ from elfs_ray.storage.run_dir import RunDir
 
 
 def run_copy(config: Config, run_dir: RunDir) -> CopyResult:
-    """Write proxy_images/. Raises RuntimeError when no image could be copied."""
+    """Write proxy_images/. Raises RuntimeError if no image could be copied."""
     num_samples = IndexResult.read(run_dir).rows
     blocks = plan_blocks(config.embed.block_images, config.embed.proxy_image_size, num_samples)
     copied, rejected = rows_by_file(run_dir, schema.PROXY_IMAGES), rows_by_file(run_dir, "copy", schema.REJECTED)
@@ -51,7 +50,7 @@ def run_copy(config: Config, run_dir: RunDir) -> CopyResult:
 
 
 def _copy_block(config: Config, run_dir: RunDir, first: int, last: int) -> int:
-    """Read, decode and copy one block; the number of images that could not be."""
+    """Write the copies of one block. Returns the number of rejected images."""
     name = schema.range_file(first, last)
     sample_ids: list[int] = []
     copies: list[bytes] = []
@@ -60,6 +59,7 @@ def _copy_block(config: Config, run_dir: RunDir, first: int, last: int) -> int:
         sample_ids.append(sample_id)
         copies.append(copy)
     write_rejected(rejected_by_copy(run_dir, name), rejected)
+    # Last: a file in proxy_images/ means that its block is done.
     write_proxy_images(run_dir, name, sample_ids, copies)
     return len(rejected)
 

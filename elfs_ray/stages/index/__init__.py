@@ -11,7 +11,7 @@ from elfs_ray.storage.run_dir import RunDir
 
 @dataclass(frozen=True)
 class IndexResult(Result):
-    """The images listed, the units (folders, files) that hold them, how they are stored, and the names of labels."""
+    """The number of images, the number of units (folders or files) that hold them, the format, the label names."""
 
     stage: ClassVar[str] = "index"
     rows: int

@@ -3,13 +3,13 @@
 Reads   the pool's listing (Parquet footers, tar headers, folders), no image
 Writes  index/ (sample_id, uri, label), one file for each 65,536 ids
 
-Ids are dense, 0..N-1, in the order of the sorted listing. Each unit of the pool (a folder, a Parquet file, a tar) is
-listed by a Ray task into index/_units/.
+Ids are dense, 0..N-1, in the order of the sorted listing. A Ray task lists each unit of the pool (a folder, a Parquet
+file, a tar) into index/_units/.
 
-Memory: of a task, the listing of one unit, about 600 bytes for each of its samples (1.2 KB of a folder in a bucket): a
-pool of many millions should have several folders or files. The driver keeps the name and the count of each unit, and
-no samples; but while it looks for the units of a folder pool in a bucket, about 1 KB for each file that lies beside
-them (on gs://, for every file of the pool: see pool/folder.py).
+Memory: a task holds the listing of one unit, about 600 bytes a sample, or 1.2 KB in a folder of a bucket; a pool of
+many millions should have several folders or files. The driver holds the name and the count of each unit but no samples.
+While it looks for the units of a folder pool in a bucket, it also holds about 1 KB for each file that is next to them
+(on gs://, for every file of the pool; see pool/folder.py).
 """
 
 import numpy as np
@@ -29,7 +29,7 @@ UNITS_DIR = "_units"
 
 
 def run_index(config: Config, run_dir: RunDir) -> IndexResult:
-    """List the pool. Raises ConfigError for an empty pool or one too small."""
+    """List the pool. Raises ConfigError for a pool that is empty or too small for the config."""
     units = find_units(config.pool.uri, config.pool.format)
     _remove_unfinished(run_dir)
     columns = PoolColumns(config.pool.image_column, config.pool.label)
@@ -44,6 +44,7 @@ def run_index(config: Config, run_dir: RunDir) -> IndexResult:
     num_samples = int(counts.sum())
     check_against_pool(config, num_samples)
 
+    # A second pass: a unit's ids depend on the units before it, and its label numbers on the names in all units.
     ends = np.cumsum(counts)
     label_names = sorted(names)
     firsts = range(0, num_samples, ROWS_PER_FILE)
@@ -56,14 +57,15 @@ def run_index(config: Config, run_dir: RunDir) -> IndexResult:
 
 
 def _remove_unfinished(run_dir: RunDir) -> None:
-    """A pool may have changed since a run that was killed: files of two listings must not stand beside each other."""
+    """Delete what a killed run has left of the index."""
+    # The pool may have changed since, and the index must not mix two listings.
     filesystem.delete(run_dir.path(schema.INDEX, UNITS_DIR))
     for path in run_dir.table_files(schema.INDEX):
         filesystem.delete(path)
 
 
 def _list_unit(run_dir: RunDir, position: int, unit: Unit, columns: PoolColumns) -> tuple[int, set[str]]:
-    """List one unit into index/_units/; its count and its label names."""
+    """Write the listing of one unit to index/_units/. Returns its number of samples and its label names."""
     listed = list_unit(unit, columns)
     filesystem.write_table(_unit_file(run_dir, position), listed)
     labels = listed[schema.LABEL]
@@ -72,7 +74,7 @@ def _list_unit(run_dir: RunDir, position: int, unit: Unit, columns: PoolColumns)
 
 
 def _write_part(run_dir: RunDir, first: int, end: int, ends: np.ndarray, label_names: list[str]) -> int:
-    """Write the index of the ids first..end-1 from the units that hold them; `ends` are the units' running counts."""
+    """Write the index file of the ids first..end-1. `ends` holds the running total of the units' counts."""
     pieces = []
     for position in range(int(np.searchsorted(ends, first, side="right")), len(ends)):
         unit_end = int(ends[position])

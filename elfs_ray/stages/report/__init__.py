@@ -1,4 +1,4 @@
-"""report: the page and the metrics that a person looks at."""
+"""report: write a page and a file of metrics about the run."""
 
 from dataclasses import dataclass
 from typing import ClassVar

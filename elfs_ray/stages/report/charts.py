@@ -1,4 +1,4 @@
-"""Where the marks of the report's charts lie, in the units of an SVG; page.html.j2 draws them."""
+"""Compute the marks of the report's charts in the units of an SVG; page.html.j2 draws them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ LINE_HEIGHT = 110
 
 
 def score_chart(histogram: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the bars of the pool's scores and the coreset's, and the range between the first and last score kept."""
+    """Return the bars of the scores of the pool and of the coreset, and marks at the first and last score kept."""
     edges, counts, kept = histogram["edges"], histogram["counts"], histogram["kept"]
     low, high = edges[0], edges[-1]
     top = max(*counts, 1)
@@ -31,7 +31,7 @@ def score_chart(histogram: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def size_chart(sizes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """Return the bars of each pseudo-label's share of the pool and of the coreset, the largest of the pool first."""
+    """Return the bars of each pseudo-label's share of the pool and of the coreset, the largest in the pool first."""
     before, after = np.array(sizes["before"], float), np.array(sizes["after"], float)
     before, after = before / max(before.sum(), 1), after / max(after.sum(), 1)
     top = max(before.max(), after.max())
@@ -46,7 +46,7 @@ def size_chart(sizes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
 
 
 def line_chart(values: Sequence[float]) -> dict[str, Any]:
-    """Return the points of a line through one value an epoch, and the texts at its lowest and highest."""
+    """Return the points of a line through one value for each epoch, and the labels of its lowest and highest value."""
     low, high = min(values), max(values)
     top, bottom = 16, LINE_HEIGHT
     steps = max(len(values) - 1, 1)

@@ -1,4 +1,4 @@
-"""The report's page: metrics and images become one HTML file that opens offline."""
+"""Render the report's page: one HTML file, with its images inside, that opens offline."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,10 +19,11 @@ MAX_EPOCHS_SHOWN = 20
 def render_page(metrics: Mapping[str, Any], images: Mapping[str, Sequence[Mapping[str, str]]], run_uri: str) -> str:
     """Return the page as HTML.
 
-    metrics: what metrics.json holds; images: for "hardest", "kept" and "easiest", the images to show, each with its
+    metrics: the content of metrics.json. images: the images to show for "hardest", "kept" and "easiest", each with its
     "uri" and its "source", a data: address.
     """
-    # Uris and paths are a stranger's text, so everything is escaped; a figure that is missing raises UndefinedError.
+    # Uris and paths are text that others have written, so everything is escaped. A missing metric raises
+    # UndefinedError instead of leaving a gap on the page.
     environment = Environment(
         loader=FileSystemLoader(TEMPLATE.parent),
         autoescape=True,
@@ -52,11 +53,11 @@ def render_page(metrics: Mapping[str, Any], images: Mapping[str, Sequence[Mappin
 
 
 def _shown_epochs(history: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
-    """Return at most 20 epochs, evenly spread, the first and the last among them."""
+    """Return at most 20 epochs, evenly spread from the first to the last."""
     positions = np.unique(np.linspace(0, len(history) - 1, MAX_EPOCHS_SHOWN).round().astype(int))
     return [history[position] for position in positions.tolist()]
 
 
 def _ranked_heads(temi: Mapping[str, Any] | None) -> list[tuple[float, int]]:
-    """Return (loss, head) of every head of TEMI, the lowest loss first."""
+    """Return (loss, head) of every TEMI head, the lowest loss first."""
     return sorted((loss, head) for head, loss in enumerate(temi["head_losses"])) if temi else []

@@ -1,9 +1,9 @@
-"""report: what a person looks at.
+"""report: write a page and a file of metrics about the run.
 
 Reads   every other table
-Writes  report.html (one file, opens offline), metrics.json (every figure in it)
+Writes  report.html (one file that opens offline), metrics.json (every number on the page)
 
-The driver holds a histogram, the examples' ids and images, and one file of a table at a time.
+Driver memory: a histogram, the ids and images of the examples, and one file of a table at a time.
 """
 
 import base64
@@ -88,7 +88,8 @@ def _label_sizes(run_dir: RunDir, *table: str, num_clusters: int) -> np.ndarray:
 
 
 def _histogram(run_dir: RunDir, coreset: CoresetResult) -> dict[str, Any]:
-    """Count the scores of the pool, and of the first coreset, in equal bins."""
+    """Return histograms of the scores of the pool and of the first coreset, in equal bins."""
+    # If all scores are equal, the range is widened: bins need a width.
     low, high = coreset.score_min, coreset.score_max
     edges = np.linspace(low, high if high > low else low + 1, NUM_BINS + 1)
     counts = {schema.SCORES: np.zeros(NUM_BINS, dtype=np.int64), schema.CORESET: np.zeros(NUM_BINS, dtype=np.int64)}
@@ -108,7 +109,7 @@ def _histogram(run_dir: RunDir, coreset: CoresetResult) -> dict[str, Any]:
 
 
 def _images(config: Config, run_dir: RunDir) -> dict[str, list[dict[str, str]]]:
-    """Return the images to show of each group, with their uris."""
+    """Return the images to show for each group, with their uris."""
     first, count = SelectResult.read(run_dir).coresets[schema.CORESET], config.report.images_per_grid
     examples = {group: _spread(getattr(first, f"{group}_examples"), group, count) for group in GROUPS}
     wanted = np.unique(np.concatenate(list(examples.values()))).astype(np.int64)
@@ -121,7 +122,7 @@ def _images(config: Config, run_dir: RunDir) -> dict[str, list[dict[str, str]]]:
 
 
 def _spread(sample_ids: list[int], group: str, count: int) -> np.ndarray:
-    """Return the first `count` ids; of the kept ones, as many spread over all of them."""
+    """Return the first `count` ids; for the group of kept samples, ids spread evenly from hard to easy."""
     ids = np.array(sample_ids, dtype=np.int64)
     if group == "kept" and len(ids) > count:
         return ids[np.linspace(0, len(ids) - 1, count).round().astype(int)]

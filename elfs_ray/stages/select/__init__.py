@@ -1,4 +1,4 @@
-"""select: scores from training dynamics, coresets from scores."""
+"""select: compute scores from training dynamics and coresets from scores."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CoresetResult:
-    """One coreset: its counts, how it was cut, and examples for the report (sample ids).
+    """One coreset: its counts, its range of scores, and examples for the report (sample ids).
 
-    num_hard and num_easy are the samples pruned from each end, num_not_drawn those left out at random. The scores are
-    in the column `score` of the table at `score_table`; `hard_side` is the end of them that is hard.
+    num_hard and num_easy count the samples pruned from each end, num_not_drawn those left out at random. The scores are
+    in the column `score` of the table at `score_table`; `hard_side`, low or high, is the end with the hard samples.
     """
 
     rows: int
@@ -41,9 +41,9 @@ class CoresetResult:
 
 @dataclass(frozen=True)
 class SelectResult(Result):
-    """The rows of the first coreset, the samples it was chosen from, and each coreset by its table.
+    """The rows of the first coreset, the number of samples it was chosen from, and every coreset by its table.
 
-    search: the keys of select.search_*, for a selection made again after this one.
+    `search` holds the keys select.search_*, for later selections from the same run.
     """
 
     stage: ClassVar[str] = "select"

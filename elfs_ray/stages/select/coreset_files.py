@@ -1,8 +1,7 @@
-"""Write coresets: one pass over the scored pool collects the samples of all of them, one task sorts and writes a file.
+"""Write coresets: one pass over the scored pool collects the samples of all coresets, and a task writes each file.
 
-Kept samples go through the object store, about 40 bytes and a uri each, never through the driver. The text file beside
-a coreset is written by one task, 65,536 uris at a time; for a bucket it lies in that machine's folder for temporary
-files until it is complete.
+Kept samples go through the object store, about 40 bytes and a uri each, never through the driver. One task writes the
+text file of a coreset, 65,536 uris at a time. For a bucket it first writes to the machine's temporary folder.
 """
 
 import re
@@ -28,7 +27,7 @@ _TO_ESCAPE = re.compile("[\n\r]|%0A|%0D|%25")
 
 
 class _Ends(NamedTuple):
-    """The hardest and the easiest of some samples, as (key, sample_id, score), each from its end inwards."""
+    """The hardest and the easiest of some samples as (key, sample_id, score), the most extreme first."""
 
     hardest: list[tuple[int, int, float]]
     easiest: list[tuple[int, int, float]]
@@ -39,10 +38,11 @@ class _Ends(NamedTuple):
 
 
 def write_coresets(run_dir: RunDir, pool: ScoredPool, selections: Mapping[str, Selection]) -> dict[str, dict[str, Any]]:
-    """Write each selection as the coreset table of that name, with its text file; return the metrics of each."""
+    """Write each selection as the coreset table of its name, with a text file. Returns the metrics of each."""
     parts = {table: selection.part_cuts or _part_cuts(pool, selection) for table, selection in selections.items()}
     wanted = [(selection, parts[table]) for table, selection in selections.items()]
     places = [(table, part) for table, cuts in parts.items() for part in range(len(cuts) - 1)]
+    # One return for each file to write, so that the task which writes it fetches nothing else.
     collect: Any = ray.remote(num_cpus=1, max_retries=3, num_returns=len(places) + 1)(_collect)
     collected = [collect.remote(run_dir, pool, files, wanted) for files in pool.shares()]
 
@@ -68,14 +68,14 @@ def write_coresets(run_dir: RunDir, pool: ScoredPool, selections: Mapping[str, S
 
 def _part_cuts(pool: ScoredPool, selection: Selection) -> tuple[Cut, ...]:
     if num_parts(selection.count) == 1:
-        return (Cut(0, 0), Cut(2**32 - 1, 2**48))
+        return (Cut(0, 0), Cut(2**32 - 1, 2**48))  # before the first and after the last (key, sample_id)
     return find_part_cuts(pool, selection)
 
 
 def _metrics(
     pool: ScoredPool, selection: Selection, kept: list[tuple[int, float]], ends: tuple[_Ends, _Ends]
 ) -> dict[str, Any]:
-    """Return counts, scores at the ends, and examples: pruned as too hard, kept, pruned as too easy."""
+    """Return counts, the range of scores, and examples of samples pruned as too hard, kept, and pruned as too easy."""
     of_all, of_pruned = ends
     num_left = pool.num_samples - selection.count - selection.num_hard
     num_easy = 0 if selection.is_sampled else num_left
@@ -105,7 +105,7 @@ def _join_ends(shares: Iterable[list[tuple[_Ends, _Ends]]]) -> list[tuple[_Ends,
 def _collect(
     run_dir: RunDir, pool: ScoredPool, files: Sequence[str], wanted: Sequence[tuple[Selection, tuple[Cut, ...]]]
 ) -> tuple[Any, ...]:
-    """Collect each coreset's share of some files: the ends of (all, pruned) samples, then the rows of each part."""
+    """Return, for some files, the ends of (all, pruned) samples of each coreset, then the rows of each part."""
     pieces: list[list[list[pa.Table]]] = [[[] for _ in cuts[1:]] for _, cuts in wanted]
     ends: list[tuple[_Ends, _Ends]] = [(_Ends([], []), _Ends([], [])) for _ in wanted]
     for path in files:
@@ -113,7 +113,7 @@ def _collect(
         keys = pool.hardness_keys(rows)
         everything = _ends(rows, keys, np.arange(keys.size))
         masks = [selection.mask(pool, rows) for selection, _ in wanted]
-        any_kept = np.logical_or.reduce(masks)
+        any_kept = np.logical_or.reduce(masks)  # coresets overlap: the uri of a sample is read once for all of them
         table = _coreset_rows(run_dir, rows, keys, np.flatnonzero(any_kept))
         for number, ((_, cuts), mask) in enumerate(zip(wanted, masks, strict=True)):
             pruned = _ends(rows, keys, np.flatnonzero(~mask))
@@ -126,7 +126,7 @@ def _collect(
 
 
 def _coreset_rows(run_dir: RunDir, rows: ScoredRows, keys: np.ndarray, kept: np.ndarray) -> pa.Table:
-    """Return the rows at some positions with the columns of a coreset, but with keys in place of ranks."""
+    """Return the rows at the positions `kept`, with the columns of a coreset but keys instead of ranks."""
     sample_ids = rows.sample_ids[kept]
     columns = {
         schema.SAMPLE_ID: sample_ids,
@@ -139,7 +139,7 @@ def _coreset_rows(run_dir: RunDir, rows: ScoredRows, keys: np.ndarray, kept: np.
 
 
 def _uris(run_dir: RunDir, sample_ids: np.ndarray) -> pa.ChunkedArray:
-    """Return the uris of samples, whose ids increase."""
+    """Return the uris of samples; `sample_ids` must ascend."""
     if not sample_ids.size:
         return pa.chunked_array([], pa.string())
     index = pa.concat_tables(run_dir.read_range(schema.INDEX, first=int(sample_ids[0]), last=int(sample_ids[-1])))
@@ -147,9 +147,9 @@ def _uris(run_dir: RunDir, sample_ids: np.ndarray) -> pa.ChunkedArray:
 
 
 def _ends(rows: ScoredRows, keys: np.ndarray, positions: np.ndarray) -> _Ends:
-    """Return the ends of the rows at some positions."""
+    """Return the hardest and easiest of the rows at some positions."""
     near = keys[positions]
-    # A partition finds the candidates in linear time, and they alone are sorted.
+    # A partition finds the candidates in linear time, so that only these are sorted.
     if positions.size > 2 * NUM_EXAMPLES:
         low, high = np.partition(near, [NUM_EXAMPLES - 1, near.size - NUM_EXAMPLES])[[NUM_EXAMPLES - 1, -NUM_EXAMPLES]]
         positions = positions[(near <= low) | (near >= high)]
@@ -164,7 +164,7 @@ def _ends(rows: ScoredRows, keys: np.ndarray, positions: np.ndarray) -> _Ends:
 def _write_part(
     run_dir: RunDir, table: str, first_rank: int, end_rank: int, count: int, *pieces: pa.Table
 ) -> list[tuple[int, float]]:
-    """Sort and write one file of a coreset; return (sample_id, score) of its examples, spread over the coreset."""
+    """Sort and write one file of a coreset. Returns (sample_id, score) of its examples, spread over the coreset."""
     rows = pa.concat_tables(pieces)
     assert rows.num_rows == end_rank - first_rank, (table, rows.num_rows, first_rank, end_rank)
     rows = rows.take(hard_first_order(rows[KEY].to_numpy(), rows[schema.SAMPLE_ID].to_numpy()))
@@ -177,7 +177,7 @@ def _write_part(
 
 
 def _write_text(run_dir: RunDir, table: str) -> None:
-    """Write the text file beside a coreset: one uri a line, hardest first."""
+    """Write the text file of a coreset: one uri a line, hardest first."""
     with filesystem.open_atomic_on_disk(run_dir.path(schema.coreset_text_file(table))) as sink:
         for path in run_dir.table_files(table):
             with filesystem.open_parquet(path) as file:
@@ -187,10 +187,10 @@ def _write_text(run_dir: RunDir, table: str) -> None:
 
 
 def escape_line_breaks(uri: str) -> str:
-    """Return a uri in a form that fits on one line and that no other uri has.
+    """Return a uri without line breaks, escaped so that no two uris give the same line.
 
-    It is unchanged unless it holds a line break, %0A, %0D or %25; then % becomes %25, and line breaks %0A and %0D.
-    Replacing %0A, %0D and %25 in a line, in this order, gives the uri.
+    A uri that holds a line break, %0A, %0D or %25 is escaped: % becomes %25, and line breaks become %0A and %0D. To get
+    the uri back, replace %0A, %0D and %25 in this order. Other uris are unchanged.
     """
     if not _TO_ESCAPE.search(uri):
         return uri

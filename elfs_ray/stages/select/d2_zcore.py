@@ -1,10 +1,10 @@
-"""Scores of D2 and ZCore, label-free baselines that need the whole pool at once (methods/selection/d2.py, zcore.py).
+"""Score a pool by D2 or ZCore, label-free baselines that need the whole pool (methods/selection/d2.py, zcore.py).
 
 Reads   scores/ (ids and pseudo-labels), embeddings/ for zcore, neighbors/ for d2
 Writes  select/<method>/ (sample_id, pseudo_label, score), a file for each of scores/
 
-Made for pools of up to about a million samples: a worker holds all embeddings (2 bytes a number, 4 while it votes) or
-the whole graph (24 bytes an edge), the driver 28 bytes a sample.
+For pools of up to about a million samples: a worker holds all embeddings (2 bytes a number, 4 while it votes) or the
+whole graph (24 bytes an edge), and the driver 28 bytes a sample.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,14 +25,14 @@ from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
 WHOLE_POOL_METHODS: dict[str, Direction] = {"d2": "low", "zcore": "high"}
-"""The methods scored here, with the end of their scores that is kept."""
+"""The methods of this module, with the end of their scores that is kept."""
 
 
 def score_whole_pool(config: Config, run_dir: RunDir, pool: ScoredPool, max_count: int) -> ScoredPool:
-    """Score a pool by config.select.method and return the pool of those scores, whose hardest samples are to be kept.
+    """Write the scores of config.select.method. Returns the pool with these scores, whose "hardest" samples are best.
 
-    zcore: ZCore's score. d2: the place in D2's order, which is the same for all budgets; samples beyond the largest
-    budget, `max_count`, come last. Raises ValueError for neighbours that stage cluster has not written.
+    The score of d2 is the sample's rank in D2's order, which is the same for all budgets; samples beyond the largest
+    budget, `max_count`, come last. Raises ValueError if stage cluster has not written enough neighbours.
     """
     sample_ids = np.concatenate([_column(path, schema.SAMPLE_ID) for path in pool.files])
     method = config.select.method
@@ -54,7 +54,8 @@ def _zcore(config: Config, run_dir: RunDir, sample_ids: np.ndarray) -> np.ndarra
     tasks = [(embeddings, draws, config.seed) for draws in ranges]
 
     def votes() -> Iterator[np.ndarray]:
-        """Yield the votes in the order of the draws, since sums in another order round differently."""
+        """Yield the votes in the order of the draws."""
+        # Tasks end in any order, and sums in another order round differently.
         waiting: dict[int, np.ndarray] = {}
         due = 0
         with Progress("select", config.select.zcore_draws, "draws") as progress:
@@ -70,21 +71,21 @@ def _zcore(config: Config, run_dir: RunDir, sample_ids: np.ndarray) -> np.ndarra
 
 def _d2(config: Config, run_dir: RunDir, sample_ids: np.ndarray, max_count: int) -> np.ndarray:
     files = run_dir.table_files(schema.NEIGHBORS)
-    needed = config.select.d2_neighbors
-    have = filesystem.read_schema(files[0]).field(schema.NEIGHBOR_IDS).type.list_size if files else 0
-    if have < needed:
+    required = config.select.d2_neighbors
+    existing = filesystem.read_schema(files[0]).field(schema.NEIGHBOR_IDS).type.list_size if files else 0
+    if existing < required:
         raise ValueError(
-            f"{run_dir.path(schema.NEIGHBORS)} has {have} neighbours of each sample; select.method=d2 needs "
-            f"select.d2_neighbors={needed}: run stage cluster with cluster.num_neighbors={needed} or more"
+            f"{run_dir.path(schema.NEIGHBORS)} has {existing} neighbours of each sample; select.method=d2 needs "
+            f"select.d2_neighbors={required}: run stage cluster with cluster.num_neighbors={required} or more"
         )
-    ((_, taken),) = run_tasks(_d2_order, [(files, sample_ids, needed, max_count)])
+    ((_, taken),) = run_tasks(_d2_order, [(files, sample_ids, required, max_count)])
     places = np.full(sample_ids.size, sample_ids.size, np.int32)
     places[taken] = np.arange(taken.size)
     return places
 
 
 def _d2_order(files: Sequence[str], sample_ids: np.ndarray, num_neighbors: int, max_count: int) -> np.ndarray:
-    """Return D2's order over the graph of the nearest neighbours: positions (max_count,) int64."""
+    """Return the first samples in D2's order over the graph of nearest neighbours, as positions (max_count,) int64."""
     neighbors = np.empty((sample_ids.size, num_neighbors), np.int64)
     similarity = np.empty((sample_ids.size, num_neighbors), np.float32)
     for path in files:
@@ -100,7 +101,7 @@ def _load_embeddings(files: Sequence[str], sample_ids: np.ndarray) -> np.ndarray
     """Return all embeddings in the order of their ids, (n, d) float16."""
     tables = [filesystem.read_table(path) for path in files]
     ids = np.concatenate([table[schema.SAMPLE_ID].to_numpy() for table in tables])
-    assert np.array_equal(ids, sample_ids), "embeddings/ and scores/ hold other samples"
+    assert np.array_equal(ids, sample_ids), "embeddings/ and scores/ hold different samples"
     return np.concatenate([schema.matrix_of(table, schema.EMBEDDING) for table in tables])
 
 

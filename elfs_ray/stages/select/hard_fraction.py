@@ -1,7 +1,7 @@
-"""The hard fraction β of each budget: a number that the config gives, or what `auto` or `search` finds.
+"""Choose the hard fraction β of each budget: a number from the config, an estimate, or the result of a search.
 
-`auto` estimates β from the records of training, in two passes over scores/ (methods/selection/hard_fraction.py);
-`search` tries values of it by short trainings (hard_fraction_search.py).
+select.hard_fraction=auto estimates β from the training dynamics, in two passes over scores/
+(methods/selection/hard_fraction.py). `search` tries values of β by short trainings (hard_fraction_search.py).
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,19 +20,19 @@ from elfs_ray.stages.select.selection import Budget
 from elfs_ray.storage.run_dir import RunDir
 
 PROBABILITY = "dual_mean_prob"
-SHOWN_EVERY = 5
-MIN_SAMPLES_PER_CLASS = 10  # measured, BENCHMARKS.md
+SHOWN_EVERY = 5  # of the risks, which are estimated at every 0.01: the report shows every 0.05
+MIN_SAMPLES_PER_CLASS = 10  # with fewer, the estimate is poor (measured, BENCHMARKS.md)
 
 
 class Choice(NamedTuple):
-    """A budget with its hard fraction, and the metrics that spoke for it; None for a number from the config."""
+    """A budget with its hard fraction, and the metrics that it was chosen by; None for a number from the config."""
 
     budget: Budget
     evidence: Mapping[str, Any] | None
 
 
 def choose_hard_fractions(config: Config, run_dir: RunDir, pool: ScoredPool) -> list[Choice]:
-    """Return the number of samples and the hard fraction of each budget, in their order.
+    """Return the number of samples and the hard fraction of each budget, in the order of config.budgets.
 
     Raises ValueError for budgets that do not fit the pool.
     """
@@ -40,7 +40,7 @@ def choose_hard_fractions(config: Config, run_dir: RunDir, pool: ScoredPool) -> 
     counts = [budget_count(budget, pool.num_samples) for budget in config.budgets]
     results: dict[tuple[str, int], tuple[float, Mapping[str, Any]]] = {}
     for word, find in (("auto", estimate_hard_fractions), ("search", search_hard_fractions)):
-        # Two budgets may come to the same number of samples: each number is worked out once.
+        # Two budgets may give the same number of samples, such as 0.1 and 100 of 1,000: each number is tried once.
         open_counts = list(dict.fromkeys(count for count, each in zip(counts, settings, strict=True) if each == word))
         if open_counts:
             keys = [(word, count) for count in open_counts]
@@ -58,7 +58,7 @@ def choose_hard_fractions(config: Config, run_dir: RunDir, pool: ScoredPool) -> 
 def estimate_hard_fractions(
     config: Config, run_dir: RunDir, pool: ScoredPool, counts: Sequence[int]
 ) -> list[tuple[float, dict[str, Any]]]:
-    """Return, for each number of samples to keep, the one of least risk and the "risks" at every 0.05."""
+    """Return, for each number of samples to keep, the hard fraction of least risk and the "risks" at every 0.05."""
     ranges = list(pool.map_shares(_score_range))
     score_range = min(low for low, _ in ranges), max(high for _, high in ranges)
     sums = sum(pool.map_shares(_count_difficulty, score_range))

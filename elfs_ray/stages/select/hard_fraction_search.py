@@ -1,12 +1,15 @@
 """Search for the hard fraction: a short training on pseudo-labels for each value of a grid (ELFS 2406.04273).
 
 Reads   scores/, proxy_images/
-Writes  select/search/<hash of what decides>/<samples>-<hard fraction>.json, one a training, for none to be repeated
+Writes  select/search/<hash of the deciding keys>/<samples>-<hard fraction>.json, one for each training, so that a
+        resumed run repeats none
 
-A random share of the pool is held out. For each hard fraction, the coreset that it gives, without what is held out, is
-trained on with its pseudo-labels; the accuracy on the pseudo-labels of the held-out samples decides. The network and
-its settings are those of train. Memory: the driver holds 12 bytes for each sample of every coreset that is tried, each
-training the decoded images of its coreset (3·s² bytes for s pixels), the object store at most 10,000 held out.
+A random share of the pool is held out. For each hard fraction, a network is trained on the coreset and its
+pseudo-labels, without the held-out samples. The hard fraction with the highest accuracy on the pseudo-labels of the
+held-out samples wins. The network and its settings are those of stage train.
+
+Memory: the driver holds 12 bytes for each sample of every coreset that is tried; a training holds the decoded images of
+its coreset, 3·s² bytes for s pixels; the object store holds at most 10,000 held-out images.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,12 +33,12 @@ from elfs_ray.stages.training.classifier_inputs import kept_or_computed, load_pr
 from elfs_ray.storage import schema
 from elfs_ray.storage.run_dir import Marker, RunDir
 
-MAX_HELD_OUT = 10_000
-_HELD_OUT_STREAM = 0x686F6C64
+MAX_HELD_OUT = 10_000  # the standard error of an accuracy is then below 0.5%
+_HELD_OUT_STREAM = 0x686F6C64  # keeps these random numbers apart from others of the same seed
 
 
 class _Samples(NamedTuple):
-    """sample_ids (n,) int64 and pseudo_labels (n,) int32."""
+    """Samples with their pseudo-labels: sample_ids (n,) int64 and pseudo_labels (n,) int32."""
 
     sample_ids: np.ndarray
     pseudo_labels: np.ndarray
@@ -44,9 +47,10 @@ class _Samples(NamedTuple):
 def search_hard_fractions(
     config: Config, run_dir: RunDir, pool: ScoredPool, counts: Sequence[int]
 ) -> list[tuple[float, dict[str, Any]]]:
-    """Return, for each number of samples to keep (all distinct), the most accurate hard fraction and all "trials".
+    """Return, for each number of samples to keep, the most accurate hard fraction and all "trials".
 
-    Ties go to the smallest. Raises ValueError for pools and budgets that leave nothing to train or test on.
+    `counts` must be distinct. Ties go to the smallest hard fraction. Raises ValueError for a pool and budgets that
+    leave nothing to train or test on.
     """
     budgets = [
         Budget(count, fraction)
@@ -57,13 +61,14 @@ def search_hard_fractions(
     smallest = min(len(coreset.sample_ids) for coreset in coresets)
     if not len(held_out.sample_ids) or smallest < 2:
         raise ValueError(
-            f"select.hard_fraction=search: of {pool.num_samples} samples, {len(held_out.sample_ids)} are held out, and "
-            f"the smallest coreset has {smallest} of the others, which must be 1 and 2 at least: give a number, auto "
-            "or another select.search_holdout"
+            f"select.hard_fraction=search: of {pool.num_samples} samples, {len(held_out.sample_ids)} are held out "
+            f"(must be at least 1), and the smallest coreset has {smallest} of the others (must be at least 2): set "
+            "select.hard_fraction to a number or auto, or give another select.search_holdout"
         )
     test = ray.put(_load(config, run_dir, held_out))
     folder = run_dir.path("select", "search", _identity(config, run_dir))
     device = resolve_device(config.train.device, "train.device")
+    # `test` is in a list because Ray replaces a bare reference by its value, and a task whose result exists needs none.
     tasks = [
         (config, run_dir, f"{folder}/{budget.num_kept}-{budget.hard_fraction:.6g}.json", coreset, [test], device)
         for budget, coreset in zip(budgets, coresets, strict=True)
@@ -86,6 +91,7 @@ def _best(trials: Sequence[Mapping[str, float]]) -> float:
 def _divide(config: Config, pool: ScoredPool, selections: Sequence[Selection]) -> tuple[_Samples, list[_Samples]]:
     """Return the held-out samples, and the other samples of each selection, by ascending id."""
     share = min(config.select.search_holdout, MAX_HELD_OUT / pool.num_samples)
+    # Shares of files come in any order; sorted by their first file, the ids ascend.
     shares = sorted(pool.map_shares(_divide_files, tuple(selections), share, config.seed), key=lambda part: part[0])
     columns = zip(*(samples for _, samples in shares), strict=True)
     held_out, *coresets = (_Samples(*map(np.concatenate, zip(*pieces, strict=True))) for pieces in columns)
@@ -95,7 +101,7 @@ def _divide(config: Config, pool: ScoredPool, selections: Sequence[Selection]) -
 def _divide_files(
     pool: ScoredPool, files: Sequence[str], selections: Sequence[Selection], share: float, seed: int
 ) -> tuple[str, list[_Samples]]:
-    """Return the first of some files, and of what they hold the held-out samples, then the others of each selection."""
+    """Return the first of some files, and [the held-out samples, then the other samples of each selection] in them."""
     pieces: list[list[_Samples]] = [[] for _ in range(len(selections) + 1)]
     for path in files:
         rows = pool.read(path)
@@ -108,7 +114,7 @@ def _divide_files(
 
 
 def _identity(config: Config, run_dir: RunDir) -> str:
-    """Return a hash of all that decides an accuracy, except the budget and the hard fraction."""
+    """Return a hash of all that decides an accuracy except the budget and the hard fraction, which name the file."""
     select = deciding_keys(config.select)
     keys = {f"select.{key}": select[key] for key in select if key not in ("hard_fraction", "search_step")}
     keys |= {f"train.{key}": value for key, value in deciding_keys(config.train).items()}
@@ -125,7 +131,7 @@ def _load(config: Config, run_dir: RunDir, samples: _Samples) -> LabelledImages:
 def _train(
     config: Config, run_dir: RunDir, path: str, coreset: _Samples, test: list[ray.ObjectRef], device: str
 ) -> dict[str, float]:
-    """Train on a coreset with its pseudo-labels and test, unless an earlier try left the result."""
+    """Train on a coreset with its pseudo-labels and return the accuracy, or read that which an earlier run wrote."""
     torch.set_num_threads(1)
     train, num_classes = config.train, ClusterResult.read(run_dir).num_clusters
     settings = training_settings(

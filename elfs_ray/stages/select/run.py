@@ -1,15 +1,17 @@
-"""select: training dynamics become scores, scores become coresets.
+"""select: compute scores from training dynamics and coresets from scores.
 
 Reads   clusters/pseudo_labels, dynamics/, index/; embeddings/ for zcore, neighbors/ for d2, proxy_images/ for search
-Writes  scores/ (a file for each 262,144 ids; score prototypicality is the distance to the centroid), select/<method>/
-        (the scores of d2 or zcore), select/search/ (trainings that find a hard fraction), and for each budget a
-        coreset, hardest first, a file for each 1,048,576 ranks, and its uris as text: coreset/ and coreset.txt for the
-        first budget, coreset-<budget> for every other
+Writes  scores/ (a file for each 262,144 ids; the score prototypicality is the distance to the centroid),
+        select/<method>/ (the scores of d2 or zcore), select/search/ (the trainings of a search for the hard fraction),
+        and the coreset of each budget, hardest first, with a file for each 1,048,576 ranks, and its uris as text:
+        coreset/ and coreset.txt for the first budget, coreset-<budget> for every other
 
-The pool is never sorted as a whole. Each range of ids is scored by one task from all epochs; hard fractions that the
-config leaves open are found (hard_fraction.py); the cuts around the kept samples are found exactly from histograms
-(selection.py); one pass over the scores collects every coreset (coreset_files.py). Memory: the driver holds histograms;
-a task about 200 bytes for each sample of a file, and what it keeps of 16 files or a quarter of a CPU's.
+The whole pool is never sorted. One task scores each range of ids from all epochs. Hard fractions that are not numbers
+in the config are chosen (hard_fraction.py). The cuts around the kept samples are found exactly from histograms
+(selection.py), and one pass over the scores collects all coresets (coreset_files.py).
+
+Memory: the driver holds histograms; a task holds about 200 bytes for each sample of a file, and the samples that it
+keeps of its share of the files.
 """
 
 import posixpath
@@ -34,13 +36,13 @@ from elfs_ray.stages.train import TrainResult
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
-IDS_PER_FILE = 1 << 18
+IDS_PER_FILE = 1 << 18  # a task holds all of a file's samples while it reads the epochs
 
 
 def run_select(config: Config, run_dir: RunDir) -> SelectResult:
-    """Score and select.
+    """Write scores/ and the coreset of each budget.
 
-    Raises ValueError when a budget or hard fraction does not fit the samples that have a pseudo-label.
+    Raises ValueError if a budget or a hard fraction does not fit the number of samples with a pseudo-label.
     """
     num_ids = IndexResult.read(run_dir).rows
     _write_scores(run_dir, num_ids, num_epochs=TrainResult.read(run_dir).epochs)
@@ -63,7 +65,8 @@ def run_select(config: Config, run_dir: RunDir) -> SelectResult:
         )
         for (table, metrics), choice in zip(written.items(), choices, strict=True)
     }
-    # Not part of the stage's config where nothing is searched, but a reselection that searches must know them.
+    # Without a search these keys do not decide the stage's result, so the marker does not hold them. A later
+    # reselection that searches needs them.
     search = {key: value for key, value in vars(config.select).items() if key.startswith("search_")}
     return SelectResult(coresets[tables[0]].rows, pool.num_samples, coresets, search)
 
@@ -77,7 +80,7 @@ def _scored_pool(config: Config, run_dir: RunDir, num_ids: int) -> ScoredPool:
 
 
 def _write_scores(run_dir: RunDir, num_ids: int, num_epochs: int) -> None:
-    """Write scores/ for every range of ids that has no file yet."""
+    """Write a file of scores/ for every range of ids that has none yet."""
     ranges = [(first, min(first + IDS_PER_FILE, num_ids) - 1) for first in range(0, num_ids, IDS_PER_FILE)]
     done = {filesystem.basename(path) for path in run_dir.table_files(schema.SCORES)}
     tasks = [(run_dir, first, last, num_epochs) for first, last in ranges if schema.range_file(first, last) not in done]
@@ -87,8 +90,9 @@ def _write_scores(run_dir: RunDir, num_ids: int, num_epochs: int) -> None:
 
 
 def _score_range(run_dir: RunDir, first: int, last: int, num_epochs: int) -> None:
-    """Score the samples first..last from every epoch's records of them."""
+    """Write the scores of the samples first..last, from their records of all epochs."""
     labelled = run_dir.read_range(schema.CLUSTERS, schema.PSEUDO_LABELS_DIR, first=first, last=last)
+    # The empty table gives the columns their types for a range in which all images were rejected.
     clusters = pa.concat_tables([schema.PSEUDO_LABELS_SCHEMA.empty_table(), *labelled], promote_options="default")
     if not clusters.num_rows:
         return
@@ -100,7 +104,7 @@ def _score_range(run_dir: RunDir, first: int, last: int, num_epochs: int) -> Non
         if records.num_rows != clusters.num_rows:
             raise RuntimeError(
                 f"{run_dir.path(schema.DYNAMICS, schema.epoch_dir(epoch))} has {records.num_rows} records of the "
-                f"{clusters.num_rows} samples from sample_id {first} to {last}, and must have one of each: delete "
+                f"{clusters.num_rows} samples from sample_id {first} to {last}, and must have one for each: delete "
                 f"{run_dir.path('train')} and {run_dir.path(schema.DYNAMICS)}, then run again"
             )
         accumulator.add_epoch(*(records[name].to_numpy() for name in schema.DYNAMICS_SCHEMA.names))
@@ -111,8 +115,8 @@ def _score_range(run_dir: RunDir, first: int, last: int, num_epochs: int) -> Non
 
 
 def write_scores(path: str, table: pa.Table) -> None:
-    """Write a file of scores/ in encodings that are small and quick to read."""
-    # No dictionaries: hardly two scores are the same, so one would hold them all.
+    """Write a file of scores/, in encodings that are small and quick to read."""
+    # Not in dictionaries, Parquet's default: hardly two scores are equal, so a dictionary would hold all of them.
     encodings = {schema.SAMPLE_ID: "DELTA_BINARY_PACKED"} | {
         field.name: "BYTE_STREAM_SPLIT" for field in table.schema if pa.types.is_float32(field.type)
     }

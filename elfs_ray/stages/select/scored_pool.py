@@ -1,4 +1,4 @@
-"""The scored samples that a selection chooses from, and how work on them is shared among workers."""
+"""Read the scored samples that a selection chooses from, and share work on them among tasks."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from elfs_ray.storage import filesystem, schema
 MAX_SHARES = 512
 FILES_PER_SHARE = 16
 DIRECTIONS: dict[str, Direction] = {**SCORES, schema.PROTOTYPICALITY: "high"}
-"""The scores in scores/, with the end of the range where hard samples lie."""
+"""The scores in scores/, with the end of their range, low or high, where the hard samples are."""
 
 
 class ScoredRows:
-    """The rows of one file, each column read when it is first asked for."""
+    """The rows of one file; each column is read when it is first used."""
 
     def __init__(self, path: str, score: str, num_groups: int) -> None:
         self._file = filesystem.open_parquet(path)
@@ -39,31 +39,34 @@ class ScoredRows:
 
     @property
     def sample_ids(self) -> np.ndarray:
-        """(n,) int64"""
+        """Return the ids, (n,) int64."""
         return self.column(schema.SAMPLE_ID)
 
     @property
     def scores(self) -> np.ndarray:
-        """(n,) float32 or int32"""
+        """Return the scores, (n,) float32 or int32."""
         return self.column(self._score)
 
     @cached_property
     def groups(self) -> np.ndarray:
-        """(n,) int64: the pseudo-labels where there is more than one group, else 0."""
+        """Return the groups, (n,) int64: the pseudo-labels, or zeros if the pool is one group."""
         if self._num_groups == 1:
             return np.zeros(self.num_rows, np.int64)
         return self.column(schema.PSEUDO_LABEL).astype(np.int64)
 
 
 class Order(Protocol):
-    """The order in which a method puts samples, as keys (n,) uint32; ties go by sample_id."""
+    """An order of the samples, as keys (n,) uint32; samples with equal keys are ordered by sample_id."""
 
     def keys(self, pool: "ScoredPool", rows: ScoredRows) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
 class ScoredPool:
-    """The scored samples that a selection chooses from, in files of one range of ids each; a worker gets one."""
+    """The scored samples that a selection chooses from, in files that each hold a range of ids.
+
+    It is small, so that every task can get one.
+    """
 
     files: tuple[str, ...]
     score: str
@@ -72,31 +75,32 @@ class ScoredPool:
     num_groups: int
 
     def read(self, path: str) -> ScoredRows:
-        """Open one file; its columns are read when they are needed."""
+        """Open one file."""
         return ScoredRows(path, self.score, self.num_groups)
 
     def hardness_keys(self, rows: ScoredRows) -> np.ndarray:
         return hardness_keys(rows.scores, self.direction)
 
     def keys(self, order: Order, rows: ScoredRows) -> np.ndarray:
-        """Return the keys of an order, with the group above them if there is more than one."""
+        """Return the keys of an order; if there are several groups, the group is in the bits above a key."""
         keys = order.keys(self, rows)
         return grouped_keys(rows.groups, keys) if self.num_groups > 1 else keys
 
     def shares(self) -> list[tuple[str, ...]]:
-        """Divide the files into about equal runs: enough to keep every CPU busy, and few files in each."""
+        """Return the files in runs of about equal length, one for each task."""
+        # Four for each CPU, so that the CPUs end at about the same time; more if a task would get too many files.
         num_shares = min(len(self.files), MAX_SHARES, max(4 * num_cpus(), len(self.files) // FILES_PER_SHARE))
         ends = [len(self.files) * share // num_shares for share in range(num_shares + 1)]
         return [self.files[first:last] for first, last in pairwise(ends)]
 
     def map_shares(self, function: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
-        """Yield `function(pool, files, *arguments)` of every share, in any order."""
+        """Yield the result of `function(pool, files, *arguments)` for every share, in any order."""
         for _, result in run_tasks(function, [(self, files, *arguments) for files in self.shares()]):
             yield result
 
     @cached_property
     def counts(self) -> np.ndarray:
-        """Count the samples of each group, (groups,) int64."""
+        """Return the number of samples in each group, (groups,) int64."""
         return sum(self.map_shares(_count_groups), np.zeros(self.num_groups, np.int64))
 
     @property

@@ -1,9 +1,9 @@
-"""Choose the samples that a selection keeps: windows of ranks over integer keys that every worker makes of its rows.
+"""Choose the samples that a selection keeps, without sorting the pool.
 
-A method orders the samples (by hardness, by a random draw, ...) and keeps one window of ranks in each group: of the
-whole pool, or of each pseudo-class. The cuts around the windows are found from histograms
-(methods/selection/quantiles.py), those of all groups and all budgets that share an order in one search. The driver
-holds histograms, at most 64 MiB, and a few numbers for each pseudo-class.
+A method orders the samples, by hardness or at random for example, and keeps one window of ranks in each group. A group
+is the whole pool or a pseudo-class. Tasks turn their rows into integer keys of the order, and the driver finds the cuts
+around the windows from histograms of the keys (methods/selection/quantiles.py). One search finds the cuts of all groups
+and budgets that share an order. The driver holds at most 64 MiB of histograms and a few numbers for each pseudo-class.
 """
 
 from collections.abc import Iterable, Sequence
@@ -27,12 +27,12 @@ from elfs_ray.methods.selection.quantiles import (
 from elfs_ray.stages.select.scored_pool import Order, ScoredPool, ScoredRows
 
 RANKS_PER_FILE = 1 << 20
-LAST_KEY = np.uint32(2**KEY_BITS - 1)
+LAST_KEY = np.uint32(2**KEY_BITS - 1)  # sorts after all samples that may be kept
 
 
 @dataclass(frozen=True)
 class ByHardness:
-    """Order by hardness, the hardest first."""
+    """The order by hardness, the hardest first."""
 
     def keys(self, pool: ScoredPool, rows: ScoredRows) -> np.ndarray:
         return pool.hardness_keys(rows)
@@ -40,7 +40,7 @@ class ByHardness:
 
 @dataclass(frozen=True)
 class ByRandom:
-    """Order at random."""
+    """A random order."""
 
     seed: int
 
@@ -50,7 +50,7 @@ class ByRandom:
 
 @dataclass(frozen=True)
 class ByStratum:
-    """Order by stratum of the score, at random inside one; samples before their group's cut come last."""
+    """The order by stratum of the score, random within a stratum; samples before their group's cut come last."""
 
     seed: int
     num_strata: int
@@ -69,7 +69,7 @@ class ByStratum:
 
 @dataclass(frozen=True)
 class ByDualWeight:
-    """Order by a race with DUAL's Beta weights; `anchors` and `rates` have a number for each group."""
+    """A random order with DUAL's Beta weights; `anchors` and `rates` hold one number for each group."""
 
     seed: int
     exponent: float
@@ -83,7 +83,7 @@ class ByDualWeight:
 
 
 class Budget(NamedTuple):
-    """How many samples a coreset holds, and the hard fraction to drop before them."""
+    """The number of samples in a coreset, and the hard fraction that is dropped before them."""
 
     num_kept: int
     hard_fraction: float
@@ -91,10 +91,10 @@ class Budget(NamedTuple):
 
 @dataclass(frozen=True)
 class Selection:
-    """The samples between each two `cuts` (lower, upper, lower, upper, ...) of an order.
+    """The samples of one coreset: those between the `cuts` (lower, upper, lower, upper, ...) of an order.
 
-    num_hard: samples dropped from the hard end. part_cuts: where a window by hardness is cut into files, if the search
-    for `cuts` found these, too.
+    num_hard: the number of samples dropped from the hard end. part_cuts: the cuts between the coreset's files, if the
+    search for `cuts` has found them as well.
     """
 
     order: Order
@@ -109,7 +109,7 @@ class Selection:
         return not isinstance(self.order, ByHardness)
 
     def mask(self, pool: ScoredPool, rows: ScoredRows) -> np.ndarray:
-        """Return which rows are kept, (n,) bool."""
+        """Return a mask of the rows that are kept, (n,) bool."""
         return assign_parts(pool.keys(self.order, rows), rows.sample_ids, self.cuts) % 2 == 0
 
 
@@ -122,6 +122,8 @@ def choose(pool: ScoredPool, config: SelectConfig, seed: int, budgets: Sequence[
     order: Order = ByRandom(seed) if config.method == "random" else ByHardness()
     windows = [group_windows(pool.counts, budget, config.method) for budget in budgets]
     ranks = [_ranks(pool.counts, *window) for window in windows]
+    # A coreset is written hardest first. If it is one window of that same order, one search finds the cuts between its
+    # files as well; otherwise `find_part_cuts` needs a search of its own.
     if isinstance(order, ByHardness) and pool.num_groups == 1:
         ranks = [part_ranks(first, last - first, num_parts(last - first)) for first, last in ranks]
     all_cuts = find_cuts(pool, [(order, each) for each in ranks])
@@ -135,19 +137,19 @@ def choose(pool: ScoredPool, config: SelectConfig, seed: int, budgets: Sequence[
 
 
 def group_windows(counts: np.ndarray, budget: Budget, method: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return (samples before the window, samples in it) of each group, (groups,) int64."""
+    """Return (samples before the window, samples in the window) of each group, each (groups,) int64."""
     hard_fraction = budget.hard_fraction if method in USES_HARD_FRACTION else 0.0
     starts, shares = pruning.balanced_windows(counts, budget.num_kept, hard_fraction)
     return (counts - shares if method == "easiest" else starts), shares
 
 
 def num_parts(count: int) -> int:
-    """Return the number of files of a coreset."""
+    """Return the number of files of a coreset with `count` samples."""
     return -(-count // RANKS_PER_FILE)
 
 
 def find_cuts(pool: ScoredPool, wanted: Sequence[tuple[Order, Sequence[int]]]) -> list[list[Cut]]:
-    """Return the cuts at some ranks of some orders; one search finds those of all that share an order."""
+    """Return the cuts at the ranks of each (order, ranks); one search serves all that share an order."""
     cuts: dict[Order, dict[int, Cut]] = {}
     for order in dict.fromkeys(order for order, _ in wanted):
         ranks = sorted({rank for other, each in wanted if other == order for rank in each})
@@ -156,7 +158,7 @@ def find_cuts(pool: ScoredPool, wanted: Sequence[tuple[Order, Sequence[int]]]) -
 
 
 def find_part_cuts(pool: ScoredPool, selection: Selection) -> tuple[Cut, ...]:
-    """Return the cuts by hardness, across groups, that divide the kept samples into the files of a coreset."""
+    """Return the cuts by hardness that divide the kept samples, of all groups, into the files of a coreset."""
 
     def gather(request: DigitRequest) -> Iterable[np.ndarray]:
         return pool.map_shares(_count_kept, selection, request)
@@ -171,18 +173,23 @@ def _search(pool: ScoredPool, order: Order, ranks: Sequence[int]) -> list[Cut]:
 
 
 def _ranks(counts: np.ndarray, starts: np.ndarray, shares: np.ndarray) -> list[int]:
-    """Return the ranks around each group's window, in the order of groups; none for groups that keep nothing."""
+    """Return the two ranks around each group's window, in the order of groups; none for a group that keeps nothing."""
+    # Keys have the group in their highest bits, so a group's ranks begin after all samples of the groups before it.
     first = np.cumsum(counts) - counts + starts
     return np.stack([first, first + shares], axis=1)[shares > 0].ravel().tolist()
 
 
 def _choose_stratified(pool: ScoredPool, config: SelectConfig, seed: int, budgets: Sequence[Budget]) -> list[Selection]:
-    """Select by CCS: the budget of each group, less its hard fraction, divided evenly over strata of the score."""
+    """Select by CCS: drop the hard fraction of each group, then divide its budget evenly over strata of the score.
+
+    CCS is by Zheng et al., "Coverage-centric coreset selection for high pruning rates" (2210.15809).
+    """
     windows = [group_windows(pool.counts, budget, config.method) for budget in budgets]
     first = np.cumsum(pool.counts) - pool.counts
     lower = find_cuts(pool, [(ByHardness(), (first + starts).tolist()) for starts, _ in windows])
     orders = []
     for cuts in lower:
+        # Strata divide the range of the scores that are left, so the hard fraction must be cut off first.
         ranges = list(pool.map_shares(_score_range, cuts))
         lowest = np.min([low for low, _ in ranges], axis=0)
         highest = np.max([high for _, high in ranges], axis=0)
@@ -202,10 +209,11 @@ def _choose_stratified(pool: ScoredPool, config: SelectConfig, seed: int, budget
 
 
 def _choose_dual(pool: ScoredPool, config: SelectConfig, seed: int, budgets: Sequence[Budget]) -> list[Selection]:
-    """Select by DUAL's Beta sampling, in each group with its anchor and pruning rate."""
+    """Select by DUAL's Beta sampling, with an anchor and a pruning rate for each group."""
     best = [np.concatenate(columns) for columns in zip(*pool.map_shares(_best_dual), strict=True)]
     groups, keys, sample_ids, mean_probs = best
     order = np.lexsort((sample_ids, keys, groups))
+    # The tasks return their best samples; the best of these are the best of the pool.
     anchors = np.ones(pool.num_groups)
     for group in np.unique(groups):
         best_of_group = order[groups[order] == group][: pruning.DUAL_NUM_ANCHORS]
@@ -224,7 +232,7 @@ def _choose_dual(pool: ScoredPool, config: SelectConfig, seed: int, budgets: Seq
 
 
 def _from_cuts(pool: ScoredPool, rows: ScoredRows, cuts: Sequence[Cut]) -> np.ndarray:
-    """Return which rows do not lie before their group's cut by hardness, (n,) bool."""
+    """Return a mask of the rows at or after their group's cut by hardness, (n,) bool."""
     keys = pool.keys(ByHardness(), rows)
     cut_keys = np.array([cut.key for cut in cuts], keys.dtype)[rows.groups]
     cut_ids = np.array([cut.sample_id for cut in cuts], np.int64)[rows.groups]
@@ -250,7 +258,7 @@ def _count_kept(pool: ScoredPool, files: Sequence[str], selection: Selection, re
 
 
 def _score_range(pool: ScoredPool, files: Sequence[str], cuts: Sequence[Cut]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the lowest and highest score of each group behind its cut, (groups,) float64; (inf, -inf) if none."""
+    """Return the lowest and highest score of each group after its cut, (groups,) float64; (inf, -inf) for none."""
     lowest, highest = np.full(pool.num_groups, np.inf), np.full(pool.num_groups, -np.inf)
     for path in files:
         rows = pool.read(path)
@@ -261,7 +269,7 @@ def _score_range(pool: ScoredPool, files: Sequence[str], cuts: Sequence[Cut]) ->
 
 
 def _count_strata(pool: ScoredPool, files: Sequence[str], order: ByStratum) -> np.ndarray:
-    """Count the samples of each stratum of each group, (groups, strata) int64."""
+    """Return the number of samples in each stratum of each group, (groups, strata) int64."""
     counts = np.zeros(pool.num_groups * order.num_strata, np.int64)
     for path in files:
         rows = pool.read(path)
@@ -272,13 +280,14 @@ def _count_strata(pool: ScoredPool, files: Sequence[str], order: ByStratum) -> n
 
 
 def _best_dual(pool: ScoredPool, files: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return the samples of highest DUAL score of each group: groups, keys, sample_ids and mean probabilities."""
+    """Return the samples with the highest DUAL scores of each group: groups, keys, sample_ids, mean probabilities."""
     columns: list[tuple[np.ndarray, ...]] = []
     for path in files:
         rows = pool.read(path)
         keys = hardness_keys(rows.column("dual"), "high")
         order = np.lexsort((rows.sample_ids, keys, rows.groups))
         counts = np.bincount(rows.groups, minlength=pool.num_groups)
+        # The rank of each sample within its group, counted from 0.
         place = np.arange(order.size) - np.repeat(np.cumsum(counts) - counts, counts)
         best = order[place < pruning.DUAL_NUM_ANCHORS]
         mean_probs = rows.column("dual_mean_prob")

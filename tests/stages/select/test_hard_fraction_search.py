@@ -1,4 +1,4 @@
-"""The hard fraction found by short trainings: real images, pseudo-labels of which the hardest are wrong."""
+"""The search for the hard fraction, on real images with wrong pseudo-labels for the hardest."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def spoiled(ray_cluster, tmp_path_factory) -> RunDir:
 
 @pytest.fixture(scope="module")
 def searched(spoiled) -> SelectResult:
-    """The result of a search for two budgets."""
+    """Return the result of a search for two budgets."""
     config = digits_config(spoiled.uri, "budget=[0.2,0.4]", "select.hard_fraction=search", *SETTINGS)
     return run_select(config, spoiled)
 
@@ -50,7 +50,7 @@ def test_the_hard_fraction_that_drops_the_wrong_pseudo_labels_is_found(searched)
         assert accuracies[0.6] > accuracies[0.0] + 0.2
 
 
-def test_the_coreset_is_the_one_of_the_number_that_was_found(spoiled, searched):
+def test_the_coreset_is_that_of_the_hard_fraction_as_a_number(spoiled, searched):
     folder = Path(spoiled.uri)
     searched_for = contents(folder, "coreset", "coreset-0.4")
     fixed = digits_config(spoiled.uri, "budget=[0.2,0.4]", "select.hard_fraction=0.6")
@@ -74,7 +74,7 @@ def test_no_training_is_repeated_and_another_search_uses_none_of_them(spoiled, s
     assert other.coresets["coreset"].hard_fraction == 0.6
 
 
-def test_words_and_numbers_may_be_mixed_and_auto_needs_no_training(spoiled):
+def test_numbers_and_auto_may_be_mixed_and_need_no_training(spoiled):
     config = digits_config(spoiled.uri, "budget=[0.2,0.4,50]", "select.hard_fraction=[0.1,auto,auto]")
     fixed, *estimated = run_select(config, spoiled).coresets.values()
     assert fixed.hard_fraction == 0.1 and fixed.hard_fraction_evidence is None
@@ -87,5 +87,5 @@ def test_a_pool_too_small_to_search_is_refused(ray_cluster, tmp_path):
     run_dir = RunDir(tmp_path)
     write_trained(run_dir, num_samples=20)
     config = digits_config(tmp_path, "select.hard_fraction=search", "budget=1")
-    with pytest.raises(ValueError, match=r"give a number, auto or another select\.search_holdout"):
+    with pytest.raises(ValueError, match=r"a number or auto, or give another select\.search_holdout"):
         run_select(config, run_dir)

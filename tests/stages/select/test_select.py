@@ -21,7 +21,7 @@ from tests.tables import contents, digit_images, digits_config, write_trained
 
 
 def plain_scores(records: dict) -> dict[str, np.ndarray]:
-    """The scores of REFERENCE's formulas, a line each."""
+    """Return the scores by their plain formulas, one line each."""
     target, other = records["target_prob"].astype(float), records["max_other_prob"].astype(float)
     right = target > other
     forgotten = (right[:-1] & ~right[1:]).sum(0)
@@ -77,7 +77,7 @@ def test_scores_equal_the_plain_formulas_and_cover_every_sample(ray_cluster, tmp
         np.testing.assert_allclose(scores[name], plain, rtol=1e-6, atol=1e-6)
 
 
-def test_a_second_try_after_half_of_the_scores_gives_the_same_bytes(ray_cluster, tmp_path, monkeypatch):
+def test_a_run_resumed_after_half_of_the_scores_gives_the_same_bytes(ray_cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(select, "IDS_PER_FILE", 300)
     run_dir = RunDir(tmp_path)
     write_trained(run_dir)
@@ -106,7 +106,7 @@ def test_line_breaks_in_names_are_escaped_so_that_a_uri_stays_on_its_line():
     assert escape_line_breaks("/pool/a\nb%.png") == "/pool/a%0Ab%25.png"
 
 
-def test_the_uri_of_a_line_is_known_whatever_it_holds():
+def test_an_escaped_line_gives_its_uri_back():
     parts = ("a", "\n", "\r", "%", "%0A", "%0D", "%25", "0A", "25")
     uris = {"".join(chosen) for length in range(5) for chosen in itertools.product(parts, repeat=length)}
     for uri in uris:
@@ -131,12 +131,12 @@ LABELS = digit_images(1003)[1]
 
 
 def kept_by_class(ids: np.ndarray, scores: np.ndarray, hard_fraction: float, shares: dict[int, int]) -> set[int]:
-    """Double-end pruning of each class alone, by sorting."""
+    """Return the ids that double-end pruning of each class alone keeps, by sorting."""
     kept: set[int] = set()
     for label, share in shares.items():
-        own = np.flatnonzero(LABELS[ids] == label)
-        order = own[np.lexsort((ids[own], scores[own]))]
-        start = min(int(hard_fraction * len(own)), len(own) - share)
+        members = np.flatnonzero(LABELS[ids] == label)
+        order = members[np.lexsort((ids[members], scores[members]))]
+        start = min(int(hard_fraction * len(members)), len(members) - share)
         kept |= set(ids[order[start : start + share]].tolist())
     return kept
 
@@ -159,23 +159,24 @@ def test_balance_keeps_an_equal_window_of_every_pseudo_class(ray_cluster, tmp_pa
 
 
 def in_memory(method: str, balance: bool, ids: np.ndarray, scores: dict, count: int) -> np.ndarray:
-    """The sample ids of the in-memory method, by class where it is balanced."""
+    """Return the sample ids that the in-memory method keeps, by class if it is balanced."""
     if balance:
         groups = [np.flatnonzero(LABELS[ids] == label) for label in range(10)]
-        shares = pruning.allocate_evenly(np.array([len(own) for own in groups]), count)
+        shares = pruning.allocate_evenly(np.array([len(group) for group in groups]), count)
     else:
         groups, shares = [np.arange(len(ids))], [count]
     kept = []
-    for own, share in zip(groups, shares, strict=True):
-        aum, dual, prob, own_ids = scores["aum"][own], scores["dual"][own], scores["dual_mean_prob"][own], ids[own]
+    for group, share in zip(groups, shares, strict=True):
+        aum, dual, prob = (scores[name][group] for name in ("aum", "dual", "dual_mean_prob"))
+        group_ids = ids[group]
         positions = {
-            "hardest": selections.hardest(aum, own_ids, int(share), "low"),
-            "easiest": selections.easiest(aum, own_ids, int(share), "low"),
-            "random": pruning.random_selection(own_ids, int(share), seed=4),
-            "stratified": selections.stratified(aum, own_ids, int(share), 0.1, "low", seed=4, num_strata=7),
-            "dual_beta": selections.dual_beta(dual, prob, own_ids, int(share), seed=4),
+            "hardest": selections.hardest(aum, group_ids, int(share), "low"),
+            "easiest": selections.easiest(aum, group_ids, int(share), "low"),
+            "random": pruning.random_selection(group_ids, int(share), seed=4),
+            "stratified": selections.stratified(aum, group_ids, int(share), 0.1, "low", seed=4, num_strata=7),
+            "dual_beta": selections.dual_beta(dual, prob, group_ids, int(share), seed=4),
         }
-        kept.append(own_ids[positions[method]])
+        kept.append(group_ids[positions[method]])
     return np.sort(np.concatenate(kept))
 
 
@@ -206,12 +207,14 @@ def test_several_budgets_at_once_are_the_coresets_of_each_alone(ray_cluster, tmp
         write_trained(alone)
         overrides = [f"select.method={method}", f"budget={budget}", f"select.hard_fraction={beta}"]
         select.run_select(digits_config(tmp_path / table, *overrides), alone)
-        own = {filesystem.basename(path): data for path, data in contents(tmp_path / "all", table).items()}
-        assert own == {filesystem.basename(path): data for path, data in contents(tmp_path / table, "coreset").items()}
+        together, separate = contents(tmp_path / "all", table), contents(tmp_path / table, "coreset")
+        assert {filesystem.basename(path): data for path, data in together.items()} == {
+            filesystem.basename(path): data for path, data in separate.items()
+        }
 
 
 def write_neighbors(run_dir: RunDir, num_neighbors: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """neighbors/ by brute force; (sample_ids, positions of neighbours, similarity)."""
+    """Write neighbors/ by brute force. Returns (sample_ids, positions of neighbours, similarity)."""
     tables = list(run_dir.read_table("embeddings"))
     ids = np.concatenate([table["sample_id"].to_numpy() for table in tables])
     vectors = np.concatenate([schema.matrix_of(table, "embedding") for table in tables]).astype(np.float32)
@@ -269,24 +272,24 @@ def test_the_number_of_files_in_a_task_changes_nothing(ray_cluster, tmp_path, mo
     monkeypatch.setattr(select, "IDS_PER_FILE", 150)
     run_dir = RunDir(tmp_path)
     write_trained(run_dir)
-    found = []
+    coresets = []
     for max_shares in (1, 4, 7):
         monkeypatch.setattr(scored_pool, "MAX_SHARES", max_shares)
         select.run_select(digits_config(tmp_path, *overrides), run_dir)
-        found.append(contents(tmp_path, "coreset", "coreset-0.05"))
-    assert found[0] == found[1] == found[2]
+        coresets.append(contents(tmp_path, "coreset", "coreset-0.05"))
+    assert coresets[0] == coresets[1] == coresets[2]
 
 
 def write_scored(folder, scores: np.ndarray, num_files: int) -> ScoredPool:
-    """scores/ and index/ of samples 0..n-1, as many in each file."""
+    """Write scores/ and index/ of samples 0..n-1, as many in each file. Returns the pool."""
     run_dir, ids = RunDir(folder), np.arange(len(scores))
-    for own in np.array_split(ids, num_files):
-        name = schema.range_file(int(own[0]), int(own[-1]))
-        labels = np.zeros(len(own), np.int32)
-        columns = {"sample_id": own, "pseudo_label": labels, "aum": scores[own]}
+    for file_ids in np.array_split(ids, num_files):
+        name = schema.range_file(int(file_ids[0]), int(file_ids[-1]))
+        labels = np.zeros(len(file_ids), np.int32)
+        columns = {"sample_id": file_ids, "pseudo_label": labels, "aum": scores[file_ids]}
         filesystem.write_table(run_dir.path("scores", name), pa.table(columns))
-        uris = [f"/{i}.png" for i in own.tolist()]
-        index = pa.table([own, uris, pa.nulls(len(own), pa.int32())], schema=schema.INDEX_SCHEMA)
+        uris = [f"/{i}.png" for i in file_ids.tolist()]
+        index = pa.table([file_ids, uris, pa.nulls(len(file_ids), pa.int32())], schema=schema.INDEX_SCHEMA)
         filesystem.write_table(run_dir.path("index", name), index)
     return ScoredPool(tuple(run_dir.table_files("scores")), "aum", "low", len(scores), 1)
 
