@@ -1,4 +1,4 @@
-"""Trains on a cluster that grows by a node after the first epoch and loses it later; prints the stage's figures."""
+"""Train on a cluster that gains a node after the first epoch and loses it later; print the stage's result."""
 
 import json
 import sys
@@ -42,7 +42,7 @@ def main(folder: Path) -> None:
 
 
 def _wait_for_workers(folder: Path, num_workers: int, training: Future) -> float:
-    """Until there is an epoch of so many workers; when it ended."""
+    """Wait for an epoch of so many workers. Returns when it ended."""
     while True:
         for path in sorted(folder.glob("train/history/*.json")):
             if f'"workers": {num_workers}' in path.read_text():
@@ -52,7 +52,7 @@ def _wait_for_workers(folder: Path, num_workers: int, training: Future) -> float
 
 
 def _wait_for_report(folder: Path, since_s: float) -> None:
-    """Until Ray Train lists a checkpoint that is newer: an epoch without one would be done again."""
+    """Wait until Ray Train lists a newer checkpoint: an epoch without one would be trained again."""
     while (folder / "train" / "checkpoints" / worker_group.SNAPSHOT_FILE).stat().st_mtime <= since_s:
         time.sleep(0.1)
 

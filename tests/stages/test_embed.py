@@ -1,4 +1,4 @@
-"""embed: images embedded right or rejected with a reason; the same bytes for any number of encoders, killed or not."""
+"""Stage embed: images are embedded or rejected with a reason; any number of encoders gives the same bytes."""
 
 import os
 import shutil
@@ -44,7 +44,7 @@ REASONS = {
 
 
 def good_files(photographs: list[Image.Image]) -> dict[str, tuple[bytes, Image.Image]]:
-    """Name, bytes, and what a person sees: 8-bit RGB, upright."""
+    """Yield the name, the bytes and the upright 8-bit RGB image of photographs in many formats."""
     wide, one_pixel = photographs[1].resize((3000, 10)), photographs[1].resize((1, 1))
     square, other = (photograph.crop((100, 0, 500, 400)) for photograph in photographs)
     grey = square.convert("L")
@@ -87,7 +87,7 @@ def bad_files(photographs: list[Image.Image]) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def pool(digit_pools, photographs, tmp_path_factory) -> tuple[Path, dict[str, Image.Image]]:
-    """A folder of digits, photographs in many forms and broken files; by name, what the good ones show."""
+    """Return a folder of digits, photographs in many formats and broken files, and the good images by name."""
     folder = tmp_path_factory.mktemp("pool")
     good = good_files(photographs)
     for i, pixels in enumerate(digit_pools.images[:: len(digit_pools.images) // NUM_DIGITS]):
@@ -112,7 +112,7 @@ def settings(pool: Path, folder: Path, *overrides: str):
 
 
 def run(pool: Path, folder: Path, *overrides: str) -> dict:
-    """The result of stage embed, after stage index where that has not run."""
+    """Run stage embed, after stage index if that has not run."""
     config, run_dir = settings(pool, folder, *overrides), RunDir(folder)
     if not (folder / "index").exists():
         mark(run_dir, index.run_index(config, run_dir))
@@ -128,7 +128,7 @@ def ids_by_name(folder: Path) -> dict[str, int]:
 
 
 def with_plain_pillow(shown: Image.Image, size: int) -> Image.Image:
-    """Short side to `size`, then the centre square."""
+    """Resize the short side to `size` and cut out the centre square."""
     scale = size / min(shown.size)
     resized = shown.resize((round(shown.width * scale), round(shown.height * scale)), Image.Resampling.BICUBIC)
     left, top = round((resized.width - size) / 2), round((resized.height - size) / 2)
@@ -137,14 +137,14 @@ def with_plain_pillow(shown: Image.Image, size: int) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def embedded(ray_cluster, pool, tmp_path_factory) -> tuple[Path, dict]:
-    """A run with the encoder `pixels`, whose embeddings can be computed by hand."""
+    """Return a run with the encoder `pixels`, whose embeddings can be computed by hand."""
     folder = tmp_path_factory.mktemp("embedded")
     return folder, run(pool[0], folder, "embed.num_workers=2")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(ray_cluster, pool, tmp_path_factory) -> Path:
-    """A run with a network and one encoder."""
+    """Return a run with a network on one worker."""
     folder = tmp_path_factory.mktemp("undisturbed")
     run(pool[0], folder, *NETWORK, "embed.num_workers=1")
     return folder
@@ -170,12 +170,12 @@ def test_embeddings_are_float16_of_unit_length(embedded):
 def test_every_good_image_is_embedded_as_plain_pillow_shows_it(embedded, pool):
     folder, _ = embedded
     table, ids = rows(folder, "embeddings"), ids_by_name(folder)
-    found = dict(zip(table["sample_id"].to_pylist(), table["embedding"].to_pylist(), strict=True))
+    embeddings = dict(zip(table["sample_id"].to_pylist(), table["embedding"].to_pylist(), strict=True))
     for name, shown in pool[1].items():
         pixels = np.asarray(with_plain_pillow(shown, SIZE)).transpose(2, 0, 1).ravel().astype(float)
         expected = (pixels - pixels.mean()) / np.linalg.norm(pixels - pixels.mean())
         # Of other shapes, plain Pillow rounds the long side and the corner of the crop.
-        assert expected @ found[ids[name]] > (0.9995 if shown.width == shown.height else 0.998), name
+        assert expected @ embeddings[ids[name]] > (0.9995 if shown.width == shown.height else 0.998), name
 
 
 def test_every_copy_for_the_proxy_network_is_the_image_resized(embedded, pool):
@@ -191,9 +191,9 @@ def test_every_bad_image_is_rejected_with_its_reason(embedded, pool):
     rejected = rows(embedded[0], "rejected")
     assert rejected.schema.equals(schema.REJECTED_SCHEMA)
     ids = ids_by_name(embedded[0])
-    found = {row["uri"].removeprefix(f"{pool[0]}/"): row for row in rejected.to_pylist()}
-    assert found.keys() == REASONS.keys()
-    for name, row in found.items():
+    rows_by_name = {row["uri"].removeprefix(f"{pool[0]}/"): row for row in rejected.to_pylist()}
+    assert rows_by_name.keys() == REASONS.keys()
+    for name, row in rows_by_name.items():
         assert row["reason"].startswith(REASONS[name]), row
         assert row["sample_id"] == ids[name] and row["stage"] == "embed"
 
@@ -211,7 +211,7 @@ def test_a_network_embeds_one_colour_and_rejects_the_same_other_images(undisturb
     assert rows(undisturbed, "rejected")["sample_id"].to_pylist() == others
 
 
-def test_an_encoder_killed_on_the_way_changes_no_byte(embedded, pool, tmp_path, monkeypatch):
+def test_a_killed_encoder_changes_no_byte(embedded, pool, tmp_path, monkeypatch):
     flag = tmp_path / "killed"
 
     class DyingOnce(embed._DecodeAndEncodeBlock):
@@ -264,7 +264,7 @@ def test_every_format_of_the_same_pool_gives_the_same_bytes(ray_cluster, digit_p
     assert all(table == tables["folder"] for table in tables.values())
 
 
-def test_an_image_that_can_be_read_again_is_rejected_no_longer(ray_cluster, pool, digit_pools, tmp_path):
+def test_an_image_that_can_be_read_again_is_no_longer_rejected(ray_cluster, pool, digit_pools, tmp_path):
     whole = digit_pools.uris["folder"]
     shutil.copytree(whole, tmp_path / "pool")
     (tmp_path / "pool" / "0" / "000.png").write_bytes(b"")
@@ -278,7 +278,7 @@ def test_an_image_that_can_be_read_again_is_rejected_no_longer(ray_cluster, pool
 
 
 def test_decoding_tasks_apart_from_encoders_give_the_same_bytes(undisturbed, pool, tmp_path):
-    """The plan beside GPUs, with encoders that ask for a CPU instead."""
+    """Run the plan for GPUs, with encoders on CPUs instead."""
     config, run_dir = settings(pool[0], tmp_path, *NETWORK), RunDir(tmp_path)
     shutil.copytree(undisturbed / "index", tmp_path / "index")
     job = embed.make_job(config, run_dir)

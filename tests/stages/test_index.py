@@ -1,4 +1,4 @@
-"""index: dense ids in a stable order, the same bytes for any number of workers, killed ones and killed drivers."""
+"""Stage index: dense ids in a stable order; the same bytes for any number of workers, with kills and without."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ UNIT_ROWS = (70_000, 0, 1, 61_071, 1, 65_536, 10)  # parts end within, at the en
 
 
 def run(pool: Path, folder: Path, *overrides: str) -> tuple[pa.Table, dict]:
-    """The index of a pool, and the result of the stage."""
+    """Return the index of a pool, and the result of the stage."""
     run_dir = RunDir(folder)
     result = index.run_index(digits_config(folder, f"pool.uri={pool}", *overrides), run_dir)
     return pa.concat_tables(run_dir.read_table("index")), result
@@ -30,7 +30,7 @@ def run(pool: Path, folder: Path, *overrides: str) -> tuple[pa.Table, dict]:
 
 @pytest.fixture(scope="module")
 def large_pool(tmp_path_factory) -> Path:
-    """Parquet files of uris, nearly 200,000 in all, some files empty or of one row."""
+    """Write Parquet files of uris, nearly 200,000 in all; some files are empty or have one row."""
     folder = tmp_path_factory.mktemp("large")
     for number, num_rows in enumerate(UNIT_ROWS):
         names = pa.array([f"{number}-{row}.png" for row in range(num_rows)], pa.string())
@@ -55,7 +55,7 @@ def test_ids_are_dense_in_the_order_of_the_listing_with_labels(ray_cluster, digi
     assert [path.name for path in (tmp_path / "index").iterdir()] == [schema.range_file(0, 119)]
 
 
-def test_labels_are_null_unless_asked_for(ray_cluster, digit_pools, tmp_path):
+def test_labels_are_null_unless_requested(ray_cluster, digit_pools, tmp_path):
     table, result = run(digit_pools.uris["folder"], tmp_path)
     assert table["label"].null_count == 120 and result.label_names == []
 
@@ -68,8 +68,8 @@ def test_labels_of_folders_number_the_sorted_names(ray_cluster, tmp_path):
         (tmp_path / "pool" / name).write_bytes(png(image))
     table, result = run(tmp_path / "pool", tmp_path / "run", "pool.label=folder")
     assert result.label_names == ["ant", "bee", "cat", "zebra"]
-    found = dict(zip(table["uri"].to_pylist(), table["label"].to_pylist(), strict=True))
-    assert [found[f"{tmp_path}/pool/{name}"] for name in names] == [3, 0, 1, 2]
+    labels = dict(zip(table["uri"].to_pylist(), table["label"].to_pylist(), strict=True))
+    assert [labels[f"{tmp_path}/pool/{name}"] for name in names] == [3, 0, 1, 2]
 
 
 def test_one_two_and_seven_workers_give_the_same_bytes(ray_cluster, digit_pools, large_pool, tmp_path, monkeypatch):
@@ -95,7 +95,7 @@ def test_a_large_pool_is_cut_into_files_that_cross_its_units(ray_cluster, large_
     assert result.rows == total and result.units == len(UNIT_ROWS)
 
 
-def test_workers_killed_on_the_way_change_no_byte(ray_cluster, digit_pools, tmp_path, monkeypatch):
+def test_killed_workers_change_no_byte(ray_cluster, digit_pools, tmp_path, monkeypatch):
     run(digit_pools.uris["folder"], tmp_path / "undisturbed")
     list_unit_task, write_part_task = index._list_unit, index._write_part
 
@@ -166,10 +166,10 @@ def test_a_tar_cut_short_gives_its_images_up_to_there(ray_cluster, digit_pools, 
 
 
 @pytest.mark.parametrize(
-    ("given", "needed"),
+    ("images", "message"),
     [(pa.array([], pa.binary()), "holds no images"), (pa.array([b"x"] * 9), "more than the pool's 9 samples")],
 )
-def test_an_empty_pool_or_one_smaller_than_its_clusters_is_refused(ray_cluster, tmp_path, given, needed):
-    pq.write_table(pa.table({"image": given}), tmp_path / "pool.parquet")
-    with pytest.raises(ConfigError, match=needed):
+def test_an_empty_pool_or_one_smaller_than_its_clusters_is_refused(ray_cluster, tmp_path, images, message):
+    pq.write_table(pa.table({"image": images}), tmp_path / "pool.parquet")
+    with pytest.raises(ConfigError, match=message):
         run(tmp_path / "pool.parquet", tmp_path / "run")

@@ -1,4 +1,4 @@
-"""pretrain: copies first, an encoder from them, the same bytes after a crash, and weights that other runs can name."""
+"""Stages copy and pretrain: an encoder from copies, the same bytes after a crash, weights for other runs."""
 
 import dataclasses
 import hashlib
@@ -57,14 +57,14 @@ ENCODER = Path("pretrain", "encoder.pt")
 
 
 def digits() -> np.ndarray:
-    """(150, 16, 16, 3) uint8 real handwritten digits."""
+    """Return real handwritten digits, (150, 16, 16, 3) uint8."""
     images = np.kron(digit_images(NUM_DIGITS)[0], np.ones((2, 2), np.uint8))
     return np.repeat(images[..., None], 3, axis=3)
 
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory) -> Path:
-    """A folder of digits, an empty file and a text among them."""
+    """Return a folder of digits, an empty file and a text file."""
     folder = tmp_path_factory.mktemp("pool")
     for number, image in enumerate(digits()):
         (folder / f"{number:03d}.png").write_bytes(png(image))
@@ -91,16 +91,16 @@ def vectors(folder: Path) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def undisturbed(ray_cluster, pool, tmp_path_factory) -> Path:
-    """A finished run, up to its embeddings."""
+    """Return a run that is complete up to its embeddings."""
     folder = tmp_path_factory.mktemp("undisturbed")
     run(pool, folder)
     return folder
 
 
 def test_embedded_and_rejected_are_the_index_and_copies_are_embedded(undisturbed):
-    found = {table: rows(undisturbed, table)["sample_id"].to_pylist() for table in ("index", "embeddings", "rejected")}
-    assert sorted(found["embeddings"] + found["rejected"]) == found["index"] == list(range(NUM_DIGITS + 2))
-    assert rows(undisturbed, "proxy_images")["sample_id"].to_pylist() == found["embeddings"]
+    ids = {table: rows(undisturbed, table)["sample_id"].to_pylist() for table in ("index", "embeddings", "rejected")}
+    assert sorted(ids["embeddings"] + ids["rejected"]) == ids["index"] == list(range(NUM_DIGITS + 2))
+    assert rows(undisturbed, "proxy_images")["sample_id"].to_pylist() == ids["embeddings"]
     rejected = {(row["stage"], row["reason"]) for row in rows(undisturbed, "rejected").to_pylist()}
     assert rejected == {("copy", "empty file (0 bytes)"), ("copy", "not an image that Pillow can read (12 bytes)")}
 
@@ -152,7 +152,7 @@ def test_the_file_says_what_made_it(undisturbed):
     assert (trained.config["seed"], trained.config["epochs"], trained.config["views"]["flip"]) == (0, 3, False)
 
 
-def test_the_hash_of_a_pool_tells_another_image_in_the_same_place(ray_cluster, pool, tmp_path):
+def test_the_hash_of_a_pool_changes_with_an_image_in_the_same_place(ray_cluster, pool, tmp_path):
     other = tmp_path / "pool"
     shutil.copytree(pool, other)
     image = Image.open(other / "000.png").rotate(90)
@@ -196,7 +196,7 @@ def test_images_much_larger_than_those_that_it_was_trained_on_are_refused(undist
         run(pool, tmp_path, f"embed.weights={undisturbed / ENCODER}", "embed.image_size=33")
 
 
-def test_the_plan_has_two_more_stages_and_only_where_an_encoder_is_trained(undisturbed, pool, tmp_path):
+def test_only_a_run_that_trains_an_encoder_has_two_more_stages(undisturbed, pool, tmp_path):
     def planned(*overrides: str) -> list[str]:
         lines = describe_plan(config_of(pool, tmp_path, *overrides)).split("\n\n")[1].splitlines()
         return [line.split()[0] for line in lines]
@@ -207,15 +207,15 @@ def test_the_plan_has_two_more_stages_and_only_where_an_encoder_is_trained(undis
     assert planned(f"embed.weights={undisturbed / ENCODER}") == others
 
 
-def test_days_of_work_on_cpus_are_told_before_they_begin(ray_cluster, pool, tmp_path, capsys):
-    asked = ["pretrain.profile=gpu", "pretrain.network=null", "pretrain.epochs=null", "pretrain.device=cpu"]
+def test_days_of_work_on_cpus_are_announced(ray_cluster, pool, tmp_path, capsys):
+    slow = ["pretrain.profile=gpu", "pretrain.network=null", "pretrain.epochs=null", "pretrain.device=cpu"]
     advice = "will take days on CPUs with pretrain.profile=gpu: pretrain.profile=cpu takes half an hour"
-    plan = describe_plan(config_of(pool, tmp_path, *asked))
+    plan = describe_plan(config_of(pool, tmp_path, *slow))
     assert "SimCLR, resnet18, 400 epochs" in plan and advice in plan
-    for given in (asked[1:], [*asked, "pretrain.epochs=2"]):
-        assert advice not in describe_plan(config_of(pool, tmp_path, *given))
+    for quick in (slow[1:], [*slow, "pretrain.epochs=2"]):
+        assert advice not in describe_plan(config_of(pool, tmp_path, *quick))
     with RunLock(str(tmp_path), print), pytest.raises(ConfigError, match="written by another driver"):
-        run(pool, tmp_path, *asked)
+        run(pool, tmp_path, *slow)
     assert f"pretrain  {advice}" in capsys.readouterr().err
 
 
@@ -273,7 +273,7 @@ def test_a_lost_encoder_comes_back_from_its_checkpoint_without_an_epoch(undistur
         assert (tmp_path / "pretrain" / "history" / file.name).read_bytes() == file.read_bytes()  # seconds and all
 
 
-def test_rows_that_only_fill_a_batch_are_no_views():
+def test_the_padding_of_a_batch_gives_no_views():
     pool = TrainingPool(np.arange(5), np.zeros(5, np.int32), np.arange(5, dtype=np.int32))
     views = TwoViews(simclr_settings(vars(config_of(Path("/no"), Path("/no")).pretrain), SIZE).views, 0, SIZE)
     reader = InMemoryReader(pool, digits()[:5], views, BatchPlan(5, 5, rank=0, world_size=2), CPU)
@@ -283,7 +283,7 @@ def test_rows_that_only_fill_a_batch_are_no_views():
 
 
 @pytest.mark.slow
-def test_a_worker_killed_on_the_way_changes_no_byte(undisturbed, pool, tmp_path):
+def test_a_worker_killed_in_an_epoch_changes_no_byte(undisturbed, pool, tmp_path):
     overrides = ("pretrain.max_failures=1", "pretrain.epochs=15")
     run(pool, tmp_path / "whole", *overrides)
     killed: list[int] = []

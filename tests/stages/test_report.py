@@ -1,4 +1,4 @@
-"""report: one file that opens offline, every figure of it in metrics.json."""
+"""Stage report: one file that opens offline, with every number of it in metrics.json."""
 
 import json
 import re
@@ -77,7 +77,7 @@ def test_the_page_refers_to_nothing_outside_itself(ray_cluster, tmp_path):
     assert not re.search(r"https?://", (tmp_path / "report.html").read_text())
 
 
-def test_each_group_has_as_many_images_as_were_asked_for(ray_cluster, tmp_path):
+def test_each_group_has_the_configured_number_of_images(ray_cluster, tmp_path):
     page, _ = make_report(tmp_path, "report.images_per_grid=7")
     assert page.tags.count("img") == 21
 

@@ -1,4 +1,4 @@
-"""train: every sample recorded once an epoch, the same bytes after a crash, the values of a plain loop."""
+"""Stage train: every sample recorded once an epoch, the same bytes after a crash, the values of a plain loop."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def records(folder: Path, epoch: int) -> dict[str, np.ndarray]:
 
 
 def weights(folder: Path) -> dict[str, bytes]:
-    """The bytes of every tensor in the last checkpoint."""
+    """Return the bytes of every tensor in the last checkpoint."""
     *_, path = sorted((folder / "train" / "checkpoints").glob("checkpoint_*/state.pt"))
     model = torch.load(path, weights_only=True)["model"]
     return {name: tensor.contiguous().numpy().tobytes() for name, tensor in model.items()}
@@ -63,7 +63,7 @@ GROUPS = [(2, "memory"), pytest.param((3, "memory"), marks=pytest.mark.slow), (2
 
 @pytest.fixture(scope="module", params=GROUPS, ids=str)
 def undisturbed(request, ray_cluster, tmp_path_factory) -> tuple[Path, tuple[str, ...], dict]:
-    """A finished run, its overrides, and its result."""
+    """Return the folder of a complete run, its overrides, and its result."""
     num_workers, reading = request.param
     folder = tmp_path_factory.mktemp("undisturbed")
     overrides = (*UNEVEN, f"train.num_workers={num_workers}", f"train.reading={reading}")
@@ -109,7 +109,7 @@ def test_a_worker_killed_in_mid_epoch_changes_no_byte(undisturbed, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("undisturbed", [(2, "memory")], indirect=True, ids=str)
-def test_a_killed_driver_goes_on_to_the_same_bytes(undisturbed, tmp_path):
+def test_a_killed_driver_resumes_to_the_same_bytes(undisturbed, tmp_path):
     folder, overrides, _ = undisturbed
     write_clustered(RunDir(str(tmp_path / "run")), NUM_SAMPLES)
     script = (
@@ -142,7 +142,7 @@ def test_a_killed_driver_goes_on_to_the_same_bytes(undisturbed, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("undisturbed", [(2, "memory")], indirect=True, ids=str)
 @pytest.mark.parametrize("broken", ["half a list", "a checkpoint that is gone", "an upload cut off"])
-def test_a_list_of_checkpoints_that_a_kill_left_broken_costs_no_epoch(undisturbed, tmp_path, broken):
+def test_a_broken_list_of_checkpoints_costs_no_epoch(undisturbed, tmp_path, broken):
     folder, overrides, _ = undisturbed
     copy = shutil.copytree(folder, tmp_path / "run")
     checkpoints = copy / "train" / "checkpoints"
@@ -162,7 +162,7 @@ def test_a_list_of_checkpoints_that_a_kill_left_broken_costs_no_epoch(undisturbe
     assert {path: path.stat().st_mtime_ns for path in copy.glob("dynamics/*/*")} == before
 
 
-def test_a_list_of_checkpoints_that_is_whole_is_left_alone(tmp_path):
+def test_an_intact_list_of_checkpoints_is_kept(tmp_path):
     (tmp_path / "checkpoint_1").mkdir()
     for content, is_kept in (
         (b'{"checkpoint_results": [{"checkpoint_dir_name": "checkpoint_1"}]}', True),
@@ -177,7 +177,7 @@ def test_a_list_of_checkpoints_that_is_whole_is_left_alone(tmp_path):
         assert (tmp_path / worker_group.SNAPSHOT_FILE).exists() == is_kept, content
 
 
-def test_records_that_were_deleted_after_training_are_missed(tmp_path):
+def test_records_deleted_after_training_are_an_error(tmp_path):
     run_dir = RunDir(str(tmp_path))
     write_trained(run_dir, 200, num_epochs=3)
     train._check_records(run_dir, 198, 3)
@@ -187,7 +187,7 @@ def test_records_that_were_deleted_after_training_are_missed(tmp_path):
 
 
 def test_records_equal_a_plain_loop_that_keeps_every_logit(ray_cluster, tmp_path):
-    """One worker: every sample once an epoch, too."""
+    """With one worker, every sample must also be recorded once an epoch."""
     overrides = ("train.num_workers=1", "train.cpus_per_worker=1", "train.batch_size=64")
     run(tmp_path, *overrides)
     config = digits_config(tmp_path, *overrides)
@@ -242,7 +242,7 @@ def test_an_image_that_cannot_be_decoded_stops_training_with_its_id(ray_cluster,
         train.run_train(digits_config(tmp_path, *overrides), RunDir(str(tmp_path)))
 
 
-def test_a_run_that_was_begun_keeps_its_way_of_reading(ray_cluster, tmp_path, monkeypatch):
+def test_a_resumed_run_keeps_its_choice_of_reading(ray_cluster, tmp_path, monkeypatch):
     run_dir, config = RunDir(str(tmp_path)), digits_config(tmp_path)
     assert train._choose_reading(config, run_dir, 1000) == "memory"
     monkeypatch.setattr(proxy_reader, "MAX_STORE_SHARE", 0.0)
@@ -302,9 +302,9 @@ def test_a_group_that_grows_and_shrinks_records_every_sample(tmp_path):
 def _plain_logits(
     config: Config, model: nn.Module, see: Callable[[np.ndarray, int], torch.Tensor]
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """Training written out: the logits of every sample in each epoch, by ascending sample_id, and the targets.
+    """Train in a plain loop. Returns the logits of every sample in each epoch, by ascending sample_id, and the targets.
 
-    `see` gives what the model sees of some rows in an epoch.
+    `see` returns the model's inputs for some rows in an epoch.
     """
     targets = digit_images(NUM_SAMPLES)[1][EMBEDDED]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True)

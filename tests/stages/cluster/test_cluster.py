@@ -40,7 +40,7 @@ def test_one_two_three_and_seven_workers_give_the_same_bytes(ray_cluster, tmp_pa
     assert all(table == tables[1] for table in tables.values())
 
 
-def test_sums_too_large_for_the_driver_are_added_up_by_a_tree_to_the_same_bytes(ray_cluster, tmp_path, monkeypatch):
+def test_sums_added_up_by_a_tree_of_tasks_give_the_same_bytes(ray_cluster, tmp_path, monkeypatch):
     options = ("cluster.num_workers=3", "cluster.num_tries=1", "cluster.max_iterations=3", "cluster.tolerance=0")
     by_driver, _ = run(tmp_path / "driver", *options)
     nodes = []
@@ -78,7 +78,7 @@ def test_objective_is_within_one_percent_of_scikit_learn(ray_cluster, tmp_path):
     assert result.objective <= 1.01 * reference
 
 
-def test_a_worker_killed_on_the_way_changes_no_byte(ray_cluster, tmp_path, monkeypatch):
+def test_a_worker_killed_in_an_iteration_changes_no_byte(ray_cluster, tmp_path, monkeypatch):
     undisturbed, _ = run(tmp_path / "undisturbed", "cluster.num_workers=3")
     killed = []
     assign = cluster_shards.ShardedPoints.assign
@@ -96,7 +96,7 @@ def test_a_worker_killed_on_the_way_changes_no_byte(ray_cluster, tmp_path, monke
     assert disturbed == undisturbed
 
 
-def test_a_killed_driver_goes_on_from_its_last_iteration_to_the_same_bytes(ray_cluster, tmp_path, monkeypatch):
+def test_a_killed_driver_resumes_at_its_last_iteration_to_the_same_bytes(ray_cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(cluster, "SAVE_INTERVAL_S", 0.0)
     calls = []
     dies_at = 0
@@ -119,7 +119,7 @@ def test_a_killed_driver_goes_on_from_its_last_iteration_to_the_same_bytes(ray_c
     assert len(calls) == 2 * num_calls + 1, "what was lost is the assignment under way"
 
 
-def test_fewer_distinct_embeddings_than_clusters_is_an_error_that_says_how_many(ray_cluster, tmp_path):
+def test_fewer_distinct_embeddings_than_clusters_are_refused(ray_cluster, tmp_path):
     run_dir = RunDir(tmp_path)
     write_embedded(run_dir)
     for path in (tmp_path / "embeddings").iterdir():
@@ -142,7 +142,7 @@ def test_embeddings_that_are_not_finite_are_refused_with_their_ids(ray_cluster, 
         run(tmp_path)
 
 
-def test_a_gpu_that_the_cluster_has_not_is_an_error(ray_cluster, tmp_path):
+def test_a_gpu_that_the_cluster_does_not_have_is_refused(ray_cluster, tmp_path):
     with pytest.raises(ConfigError, match=r"cluster\.device=cuda, but there is no GPU"):
         run(tmp_path, "cluster.device=cuda")
 
@@ -162,7 +162,7 @@ TEMI = (
 )
 
 
-def test_a_pool_smaller_than_a_batch_of_temi_is_one_batch_that_its_workers_share():
+def test_a_pool_smaller_than_a_batch_of_temi_is_one_even_batch():
     config = digits_config("/run").cluster.temi
     assert temi_settings(config, 10, num_samples=200, num_workers=1).batch_size == 200
     assert temi_settings(config, 10, num_samples=203, num_workers=4).batch_size == 200
@@ -210,7 +210,7 @@ def test_temi_killed_in_an_epoch_and_resumed_equals_undisturbed(ray_cluster, tmp
     assert first["temi"] == second["temi"]
 
 
-def test_the_number_of_clusters_can_be_estimated_and_says_from_what(ray_cluster, tmp_path):
+def test_an_estimated_number_of_clusters_says_from_how_many_embeddings(ray_cluster, tmp_path):
     _, result = run(tmp_path, "cluster.num_clusters=auto")
     assert 5 <= result.num_clusters <= 30
     tried = {row["num_clusters"]: row["silhouette"] for row in result.num_clusters_evidence}

@@ -31,7 +31,7 @@ def matched(tmp_path) -> tuple[np.ndarray, np.ndarray]:
     return tuple(run_dir.read_column("cluster", "labels", column=name) for name in ("sample_id", "pseudo_label"))
 
 
-def test_labels_made_elsewhere_are_taken_by_uri_or_id(ray_cluster, tmp_path):
+def test_labels_from_a_file_are_matched_by_uri_or_id(ray_cluster, tmp_path):
     _, labels = digit_images(1003)
     table = pa.table({"uri": URIS, "pseudo_label": labels})
     pq.write_table(table.take(np.random.default_rng(0).permutation(1003)), tmp_path / "by_uri.parquet")
@@ -44,8 +44,8 @@ def test_labels_made_elsewhere_are_taken_by_uri_or_id(ray_cluster, tmp_path):
         run_cluster(digits_config(tmp_path, *by), run_dir)
         tables.append(contents(tmp_path / name, "clusters"))
         ids = run_dir.read_column("embeddings", column="sample_id")
-        given = run_dir.read_column("clusters", "pseudo_labels", column="pseudo_label")
-        np.testing.assert_array_equal(given, labels[ids])
+        written = run_dir.read_column("clusters", "pseudo_labels", column="pseudo_label")
+        np.testing.assert_array_equal(written, labels[ids])
     assert tables[0] == tables[1]
 
 
@@ -114,6 +114,6 @@ def test_a_small_pool_may_have_labels_of_a_large_data_set(tmp_path):
         ),
     ],
 )
-def test_labels_that_do_not_fit_are_refused_with_what_is_wrong(tmp_path, columns, message):
+def test_labels_that_do_not_fit_are_refused_with_the_reason(tmp_path, columns, message):
     with pytest.raises(ValueError, match=message):
         match(tmp_path, columns)

@@ -76,7 +76,7 @@ def test_a_gpu_is_refused_to_a_faiss_that_is_built_for_cpus(device, override):
         CLUSTER.requests(config, GPUS)
 
 
-def test_a_faiss_for_cpus_serves_cpus_the_inverted_file_and_what_needs_none():
+def test_a_faiss_for_cpus_serves_cpus_and_the_inverted_file():
     for devices, *overrides in (
         (CPUS, "cluster.engine=faiss", "cluster.num_neighbors=3"),
         (GPUS, "cluster.neighbor_search=ivf", "cluster.num_neighbors=3"),

@@ -27,12 +27,12 @@ def write_embeddings(run_dir: RunDir, rows: np.ndarray) -> None:
 
 
 def search(run_dir: RunDir, num_neighbors: int, *overrides: str) -> dict:
-    """Make neighbors/ anew; the figures."""
+    """Make neighbors/ anew; the metrics."""
     filesystem.delete(run_dir.path(schema.NEIGHBORS))
     return run_neighbors(digits_config(Path("/run"), *overrides).cluster, run_dir, num_neighbors, seed=0)
 
 
-def found_in(run_dir: RunDir) -> np.ndarray:
+def neighbors_in(run_dir: RunDir) -> np.ndarray:
     tables = [filesystem.read_table(path) for path in run_dir.table_files(schema.NEIGHBORS)]
     return np.concatenate([schema.matrix_of(table, schema.NEIGHBOR_IDS) for table in tables])
 
@@ -58,19 +58,19 @@ def test_neighbours_equal_brute_force_for_any_number_of_tasks(ray_cluster, tmp_p
 
     embedded = pq.ParquetDataset(run_dir.table_files("embeddings")).read()
     ids, rows = embedded["sample_id"].to_numpy(), schema.matrix_of(embedded, schema.EMBEDDING)
-    np.testing.assert_array_equal(found_in(run_dir), brute_force(rows, ids, rows, ids, 7).neighbor_ids)
+    np.testing.assert_array_equal(neighbors_in(run_dir), brute_force(rows, ids, rows, ids, 7).neighbor_ids)
 
 
-def test_the_inverted_file_finds_the_share_of_neighbours_that_was_asked_for(ray_cluster, tmp_path):
+def test_the_inverted_file_reaches_the_requested_recall(ray_cluster, tmp_path):
     run_dir = RunDir(tmp_path)
     write_embedded(run_dir)
     search(run_dir, 7, "cluster.neighbor_search=exact")
-    exact = found_in(run_dir)
-    figures = search(run_dir, 7, "cluster.neighbor_search=ivf", "cluster.neighbor_recall=0.9")
-    assert figures["recall"] == recall(found_in(run_dir), exact) >= 0.9, "all of this pool is the sample"
+    exact = neighbors_in(run_dir)
+    metrics = search(run_dir, 7, "cluster.neighbor_search=ivf", "cluster.neighbor_recall=0.9")
+    assert metrics["recall"] == recall(neighbors_in(run_dir), exact) >= 0.9, "all of this pool is the sample"
 
 
-def test_the_inverted_file_gives_every_sample_of_uneven_groups_its_neighbours(ray_cluster, tmp_path, monkeypatch):
+def test_the_inverted_file_finds_the_neighbours_of_uneven_groups(ray_cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(cluster_neighbors, "RECALL_QUERIES", 100)
     run_dir, rows = RunDir(tmp_path), uneven_pool()
     write_embeddings(run_dir, rows)
@@ -78,23 +78,23 @@ def test_the_inverted_file_gives_every_sample_of_uneven_groups_its_neighbours(ra
     tables = []
     for num_workers, max_queries in ((1, 10_000), (2, 700), (3, 10_000), (7, 100)):
         monkeypatch.setattr(cluster_neighbors, "MAX_QUERIES", max_queries)
-        figures = search(run_dir, 30, *options, f"cluster.num_workers={num_workers}")
+        metrics = search(run_dir, 30, *options, f"cluster.num_workers={num_workers}")
         tables.append(contents(tmp_path, "neighbors"))
     assert all(table == tables[0] for table in tables)
-    found = found_in(run_dir)
-    assert figures["nprobe"] < figures["num_lists"] and (found >= 0).all()
+    neighbors = neighbors_in(run_dir)
+    assert metrics["nprobe"] < metrics["num_lists"] and (neighbors >= 0).all()
     exact = brute_force(rows, np.arange(len(rows)), rows, np.arange(len(rows)), 30).neighbor_ids
-    assert recall(found, exact) >= 0.8
+    assert recall(neighbors, exact) >= 0.8
 
 
-def test_the_inverted_file_has_no_more_lists_than_a_pool_of_duplicates_has_distinct_embeddings(ray_cluster, tmp_path):
+def test_the_inverted_file_has_no_more_lists_than_distinct_embeddings(ray_cluster, tmp_path):
     run_dir, random = RunDir(tmp_path), np.random.default_rng(6)
     rows = unit(random.normal(size=(25, 16)))[random.integers(25, size=3000)]
     rows[:, 3] = np.where(random.integers(2, size=3000), np.float16(0.0), np.float16(-0.0))
     write_embeddings(run_dir, unit(rows))
-    figures = search(run_dir, 10, "cluster.neighbor_search=ivf")
-    assert figures["num_lists"] == 25 and figures["recall"] >= 0.95
-    assert (found_in(run_dir) >= 0).all()
+    metrics = search(run_dir, 10, "cluster.neighbor_search=ivf")
+    assert metrics["num_lists"] == 25 and metrics["recall"] >= 0.95
+    assert (neighbors_in(run_dir) >= 0).all()
 
 
 @pytest.mark.parametrize("num_workers", [1, 50])
@@ -106,7 +106,7 @@ def test_the_inverted_file_needs_no_more_than_one_free_cpu(ray_cluster, tmp_path
     monkeypatch.setattr(cluster_neighbors, "num_cpus", lambda: 1)
     search(run_dir, 7, "cluster.neighbor_search=ivf", f"cluster.num_workers={num_workers}")
     ray.kill(held)
-    assert (found_in(run_dir) >= 0).all()
+    assert (neighbors_in(run_dir) >= 0).all()
 
 
 class _Idle:

@@ -14,7 +14,7 @@ from elfs_ray.stages.training.group_member import GroupMember
 
 
 class Reports:
-    """Ray Train's side, with a clock: which epochs were reported, with what state, and how long each report takes."""
+    """Stands in for Ray Train and the clock: holds the states of reported epochs; a report takes `report_s`."""
 
     def __init__(self, report_s: float):
         self.now_s, self.report_s, self.states = 0.0, report_s, {}
@@ -50,7 +50,7 @@ def test_reports_take_at_most_3_percent_of_the_time_and_keep_the_last(make_repor
     assert (len(reported) - 2) * report_s <= 0.03 * reports.now_s  # but for the latest and the one at the end
 
 
-def test_one_slow_report_leaves_no_more_than_a_minute_without(make_reports):
+def test_after_a_slow_report_the_next_comes_within_a_minute(make_reports):
     reports = make_reports(100.0)
     reporter = CheckpointReporter(GroupMember(0, 1, torch.device("cpu")))
     for epoch, passed_s in enumerate([0.0, checkpoints.MAX_UNREPORTED_S - 1, 1.0]):

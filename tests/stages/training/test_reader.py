@@ -66,7 +66,7 @@ def in_memory(run_dir: RunDir, *overrides: str, rank: int = 0, num_workers: int 
 
 
 def epoch_of(reader, epoch: int) -> tuple[list[list[int]], dict[int, bytes], dict[int, int]]:
-    """Real sample ids of each step; the image and the target of each sample. No sample may come twice."""
+    """Return the sample ids of each step, and each sample's image and target. No sample may come twice."""
     steps, images, targets = [], {}, {}
     for _, batches in reader.steps(epoch):
         ids = []
@@ -86,9 +86,9 @@ def test_any_number_of_workers_takes_the_same_global_batches(ray_cluster, run_di
     alone = None
     for num_workers in (1, 2, 3):
         parts = [epoch_of(make(run_dir, rank=rank, num_workers=num_workers), 3) for rank in range(num_workers)]
-        batches = [sorted(chain(*own)) for own in zip(*(steps for steps, _, _ in parts), strict=True)]
-        images = {sample_id: image for _, own, _ in parts for sample_id, image in own.items()}
-        targets = {sample_id: target for _, _, own in parts for sample_id, target in own.items()}
+        batches = [sorted(chain(*step)) for step in zip(*(steps for steps, _, _ in parts), strict=True)]
+        images = {sample_id: image for _, part, _ in parts for sample_id, image in part.items()}
+        targets = {sample_id: target for _, _, part in parts for sample_id, target in part.items()}
         assert sorted(chain(*batches)) == EMBEDDED.tolist()
         assert [len(batch) for batch in batches] == [50] * 20
         alone = alone or (batches, images, targets)
@@ -101,8 +101,8 @@ def test_streamed_images_equal_those_in_memory_for_any_number_of_decoders(ray_cl
     for num_decoders in (1, 3):
         reader = streamed(run_dir, num_decoders=num_decoders)
         for _ in range(2):  # an epoch may be read again
-            _, images, own_targets = epoch_of(reader, 1)
-            assert images == expected and own_targets == targets
+            _, images, read_targets = epoch_of(reader, 1)
+            assert images == expected and read_targets == targets
 
 
 def test_every_epoch_and_seed_has_an_order_and_crops_of_its_own(ray_cluster, run_dir):
@@ -162,7 +162,7 @@ def test_samples_without_an_image_are_named(ray_cluster, tmp_path):
         scan_chunks(RunDir(str(tmp_path)))
 
 
-def test_images_without_a_pseudo_label_are_passed_over(ray_cluster, tmp_path):
+def test_images_without_a_pseudo_label_are_skipped(ray_cluster, tmp_path):
     write_clustered(RunDir(str(tmp_path)), 200)
     for path in (tmp_path / "clusters" / "pseudo_labels").iterdir():
         rows = pq.read_table(path)

@@ -18,7 +18,7 @@ def group(folder: Path, max_failures: int) -> WorkerGroup:
 
 
 def write_torn(path: Path) -> bytes:
-    """Write the beginning of a Parquet file; the whole file."""
+    """Write the first half of a Parquet file. Returns the whole file."""
     pq.write_table(pa.table({"sample_id": range(10_000)}), path)
     whole = path.read_bytes()
     os.truncate(path, len(whole) // 2)
@@ -55,7 +55,7 @@ def test_a_damaged_file_ends_training_after_its_retries_and_is_named(ray_cluster
     assert len(list(tmp_path.glob("try-*"))) == 2
 
 
-def test_another_value_error_ends_training_at_once(ray_cluster, tmp_path):
+def test_any_other_value_error_ends_training_at_once(ray_cluster, tmp_path):
     def work(marks: Path) -> None:
         (marks / f"try-{len(list(marks.glob('try-*')))}").touch()
         raise ValueError("sample_id 7 has no image")
