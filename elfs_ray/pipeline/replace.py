@@ -69,7 +69,8 @@ def replaced_names(stage: Stage, wanted: Marker, run_dir: RunDir) -> list[str]:
 def remove_stage(stage: Stage, wanted: Marker, run_dir: RunDir) -> None:
     """Delete what a stage replaces, except the marker of its own start, which its next start overwrites."""
     names = replaced_names(stage, wanted, run_dir)
-    say(f"{stage.name:<9} reruns and replaces {', '.join(names)}")
+    if names:  # none where an earlier stage of this run has replaced them all
+        say(f"{stage.name:<9} reruns and replaces {', '.join(names)}")
     # The order matters, as a kill may come between any two lines. First every marker is made one that no config wants,
     # then the markers of success go, and only then the tables: half-deleted tables always belong to a marker that makes
     # the next run replace them, never to one that makes it skip or continue the stage.

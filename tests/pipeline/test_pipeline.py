@@ -147,7 +147,7 @@ def test_a_reselection_does_not_collide_with_the_runs_other_budgets(ray_cluster,
     assert not (tmp_path / "run" / "coreset-0.4").exists(), "what the run made with other budgets is replaced"
     assert contents(tmp_path / "run", "coresets") == reselected
     with pytest.raises(ConfigError, match=r"coresets/0\.3 was made with other keys: give another name"):
-        reselect.run(*reselect.load([f"run_dir={run_dir.uri}", "name=0.3", "budget=0.5"]))
+        reselect.run(*reselect.load([f"run_dir={run_dir.uri}", "name=0.3", "budget=0.6"]))
 
 
 def test_unexplained_files_in_a_coresets_folder_are_refused_or_replaced(finished, pool, tmp_path, capsys):
