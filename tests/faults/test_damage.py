@@ -161,6 +161,7 @@ def test_rerun_repairs_damaged_stages_to_the_same_bytes(ray_cluster, pool, finis
     assert all(planned.action == "done" for planned in _plan(pool, copy))
 
 
+@pytest.mark.slow
 def test_a_stage_made_from_replaced_tables_is_refused(ray_cluster, pool, finished, tmp_path):
     """Although its config has not changed, its result may: the pool may have changed in between."""
     pool_then = shutil.copytree(pool, tmp_path / "pool")

@@ -245,6 +245,7 @@ def test_weights_of_another_kind_are_refused_before_any_work(pool, tmp_path):
         elfs_ray.run(config_of(pool, tmp_path / "new", f"embed.weights={tmp_path / 'other.pt'}"))
 
 
+@pytest.mark.slow
 def test_copies_for_another_encoder_are_replaced_only_when_told_to(undisturbed, pool, tmp_path):
     """To an encoder that decodes for itself, and back: in neither direction is a copy left of the other's blocks."""
     folder = tmp_path / "run"
@@ -262,6 +263,7 @@ def test_copies_for_another_encoder_are_replaced_only_when_told_to(undisturbed, 
     assert (folder / ENCODER).read_bytes() == (undisturbed / ENCODER).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_lost_encoder_is_refused_then_trained_again_to_the_same_bytes(undisturbed, pool, tmp_path):
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
     (tmp_path / ENCODER).unlink()
