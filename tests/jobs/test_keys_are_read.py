@@ -18,7 +18,7 @@ from mypy.build import BuildSource, build
 from mypy.inspections import find_by_location
 from mypy.nodes import Expression, MypyFile
 from mypy.options import Options
-from mypy.types import Instance, Type, get_proper_type
+from mypy.types import Instance, Type, UnionType, get_proper_type
 
 from elfs_ray.config import Config, PretrainConfig, TemiConfig, fields_of
 from elfs_ray.config.evaluate import EvaluateConfig
@@ -53,9 +53,12 @@ class Reads:
                     owner = node.value
                     place = (owner.lineno, owner.col_offset, owner.end_lineno, owner.end_col_offset)
                     kind = get_proper_type(types.get(find_by_location(tree, *place)))
-                    if isinstance(kind, Instance):
-                        # A key read from a subclass counts as read from the class that declares it.
-                        self.attributes[function] |= {(base.fullname, node.attr) for base in kind.type.mro}
+                    # A function of two sections, such as TrainConfig | PretrainConfig, reads the key of both.
+                    for item in kind.items if isinstance(kind, UnionType) else [kind]:
+                        item = get_proper_type(item)
+                        if isinstance(item, Instance):
+                            # A key read from a subclass counts as read from the class that declares it.
+                            self.attributes[function] |= {(base.fullname, node.attr) for base in item.type.mro}
 
 
 def _with_functions(node: ast.AST, function: str) -> Iterator[tuple[str, ast.AST]]:
