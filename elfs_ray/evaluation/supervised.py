@@ -21,7 +21,7 @@ def write_labels_as_clusters(run_dir: RunDir, source: RunDir, labels: TrueLabels
         true_labels = labels.of(rows[schema.SAMPLE_ID].to_numpy())
         place = rows.schema.get_field_index(schema.PSEUDO_LABEL)
         rows = rows.set_column(place, schema.PSEUDO_LABELS_SCHEMA.field(place), pa.array(true_labels, pa.int32()))
-        filesystem.write_table(run_dir.path(schema.CLUSTERS, schema.PSEUDO_LABELS_DIR, path.rsplit("/", 1)[1]), rows)
+        filesystem.write_table(run_dir.path(schema.CLUSTERS, schema.PSEUDO_LABELS_DIR, filesystem.basename(path)), rows)
         sizes += np.bincount(true_labels, minlength=len(sizes))
     result = ClusterResult(int(sizes.sum()), labels.num_classes, "true labels", workers=1, sizes=sizes.tolist())
     run_dir.mark_complete(Marker("cluster", {}, {"cluster": source.identity("cluster")}, result.to_json()))

@@ -23,6 +23,7 @@ from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.stages.index import IndexResult
 from elfs_ray.stages.train import TrainResult
 from elfs_ray.stages.training import check_network
+from elfs_ray.storage import filesystem
 from elfs_ray.storage.run_dir import RunDir
 
 MIN_SAMPLES = 2  # per training: batch norm cannot normalise a single sample
@@ -147,7 +148,7 @@ def _sources(uris: list[str]) -> tuple[Source, ...]:
 def _names_of(run_dirs: list[RunDir]) -> list[str]:
     """Return a name for each run: its clustering method, or its folder if two runs share the method."""
     methods = [ClusterResult.read(run_dir).method for run_dir in run_dirs]
-    folders = [run_dir.uri.rstrip("/").rsplit("/", 1)[1] for run_dir in run_dirs]
+    folders = [filesystem.basename(run_dir.uri.rstrip("/")) for run_dir in run_dirs]
     for names in (methods, folders):
         if len(set(names)) == len(names):
             return names
