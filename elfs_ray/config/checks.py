@@ -85,6 +85,9 @@ def check_against_pool(config: Config, num_samples: int, num_rejected: int = 0) 
 def _check_size(config: Config, num_samples: int) -> None:
     if num_samples == 0:
         raise ConfigError(f"pool.uri={config.pool.uri!r} holds no images: check the path and pool.format")
+    if not config.select.uses_clusters:
+        check_budgets(config, num_samples)
+        return
     if config.cluster.method != "file" and num_samples < 2:
         raise ConfigError(f"pool.uri={config.pool.uri!r} holds one image: a selection needs at least 2")
     if config.cluster.method != "file" and _as_number(config.cluster.num_clusters) > num_samples:
@@ -207,6 +210,11 @@ def _check_selection(config: Config) -> None:
         raise ConfigError(
             f"select.method=d2 needs select.d2_neighbors={num_neighbors} nearest neighbours: give "
             f"cluster.num_neighbors={num_neighbors}"
+        )
+    if config.select.method == "coverage" and config.select.balance:
+        raise ConfigError(
+            "select.balance=true with select.method=coverage, which uses no pseudo-labels and covers every kind of "
+            "image anyway: give select.balance=false"
         )
     # Compared as text: 1 (one sample) and 1.0 (the whole pool) are equal numbers but different budgets.
     if len({str(budget) for budget in config.budgets}) < len(config.budgets):

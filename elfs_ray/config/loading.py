@@ -20,7 +20,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from elfs_ray.config.checks import check_fields, check_relations
 from elfs_ray.config.declaration import ConfigError, fields_of
 from elfs_ray.config.run import Config
-from elfs_ray.config.select import HardFraction
+from elfs_ray.config.select import USES_HARD_FRACTION, HardFraction, uses_clusters
 from elfs_ray.storage.credentials import refuse_credentials
 
 Keys = TypeVar("Keys")  # a dataclass of options
@@ -69,6 +69,8 @@ def load_keys(
         merged = _merge(merged, _load_yaml(yaml_path, kind), str(yaml_path))
     for override in overrides:
         merged = _merge(merged, _parse_override(override, kind), override)
+    if issubclass(kind, Config):
+        _fill_unused(merged)
     config = _resolve(merged)
     assert isinstance(config, kind)
     check_fields(config)
@@ -99,6 +101,15 @@ def _expand_paths(config: Any) -> None:
 def _as_float(value: HardFraction) -> HardFraction:
     """Return a number as float, and a word unchanged."""
     return value if isinstance(value, str) else float(value)
+
+
+def _fill_unused(merged: DictConfig) -> None:
+    """Set required keys that the selection does not use, so that nobody has to."""
+    select, cluster = merged.select, merged.cluster
+    if OmegaConf.is_missing(select, "hard_fraction") and select.method not in USES_HARD_FRACTION:
+        select.hard_fraction = 0.0
+    if OmegaConf.is_missing(cluster, "num_clusters") and not uses_clusters(select.method, select.balance):
+        cluster.num_clusters = "auto"
 
 
 def _resolve(merged: DictConfig) -> Any:

@@ -17,7 +17,10 @@ SELECT_METHODS = (
     "prototypicality",
     "d2",
     "zcore",
+    "coverage",
 )
+WITHOUT_DYNAMICS = ("random", "prototypicality", "d2", "zcore", "coverage")
+"""The methods that read no training dynamics: a run that selects by one of them trains no proxy network."""
 USES_HARD_FRACTION = ("double_end", "stratified")
 FIND_HARD_FRACTION = ("auto", "search")
 
@@ -29,6 +32,11 @@ else:
     # OmegaConf 2.3 knows no union with a list in it, and that of 2.4 refuses 0 for a float. So it is told Any, and
     # check_fields refuses all other values.
     HardFractions = Any
+
+
+def uses_clusters(method: str, balance: bool) -> bool:
+    """Return whether a selection reads pseudo-labels, or the distances of samples to the centres of their clusters."""
+    return method not in WITHOUT_DYNAMICS or method == "prototypicality" or balance
 
 
 def _searches(select: "SelectConfig") -> bool:
@@ -43,13 +51,14 @@ class SelectConfig:
 
     method: str = option(
         "double_end",
-        "how scores become a coreset; prototypicality, d2 and zcore are label-free baselines that do not use the "
-        "training dynamics, although a run still trains the proxy network",
+        "how the coreset is chosen; coverage: in turn the image that makes all images most similar to a chosen one, "
+        "best for few labels; random, prototypicality, d2 and zcore are baselines; none of these five uses the "
+        "training dynamics, and a run with one of them trains no proxy network",
         choices=SELECT_METHODS,
     )
     score: str = option(
         "aum",
-        "score by which samples are ordered; dual_beta, prototypicality, d2 and zcore use a score of their own",
+        "score by which samples are ordered; dual_beta and the methods without training dynamics do not use it",
         choices=("aum", "forgetting", "el2n", "correctness", "coarse_entropy", "dual", "prototypicality"),
     )
     hard_fraction: HardFractions = option(
@@ -97,3 +106,13 @@ class SelectConfig:
     zcore_draws: int = option(
         1_000_000, "for zcore: number of random points that the selection must cover", unit="draws", bounds=POSITIVE
     )
+
+    @property
+    def uses_dynamics(self) -> bool:
+        """Return whether the selection reads training dynamics."""
+        return self.method not in WITHOUT_DYNAMICS
+
+    @property
+    def uses_clusters(self) -> bool:
+        """Return whether the selection reads the clusters."""
+        return uses_clusters(self.method, self.balance)

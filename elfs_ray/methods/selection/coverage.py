@@ -70,13 +70,13 @@ def facility_location(
     return _select_lazily(similarity, covered, budget)
 
 
-def mean_similarity(points: np.ndarray, chosen: np.ndarray) -> float:
-    """Return the mean over points (n, d) of the similarity, 0 to 1, to the nearest of the chosen embeddings (l, d).
+def highest_similarity(points: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Return the similarity of each point to the nearest of some chosen embeddings (l, d), 0 where there are none.
 
-    It is f(S) / n. Memory: 4·(n + l)·d bytes and a block of products.
+    points: (n, d). The result is (n,) uint16, in units of 1/65,535; its mean over a pool is f(S) / n.
+    Memory: 4·(n + l)·d bytes, and a block of products.
     """
-    covered = _Kernel(points).highest(chosen)
-    return int(covered.sum(dtype=np.int64)) / (SIMILARITY_ONE * len(points))
+    return _Kernel(points).highest(chosen)
 
 
 def _select_lazily(similarity: np.ndarray, covered: np.ndarray, budget: int) -> Coverage:

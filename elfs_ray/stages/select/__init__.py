@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 class CoresetResult:
     """One coreset: its counts, its range of scores, and examples for the report (sample ids).
 
-    num_hard and num_easy count the samples pruned from each end, num_not_drawn those left out at random. The scores are
-    in the column `score` of the table at `score_table`; `hard_side`, low or high, is the end with the hard samples.
+    num_hard and num_easy count the samples pruned from each end, num_not_drawn those left out for no such reason. The
+    scores are in the column `score` of the table at `score_table`; `hard_side`, low or high, is the end with the hard
+    samples. coverage: for the method coverage, the mean similarity of the pool to its nearest sample in this coreset
+    and in a random one, as "coreset" and "random".
     """
 
     rows: int
@@ -37,6 +39,7 @@ class CoresetResult:
     hard_side: str
     score_table: str
     hard_fraction_evidence: Mapping[str, Any] | None = None
+    coverage: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ class SelectResult(Result):
 
 
 def _tables(config: Config) -> tuple[str, ...]:
-    return (schema.SCORES, *schema.coreset_tables(config.budgets))
+    scores = (schema.SCORES,) if config.select.uses_dynamics else ()
+    return (*scores, *schema.coreset_tables(config.budgets))
 
 
 def _files(config: Config) -> tuple[str, ...]:
@@ -67,8 +71,16 @@ def _files(config: Config) -> tuple[str, ...]:
 
 
 def _describe(config: Config, num_samples: int) -> str:
-    balanced = ", balanced over pseudo-labels" if config.select.balance else ""
-    return f"{config.select.method} by {config.select.score}{balanced}"
+    select = config.select
+    balanced = ", balanced over pseudo-labels" if select.balance else ""
+    source = f"by {select.score}" if select.uses_dynamics else "without training"
+    return f"{select.method} {source}{balanced}"
+
+
+def _inputs(config: Config) -> tuple[str, ...]:
+    clusters = ("cluster",) if config.select.uses_clusters else ()
+    dynamics = ("train",) if config.select.uses_dynamics else ()
+    return ("index", "embed", *clusters, *dynamics)
 
 
 def _requests(config: Config, devices: "Devices") -> list[Request]:
@@ -81,7 +93,7 @@ STAGE = Stage(
     result=SelectResult,
     section="select",
     global_keys=("seed", "budget"),
-    inputs=lambda config: ("index", "cluster", "train"),
+    inputs=_inputs,
     tables=_tables,
     files=_files,
     describe=_describe,

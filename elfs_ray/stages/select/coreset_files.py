@@ -78,7 +78,7 @@ def _metrics(
     """Return counts, the range of scores, and examples of samples pruned as too hard, kept, and pruned as too easy."""
     of_all, of_pruned = ends
     num_left = pool.num_samples - selection.count - selection.num_hard
-    num_easy = 0 if selection.is_sampled else num_left
+    num_easy = 0 if selection.is_sampled or pool.rank is not None else num_left
     low, high = sorted((of_all.hardest[0][2], of_all.easiest[0][2]))
     return {
         "rows": selection.count,
@@ -131,7 +131,7 @@ def _coreset_rows(run_dir: RunDir, rows: ScoredRows, keys: np.ndarray, kept: np.
     columns = {
         schema.SAMPLE_ID: sample_ids,
         schema.URI: _uris(run_dir, sample_ids),
-        schema.PSEUDO_LABEL: rows.column(schema.PSEUDO_LABEL)[kept],
+        schema.PSEUDO_LABEL: pa.array(rows.column(schema.PSEUDO_LABEL)[kept], pa.int32(), from_pandas=True),
         schema.SCORE: rows.scores[kept].astype(np.float32),
         KEY: keys[kept],
     }

@@ -1,10 +1,13 @@
 """select: compute scores from training dynamics and coresets from scores.
 
-Reads   clusters/pseudo_labels, dynamics/, index/; embeddings/ for zcore, neighbors/ for d2, proxy_images/ for search
-Writes  scores/ (a file for each 262,144 ids; the score prototypicality is the distance to the centroid),
-        select/<method>/ (the scores of d2 or zcore), select/search/ (the trainings of a search for the hard fraction),
-        and the coreset of each budget, hardest first, with a file for each 1,048,576 ranks, and its uris as text:
-        coreset/ and coreset.txt for the first budget, coreset-<budget> for every other
+Reads   index/, and what the method needs: clusters/pseudo_labels and dynamics/, or embeddings/ or neighbors/ alone;
+        proxy_images/ for search
+Writes  scores/ (a file for each 262,144 ids; the score prototypicality is the distance to the centroid), or
+        select/pool/ for a method without training dynamics,
+        select/<method>/ (the scores of coverage, random, d2 or zcore),
+        select/search/ (the trainings of a search for the hard fraction), and the coreset of each budget, the hardest or
+        the first chosen first, with a file for each 1,048,576
+        ranks, and its uris as text: coreset/ and coreset.txt for the first budget, coreset-<budget> for every other
 
 The whole pool is never sorted. One task scores each range of ids from all epochs. Hard fractions that are not numbers
 in the config are chosen (hard_fraction.py). The cuts around the kept samples are found exactly from histograms
@@ -15,7 +18,7 @@ keeps of its share of the files.
 """
 
 import posixpath
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -28,10 +31,12 @@ from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.stages.index import IndexResult
 from elfs_ray.stages.select import CoresetResult, SelectResult
 from elfs_ray.stages.select.coreset_files import write_coresets
+from elfs_ray.stages.select.coverage import score_by_coverage
 from elfs_ray.stages.select.d2_zcore import WHOLE_POOL_METHODS, score_whole_pool
 from elfs_ray.stages.select.hard_fraction import choose_hard_fractions
 from elfs_ray.stages.select.scored_pool import DIRECTIONS, ScoredPool
 from elfs_ray.stages.select.selection import choose
+from elfs_ray.stages.select.unscored_pool import score_at_random, write_pool
 from elfs_ray.stages.train import TrainResult
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
@@ -44,13 +49,10 @@ def run_select(config: Config, run_dir: RunDir) -> SelectResult:
 
     Raises ValueError if a budget or a hard fraction does not fit the number of samples with a pseudo-label.
     """
-    num_ids = IndexResult.read(run_dir).rows
-    _write_scores(run_dir, num_ids, num_epochs=TrainResult.read(run_dir).epochs)
-    pool = _scored_pool(config, run_dir, num_ids)
+    pool = _pool(config, run_dir)
     choices = choose_hard_fractions(config, run_dir, pool)
     budgets = [choice.budget for choice in choices]
-    if config.select.method in WHOLE_POOL_METHODS:
-        pool = score_whole_pool(config, run_dir, pool, max(budget.num_kept for budget in budgets))
+    pool, coverages = _score(config, run_dir, pool, [budget.num_kept for budget in budgets])
     selections = choose(pool, config.select, config.seed, budgets)
     tables = schema.coreset_tables(config.budgets)
     written = write_coresets(run_dir, pool, dict(zip(tables, selections, strict=True)))
@@ -62,8 +64,9 @@ def run_select(config: Config, run_dir: RunDir) -> SelectResult:
             hard_side=pool.direction,
             score_table=posixpath.relpath(posixpath.dirname(pool.files[0]), run_dir.uri),
             hard_fraction_evidence=choice.evidence,
+            coverage=coverage,
         )
-        for (table, metrics), choice in zip(written.items(), choices, strict=True)
+        for (table, metrics), choice, coverage in zip(written.items(), choices, coverages, strict=True)
     }
     # Without a search these keys do not decide the stage's result, so the marker does not hold them. A later
     # reselection that searches needs them.
@@ -71,17 +74,38 @@ def run_select(config: Config, run_dir: RunDir) -> SelectResult:
     return SelectResult(coresets[tables[0]].rows, pool.num_samples, coresets, search)
 
 
-def _scored_pool(config: Config, run_dir: RunDir, num_ids: int) -> ScoredPool:
+def _pool(config: Config, run_dir: RunDir) -> ScoredPool:
+    """Return the samples to choose from: with scores from the training dynamics, or without for other methods."""
     select = config.select
+    num_ids = IndexResult.read(run_dir).rows
+    ranges = [(first, min(first + IDS_PER_FILE, num_ids) - 1) for first in range(0, num_ids, IDS_PER_FILE)]
+    if select.uses_dynamics:
+        _write_scores(run_dir, ranges, num_epochs=TrainResult.read(run_dir).epochs)
+        files = tuple(run_dir.table_files(schema.SCORES))
+        score = "dual" if select.method == "dual_beta" else select.score
+    else:
+        files, score = write_pool(run_dir, ranges), schema.PROTOTYPICALITY
     num_groups = ClusterResult.read(run_dir).num_clusters if select.balance else 1
-    files = tuple(run_dir.table_files(schema.SCORES))
-    score = {"dual_beta": "dual", "prototypicality": schema.PROTOTYPICALITY}.get(select.method, select.score)
     return ScoredPool(files, score, DIRECTIONS[score], num_ids, num_groups)
 
 
-def _write_scores(run_dir: RunDir, num_ids: int, num_epochs: int) -> None:
+def _score(
+    config: Config, run_dir: RunDir, pool: ScoredPool, counts: Sequence[int]
+) -> tuple[ScoredPool, Sequence[Mapping[str, float] | None]]:
+    """Return the pool with the scores of a method that has its own, and how coresets of `counts` cover it, if known."""
+    coverages: Sequence[Mapping[str, float] | None] = [None] * len(counts)
+    if config.select.method in WHOLE_POOL_METHODS:
+        pool = score_whole_pool(config, run_dir, pool, max(counts))
+    elif config.select.method == "random":
+        pool = score_at_random(run_dir, pool, config.seed)
+    elif config.select.method == "coverage":
+        pool, measured = score_by_coverage(run_dir, pool, config.seed, counts)
+        coverages = [coverage._asdict() for coverage in measured]
+    return pool, coverages
+
+
+def _write_scores(run_dir: RunDir, ranges: Sequence[tuple[int, int]], num_epochs: int) -> None:
     """Write a file of scores/ for every range of ids that has none yet."""
-    ranges = [(first, min(first + IDS_PER_FILE, num_ids) - 1) for first in range(0, num_ids, IDS_PER_FILE)]
     done = {filesystem.basename(path) for path in run_dir.table_files(schema.SCORES)}
     tasks = [(run_dir, first, last, num_epochs) for first, last in ranges if schema.range_file(first, last) not in done]
     with Progress("select", len(ranges), "ranges scored", done=len(ranges) - len(tasks)) as progress:

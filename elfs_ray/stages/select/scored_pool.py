@@ -73,12 +73,15 @@ class ScoredPool:
     direction: Direction
     num_ids: int
     num_groups: int
+    rank: str | None = None  # the column of the order of selection, for a method whose score is not that order
 
     def read(self, path: str) -> ScoredRows:
         """Open one file."""
         return ScoredRows(path, self.score, self.num_groups)
 
     def hardness_keys(self, rows: ScoredRows) -> np.ndarray:
+        if self.rank is not None:
+            return rows.column(self.rank).astype(np.uint32)
         return hardness_keys(rows.scores, self.direction)
 
     def keys(self, order: Order, rows: ScoredRows) -> np.ndarray:

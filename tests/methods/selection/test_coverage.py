@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
-from elfs_ray.methods.selection.coverage import SIMILARITY_ONE, facility_location, mean_similarity
+from elfs_ray.methods.selection.coverage import SIMILARITY_ONE, facility_location, highest_similarity
 
 
 def digit_embeddings(num_rows):
@@ -64,7 +64,12 @@ def test_the_objective_is_that_of_a_selection_in_floating_point():
     ours = facility_location(digits, 40)
     assert exact[ours.order].max(axis=0).mean() == pytest.approx(best, rel=2e-3)
     assert ours.gains.sum() / (SIMILARITY_ONE * 600) == pytest.approx(best, rel=2e-3)
-    assert mean_similarity(digits, digits[ours.order]) == pytest.approx(ours.gains.sum() / (SIMILARITY_ONE * 600))
+    assert highest_similarity(digits, digits[ours.order]).sum() == ours.gains.sum()
+
+
+def test_without_a_choice_nothing_is_covered():
+    digits = digit_embeddings(20)
+    assert highest_similarity(digits, digits[:0]).tolist() == [0] * 20
 
 
 small_pools = st.integers(1, 30).flatmap(

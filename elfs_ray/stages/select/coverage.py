@@ -1,0 +1,226 @@
+"""Select by coverage, from embeddings alone: greedy facility location (methods/selection/coverage.py, greedi.py).
+
+Reads   select/pool/ (ids and pseudo-labels), embeddings/
+Writes  select/coverage/ (sample_id, pseudo_label, score, rank), a file for each of select/pool/
+
+A pool of up to 20,000 samples is one task. A larger one is divided into partitions, a task each, and one more task
+selects among what these nominate. The result depends on the embeddings and the seed alone.
+
+Memory: a task holds 0.8 GB of similarities, the last one 1.6 GB, and its embeddings. The driver holds some 40 bytes a
+sample, and the embeddings of 20,000 nominees and of a sample of 44,000.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+
+from elfs_ray.methods.numeric.hashing import hash_uint64
+from elfs_ray.methods.selection import greedi
+from elfs_ray.methods.selection.coverage import SIMILARITY_ONE, facility_location, highest_similarity
+from elfs_ray.methods.selection.pruning import random_selection
+from elfs_ray.runtime.cluster import run_tasks
+from elfs_ray.runtime.progress import Progress
+from elfs_ray.stages.select.scored_pool import ScoredPool
+from elfs_ray.storage import filesystem, schema
+from elfs_ray.storage.run_dir import RunDir
+
+COVERAGE = "coverage"
+MEASURED_ROWS = 4_000  # samples on which coverage is measured; its standard error is then below 0.002
+UNRANKED = 2**31 - 1
+_SAMPLE_STREAM = 11
+
+
+class Slice(NamedTuple):
+    """Some rows of one file of embeddings/."""
+
+    path: str
+    first: int
+    end: int
+
+
+class CoverageOfPool(NamedTuple):
+    """The mean similarity, 0 to 1, of a sample of the pool to its nearest sample in a coreset, and in a random one."""
+
+    coreset: float
+    random: float
+
+
+def score_by_coverage(
+    run_dir: RunDir, pool: ScoredPool, seed: int, counts: Sequence[int]
+) -> tuple[ScoredPool, list[CoverageOfPool]]:
+    """Write the ranks and gains of the samples. Returns the pool with these, and how coresets of `counts` cover it.
+
+    A score is a gain: by how much the sample raised the sum of similarities over the pool when it was chosen.
+    """
+    files = run_dir.counted_files(schema.EMBEDDINGS)
+    sample_ids = np.concatenate([_column(path, schema.SAMPLE_ID) for path in pool.files])
+    by_hash = sample_ids[np.argsort(hash_uint64(seed, _SAMPLE_STREAM, sample_ids), kind="stable")]
+    parts = [_slices(files, part) for part in greedi.partitions(len(sample_ids))]
+    to_cover = greedi.SAMPLE_ROWS if len(parts) > 1 else 0
+    # The coverage is measured on other samples than those that the choice was made to cover, where there are as many.
+    measured_ids = np.sort(by_hash[to_cover:][:MEASURED_ROWS] if len(by_hash) > to_cover else by_hash[:MEASURED_ROWS])
+    with Progress("select", len(parts) + 1, "partitions covered") as progress:
+        if len(parts) == 1:
+            ids, gains, measured = _select_at_once(parts[0], measured_ids, max(counts))
+            num_points = len(sample_ids)
+        else:
+            ids, gains, measured, num_points = _select_in_parts(
+                parts, np.sort(by_hash[:to_cover]), measured_ids, max(counts), progress
+            )
+        progress.update(len(parts) + 1)
+    scores = (gains / (SIMILARITY_ONE * num_points) * len(sample_ids)).astype(np.float32)
+    random_ids = sample_ids[random_selection(sample_ids, max(counts), seed)]
+    coverages = _measure(parts, measured, ids, random_ids, counts)
+    return _write(run_dir, pool, ids, scores), coverages
+
+
+def _slices(files: Sequence[tuple[str, int]], rows: range) -> list[Slice]:
+    """Return the slices of files that hold a range of the rows of a table."""
+    slices, start = [], 0
+    for path, num_rows in files:
+        first, end = max(rows.start - start, 0), min(rows.stop - start, num_rows)
+        if first < end:
+            slices.append(Slice(path, first, end))
+        start += num_rows
+    return slices
+
+
+def _select_at_once(
+    slices: Sequence[Slice], measured_ids: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the ids in the order of selection, their gains, and the embeddings of the samples to measure on."""
+    ((_, result),) = run_tasks(_select_whole_pool, [(slices, measured_ids, count)])
+    return result
+
+
+def _select_whole_pool(
+    slices: Sequence[Slice], measured_ids: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    torch.set_num_threads(1)
+    embeddings, sample_ids = _read(slices)
+    order, gains = facility_location(embeddings, count)
+    return sample_ids[order], gains, _rows_of(embeddings, sample_ids, measured_ids)
+
+
+def _select_in_parts(
+    parts: Sequence[Sequence[Slice]], point_ids: np.ndarray, measured_ids: np.ndarray, count: int, progress: Progress
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Return what `_select_at_once` does, and the number of points that the choice was made to cover."""
+    nominees: dict[int, greedi.Nominees] = {}
+    points: dict[int, np.ndarray] = {}
+    measured: dict[int, np.ndarray] = {}
+    num_candidates, share = greedi.num_candidates(len(parts)), -(-count // len(parts))
+    tasks = [(slices, point_ids, measured_ids, num_candidates, share) for slices in parts]
+    for position, (nominated, covered, kept) in run_tasks(_nominate, tasks):
+        nominees[position], points[position], measured[position] = nominated, covered, kept
+        progress.advance(1)
+    # In the order of the partitions, whichever ended first.
+    in_order = range(len(parts))
+    all_points = np.concatenate([points[part] for part in in_order])
+    ((_, merged),) = run_tasks(_merge, [([nominees[part] for part in in_order], all_points, count)])
+    return merged.sample_ids, merged.gains, np.concatenate([measured[part] for part in in_order]), len(all_points)
+
+
+def _nominate(
+    slices: Sequence[Slice], point_ids: np.ndarray, measured_ids: np.ndarray, num_candidates: int, share: int
+) -> tuple[greedi.Nominees, np.ndarray, np.ndarray]:
+    torch.set_num_threads(1)
+    embeddings, sample_ids = _read(slices)
+    nominees = greedi.nominate(embeddings, sample_ids, num_candidates, share)
+    return (
+        nominees,
+        _rows_of(embeddings, sample_ids, point_ids),
+        _rows_of(embeddings, sample_ids, measured_ids),
+    )
+
+
+def _merge(nominees: Sequence[greedi.Nominees], points: np.ndarray, count: int) -> greedi.Merged:
+    torch.set_num_threads(1)
+    return greedi.merge(nominees, points, count)
+
+
+def _measure(
+    parts: Sequence[Sequence[Slice]],
+    points: np.ndarray,
+    chosen_ids: np.ndarray,
+    random_ids: np.ndarray,
+    counts: Sequence[int],
+) -> list[CoverageOfPool]:
+    """Return how the first `counts` of the chosen and of the random samples cover some points."""
+    ends = sorted(set(counts))
+    shared = ray.put((points, *(_with_steps(ids, ends) for ids in (chosen_ids, random_ids))))
+    covered = np.zeros((2, len(ends), len(points)), np.uint16)
+    for _, part in run_tasks(_cover, [(slices, shared, len(ends)) for slices in parts]):
+        np.maximum(covered, part, out=covered)
+    # Each step covers with the samples that it adds, so a coreset covers with all steps up to its own.
+    means = np.maximum.accumulate(covered, axis=1).mean(axis=2, dtype=np.float64) / SIMILARITY_ONE
+    return [CoverageOfPool(*(float(mean) for mean in means[:, ends.index(count)])) for count in counts]
+
+
+def _with_steps(ids: np.ndarray, ends: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first ids up to the last of `ends`, ascending, and the step that adds each: 0 before ends[0], ..."""
+    ids = ids[: ends[-1]]
+    order = np.argsort(ids)
+    return ids[order], np.searchsorted(ends, order, side="right")
+
+
+def _cover(
+    slices: Sequence[Slice], shared: tuple[np.ndarray, tuple[np.ndarray, ...], tuple[np.ndarray, ...]], num_steps: int
+) -> np.ndarray:
+    """Return the similarity (2, steps, points) of each point to the nearest chosen and random sample in these rows."""
+    torch.set_num_threads(1)
+    points, *selections = shared
+    embeddings, sample_ids = _read(slices)
+    covered = np.zeros((2, num_steps, len(points)), np.uint16)
+    for kind, (ids, steps) in enumerate(selections):
+        here = (ids >= sample_ids[0]) & (ids <= sample_ids[-1])
+        rows = np.searchsorted(sample_ids, ids[here])
+        for step in np.unique(steps[here]):
+            covered[kind, step] = highest_similarity(points, embeddings[rows[steps[here] == step]])
+    return covered
+
+
+def _write(run_dir: RunDir, pool: ScoredPool, ids: np.ndarray, scores: np.ndarray) -> ScoredPool:
+    by_id = np.argsort(ids)
+    shared = ray.put((ids[by_id], by_id.astype(np.int32), scores[by_id]))
+    targets = [run_dir.path("select", COVERAGE, filesystem.basename(path)) for path in pool.files]
+    tasks = [(source, target, shared) for source, target in zip(pool.files, targets, strict=True)]
+    for _ in run_tasks(_write_file, tasks):
+        pass
+    return replace(pool, files=tuple(targets), score=schema.SCORE, direction="high", rank=schema.RANK)
+
+
+def _write_file(source: str, target: str, selected: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+    rows = filesystem.read_table(source, [schema.SAMPLE_ID, schema.PSEUDO_LABEL])
+    sample_ids = rows[schema.SAMPLE_ID].to_numpy()
+    ranks, scores = np.full(len(sample_ids), UNRANKED, np.int32), np.zeros(len(sample_ids), np.float32)
+    ids, ranks_of_ids, scores_of_ids = selected
+    here = slice(*np.searchsorted(ids, [sample_ids[0], sample_ids[-1] + 1]))
+    places = np.searchsorted(sample_ids, ids[here])
+    ranks[places], scores[places] = ranks_of_ids[here], scores_of_ids[here]
+    rows = rows.append_column(schema.SCORE, pa.array(scores)).append_column(schema.RANK, pa.array(ranks))
+    filesystem.write_table(target, rows)
+
+
+def _read(slices: Sequence[Slice]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the embeddings (n, d) float16 and ids (n,) of some rows, ascending by id."""
+    embeddings, sample_ids = [], []
+    for path, first, end in slices:
+        rows = filesystem.read_slice(path, first, end)
+        embeddings.append(schema.matrix_of(rows, schema.EMBEDDING))
+        sample_ids.append(rows[schema.SAMPLE_ID].to_numpy())
+    return np.concatenate(embeddings), np.concatenate(sample_ids)
+
+
+def _rows_of(embeddings: np.ndarray, sample_ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Return the embeddings of those of the `wanted` ids that are here."""
+    return embeddings[np.isin(sample_ids, wanted, assume_unique=True)]
+
+
+def _column(path: str, name: str) -> np.ndarray:
+    return filesystem.read_table(path, [name])[name].to_numpy()

@@ -1,0 +1,73 @@
+"""Coverage in partitions, against the selection from the whole pool, and its properties."""
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from elfs_ray.methods.selection import greedi
+from elfs_ray.methods.selection.coverage import SIMILARITY_ONE, facility_location, highest_similarity
+
+
+def digit_embeddings():
+    pixels = load_digits().data
+    return (pixels - pixels.mean(0)).astype(np.float16)
+
+
+def select(embeddings, budget, sample=slice(None)):
+    """Select from a pool whose ids are 10, 20, 30, ...; return positions and gains."""
+    ids = np.arange(len(embeddings)) * 10 + 10
+    parts = greedi.partitions(len(ids))
+    candidates, share = greedi.num_candidates(len(parts)), -(-budget // len(parts))
+    nominees = [greedi.nominate(embeddings[part], ids[part], candidates, share) for part in map(as_slice, parts)]
+    merged = greedi.merge(nominees, embeddings[sample], budget)
+    return merged.sample_ids // 10 - 1, merged.gains
+
+
+def as_slice(rows):
+    return slice(rows.start, rows.stop)
+
+
+@pytest.mark.parametrize("num_samples", [1, 19_999, 20_000, 20_001, 1_281_167])
+def test_partitions_are_equal_and_hold_every_sample_once(num_samples):
+    parts = greedi.partitions(num_samples)
+    assert [position for part in parts for position in (part.start, part.stop)][1:-1:2] == [p.start for p in parts[1:]]
+    assert parts[0].start == 0
+    assert parts[-1].stop == num_samples
+    sizes = [len(part) for part in parts]
+    assert max(sizes) <= 20_000
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_the_choice_covers_nearly_as_well_as_the_one_from_the_whole_pool(monkeypatch):
+    """Digits of five partitions; what random samples cover is the lower end of the scale."""
+    monkeypatch.setattr(greedi, "PARTITION_ROWS", 400)
+    digits = digit_embeddings()
+    order, _ = select(digits, 100)
+    whole = facility_location(digits, 100).order
+    chance = np.random.default_rng(0).permutation(len(digits))
+    for budget in (10, 30, 100):
+        ours, best, random = (
+            highest_similarity(digits, digits[each[:budget]]).mean() / SIMILARITY_ONE for each in (order, whole, chance)
+        )
+        assert ours - random > 0.9 * (best - random)
+
+
+def test_every_sample_is_selected_once_and_every_smaller_selection_is_a_prefix(monkeypatch):
+    monkeypatch.setattr(greedi, "PARTITION_ROWS", 400)
+    digits = digit_embeddings()
+    sample = slice(0, 1797, 3)
+    order, gains = select(digits, 1797, sample)
+    assert sorted(order) == list(range(1797))
+    assert (np.diff(gains) <= 0).all()
+    for budget in (1, 100, 900):
+        part, part_gains = select(digits, budget, sample)
+        np.testing.assert_array_equal(part, order[:budget])
+        np.testing.assert_array_equal(part_gains, gains[:budget])
+
+
+def test_equal_samples_are_selected_by_their_rank_in_their_partition_and_then_by_id(monkeypatch):
+    monkeypatch.setattr(greedi, "PARTITION_ROWS", 4)
+    order, gains = select(np.ones((10, 3), np.float16), 10)
+    # Partitions 0-2, 3-5 and 6-9. The first sample covers all; the others follow, first all of rank 0.
+    assert order.tolist() == [0, 3, 6, 1, 4, 7, 2, 5, 8, 9]
+    assert gains[1:].tolist() == [0] * 9

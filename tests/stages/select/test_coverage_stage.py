@@ -1,0 +1,112 @@
+"""select.method=coverage over files: from embeddings alone, the same for any number of workers."""
+
+import os
+import signal
+
+import numpy as np
+import pytest
+
+from elfs_ray.methods.selection import greedi, pruning
+from elfs_ray.methods.selection.coverage import SIMILARITY_ONE, facility_location, highest_similarity
+from elfs_ray.runtime import cluster
+from elfs_ray.stages.select import coverage
+from elfs_ray.stages.select import run as select
+from elfs_ray.storage import filesystem, schema
+from elfs_ray.storage.run_dir import RunDir
+from tests.tables import contents, digit_images, digits_config, write_clustered, write_embedded
+
+COVERAGE = ("select.method=coverage",)
+
+
+def read(run_dir, table):
+    rows = [filesystem.read_table(path) for path in run_dir.table_files(table)]
+    return {name: np.concatenate([part[name].to_numpy() for part in rows]) for name in rows[0].column_names}
+
+
+def embeddings_of(run_dir):
+    tables = [filesystem.read_table(path) for path in run_dir.table_files(schema.EMBEDDINGS)]
+    return np.concatenate([schema.matrix_of(table, schema.EMBEDDING) for table in tables])
+
+
+def test_the_coreset_is_the_greedy_selection_in_its_order(ray_cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(select, "IDS_PER_FILE", 300)
+    run_dir = RunDir(tmp_path)
+    ids = write_embedded(run_dir)
+    result = select.run_select(digits_config(tmp_path, *COVERAGE, "budget=[50,7]"), run_dir)
+    embeddings = embeddings_of(run_dir)
+    expected = facility_location(embeddings, 50)
+    for table, budget in (("coreset", 50), ("coreset-7", 7)):
+        rows = read(run_dir, table)
+        np.testing.assert_array_equal(rows["sample_id"], ids[expected.order[:budget]])
+        np.testing.assert_array_equal(rows["rank"], np.arange(budget))
+        np.testing.assert_allclose(rows["score"], expected.gains[:budget] / SIMILARITY_ONE, rtol=1e-6)
+        assert np.isnan(rows["pseudo_label"]).all()
+        lines = (tmp_path / f"{table}.txt").read_text().splitlines()
+        assert lines == [f"/digits/{i}.png" for i in rows["sample_id"]]
+        random = embeddings[pruning.random_selection(ids, budget, seed=0)]
+        found = result.coresets[table].coverage
+        for name, chosen in (("coreset", embeddings[expected.order[:budget]]), ("random", random)):
+            assert found[name] == pytest.approx(highest_similarity(embeddings, chosen).mean() / SIMILARITY_ONE)
+    assert not (tmp_path / "scores").exists()
+
+
+def test_a_pool_that_has_clusters_passes_their_labels_on(ray_cluster, tmp_path):
+    run_dir = RunDir(tmp_path)
+    write_clustered(run_dir)
+    select.run_select(digits_config(tmp_path, *COVERAGE, "budget=30"), run_dir)
+    rows = read(run_dir, "coreset")
+    np.testing.assert_array_equal(rows["pseudo_label"], digit_images(1003)[1][rows["sample_id"]])
+
+
+def test_the_number_of_workers_and_a_killed_one_change_nothing(ray_cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(greedi, "PARTITION_ROWS", 130)
+    monkeypatch.setattr(greedi, "SAMPLE_ROWS", 600)
+    run_dir = RunDir(tmp_path / "run")
+    write_embedded(run_dir)
+    config = digits_config(tmp_path / "run", *COVERAGE, "budget=200")
+    nominate, killed = coverage._nominate, tmp_path / "killed"
+
+    def die_once(slices, *arguments):
+        if slices[0].path.endswith("000000000300-000000000449.parquet") and not killed.exists():
+            killed.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return nominate(slices, *arguments)
+
+    found = set()
+    for num_workers in (1, 2, 3, 7, "killed"):
+        if num_workers == "killed":
+            monkeypatch.setattr(coverage, "_nominate", die_once)
+        else:
+            monkeypatch.setattr(cluster, "num_cpus", lambda count=num_workers: count)
+        select.run_select(config, run_dir)
+        files = contents(tmp_path / "run", "coreset", "select") | {"text": (tmp_path / "run/coreset.txt").read_bytes()}
+        found.add(tuple(sorted(files.items())))
+    assert killed.exists()
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("rows", [130, 20_000])
+def test_a_budget_of_the_whole_pool_selects_everything(ray_cluster, tmp_path, monkeypatch, rows):
+    monkeypatch.setattr(greedi, "PARTITION_ROWS", rows)
+    monkeypatch.setattr(greedi, "SAMPLE_ROWS", 600)
+    run_dir = RunDir(tmp_path)
+    ids = write_embedded(run_dir)
+    select.run_select(digits_config(tmp_path, *COVERAGE, "budget=1.0"), run_dir)
+    np.testing.assert_array_equal(np.sort(read(run_dir, "coreset")["sample_id"]), ids)
+
+
+def test_a_pool_of_one_image_is_its_own_coreset(ray_cluster, tmp_path):
+    run_dir = RunDir(tmp_path)
+    write_embedded(run_dir, 1)
+    result = select.run_select(digits_config(tmp_path, *COVERAGE, "budget=1"), run_dir)
+    assert read(run_dir, "coreset")["sample_id"].tolist() == [0]
+    assert result.coresets["coreset"].coverage["coreset"] == pytest.approx(1, abs=1e-3)
+
+
+def test_random_needs_embeddings_alone_and_every_prefix_is_a_random_sample(ray_cluster, tmp_path):
+    run_dir = RunDir(tmp_path)
+    ids = write_embedded(run_dir)
+    select.run_select(digits_config(tmp_path, "select.method=random", "budget=60", "seed=5"), run_dir)
+    rows = read(run_dir, "coreset")
+    np.testing.assert_array_equal(rows["sample_id"], ids[pruning.random_selection(ids, 60, seed=5)])
+    assert (np.diff(rows["score"]) >= 0).all()
