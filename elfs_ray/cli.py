@@ -12,7 +12,7 @@ from elfs_ray.config import Config, ConfigError, describe_keys, load_config
 from elfs_ray.pipeline.stages import STAGES
 from elfs_ray.runtime.progress import count, say
 from elfs_ray.stages.report import ReportResult
-from elfs_ray.stages.select import SelectResult
+from elfs_ray.stages.select import CoresetResult, SelectResult
 from elfs_ray.storage import schema
 from elfs_ray.storage.run_dir import BadMarkerError, RunDir
 
@@ -139,9 +139,15 @@ def split_arguments(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
     return options, [argument for argument in arguments if argument not in options]
 
 
-def coreset_line(run_dir: RunDir, table: str, num_rows: int) -> str:
-    """Return the line that says where the list of a coreset is."""
-    return f"coreset  {run_dir.path(schema.coreset_text_file(table))}  ({count(num_rows, 'image')})"
+def coreset_lines(run_dir: RunDir, table: str, coreset: CoresetResult) -> list[str]:
+    """Return the line that says where the list of a coreset is, and one about how well it covers the pool, if known."""
+    lines = [f"coreset  {run_dir.path(schema.coreset_text_file(table))}  ({count(coreset.rows, 'image')})"]
+    if coreset.coverage is not None:
+        lines.append(
+            f"covers   the pool: mean similarity {coreset.coverage['coreset']:.3f} to the nearest image chosen, "
+            f"with random images {coreset.coverage['random']:.3f}"
+        )
+    return lines
 
 
 def closing_lines(config: Config, run_dir: RunDir) -> str:
@@ -150,7 +156,7 @@ def closing_lines(config: Config, run_dir: RunDir) -> str:
     # A run that ends before stage select, because of `until`, has neither.
     if run_dir.success_marker(SelectResult.stage):
         for table, coreset in SelectResult.read(run_dir).coresets.items():
-            lines.append(coreset_line(run_dir, table, coreset.rows))
+            lines += coreset_lines(run_dir, table, coreset)
     if run_dir.success_marker(ReportResult.stage):
         lines.append(f"report   {run_dir.path(schema.REPORT_FILE)}")
     return "\n".join(lines) or f"complete up to {config.until} in {run_dir.uri}"

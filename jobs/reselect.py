@@ -8,7 +8,7 @@ The coreset is written to coresets/<name>/ in the run directory. Keys that you l
 # This file is not called select.py: that would hide the standard library's module `select` from scripts in this folder.
 import sys
 
-from elfs_ray.cli import asks_for_help, coreset_line, report_errors, split_arguments
+from elfs_ray.cli import asks_for_help, coreset_lines, report_errors, split_arguments
 from elfs_ray.config import describe_keys
 from elfs_ray.pipeline import reselect
 
@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> None:
         print(reselect.describe(config, name))
         return
     for table, coreset in reselect.run(config, name).coresets.items():
-        print(coreset_line(reselect.folder_of(config, name), table, coreset.rows))
+        print("\n".join(coreset_lines(reselect.folder_of(config, name), table, coreset)))
 
 
 if __name__ == "__main__":

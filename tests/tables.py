@@ -120,6 +120,13 @@ def files_of(num_samples: int):
         yield first, ids[~np.isin(ids, GAPS)]
 
 
+def embeddings_of(run_dir: RunDir) -> np.ndarray:
+    """Return all embeddings of a run, (n, d), by ascending sample_id."""
+    return np.concatenate(
+        [schema.matrix_of(table, schema.EMBEDDING) for table in run_dir.read_table(schema.EMBEDDINGS)]
+    )
+
+
 def mark(run_dir: RunDir, result: Result) -> None:
     """Mark a stage as complete with this result."""
     run_dir.mark_complete(Marker(result.stage, {}, {}, result.to_json(), seconds=1.0))

@@ -85,7 +85,7 @@ def check_against_pool(config: Config, num_samples: int, num_rejected: int = 0) 
 def _check_size(config: Config, num_samples: int) -> None:
     if num_samples == 0:
         raise ConfigError(f"pool.uri={config.pool.uri!r} holds no images: check the path and pool.format")
-    if not config.select.uses_clusters:
+    if not config.needs_clusters:
         check_budgets(config, num_samples)
         return
     if config.cluster.method != "file" and num_samples < 2:

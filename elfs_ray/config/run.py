@@ -69,6 +69,21 @@ class Config:
         return self.embed.encoder == SELF_SUPERVISED and self.embed.weights is None
 
     @property
+    def needs_dynamics(self) -> bool:
+        """Return whether the run trains a proxy network: for its selection, or to evaluate it beside other methods."""
+        return self.select.uses_dynamics or self.evaluate.test_uri is not None
+
+    @property
+    def needs_clusters(self) -> bool:
+        """Return whether the run gives pseudo-labels: to train on them, or for its selection."""
+        return self.needs_dynamics or self.select.uses_clusters
+
+    @property
+    def keeps_copies(self) -> bool:
+        """Return whether the run keeps small copies of the images: to train the proxy network or an encoder on them."""
+        return self.needs_dynamics or self.pretrains
+
+    @property
     def budgets(self) -> list[Budget]:
         """Return the budgets as a list, also when there is only one."""
         return self.budget if isinstance(self.budget, list) else [self.budget]

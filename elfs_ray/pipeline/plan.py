@@ -105,7 +105,7 @@ def plan_stage(stage: Stage, config: Config, run_dir: RunDir, markers: Mapping[s
     if present is None:
         # Tables without any marker may be of another config, so they are replaced and never continued.
         return PlannedStage(stage, "rerun" if obstacles else "run", wanted, obstacles)
-    changes = () if present.is_made_as(wanted) else _changes(present, wanted)
+    changes = _missing(present, wanted) if present.is_made_as(wanted) else _changes(present, wanted)
     differences = (*changes, *obstacles, *run_dir.damage(stage.name))
     if differences:
         return PlannedStage(stage, "rerun", wanted, differences)
@@ -182,6 +182,12 @@ def _changes(present: Marker, wanted: Marker) -> tuple[str, ...]:
     names = dict.fromkeys((*wanted.inputs, *present.inputs))
     changed = [name for name in names if _input(present, name) != _input(wanted, name)]
     return tuple(lines) or (f"made from another {', '.join(changed)}",)
+
+
+def _missing(present: Marker, wanted: Marker) -> tuple[str, ...]:
+    """Return a line for each table or file that is wanted and that the stage did not write for an earlier config."""
+    missing = [name for name in wanted.outputs if name not in present.outputs]
+    return tuple(f"{name} is needed now, and was not written" for name in missing)
 
 
 def _input(marker: Marker, name: str) -> tuple[str | None, str | None]:

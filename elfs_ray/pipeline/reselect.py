@@ -16,8 +16,8 @@ from elfs_ray.pipeline.plan import wanted_marker
 from elfs_ray.pipeline.runner import locked
 from elfs_ray.runtime.progress import format_duration, say
 from elfs_ray.stages.cluster import ClusterResult
+from elfs_ray.stages.embed import EmbedResult
 from elfs_ray.stages.select import STAGE, SelectResult
-from elfs_ray.stages.train import TrainResult
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import Marker, Overlay, RunDir
 
@@ -45,13 +45,31 @@ def load(overrides: Sequence[str]) -> tuple[Config, str]:
         )
     run_dir = RunDir(expand_home(values["run_dir"]))
     keys = [override for override in overrides if not override.startswith("name=")]
-    return load_config(None, keys, base=config_of(run_dir)), name
+    config = load_config(None, keys, base=config_of(run_dir))
+    _check_stages(config, run_dir)
+    return config, name
+
+
+def _check_stages(config: Config, run_dir: RunDir) -> None:
+    """Raise ConfigError for a selection that reads tables of stages that the run did not have."""
+    missing = [stage for stage in STAGE.inputs(config) if run_dir.success_marker(stage) is None]
+    if missing:
+        method = f"select.method={config.select.method}"
+        raise ConfigError(
+            f"{method} needs {' and '.join(f'stage {stage}' for stage in missing)}, which the run in {run_dir.uri} did "
+            f"not have, as its own selection needed no more: run the pipeline with {method} in another run_dir, or in "
+            "this one with on_change=rerun"
+        )
 
 
 def folder_of(config: Config, name: str) -> Overlay:
     """Return the folder of a named selection, which reads all other tables from the run directory around it."""
     run_dir = RunDir(config.run_dir)
-    return Overlay(run_dir.path(schema.CORESETS_DIR, name), run_dir, SELECTION_PREFIXES)
+    selected = run_dir.success_marker(SELECT)
+    # A run with training dynamics whose own selection did not use them has no scores yet: they become the folder's.
+    has_scores = selected is None or schema.SCORES in selected.outputs
+    prefixes = SELECTION_PREFIXES if has_scores else (*SELECTION_PREFIXES, schema.SCORES)
+    return Overlay(run_dir.path(schema.CORESETS_DIR, name), run_dir, prefixes)
 
 
 def describe(config: Config, name: str) -> str:
@@ -60,7 +78,7 @@ def describe(config: Config, name: str) -> str:
     action = "is complete" if _is_done(config, folder) else "would be written"
     from elfs_ray.pipeline.dry_run import describe_budgets
 
-    lines = describe_budgets(config, TrainResult.read(folder).rows)
+    lines = describe_budgets(config, EmbedResult.read(folder).rows)
     return "\n".join(
         f"{folder.path(table)} {action}: by {config.select.method}, {line}"
         for table, line in zip(schema.coreset_tables(config.budgets), lines, strict=True)
@@ -105,7 +123,7 @@ def write(config: Config, folder: Overlay) -> Marker:
         marker,
         result=result.to_json(),
         # Without scores/, which belongs to the run and may be replaced with it.
-        outputs=folder.measure(name for name in marker.outputs if name.startswith(SELECTION_PREFIXES)),
+        outputs=folder.measure(name for name in marker.outputs if name.startswith(folder.prefixes)),
         seconds=round(time.time() - start_s, 3),
     )
     folder.mark_complete(complete)
@@ -120,9 +138,11 @@ def config_of(run_dir: RunDir) -> dict[str, Any]:
     Raises ConfigError for a run that is not complete up to stage select.
     """
     base: dict[str, Any] = {"embed": {}, "train": {}, "select": {}}
-    for stage in ("select", "train", "embed"):
+    for stage, is_optional in (("select", False), ("train", True), ("embed", False)):
         marker = run_dir.success_marker(stage)
         if marker is None:
+            if is_optional:
+                continue
             raise ConfigError(f"{run_dir.uri} has no complete stage {stage}: run the pipeline there first")
         for key, value in marker.config.items():
             section, _, name = key.rpartition(".")
@@ -133,7 +153,8 @@ def config_of(run_dir: RunDir) -> dict[str, Any]:
     assert index is not None, run_dir.uri
     graph = run_dir.table_files(schema.NEIGHBORS)
     num_neighbors = filesystem.read_schema(graph[0]).field(schema.NEIGHBOR_IDS).type.list_size if graph else 0
-    num_clusters = ClusterResult.read(run_dir).num_clusters
+    is_clustered = run_dir.success_marker(ClusterResult.stage) is not None
+    num_clusters = ClusterResult.read(run_dir).num_clusters if is_clustered else "auto"
     cluster = {"num_clusters": num_clusters, "num_neighbors": num_neighbors}
     return base | {"pool": {"uri": index.config["pool.uri"]}, "cluster": cluster}
 
@@ -149,12 +170,12 @@ def _is_done(config: Config, folder: Overlay) -> bool:
     Raises ConfigError for a damaged run, a budget that does not fit it, and a folder that holds anything else.
     """
     run_dir = folder.base
-    damage = [line for stage in ("index", "cluster", SELECT) for line in run_dir.damage(stage)]
+    damage = [line for stage in (*STAGE.inputs(config), SELECT) for line in run_dir.damage(stage)]
     if damage:
         raise ConfigError(
             f"{run_dir.uri} is damaged: {'; '.join(damage)}. Run the pipeline there with on_change=rerun."
         )
-    check_budgets(config, TrainResult.read(run_dir).rows)
+    check_budgets(config, EmbedResult.read(run_dir).rows)
     success = folder.success_marker(SELECT)
     present = success or folder.started_marker(SELECT)
     lost = folder.damage(SELECT)

@@ -2,6 +2,7 @@
 of its tables into storage/schema.py, and later stages name it in their `inputs`.
 
 index ──► embed ──► cluster ──► train ──► select ──► report
+index ──► embed ──► select ──► report                       for a selection from embeddings alone
 index ──► copy ──► pretrain ──► embed ──► ...               for an encoder that is trained on the pool itself
 """
 

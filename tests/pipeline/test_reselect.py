@@ -1,5 +1,6 @@
 """jobs/reselect.py as a user types it: another coreset next to the first one, which stays as it was."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -9,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from elfs_ray.config import ConfigError, deciding_keys
+from elfs_ray.methods.selection.coverage import facility_location
 from elfs_ray.pipeline import reselect
 from elfs_ray.stages.select import SelectResult
 from elfs_ray.stages.select import run as select
 from elfs_ray.storage.run_dir import Marker, RunDir
-from tests.tables import contents, digits_config, write_trained
+from tests.tables import contents, digits_config, embeddings_of, write_trained
 
 JOB = Path(__file__).parent.parent.parent / "jobs" / "reselect.py"
 
@@ -150,6 +152,19 @@ def test_auto_and_search_choose_a_hard_fraction_with_the_runs_network(finished):
 def test_a_reselection_has_the_search_keys_of_a_run_without_a_search(finished):
     config, _ = reselect.load([f"run_dir={finished}", "name=later", "select.hard_fraction=search"])
     assert (config.select.search_iterations, config.select.search_step) == (7, 0.1)
+
+
+def test_coverage_is_selected_from_a_run_that_has_trained(finished):
+    result = type_job(
+        f"run_dir={finished}", "name=covering", "ray_address=local", "select.method=coverage", "budget=50"
+    )
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"covers   the pool: mean similarity 0\.\d+ to the nearest image chosen", result.stdout)
+    coreset = next(RunDir(finished / "coresets" / "covering").read_table("coreset"))
+    expected = facility_location(embeddings_of(RunDir(finished)), 50)
+    embedded = RunDir(finished).read_column("embeddings", column="sample_id")
+    assert coreset["sample_id"].to_pylist() == embedded[expected.order].tolist()
+    assert coreset["pseudo_label"].null_count == 0
 
 
 def test_a_dry_run_says_what_would_be_written_and_writes_nothing(finished):

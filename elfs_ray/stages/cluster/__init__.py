@@ -117,6 +117,7 @@ def _check_result(config: Config, run_dir: RunDir) -> None:
 STAGE = Stage(
     result=ClusterResult,
     section="cluster",
+    is_part_of=lambda config: config.needs_clusters,
     inputs=lambda config: ("embed",),
     tables=lambda config: (schema.CLUSTERS, schema.NEIGHBORS),
     describe=_describe,

@@ -30,12 +30,14 @@ class EmbedResult(Result):
 
 def _tables(config: Config) -> tuple[str, ...]:
     # With pretraining, stage copy has written them.
-    copies = () if config.pretrains else (schema.PROXY_IMAGES,)
+    copies = (schema.PROXY_IMAGES,) if config.keeps_copies and not config.pretrains else ()
     return (schema.EMBEDDINGS, *copies, schema.REJECTED)
 
 
 def _describe(config: Config, num_samples: int) -> str:
-    copies = "of the copies" if config.pretrains else f"proxy copies of {config.embed.proxy_image_size} pixels"
+    if config.pretrains:
+        return f"{config.embed.encoder}, of the copies"
+    copies = f"proxy copies of {config.embed.proxy_image_size} pixels" if config.keeps_copies else "no copies"
     return f"{config.embed.encoder}, {copies}"
 
 

@@ -50,6 +50,16 @@ def _num_rows(path: str) -> int:
         return -1
 
 
+def copies_of(config: Config, run_dir: RunDir, sample_ids: np.ndarray) -> dict[int, bytes]:
+    """Return the encoded copies of some images by sample_id, made anew; images that cannot be used are left out."""
+    embed = config.embed
+    return {
+        sample_id: encode_proxy_image(image, short_side=embed.proxy_image_size, jpeg_quality=embed.proxy_jpeg_quality)
+        for sample_id, _, image in _decode_images(config, run_dir, sample_ids, embed.proxy_image_size)
+        if not isinstance(image, BadImage)
+    }
+
+
 def copy_images(
     config: Config,
     run_dir: RunDir,
@@ -62,27 +72,31 @@ def copy_images(
 ) -> Iterator[tuple[int, Image.Image, bytes]]:
     """Yield (sample_id, image, its encoded copy for the proxy network) for the images of a block.
 
+    The copy is empty in a run that keeps none.
+
     Appends a row to `rejected`, in the name of `stage`, for each image that cannot be used. `min_size` is the smallest
     short side, in pixels, to which a JPEG may be scaled while it is decoded; it is raised to that of the copy.
     """
     embed = config.embed
     min_size = max(min_size, embed.proxy_image_size)
-    for sample_id, uri, image in _decode_images(config, run_dir, first, last, min_size):
+    for sample_id, uri, image in _decode_images(config, run_dir, np.arange(first, last + 1), min_size):
         if isinstance(image, BadImage):
             rejected.append({"sample_id": sample_id, "uri": uri, "stage": stage, "reason": str(image)})
             continue
-        copy = encode_proxy_image(image, short_side=embed.proxy_image_size, jpeg_quality=embed.proxy_jpeg_quality)
+        copy = b""
+        if config.keeps_copies:
+            copy = encode_proxy_image(image, short_side=embed.proxy_image_size, jpeg_quality=embed.proxy_jpeg_quality)
         yield sample_id, image, copy
 
 
 def _decode_images(
-    config: Config, run_dir: RunDir, first: int, last: int, min_size: int
+    config: Config, run_dir: RunDir, sample_ids: np.ndarray, min_size: int
 ) -> Iterator[tuple[int, str, Image.Image | BadImage]]:
-    """Yield (sample_id, uri, image) for the images of a block, with a BadImage for one that cannot be used."""
-    index = run_dir.read_rows(schema.INDEX, np.arange(first, last + 1), [schema.URI])
+    """Yield (sample_id, uri, image) for some images, with a BadImage for one that cannot be used."""
+    index = run_dir.read_rows(schema.INDEX, sample_ids, [schema.URI])
     uris = index[schema.URI].to_pylist()
     columns = PoolColumns(config.pool.image_column)
-    for sample_id, uri, data in zip(range(first, last + 1), uris, read_images(uris, columns), strict=True):
+    for sample_id, uri, data in zip(sample_ids.tolist(), uris, read_images(uris, columns), strict=True):
         if isinstance(data, BadImage):
             yield sample_id, uri, data
             continue

@@ -187,7 +187,8 @@ def _decode_block(batch: dict[str, Any], job: EmbedJob) -> dict[str, Any]:
         sample_ids.append(sample_id)
         pixels.append(_pixels(image, shape))
         copies.append(copy)
-    write_proxy_images(job.run_dir, schema.range_file(first, last), sample_ids, copies)
+    if job.config.keeps_copies:
+        write_proxy_images(job.run_dir, schema.range_file(first, last), sample_ids, copies)
     return _pack(first, last, shape.crop, sample_ids, pixels, rejected)
 
 

@@ -18,7 +18,9 @@ class ReportResult(Result):
 
 def _inputs(config: Config) -> tuple[str, ...]:
     encoder = ("copy", "pretrain") if config.pretrains else ()
-    return ("index", *encoder, "embed", "cluster", "train", "select")
+    clusters = ("cluster",) if config.needs_clusters else ()
+    dynamics = ("train",) if config.needs_dynamics else ()
+    return ("index", *encoder, "embed", *clusters, *dynamics, "select")
 
 
 STAGE = Stage(

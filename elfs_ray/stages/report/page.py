@@ -44,10 +44,10 @@ def render_page(metrics: Mapping[str, Any], images: Mapping[str, Sequence[Mappin
         run_uri=run_uri,
         text_files={table: schema.coreset_text_file(table) for table in metrics["coresets"]},
         uses_hard_fraction=metrics["method"] in USES_HARD_FRACTION,
-        score_chart=score_chart(metrics["score_histogram"]),
-        size_chart=size_chart(metrics["pseudo_label_sizes"]),
+        score_chart=score_chart(metrics["score_histogram"]) if "score_histogram" in metrics else None,
+        size_chart=size_chart(metrics["pseudo_label_sizes"]) if "pseudo_label_sizes" in metrics else None,
         line_chart=line_chart,
-        ranked_heads=_ranked_heads(metrics["stages"]["cluster"].get("temi")),
+        ranked_heads=_ranked_heads(metrics["stages"].get("cluster", {}).get("temi")),
         chart={"width": CHART_WIDTH, "height": CHART_HEIGHT, "line_height": LINE_HEIGHT},
     )
 

@@ -1,6 +1,6 @@
 """report: write a page and a file of metrics about the run.
 
-Reads   every other table
+Reads   every other table; the originals of the examples in a run that keeps no copies of images
 Writes  report.html (one file that opens offline), metrics.json (every number on the page)
 
 Driver memory: a histogram, the ids and images of the examples, and one file of a table at a time.
@@ -15,6 +15,7 @@ import numpy as np
 from elfs_ray.config import Config
 from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.stages.embed import EmbedResult
+from elfs_ray.stages.embed.blocks import copies_of
 from elfs_ray.stages.index import IndexResult
 from elfs_ray.stages.report import STAGE, ReportResult
 from elfs_ray.stages.report.page import render_page
@@ -24,7 +25,16 @@ from elfs_ray.storage.run_dir import RunDir
 from elfs_ray.version import __version__
 
 NUM_BINS = 60
-CORESET_METRICS = ("rows", "hard_fraction", "num_hard", "num_easy", "num_not_drawn", "hard_fraction_evidence")
+CORESET_METRICS = (
+    "rows",
+    "hard_fraction",
+    "num_hard",
+    "num_easy",
+    "num_not_drawn",
+    "hard_fraction_evidence",
+    "coverage",
+)
+UNSCORED = ("coverage", "random")  # methods whose scores say nothing about how hard an image is
 GROUPS = ("hardest", "kept", "easiest")
 
 
@@ -39,11 +49,14 @@ def run_report(config: Config, run_dir: RunDir) -> ReportResult:
 
 def _metrics(config: Config, run_dir: RunDir) -> dict[str, Any]:
     markers = [run_dir.complete_marker(name) for name in STAGE.inputs(config)]
-    embedded, num_clusters = EmbedResult.read(run_dir), ClusterResult.read(run_dir).num_clusters
-    before = _label_sizes(run_dir, schema.CLUSTERS, schema.PSEUDO_LABELS_DIR, num_clusters=num_clusters)
-    after = _label_sizes(run_dir, schema.CORESET, num_clusters=num_clusters)
+    embedded = EmbedResult.read(run_dir)
     coresets = SelectResult.read(run_dir).coresets
     first = coresets[schema.CORESET]
+    optional: dict[str, Any] = {}
+    if config.select.method not in UNSCORED:
+        optional["score_histogram"] = _histogram(run_dir, first)
+    if config.needs_clusters:
+        optional["pseudo_label_sizes"] = _sizes_before_and_after(run_dir)
     return {
         "elfs_ray": __version__,
         "pool": config.pool.uri,
@@ -66,8 +79,7 @@ def _metrics(config: Config, run_dir: RunDir) -> dict[str, Any]:
             table: {name: value for name in CORESET_METRICS if (value := getattr(coreset, name)) is not None}
             for table, coreset in coresets.items()
         },
-        "score_histogram": _histogram(run_dir, first),
-        "pseudo_label_sizes": {"before": before.tolist(), "after": after.tolist()},
+        **optional,
         "stages": {
             marker.stage: {
                 **marker.result,
@@ -78,6 +90,12 @@ def _metrics(config: Config, run_dir: RunDir) -> dict[str, Any]:
             for marker in markers
         },
     }
+
+
+def _sizes_before_and_after(run_dir: RunDir) -> dict[str, list[int]]:
+    num_clusters = ClusterResult.read(run_dir).num_clusters
+    tables = {"before": (schema.CLUSTERS, schema.PSEUDO_LABELS_DIR), "after": (schema.CORESET,)}
+    return {name: _label_sizes(run_dir, *table, num_clusters=num_clusters).tolist() for name, table in tables.items()}
 
 
 def _label_sizes(run_dir: RunDir, *table: str, num_clusters: int) -> np.ndarray:
@@ -113,10 +131,13 @@ def _images(config: Config, run_dir: RunDir) -> dict[str, list[dict[str, str]]]:
     first, count = SelectResult.read(run_dir).coresets[schema.CORESET], config.report.images_per_grid
     examples = {group: _spread(getattr(first, f"{group}_examples"), group, count) for group in GROUPS}
     wanted = np.unique(np.concatenate(list(examples.values()))).astype(np.int64)
-    images = dict(_rows(run_dir, schema.PROXY_IMAGES, wanted, schema.IMAGE))
+    if config.keeps_copies:
+        images = dict(_rows(run_dir, schema.PROXY_IMAGES, wanted, schema.IMAGE))
+    else:
+        images = copies_of(config, run_dir, wanted)
     uris = dict(_rows(run_dir, schema.INDEX, wanted, schema.URI))
     return {
-        group: [{"uri": uris[i], "source": _data_uri(images[i])} for i in ids.tolist()]
+        group: [{"uri": uris[i], "source": _data_uri(images[i])} for i in ids.tolist() if i in images]
         for group, ids in examples.items()
     }
 

@@ -60,6 +60,7 @@ def _requests(config: Config, devices: "Devices") -> list[Request]:
 STAGE = Stage(
     result=TrainResult,
     section="train",
+    is_part_of=lambda config: config.needs_dynamics,
     inputs=lambda config: ("embed", "cluster"),
     tables=lambda config: (schema.DYNAMICS,),
     describe=_describe,

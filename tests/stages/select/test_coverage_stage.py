@@ -11,9 +11,9 @@ from elfs_ray.methods.selection.coverage import SIMILARITY_ONE, facility_locatio
 from elfs_ray.runtime import cluster
 from elfs_ray.stages.select import coverage
 from elfs_ray.stages.select import run as select
-from elfs_ray.storage import filesystem, schema
+from elfs_ray.storage import filesystem
 from elfs_ray.storage.run_dir import RunDir
-from tests.tables import contents, digit_images, digits_config, write_clustered, write_embedded
+from tests.tables import contents, digit_images, digits_config, embeddings_of, write_clustered, write_embedded
 
 COVERAGE = ("select.method=coverage",)
 
@@ -21,11 +21,6 @@ COVERAGE = ("select.method=coverage",)
 def read(run_dir, table):
     rows = [filesystem.read_table(path) for path in run_dir.table_files(table)]
     return {name: np.concatenate([part[name].to_numpy() for part in rows]) for name in rows[0].column_names}
-
-
-def embeddings_of(run_dir):
-    tables = [filesystem.read_table(path) for path in run_dir.table_files(schema.EMBEDDINGS)]
-    return np.concatenate([schema.matrix_of(table, schema.EMBEDDING) for table in tables])
 
 
 def test_the_coreset_is_the_greedy_selection_in_its_order(ray_cluster, tmp_path, monkeypatch):

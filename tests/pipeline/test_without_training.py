@@ -1,0 +1,117 @@
+"""A run that selects from embeddings alone: no clusters, no training, no copies of images."""
+
+from pathlib import Path
+
+import pytest
+
+import elfs_ray
+from elfs_ray.config import ConfigError, load_config
+from elfs_ray.pipeline import reselect
+from elfs_ray.pipeline.dry_run import describe_plan
+from elfs_ray.storage.run_dir import RunDir
+from tests.tables import contents, digit_images, png
+
+CLUSTERS_AND_NETWORK = (
+    *("cluster.num_clusters=10", "select.hard_fraction=0.2", "train.network=small_cnn", "train.epochs=2"),
+    *("train.batch_size=64", "train.augmentation=crop", "train.crop_padding=1", "train.num_workers=1"),
+)
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pool")
+    for number, image in enumerate(digit_images(150)[0]):
+        (folder / f"{number:03d}.png").write_bytes(png(image))
+    return folder
+
+
+def config_for(pool, run_dir, *more):
+    keys = [f"pool.uri={pool}", f"run_dir={run_dir}", "budget=30", "embed.encoder=pixels", "embed.image_size=8"]
+    return load_config(None, [*keys, "embed.proxy_image_size=8", *more])
+
+
+@pytest.fixture(scope="module")
+def covered(ray_cluster, pool, tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("covered")
+    elfs_ray.run(config_for(pool, run_dir, "select.method=coverage"))
+    return run_dir
+
+
+def test_it_has_neither_clusters_nor_training_nor_copies_and_its_plan_says_so(covered, pool, tmp_path):
+    assert not {"clusters", "dynamics", "scores", "proxy_images", "cluster", "train"} & {
+        path.name for path in covered.iterdir()
+    }
+    plan = describe_plan(config_for(pool, tmp_path, "select.method=coverage"))
+    assert [line.split()[0] for line in plan.split("\n\n")[1].splitlines()] == ["index", "embed", "select", "report"]
+    assert "pixels, no copies" in plan and "coverage without training" in plan
+
+
+def test_its_report_shows_the_chosen_images_and_how_well_they_cover_the_pool(covered):
+    page = (covered / "report.html").read_text()
+    coverage = reselect.SelectResult.read(RunDir(covered)).coresets["coreset"].coverage
+    assert f"<b>{coverage['coreset']:.3f}</b>" in page and f"{coverage['random']:.3f}" in page
+    assert coverage["coreset"] > coverage["random"]
+    assert page.count("<img ") == 30
+    assert "Every beginning of the list is a coreset of its own" in page
+    assert "hardest" not in page and "Groups of similar images" not in page
+
+
+def test_embeddings_are_the_same_bytes_with_and_without_copies(covered, pool, tmp_path):
+    elfs_ray.run(config_for(pool, tmp_path, *CLUSTERS_AND_NETWORK, "until=embed"))
+    assert (tmp_path / "proxy_images").exists()
+    assert contents(tmp_path, "embeddings") == contents(covered, "embeddings")
+
+
+def test_elfs_in_its_place_is_refused_with_what_is_missing(covered, pool):
+    with pytest.raises(
+        ConfigError, match=r"embed: proxy_images is needed now, and was not written(.|\n)*on_change=rerun"
+    ):
+        elfs_ray.run(config_for(pool, covered, *CLUSTERS_AND_NETWORK))
+    with pytest.raises(
+        ConfigError, match=r"select.method=double_end needs stage cluster and stage train, which .* on_change=rerun"
+    ):
+        reselect.load([f"run_dir={covered}", "name=elfs", "select.method=double_end", "select.hard_fraction=0.2"])
+
+
+def test_a_random_coreset_and_another_budget_are_selected_from_it(covered):
+    reselect.run(*reselect.load([f"run_dir={covered}", "name=random", "select.method=random"]))
+    reselect.run(*reselect.load([f"run_dir={covered}", "name=fewer", "budget=9"]))
+    lines = {
+        name: (covered / folder / "coreset.txt").read_text().splitlines()
+        for name, folder in (("all", "."), ("random", "coresets/random"), ("fewer", "coresets/fewer"))
+    }
+    assert lines["fewer"] == lines["all"][:9]
+    assert len(set(lines["random"])) == 30 and lines["random"] != lines["all"]
+
+
+def test_a_selection_that_needs_no_copies_runs_where_they_are(ray_cluster, pool, tmp_path):
+    """A run may keep more than the next one needs."""
+    elfs_ray.run(config_for(pool, tmp_path, *CLUSTERS_AND_NETWORK, "until=embed"))
+    plan = describe_plan(config_for(pool, tmp_path, "select.method=coverage"))
+    assert "embed     done" in plan
+
+
+@pytest.mark.parametrize(
+    ("keys", "needed"),
+    [
+        (["select.method=coverage"], (False, False, False)),
+        (["select.method=random"], (False, False, False)),
+        (["select.method=random", "select.balance=true"], (True, False, False)),
+        (["select.method=prototypicality"], (True, False, False)),
+        (["select.method=easiest"], (True, True, True)),
+        (["select.method=coverage", "evaluate.test_uri=/x", "pool.label=folder"], (True, True, True)),
+        (["select.method=coverage", "embed.encoder=self_supervised"], (False, False, True)),
+    ],
+)
+def test_one_rule_says_what_a_run_needs(keys, needed):
+    config = config_for("/pool", "/run", "cluster.num_clusters=10", *keys)
+    assert (config.needs_clusters, config.needs_dynamics, config.keeps_copies) == needed
+
+
+def test_coverage_needs_no_key_of_the_stages_that_it_leaves_out():
+    config = config_for("/pool", "/run", "select.method=coverage")
+    assert config.select.hard_fraction == 0
+    with pytest.raises(ConfigError, match=r"no value for cluster.num_clusters, select.hard_fraction"):
+        config_for("/pool", "/run")
+    with pytest.raises(ConfigError, match=r"select.balance=true with select.method=coverage"):
+        config_for("/pool", "/run", "select.method=coverage", "select.balance=true")
