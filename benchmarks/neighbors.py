@@ -25,7 +25,7 @@ from elfs_ray.methods.kmeans.points import ArrayPoints
 from elfs_ray.methods.neighbors.exact import Neighbors, nearest_neighbors, recall
 from elfs_ray.methods.neighbors.inverted import InvertedFile, merge_neighbors, search_lists
 from elfs_ray.runtime.cluster import connect
-from elfs_ray.stages.cluster.neighbors import run_neighbors
+from elfs_ray.stages.neighbors.search import find_neighbors
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
@@ -135,7 +135,7 @@ def measure_stage(num_points: int, rounds: int) -> None:
 
         def search() -> None:
             filesystem.delete(run_dir.path(schema.NEIGHBORS))
-            run_neighbors(config, run_dir, K, seed=0)
+            find_neighbors(config, run_dir, K, seed=0)
 
         def search_on_one() -> None:
             busy = holder.remote()

@@ -14,7 +14,7 @@ from elfs_ray.config.checks import (
     scaled_lr,
     worker_range,
 )
-from elfs_ray.config.cluster import ClusterConfig
+from elfs_ray.config.cluster import NEIGHBOR_KEYS, ClusterConfig
 from elfs_ray.config.declaration import Bounds, ConfigError, fields_of, option
 from elfs_ray.config.embed import SELF_SUPERVISED, EmbedConfig
 from elfs_ray.config.evaluate import EVALUATED_METHODS, EvaluateConfig
@@ -31,6 +31,7 @@ __all__ = [
     "EVALUATED_METHODS",
     "FIND_HARD_FRACTION",
     "LINEAR",
+    "NEIGHBOR_KEYS",
     "SELF_SUPERVISED",
     "USES_HARD_FRACTION",
     "Bounds",

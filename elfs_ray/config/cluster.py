@@ -7,6 +7,9 @@ from omegaconf import MISSING
 from elfs_ray.config.declaration import POSITIVE, Bounds, device_option, memory_option, option
 from elfs_ray.config.temi import TEMI_NEIGHBORS, TemiConfig
 
+NEIGHBOR_KEYS = ("num_neighbors", "neighbor_search", "neighbor_recall")
+"""The keys of this section that are those of stage neighbors, besides `method`."""
+
 
 @dataclass
 class ClusterConfig:

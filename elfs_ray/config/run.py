@@ -79,6 +79,11 @@ class Config:
         return self.needs_dynamics or self.select.uses_clusters
 
     @property
+    def needs_neighbors(self) -> bool:
+        """Return whether the run finds nearest neighbours: beside its clusters, or for a selection that uses them."""
+        return self.cluster.kept_neighbors > 0 and (self.needs_clusters or self.select.method == "d2")
+
+    @property
     def keeps_copies(self) -> bool:
         """Return whether the run keeps small copies of the images: to train the proxy network or an encoder on them."""
         return self.needs_dynamics or self.pretrains

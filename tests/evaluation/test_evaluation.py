@@ -29,12 +29,13 @@ from elfs_ray.evaluation.workload import describe, load, make_workload
 from elfs_ray.methods.selection import pruning
 from elfs_ray.pipeline import reselect
 from elfs_ray.runtime import progress
+from elfs_ray.stages.neighbors import NeighborsResult
 from elfs_ray.stages.select import run as select
 from elfs_ray.stages.train import TrainResult
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 from tests import selections
-from tests.tables import contents, digit_images, digits_config, png, write_trained
+from tests.tables import contents, digit_images, digits_config, mark, png, write_trained
 
 JOB = Path(__file__).parent.parent.parent / "jobs" / "evaluate.py"
 NUM_POOL, NUM_TEST = 1003, 200
@@ -76,6 +77,7 @@ def write_neighbors(run_dir: RunDir, ids: np.ndarray) -> None:
     columns.append(schema.matrix_column((1 - distances[:, 1:]).astype(np.float32)))
     table = pa.table(columns, schema=schema.neighbors_schema(10))
     filesystem.write_table(run_dir.path(schema.NEIGHBORS, schema.range_file(0, NUM_POOL - 1)), table)
+    mark(run_dir, NeighborsResult(len(ids), 10, "exact"))
 
 
 def write_test(path: Path, images: np.ndarray, labels: np.ndarray) -> None:

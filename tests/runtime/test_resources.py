@@ -91,12 +91,8 @@ def test_both_numbers_of_cpus_are_said_while_the_reading_is_open():
 
 
 def test_tasks_on_gpus_are_requested(faiss_for_gpus):
-    assert described("cluster", FIXED, "cluster.num_neighbors=5") == (
-        "8 shards of 1 CPU, 1 GPU, 1 to 8 neighbour search tasks of 1 CPU, 1 GPU"
-    )
-    assert described("cluster", FIXED, "cluster.num_neighbors=5", "cluster.neighbor_search=ivf") == (
-        "8 shards of 1 CPU, 1 GPU"
-    )
+    assert described("neighbors", FIXED, "cluster.num_neighbors=5") == ("1 to 8 neighbour search tasks of 1 CPU, 1 GPU")
+    assert described("neighbors", FIXED, "cluster.num_neighbors=5", "cluster.neighbor_search=ivf") == ""
     assert described("select", FIXED, "select.hard_fraction=search") == "1 to 8 training tasks of 1 CPU, 1 GPU"
     assert described("select", FIXED, "select.hard_fraction=search", "train.device=cpu") == ""
 
@@ -119,7 +115,7 @@ def test_a_request_is_described_with_its_range_cpus_and_memory(faiss_for_gpus):
     overrides = ("embed.num_workers=2-16", "embed.cpus_per_worker=4", "embed.memory_gib=7.5")
     assert described("embed", FIXED, *overrides) == "2 to 16 encoders of 4 CPUs, 1 GPU, 7.5 GiB"
     assert described("cluster", FIXED, "cluster.method=temi", "cluster.temi.num_workers=2") == (
-        "8 shards of 1 CPU, 1 GPU, 1 to 8 neighbour search tasks of 1 CPU, 1 GPU, 2 TEMI workers of 1 CPU, 1 GPU"
+        "8 shards of 1 CPU, 1 GPU, 2 TEMI workers of 1 CPU, 1 GPU"
     )
 
 

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.stages.copy import CopyResult
+from elfs_ray.stages.neighbors import NeighborsResult
 from elfs_ray.stages.pretrain import PretrainResult
 from elfs_ray.stages.report.run import run_report
 from elfs_ray.stages.select.run import run_select
@@ -112,15 +113,15 @@ def test_clustering_and_training_are_described(ray_cluster, tmp_path):
         workers=1,
         sizes=[100] * 10,
         num_clusters_evidence=[{"num_clusters": 10, "silhouette": 0.375}, {"num_clusters": 20, "silhouette": 0.25}],
-        neighbors={"search": "ivf", "num_neighbors": 50, "recall": 0.975},
         neighbor_purity=0.875,
         temi=temi,
     )
     mark(run_dir, result)
+    mark(run_dir, NeighborsResult(1000, 50, "ivf", recall=0.975))
     names = ("loss", "accuracy", "images_per_s", "data_wait_share", "recorder_share")
     history = [{"epoch": epoch, **dict.fromkeys(names, 0.5 + epoch / 1000)} for epoch in range(100)]
     mark(run_dir, TrainResult(1000, 5, 1, "memory", history))
-    page, metrics = select_and_report(tmp_path)
+    page, metrics = select_and_report(tmp_path, "cluster.method=temi")
     assert ["10", "0.3750", "chosen"] in page.rows and ["20", "0.2500", ""] in page.rows
     assert ["1", "-1.7500", "100.0%", "chosen"] in page.rows and ["0", "-1.2500", "62.5%", ""] in page.rows
     assert ["Nearest neighbours of each image", "50, ivf search (97.5% of the true ones found)"] in page.rows

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from elfs_ray.config import ClusterConfig, Config, ConfigError, check_balance
+from elfs_ray.config import NEIGHBOR_KEYS, ClusterConfig, Config, ConfigError, check_balance, deciding_keys
 from elfs_ray.methods.numeric.faiss_build import check_faiss
 from elfs_ray.runtime.progress import count
-from elfs_ray.runtime.resources import Request, request_gpu_tasks, request_workers
+from elfs_ray.runtime.resources import Request, request_workers
 from elfs_ray.stages.stage import Result, Stage
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class ClusterResult(Result):
     """The number of samples with a pseudo-label, the sizes of the clusters, and metrics that need no true labels.
 
-    objective and iterations are those of k-means. neighbors, neighbor_purity, temi and num_clusters_evidence are None
-    or empty if the run had no neighbour search, no TEMI, and no estimate of the number of clusters.
+    objective and iterations are those of k-means. neighbor_purity, temi and num_clusters_evidence are None or empty if
+    the run had no neighbour search, no TEMI, and no estimate of the number of clusters.
     """
 
     stage: ClassVar[str] = "cluster"
@@ -34,7 +34,6 @@ class ClusterResult(Result):
     num_clusters_evidence: list[Mapping[str, float]] = field(default_factory=list)
     objective: float | None = None
     iterations: int | None = None
-    neighbors: Mapping[str, Any] | None = None
     neighbor_purity: float | None = None
     temi: Mapping[str, Any] | None = None
 
@@ -52,8 +51,6 @@ def _requests(config: Config, devices: "Devices") -> list[Request]:
     cluster = config.cluster
     _check_faiss(config, devices.resolve(cluster.device, "cluster.device"))
     requests = [request_shards(cluster, devices)]
-    if cluster.kept_neighbors and searches_on_gpus(cluster, devices):
-        requests.append(request_gpu_tasks(devices, "cluster", "neighbour search task"))
     if cluster.method == "temi":
         requests.append(request_temi_workers(cluster, devices))
     return requests
@@ -70,11 +67,6 @@ def request_shards(cluster: ClusterConfig, devices: "Devices") -> Request:
         usual=devices.num_cpus,
         memory_gib=cluster.memory_gib,
     )
-
-
-def searches_on_gpus(cluster: ClusterConfig, devices: "Devices") -> bool:
-    """Return True if tasks on GPUs search for the nearest neighbours; the inverted file is on CPUs only."""
-    return devices.resolve(cluster.device, "cluster.device") == "cuda" and cluster.neighbor_search != "ivf"
 
 
 def request_temi_workers(cluster: ClusterConfig, devices: "Devices") -> Request:
@@ -97,10 +89,6 @@ def _check_faiss(config: Config, device: str) -> None:
     try:
         if cluster.engine == "faiss" and cluster.method != "file":
             check_faiss("cluster.engine=faiss", device)
-        if cluster.num_neighbors or (cluster.num_neighbors is None and cluster.method == "temi"):
-            num = cluster.num_neighbors
-            key = f"cluster.num_neighbors={num}" if num else "cluster.method=temi"
-            check_faiss(key, "cpu" if cluster.neighbor_search == "ivf" else device)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -117,9 +105,10 @@ def _check_result(config: Config, run_dir: RunDir) -> None:
 STAGE = Stage(
     result=ClusterResult,
     section="cluster",
+    section_keys=tuple(key for key in deciding_keys(ClusterConfig()) if key not in NEIGHBOR_KEYS),
     is_part_of=lambda config: config.needs_clusters,
-    inputs=lambda config: ("embed",),
-    tables=lambda config: (schema.CLUSTERS, schema.NEIGHBORS),
+    inputs=lambda config: ("embed", "neighbors") if config.needs_neighbors else ("embed",),
+    tables=lambda config: (schema.CLUSTERS,),
     describe=_describe,
     requests=_requests,
     check=_check,

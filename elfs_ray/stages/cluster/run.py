@@ -1,11 +1,11 @@
 """cluster: give every embedding a pseudo-label.
 
-Reads   embeddings/; with cluster.method=file also a table of pseudo-labels
-Writes  clusters/centroids.parquet, clusters/pseudo_labels/, and neighbors/ if it is requested, with one file for each
-        file of embeddings/
+Reads   embeddings/; neighbors/ for TEMI, and for metrics where they are; with cluster.method=file also a table of
+        pseudo-labels
+Writes  clusters/centroids.parquet, and clusters/pseudo_labels/ with one file for each file of embeddings/
 
-k-means runs over workers that each hold a shard of the embeddings (shards.py). With cluster.method=temi, the nearest
-neighbours are found next (neighbors.py), and heads trained on them (temi.py) give the labels.
+k-means runs over workers that each hold a shard of the embeddings (shards.py). With cluster.method=temi, heads
+that are trained on the nearest neighbours (temi.py) then give the labels.
 
 The centroids of k-means are those that samples were assigned to, of unit length with cluster.spherical=true. The
 centroids of TEMI and of a file are the means of their samples. Each sample has the distance to its cluster's centroid.
@@ -26,7 +26,6 @@ from elfs_ray.methods.kmeans.num_clusters import ESTIMATE_ROWS, estimate_num_clu
 from elfs_ray.runtime.progress import Progress, say
 from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.stages.cluster.external_labels import write_external_labels
-from elfs_ray.stages.cluster.neighbors import run_neighbors
 from elfs_ray.stages.cluster.shards import LABELS_DIR, ShardedPoints
 from elfs_ray.stages.cluster.temi import run_temi
 from elfs_ray.storage import filesystem, schema
@@ -54,10 +53,6 @@ def run_cluster(config: Config, run_dir: RunDir) -> ClusterResult:
         result = _fit(config, run_dir, points, num_clusters)
         optional |= {"objective": result.objective / points.count, "iterations": result.num_iterations}
 
-    num_neighbors = _num_neighbors(config, points.count)
-    if num_neighbors:
-        points.release()  # the search needs the same CPUs, GPUs and memory
-        optional["neighbors"] = run_neighbors(cluster, run_dir, num_neighbors, config.seed)
     if cluster.method == "temi":
         optional["temi"] = run_temi(config, run_dir, num_clusters, points.count)
     if cluster.method == "kmeans":
@@ -69,7 +64,7 @@ def run_cluster(config: Config, run_dir: RunDir) -> ClusterResult:
         filesystem.delete(run_dir.path("cluster", LABELS_DIR))  # they are in clusters/pseudo_labels/ now
     points.release()
     _write_centroids(run_dir, centroids)
-    if num_neighbors:
+    if config.needs_neighbors:
         optional["neighbor_purity"] = _neighbor_purity(run_dir)
     return ClusterResult(
         rows=points.count,
@@ -89,12 +84,6 @@ def _choose_num_clusters(config: Config, points: ShardedPoints) -> tuple[int, li
     estimate = points.on_sample(partial(estimate_num_clusters, seed=config.seed), ESTIMATE_ROWS, config.seed)
     say(f"cluster   {estimate.num_clusters} clusters, estimated from {min(ESTIMATE_ROWS, points.count):,} embeddings")
     return estimate.num_clusters, list(estimate.evidence)
-
-
-def _num_neighbors(config: Config, num_samples: int) -> int:
-    kept = config.cluster.kept_neighbors
-    # The default adapts to a small pool. The user's number does not: `run_neighbors` refuses one that is too large.
-    return kept if config.cluster.num_neighbors is not None else min(kept, num_samples - 1)
 
 
 def _fit(config: Config, run_dir: RunDir, points: ShardedPoints, num_clusters: int) -> KMeansResult:

@@ -78,9 +78,10 @@ def _describe(config: Config, num_samples: int) -> str:
 
 
 def _inputs(config: Config) -> tuple[str, ...]:
+    neighbors = ("neighbors",) if config.select.method == "d2" else ()
     clusters = ("cluster",) if config.select.uses_clusters else ()
     dynamics = ("train",) if config.select.uses_dynamics else ()
-    return ("index", "embed", *clusters, *dynamics)
+    return ("index", "embed", *neighbors, *clusters, *dynamics)
 
 
 def _requests(config: Config, devices: "Devices") -> list[Request]:

@@ -32,7 +32,7 @@ def score_whole_pool(config: Config, run_dir: RunDir, pool: ScoredPool, max_coun
     """Write the scores of config.select.method. Returns the pool with these scores, whose "hardest" samples are best.
 
     The score of d2 is the sample's rank in D2's order, which is the same for all budgets; samples beyond the largest
-    budget, `max_count`, come last. Raises ValueError if stage cluster has not written enough neighbours.
+    budget, `max_count`, come last. Raises ValueError if stage neighbors has not written enough neighbours.
     """
     sample_ids = np.concatenate([_column(path, schema.SAMPLE_ID) for path in pool.files])
     method = config.select.method
@@ -76,7 +76,7 @@ def _d2(config: Config, run_dir: RunDir, sample_ids: np.ndarray, max_count: int)
     if existing < required:
         raise ValueError(
             f"{run_dir.path(schema.NEIGHBORS)} has {existing} neighbours of each sample; select.method=d2 needs "
-            f"select.d2_neighbors={required}: run stage cluster with cluster.num_neighbors={required} or more"
+            f"select.d2_neighbors={required}: run stage neighbors with cluster.num_neighbors={required} or more"
         )
     ((_, taken),) = run_tasks(_d2_order, [(files, sample_ids, required, max_count)])
     places = np.full(sample_ids.size, sample_ids.size, np.int32)

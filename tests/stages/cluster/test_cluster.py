@@ -18,6 +18,7 @@ from elfs_ray.stages.cluster import run as cluster
 from elfs_ray.stages.cluster import shards as cluster_shards
 from elfs_ray.stages.cluster import temi as cluster_temi
 from elfs_ray.stages.cluster.temi import temi_settings
+from elfs_ray.stages.neighbors.run import run_neighbors
 from elfs_ray.storage import schema
 from elfs_ray.storage.run_dir import RunDir
 from tests.tables import contents, digit_images, digits_config, write_embedded
@@ -27,7 +28,10 @@ def run(tmp_path, *overrides: str) -> tuple[dict[str, bytes], dict]:
     run_dir = RunDir(tmp_path)
     if not (tmp_path / "embeddings").exists():
         write_embedded(run_dir)
-    result = cluster.run_cluster(digits_config(tmp_path, *overrides), run_dir)
+    config = digits_config(tmp_path, *overrides)
+    if config.needs_neighbors:
+        run_neighbors(config, run_dir)
+    result = cluster.run_cluster(config, run_dir)
     return contents(tmp_path, "clusters"), result
 
 

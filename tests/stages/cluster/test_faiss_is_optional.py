@@ -12,6 +12,7 @@ from PIL import Image
 from elfs_ray.config import ConfigError
 from elfs_ray.runtime.cluster import Devices
 from elfs_ray.stages.cluster import STAGE as CLUSTER
+from elfs_ray.stages.neighbors import STAGE as NEIGHBORS
 from tests.tables import digits_config
 
 CPUS, GPUS = (Devices(8, num_gpus, "in the Ray cluster now", 8) for num_gpus in (0, 1))
@@ -72,8 +73,9 @@ def test_a_plain_install_clusters_and_refuses_what_needs_faiss_before_work(tmp_p
 @pytest.mark.parametrize("override", ["cluster.engine=faiss", "cluster.num_neighbors=3", "cluster.method=temi"])
 def test_a_gpu_is_refused_to_a_faiss_that_is_built_for_cpus(device, override):
     config = digits_config(Path("/run"), f"cluster.device={device}", override)
+    stage = CLUSTER if override == "cluster.engine=faiss" else NEIGHBORS
     with pytest.raises(ConfigError, match=rf"{override} runs on a GPU.*built for CPUs.*elfs-ray\[gpu\]"):
-        CLUSTER.requests(config, GPUS)
+        stage.requests(config, GPUS)
 
 
 def test_a_faiss_for_cpus_serves_cpus_and_the_inverted_file():
@@ -83,4 +85,6 @@ def test_a_faiss_for_cpus_serves_cpus_and_the_inverted_file():
         (GPUS, "cluster.method=temi", "cluster.num_neighbors=50", "cluster.device=cpu"),
         (GPUS,),
     ):
-        assert CLUSTER.requests(digits_config(Path("/run"), *overrides), devices)
+        config = digits_config(Path("/run"), *overrides)
+        assert CLUSTER.requests(config, devices)
+        NEIGHBORS.requests(config, devices)

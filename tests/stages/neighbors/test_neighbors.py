@@ -1,4 +1,4 @@
-"""cluster's neighbours: the exact ones, and what the inverted file finds of them, for any number of workers."""
+"""neighbors: the exact ones, and what the inverted file finds of them, for any number of workers."""
 
 from pathlib import Path
 
@@ -9,8 +9,8 @@ import pytest
 import ray
 
 from elfs_ray.methods.neighbors.exact import recall
-from elfs_ray.stages.cluster import neighbors as cluster_neighbors
-from elfs_ray.stages.cluster.neighbors import run_neighbors
+from elfs_ray.stages.neighbors import search as neighbor_search
+from elfs_ray.stages.neighbors.search import find_neighbors
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 from tests.methods.neighbors.test_exact import brute_force, unit
@@ -29,7 +29,7 @@ def write_embeddings(run_dir: RunDir, rows: np.ndarray) -> None:
 def search(run_dir: RunDir, num_neighbors: int, *overrides: str) -> dict:
     """Make neighbors/ anew; the metrics."""
     filesystem.delete(run_dir.path(schema.NEIGHBORS))
-    return run_neighbors(digits_config(Path("/run"), *overrides).cluster, run_dir, num_neighbors, seed=0)
+    return find_neighbors(digits_config(Path("/run"), *overrides).cluster, run_dir, num_neighbors, seed=0)
 
 
 def neighbors_in(run_dir: RunDir) -> np.ndarray:
@@ -49,7 +49,7 @@ def uneven_pool() -> np.ndarray:
 def test_neighbours_equal_brute_force_for_any_number_of_tasks(ray_cluster, tmp_path, monkeypatch):
     tables = []
     for max_queries in (10_000, 200):
-        monkeypatch.setattr(cluster_neighbors, "MAX_QUERIES", max_queries)
+        monkeypatch.setattr(neighbor_search, "MAX_QUERIES", max_queries)
         run_dir = RunDir(tmp_path / str(max_queries))
         write_embedded(run_dir)
         search(run_dir, 7)
@@ -71,13 +71,13 @@ def test_the_inverted_file_reaches_the_requested_recall(ray_cluster, tmp_path):
 
 
 def test_the_inverted_file_finds_the_neighbours_of_uneven_groups(ray_cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr(cluster_neighbors, "RECALL_QUERIES", 100)
+    monkeypatch.setattr(neighbor_search, "RECALL_QUERIES", 100)
     run_dir, rows = RunDir(tmp_path), uneven_pool()
     write_embeddings(run_dir, rows)
     options = ("cluster.neighbor_search=ivf", "cluster.neighbor_recall=0.8")
     tables = []
     for num_workers, max_queries in ((1, 10_000), (2, 700), (3, 10_000), (7, 100)):
-        monkeypatch.setattr(cluster_neighbors, "MAX_QUERIES", max_queries)
+        monkeypatch.setattr(neighbor_search, "MAX_QUERIES", max_queries)
         metrics = search(run_dir, 30, *options, f"cluster.num_workers={num_workers}")
         tables.append(contents(tmp_path, "neighbors"))
     assert all(table == tables[0] for table in tables)
@@ -103,7 +103,7 @@ def test_the_inverted_file_needs_no_more_than_one_free_cpu(ray_cluster, tmp_path
     write_embedded(run_dir)
     held = ray.remote(num_cpus=int(ray.available_resources()["CPU"]) - 1)(_Idle).remote()
     ray.get(held.ready.remote())
-    monkeypatch.setattr(cluster_neighbors, "num_cpus", lambda: 1)
+    monkeypatch.setattr(neighbor_search, "num_cpus", lambda: 1)
     search(run_dir, 7, "cluster.neighbor_search=ivf", f"cluster.num_workers={num_workers}")
     ray.kill(held)
     assert (neighbors_in(run_dir) >= 0).all()

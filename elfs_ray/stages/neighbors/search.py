@@ -1,7 +1,4 @@
-"""Find the nearest neighbours of every sample, for TEMI and for baselines that use the neighbourhood graph.
-
-Reads   embeddings/
-Writes  neighbors/ (sample_id, neighbor_ids, similarity), one file for each file of embeddings/
+"""Search for the nearest neighbours of every sample, exactly or by an inverted file.
 
 A task finds the neighbours of the samples of some files among all files, which it reads a few at a time. A resumed run
 skips the files that exist.
@@ -29,8 +26,8 @@ from elfs_ray.methods.neighbors.inverted import InvertedFile, choose_nprobe, mer
 from elfs_ray.methods.numeric.hashing import hash_uniform
 from elfs_ray.runtime.cluster import devices_of_cluster, get_result, num_cpus, run_tasks
 from elfs_ray.runtime.progress import Progress
-from elfs_ray.stages.cluster import searches_on_gpus
 from elfs_ray.stages.cluster.shards import read_embeddings
+from elfs_ray.stages.neighbors import searches_on_gpus
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
@@ -50,7 +47,7 @@ _LIST_STREAM, _QUERY_STREAM = 1, 2
 Files = list[tuple[str, int]]  # paths with their rows
 
 
-def run_neighbors(config: ClusterConfig, run_dir: RunDir, num_neighbors: int, seed: int) -> dict[str, Any]:
+def find_neighbors(config: ClusterConfig, run_dir: RunDir, num_neighbors: int, seed: int) -> dict[str, Any]:
     """Write neighbors/. Returns the kind of search and, for the inverted file, its nprobe and measured recall.
 
     Raises ValueError if num_neighbors is not below the number of samples.
@@ -72,7 +69,7 @@ def run_neighbors(config: ClusterConfig, run_dir: RunDir, num_neighbors: int, se
     groups = _group(files, min(MAX_QUERIES, -(-num_samples // (MIN_TASKS_PER_WORKER * num_workers))))
     pending = [group for group in groups if any(filesystem.basename(path) not in done for path, _ in group)]
     metrics: dict[str, Any] = {"search": search, "num_neighbors": num_neighbors}
-    with Progress("cluster", num_samples, "neighbours found") as progress:
+    with Progress("neighbors", num_samples, "neighbours found") as progress:
         if search == "exact":
             shards = ray.put(_group(files, _shard_rows(files)))
             device = "cuda" if on_gpus else "cpu"
