@@ -85,17 +85,15 @@ def check_against_pool(config: Config, num_samples: int, num_rejected: int = 0) 
 def _check_size(config: Config, num_samples: int) -> None:
     if num_samples == 0:
         raise ConfigError(f"pool.uri={config.pool.uri!r} holds no images: check the path and pool.format")
-    if not config.needs_clusters:
-        check_budgets(config, num_samples)
-        return
-    if config.cluster.method != "file" and num_samples < 2:
+    fits_clusters = config.needs_clusters and config.cluster.method != "file"
+    if fits_clusters and num_samples < 2:
         raise ConfigError(f"pool.uri={config.pool.uri!r} holds one image: a selection needs at least 2")
-    if config.cluster.method != "file" and _as_number(config.cluster.num_clusters) > num_samples:
+    if fits_clusters and _as_number(config.cluster.num_clusters) > num_samples:
         raise ConfigError(
             f"cluster.num_clusters={config.cluster.num_clusters} is more than the pool's {num_samples} samples: "
             "give fewer clusters"
         )
-    if (config.cluster.num_neighbors or 0) >= num_samples:
+    if config.needs_neighbors and (config.cluster.num_neighbors or 0) >= num_samples:
         raise ConfigError(
             f"cluster.num_neighbors={config.cluster.num_neighbors} with a pool of {num_samples} samples: must be less "
             "than the number of samples"

@@ -133,6 +133,11 @@ def _sources(uris: list[str]) -> tuple[Source, ...]:
     run_dirs = [RunDir(uri) for uri in uris]
     bases = [config_of(run_dir) for run_dir in run_dirs]
     for run_dir in run_dirs:
+        if run_dir.success_marker(TrainResult.stage) is None:
+            raise ConfigError(
+                f"{run_dir.uri} has neither pseudo-labels nor copies of its images, as its selection needed none: "
+                "an evaluation trains on them, so give a run with training dynamics"
+            )
         damage = [line for stage in ("index", "embed", "cluster", "train", "select") for line in run_dir.damage(stage)]
         if damage:
             raise ConfigError(

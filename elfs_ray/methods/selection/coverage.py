@@ -81,8 +81,8 @@ def highest_similarity(points: np.ndarray, chosen: np.ndarray) -> np.ndarray:
 
 def _select_lazily(similarity: np.ndarray, covered: np.ndarray, budget: int) -> Coverage:
     """Select greedily, given similarities (m, n) uint16 of candidates to points and what covers these (n,) at first."""
-    everyone = np.arange(len(similarity))
-    bounds = np.concatenate([_totals(similarity, everyone[i : i + _BATCH], covered) for i in everyone[::_BATCH]])
+    starts = range(0, len(similarity), _BATCH)
+    bounds = np.concatenate([_totals(similarity[start : start + _BATCH], covered) for start in starts])
     base = int(covered.sum(dtype=np.int64))
     heap = [(base - bound, position) for position, bound in enumerate(bounds.tolist())]
     heapq.heapify(heap)
@@ -95,7 +95,7 @@ def _select_lazily(similarity: np.ndarray, covered: np.ndarray, budget: int) -> 
         while heap and len(stale) < _BATCH and evaluated_at[heap[0][1]] < step:
             stale.append(heapq.heappop(heap)[1])
         if stale:
-            for position, total in zip(stale, _totals(similarity, stale, covered).tolist(), strict=True):
+            for position, total in zip(stale, _totals(similarity[stale], covered).tolist(), strict=True):
                 evaluated_at[position] = step
                 heapq.heappush(heap, (base - total, position))
             continue
@@ -112,10 +112,10 @@ def _select_lazily(similarity: np.ndarray, covered: np.ndarray, budget: int) -> 
     return Coverage(np.array(order, np.int64), np.array(gains, np.int64))
 
 
-def _totals(similarity: np.ndarray, positions: list[int] | np.ndarray, covered: np.ndarray) -> np.ndarray:
-    """Return Σ_i max(covered_i, k_ji), (b,) uint32, for the candidates j at some positions."""
+def _totals(similarity: np.ndarray, covered: np.ndarray) -> np.ndarray:
+    """Return Σ_i max(covered_i, k_ji), (b,) uint32, for the similarities (b, n) of some candidates j."""
     # numpy adds uint16 into uint32 three times faster than into 64 bits.
-    return np.maximum(similarity[positions], covered).sum(axis=1, dtype=np.uint32)
+    return np.maximum(similarity, covered).sum(axis=1, dtype=np.uint32)
 
 
 class _Kernel:

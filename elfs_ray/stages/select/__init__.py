@@ -79,7 +79,8 @@ def _describe(config: Config, num_samples: int) -> str:
 
 def _inputs(config: Config) -> tuple[str, ...]:
     neighbors = ("neighbors",) if config.select.method == "d2" else ()
-    clusters = ("cluster",) if config.select.uses_clusters else ()
+    # A selection that does not need them still passes their labels on.
+    clusters = ("cluster",) if config.needs_clusters else ()
     dynamics = ("train",) if config.select.uses_dynamics else ()
     return ("index", "embed", *neighbors, *clusters, *dynamics)
 

@@ -62,9 +62,9 @@ def score_by_coverage(
     by_hash = sample_ids[np.argsort(hash_uint64(seed, _SAMPLE_STREAM, sample_ids), kind="stable")]
     parts = [_slices(files, part) for part in greedi.partitions(len(sample_ids))]
     to_cover = greedi.SAMPLE_ROWS if len(parts) > 1 else 0
-    # The coverage is measured on other samples than those that the choice was made to cover, where there are as many.
-    measured_ids = np.sort(by_hash[to_cover:][:MEASURED_ROWS] if len(by_hash) > to_cover else by_hash[:MEASURED_ROWS])
-    with Progress("select", len(parts) + 1, "partitions covered") as progress:
+    # From the other end, so that a large pool's coverage is measured on other samples than those that were covered.
+    measured_ids = np.sort(by_hash[-MEASURED_ROWS:])
+    with Progress("select", len(parts) + 1, "parts selected") as progress:
         if len(parts) == 1:
             ids, gains, measured = _select_at_once(parts[0], measured_ids, max(counts))
             num_points = len(sample_ids)
