@@ -24,7 +24,7 @@ class Nominees(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """The selection from a whole pool: ids (b,) int64 in order, and gains (b,) int64, 0 for those that none was due."""
+    """The selection from a pool: ids (b,) int64 in order, and gains (b,) int64, 0 where nothing more is covered."""
 
     sample_ids: np.ndarray
     gains: np.ndarray

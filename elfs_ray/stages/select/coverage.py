@@ -115,7 +115,8 @@ def _select_in_parts(
     points: dict[int, np.ndarray] = {}
     measured: dict[int, np.ndarray] = {}
     num_candidates, share = greedi.num_candidates(len(parts)), -(-count // len(parts))
-    tasks = [(slices, point_ids, measured_ids, num_candidates, share) for slices in parts]
+    shared = ray.put(point_ids), ray.put(measured_ids)  # stored once, not once for each task
+    tasks = [(slices, *shared, num_candidates, share) for slices in parts]
     for position, (nominated, covered, kept) in run_tasks(_nominate, tasks):
         nominees[position], points[position], measured[position] = nominated, covered, kept
         progress.advance(1)
