@@ -69,8 +69,6 @@ def load_keys(
         merged = _merge(merged, _load_yaml(yaml_path, kind), str(yaml_path))
     for override in overrides:
         merged = _merge(merged, _parse_override(override, kind), override)
-    if issubclass(kind, Config):
-        _fill_unused(merged)
     config = _resolve(merged)
     assert isinstance(config, kind)
     check_fields(config)
@@ -116,6 +114,8 @@ def _fill_unused(merged: DictConfig) -> None:
 def _resolve(merged: DictConfig) -> Any:
     """Return the config as plain dataclasses, with ${...} filled in. Raises ConfigError for keys without a value."""
     try:
+        if OmegaConf.get_type(merged) is Config:
+            _fill_unused(merged)
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise ConfigError(f"no value for {', '.join(missing)}: give {' '.join(f'{key}=...' for key in missing)}")

@@ -36,7 +36,7 @@ else:
 
 def uses_clusters(method: str, balance: bool) -> bool:
     """Return whether a selection reads pseudo-labels, or the distances of samples to the centres of their clusters."""
-    return method not in WITHOUT_DYNAMICS or method == "prototypicality" or balance
+    return method not in WITHOUT_DYNAMICS or method == "prototypicality" or (balance and method != "coverage")
 
 
 def _searches(select: "SelectConfig") -> bool:

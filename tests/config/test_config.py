@@ -31,14 +31,16 @@ from tests.tables import mark
 REQUIRED = ["run_dir=/run", "pool.uri=/pool", "budget=0.1", "cluster.num_clusters=10", "select.hard_fraction=0.3"]
 
 SELF_SUPERVISED = "embed.encoder=self_supervised"
-INPUTS = {name: Marker(name, {}, {}, run_id=f"{name} made once") for name in ("index", "cluster", "train")}
+SELECT_INPUTS = ("index", "embed", "cluster", "train")
+INPUTS = {name: Marker(name, {}, {}, run_id=f"{name} made once") for name in SELECT_INPUTS}
 
 
 def select_marker(config: Config) -> Marker:
-    """Return the marker of a complete stage select that wrote no tables."""
+    """Return the marker of a complete stage select that wrote empty tables."""
     identities = {name: marker.identity for name, marker in INPUTS.items()}
     runs = {name: marker.run_id for name, marker in INPUTS.items()}
-    return Marker(SELECT.name, SELECT.deciding_config(config), identities, input_runs=runs)
+    outputs = {name: {"files": 0, "bytes": 0} for name in SELECT.outputs(config)}
+    return Marker(SELECT.name, SELECT.deciding_config(config), identities, input_runs=runs, outputs=outputs)
 
 
 def message_of(*overrides: str) -> str:

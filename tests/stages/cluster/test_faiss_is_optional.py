@@ -87,4 +87,5 @@ def test_a_faiss_for_cpus_serves_cpus_and_the_inverted_file():
     ):
         config = digits_config(Path("/run"), *overrides)
         assert CLUSTER.requests(config, devices)
-        NEIGHBORS.requests(config, devices)
+        if config.needs_neighbors:
+            NEIGHBORS.requests(config, devices)
