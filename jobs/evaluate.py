@@ -1,8 +1,8 @@
 """Compare the coresets of finished runs with baselines, by training on each with the true labels.
 
-For every method, budget and seed a network is trained from scratch for the same number of steps, and tested on images
-that no selection has seen. Trainings share the cluster's devices. The same command resumes where it was stopped, and
-more methods, budgets or seeds repeat nothing. Example:
+For every method, budget and seed a linear probe of the embeddings, or a network from scratch (network=...), is tested
+on images that no selection has seen. Trainings share the cluster's devices. The same command resumes where it was
+stopped, and more methods, budgets or seeds repeat nothing. Example:
 
     python jobs/evaluate.py runs=[runs/a,runs/b] out=runs/judged test_uri=cifar10/test.parquet pool.label=label \\
       methods=[random,prototypicality,d2,elfs,elfs+score=el2n] budgets=[0.1,0.3]

@@ -17,7 +17,7 @@ from elfs_ray.config.checks import (
 from elfs_ray.config.cluster import NEIGHBOR_KEYS, ClusterConfig
 from elfs_ray.config.declaration import Bounds, ConfigError, fields_of, option
 from elfs_ray.config.embed import SELF_SUPERVISED, EmbedConfig
-from elfs_ray.config.evaluate import EVALUATED_METHODS, EvaluateConfig
+from elfs_ray.config.evaluate import EVALUATED_METHODS, LINEAR_PROBE, EvaluateConfig
 from elfs_ray.config.loading import deciding_keys, describe_keys, expand_home, load_config, load_keys
 from elfs_ray.config.pool import PoolConfig
 from elfs_ray.config.pretrain import PretrainConfig
@@ -31,6 +31,7 @@ __all__ = [
     "EVALUATED_METHODS",
     "FIND_HARD_FRACTION",
     "LINEAR",
+    "LINEAR_PROBE",
     "NEIGHBOR_KEYS",
     "SELF_SUPERVISED",
     "USES_HARD_FRACTION",

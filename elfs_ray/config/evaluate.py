@@ -9,6 +9,7 @@ EVALUATED_METHODS = (
     *("random", "prototypicality", "d2", "zcore", "aum_hardest", "elfs", "elfs_auto", "elfs_search", "dual"),
     *("badge", "aum_ccs", "el2n", "forgetting", "full"),
 )
+LINEAR_PROBE = "linear_probe"  # the one that learns from embeddings instead of images
 PUBLISHED_POOLS = ("cifar10", "cifar100", "imagenet")
 
 
@@ -42,9 +43,10 @@ class ProxyConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Training from scratch with true labels on the selection of each method, for each budget and seed.
+    """Learning from the selection of each method with true labels, for each budget and seed.
 
-    Settings without a key here, such as augmentation and weight decay, are those of the proxy network.
+    Settings of networks without a key here, such as augmentation and weight decay, are those of the proxy network. A
+    linear probe has no settings: it ignores the keys from iterations to precision.
     """
 
     test_uri: str | None = option(
@@ -60,7 +62,12 @@ class EvaluateConfig:
     num_seeds: int = option(
         3, "number of trainings for each selection; random also selects anew for each", bounds=POSITIVE
     )
-    network: str = option("resnet18", "resnet18 (3x3 stem), resnet18_imagenet, resnet34, resnet50 or small_cnn")
+    network: str = option(
+        "auto",
+        "linear_probe: logistic regression on the run's embeddings, in seconds; a network trained from scratch: "
+        "resnet18 (3x3 stem), resnet18_imagenet, resnet34, resnet50 or small_cnn; auto: resnet18 on GPUs, else "
+        "linear_probe",
+    )
     iterations: int = option(40_000, "steps of each training, whatever the budget", unit="steps", bounds=POSITIVE)
     batch_size: int = option(256, "images in one step", unit="images", bounds=BATCH)
     lr: float = option(0.1, "SGD learning rate at the start of the cosine decay", bounds=Bounds(above=0))

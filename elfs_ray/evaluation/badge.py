@@ -1,10 +1,11 @@
-"""BADGE as a baseline: buy labels in rounds, each with a network trained from scratch on the labels bought before.
+"""BADGE as a baseline: buy labels in rounds, each with what was learned from the labels bought before.
 
-Reads   proxy_images/, the true labels of the bought samples
+Reads   proxy_images/, or embeddings/ for a linear probe; the true labels of the bought samples
 Writes  <folder>/round-0000.parquet, ... (sample_id, in the order of buying): one file per round
 
-Every round embeds the whole pool. The task holds the pool's images, 3 · s² bytes a sample for s pixels, and the factors
-of the gradients, 4 · (d + 2 · classes) bytes a sample (methods/selection/badge.py).
+A network is trained from scratch in every round and looks at the whole pool. The task holds the pool's images, 3 · s²
+bytes a sample for s pixels, or its embeddings, and the factors of the gradients, 4 · (d + 2 · classes) bytes a sample
+(methods/selection/badge.py).
 """
 
 from collections.abc import Sequence
@@ -21,9 +22,10 @@ from elfs_ray.evaluation.true_labels import TrueLabels
 from elfs_ray.methods.selection.badge import badge_selection
 from elfs_ray.methods.selection.pruning import random_selection
 from elfs_ray.methods.training.classifier import Classifier, ClassifierSettings, LabelledImages
+from elfs_ray.methods.training.linear_probe import fit_linear_probe
 from elfs_ray.runtime.cluster import get_result, remote_progress
 from elfs_ray.runtime.progress import Progress
-from elfs_ray.stages.training.classifier_inputs import load_proxy_images
+from elfs_ray.stages.training.classifier_inputs import load_embeddings, load_proxy_images
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
@@ -33,13 +35,14 @@ class BadgeJob:
     """Everything that decides which samples are bought.
 
     sample_ids: the pool, ascending (n,) int64. round_ends: the number of samples bought by the end of each round.
+    settings: of the network; None for a linear probe.
     """
 
     run_dir: RunDir
     image_size: int
     sample_ids: np.ndarray
     round_ends: tuple[int, ...]
-    settings: ClassifierSettings
+    settings: ClassifierSettings | None
     seed: int
 
 
@@ -71,25 +74,32 @@ def _buy(
     torch.set_num_threads(place.num_cpus_each)
     true_labels: TrueLabels = ray.get(labels[0])
     bought = np.empty(0, np.int64)
-    images = None
+    inputs = None
     for number, end in enumerate(job.round_ends):
         path = filesystem.join(folder, f"round-{number:04d}.parquet")
         if filesystem.exists(path):
             new = filesystem.read_table(path)[schema.SAMPLE_ID].to_numpy()
         else:
             # Loaded late: a task that is retried after its last round was written decodes no image.
-            if images is None:
-                images = load_proxy_images(job.run_dir, job.sample_ids, job.image_size)
-            new = _next_round(job, images, true_labels, bought, end - len(bought), number, place.device)
+            if inputs is None:
+                inputs = _load_inputs(job)
+            new = _next_round(job, inputs, true_labels, bought, end - len(bought), number, place.device)
             filesystem.write_table(path, pa.table({schema.SAMPLE_ID: new}))
         bought = np.concatenate([bought, new])
         board.write.remote(number + 1, "")  # type: ignore[attr-defined]
     return bought
 
 
+def _load_inputs(job: BadgeJob) -> np.ndarray:
+    """Return the images of the pool (n, s, s, 3) uint8, or for a linear probe its embeddings (n, d) float16."""
+    if job.settings is None:
+        return load_embeddings(job.run_dir, job.sample_ids)
+    return load_proxy_images(job.run_dir, job.sample_ids, job.image_size)
+
+
 def _next_round(
     job: BadgeJob,
-    images: np.ndarray,
+    inputs: np.ndarray,
     labels: TrueLabels,
     bought: np.ndarray,
     count: int,
@@ -104,12 +114,15 @@ def _next_round(
         return job.sample_ids[random_selection(job.sample_ids, count, job.seed)]
     chosen = np.sort(bought)
     positions = np.searchsorted(job.sample_ids, chosen)
-    train = LabelledImages(images[positions], labels.of(chosen), chosen)
-    training = Classifier(labels.num_classes, job.settings, seed=job.seed + number, device=device)
-    for _ in training.steps(train):  # a generator: it trains as it is iterated
-        pass
     left = np.ones(len(job.sample_ids), bool)
     left[positions] = False
-    features, probs = training.features_and_probs(images[left])
+    if job.settings is None:
+        probe = fit_linear_probe(inputs[positions], labels.of(chosen), labels.num_classes, device=device)
+        features, probs = torch.from_numpy(inputs[left]).to(device, torch.float32), probe.probs(inputs[left])
+    else:
+        training = Classifier(labels.num_classes, job.settings, seed=job.seed + number, device=device)
+        for _ in training.steps(LabelledImages(inputs[positions], labels.of(chosen), chosen)):  # trains as it iterates
+            pass
+        features, probs = training.features_and_probs(inputs[left])
     picked = badge_selection(features, probs, count, job.seed + number)
     return job.sample_ids[left][picked]

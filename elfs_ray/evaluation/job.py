@@ -7,7 +7,7 @@ the files.
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from elfs_ray.config import Config, ConfigError
+from elfs_ray.config import LINEAR_PROBE, Config, ConfigError
 from elfs_ray.evaluation.held_out import list_test_images, refuse_shared_units
 from elfs_ray.evaluation.keys import keys_of_job
 from elfs_ray.evaluation.workload import (
@@ -41,7 +41,7 @@ def describe(config: Config, pool: PoolCount | None = None) -> str:
     lines = [describe_plan(config, pool)]
     if config.evaluate.test_uri is not None:
         methods = [parse_method(text)[0] for text in config.evaluate.methods]
-        trainings = describe_trainings(config.evaluate, methods, len(config.budgets))
+        trainings = describe_trainings(config.evaluate, config.ray_address, methods, len(config.budgets))
         lines.append(_why_not(config) or f"{trainings}; on {', '.join(config.evaluate.methods)}")
     return "\n".join(lines)
 
@@ -79,7 +79,7 @@ def check(config: Config, *, images_are_there: bool = True) -> None:
     evaluate = config.evaluate
     if evaluate.test_uri is None:
         return
-    check_network("evaluate.network", evaluate.network)
+    check_network("evaluate.network", evaluate.network, "auto", LINEAR_PROBE)
     check_neighbor_search(evaluate.device, "evaluate.device", config.ray_address)
     try:
         refuse_duplicates("methods", evaluate.methods)

@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from elfs_ray.config import Config, EvaluateConfig
+from elfs_ray.config import LINEAR_PROBE, Config, EvaluateConfig
 from elfs_ray.config.declaration import Bounds, option
 from elfs_ray.storage.run_dir import RunDir
 
@@ -56,6 +56,13 @@ class EvaluateRunsConfig(EvaluateConfig):
     )
     ray_logs: bool = option(False, "show what Ray's workers print, too")
     pool: LabelConfig = field(default_factory=LabelConfig)
+
+
+def network_on(network: str, device: str) -> str:
+    """Return what learns on a device, cpu or cuda, where the key `network` says auto."""
+    if network != "auto":
+        return network
+    return "resnet18" if device == "cuda" else LINEAR_PROBE
 
 
 def keys_of_job(config: Config) -> EvaluateRunsConfig:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from elfs_ray.config import LINEAR_PROBE
 from elfs_ray.evaluation.keys import EvaluateRunsConfig
 from elfs_ray.evaluation.methods import METHODS
 from elfs_ray.evaluation.published import PUBLISHED
@@ -44,10 +45,8 @@ def to_markdown(config: EvaluateRunsConfig, workload: Workload, results: Results
     budgets = [str(budget) for budget in config.budgets] + ([ALL] if any(ALL in line.cells for line in lines) else [])
     head = ["test accuracy, %", *_headings(budgets, workload)]
     parts = [
-        f"# {workload.pool_uri}\n\nTested on {config.test_uri}. {config.network}, {config.iterations:,} steps of "
-        f"{config.batch_size} at every budget, {config.num_seeds} seeds. Measured: the last accuracy, mean ± standard "
-        "deviation over seeds, and in brackets the mean of the best over training.",
-        _table(head, [*_measured_rows(lines, budgets), *_published_rows(config, workload, budgets)]),
+        f"# {workload.pool_uri}\n\nTested on {config.test_uri}. {_describe_learning(config)}",
+        _table(head, [*_measured_rows(config, lines, budgets), *_published_rows(config, workload, budgets)]),
     ]
     supervised = [name for name, method in METHODS.items() if method.is_supervised]
     if any(line.name.split("+")[0] in supervised for line in lines):
@@ -89,6 +88,19 @@ def closing_lines(results: Results) -> str:
     return "\n".join(shown)
 
 
+def _describe_learning(config: EvaluateRunsConfig) -> str:
+    if config.network == LINEAR_PROBE:
+        return (
+            "A linear probe: logistic regression on the embeddings. The spread is over the selections of methods that "
+            f"select anew for each of {config.num_seeds} seeds."
+        )
+    return (
+        f"{config.network}, {config.iterations:,} steps of {config.batch_size} at every budget, {config.num_seeds} "
+        "seeds. Measured: the last accuracy, mean ± standard deviation over seeds, and in brackets the mean of the "
+        "best over training."
+    )
+
+
 def _describe_clustering(clustering: ClusteringQuality, of_run: str) -> str:
     return (
         f"pseudo-labels{of_run}: {clustering.accuracy:.1%} right when clusters and classes are matched one to one, "
@@ -121,14 +133,13 @@ def _headings(budgets: Sequence[str], workload: Workload) -> list[str]:
     return [f"{100 * count / num_samples:.3g}% ({count:,})" for count in counts]
 
 
-def _measured_rows(lines: Sequence[Line], budgets: Sequence[str]) -> list[list[str]]:
-    rows = []
-    for line in lines:
-        cells = [line.cells.get(budget) for budget in budgets]
-        rows.append(
-            [line.name, *(f"{_short_cell(cell)} ({100 * cell.best_mean:.1f})" if cell else "–" for cell in cells)]
-        )
-    return rows
+def _measured_rows(config: EvaluateRunsConfig, lines: Sequence[Line], budgets: Sequence[str]) -> list[list[str]]:
+    def shown(cell: Accuracy | None) -> str:
+        if cell is None or config.network == LINEAR_PROBE:  # a probe is tested once
+            return _short_cell(cell)
+        return f"{_short_cell(cell)} ({100 * cell.best_mean:.1f})"
+
+    return [[line.name, *(shown(line.cells.get(budget)) for budget in budgets)] for line in lines]
 
 
 def _published_rows(config: EvaluateRunsConfig, workload: Workload, budgets: Sequence[str]) -> list[list[str]]:

@@ -8,6 +8,7 @@ Everything is written to the folder `out` of the config:
                                            train and select
     badge/<hash>/round-0000.parquet        the samples that a round of BADGE bought
     trials/<hash>-seed0.json               the result of one training
+    test/                                  the embeddings of the test images, for a linear probe
     quality/knn-<hash>.json                how often nearest neighbours share a class
     results.parquet, results.md, results.svg
 
@@ -16,17 +17,21 @@ stopped, and more methods, budgets or seeds add to what exists.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
 import torch
 
+from elfs_ray.config import LINEAR_PROBE
 from elfs_ray.evaluation.chart import draw_chart
-from elfs_ray.evaluation.keys import EvaluateRunsConfig
+from elfs_ray.evaluation.from_scratch import FromScratch
+from elfs_ray.evaluation.keys import EvaluateRunsConfig, network_on
+from elfs_ray.evaluation.probe import Probes, embed_test_images
 from elfs_ray.evaluation.quality import judge_clustering, judge_embeddings
 from elfs_ray.evaluation.report import Line, Quality, Results, to_markdown
 from elfs_ray.evaluation.selections import Selection, buy_and_select, select_without_labels
-from elfs_ray.evaluation.trials import Trial, TrialData, TrialPlace, run_trials, summarize
+from elfs_ray.evaluation.trials import Learner, Trial, TrialPlace, run_trials, summarize
 from elfs_ray.evaluation.true_labels import TrueLabels, list_labels, load_test_images, read_labels
 from elfs_ray.evaluation.workload import Workload, make_workload
 from elfs_ray.methods.numeric.precision import resolve_precision
@@ -47,6 +52,7 @@ def run(config: EvaluateRunsConfig) -> Results:
     workload = make_workload(config)
     connect(config.ray_address, show_worker_logs=config.ray_logs)
     device = resolve_device(config.device, "device")
+    config = replace(config, network=network_on(config.network, device))
     settings = _settings(config, workload, device)
     place = TrialPlace(device, config.gpus_per_training if device == "cuda" else 0.0, config.cpus_per_training)
     out = RunDir(config.out)
@@ -57,7 +63,8 @@ def run(config: EvaluateRunsConfig) -> Results:
         selections += buy_and_select(config, workload, out, labels, settings, place)
         order = {entry.name: position for position, entry in enumerate(workload.entries)}
         selections.sort(key=lambda selection: order[selection.entry.name])
-        rows = _train(config, workload, out, selections, labels, settings, place)
+        learner = _learner(config, workload, out, labels, settings, device)
+        rows = _train(config, out, selections, learner, place)
         table = pa.Table.from_pylist(rows, schema=schema.RESULTS_SCHEMA)
         filesystem.write_table(out.path(schema.RESULTS_FILE), table)
         results = Results(tuple(_lines(rows)), _quality(workload, out, labels, device))
@@ -84,8 +91,13 @@ def written_files(out: RunDir) -> Iterator[tuple[str, str]]:
             yield name, out.path(file)
 
 
-def _settings(config: EvaluateRunsConfig, workload: Workload, device: str) -> ClassifierSettings:
-    """Return the settings of every training: the keys of the evaluation, the rest as in the first run's stage train."""
+def _settings(config: EvaluateRunsConfig, workload: Workload, device: str) -> ClassifierSettings | None:
+    """Return the settings of every training: the keys of the evaluation, the rest as in the first run's stage train.
+
+    None for a linear probe, which has no settings.
+    """
+    if config.network == LINEAR_PROBE:
+        return None
     return training_settings(
         workload.sources[0].config.train,
         network=config.network,
@@ -105,29 +117,42 @@ def _labels(workload: Workload) -> TrueLabels:
     return list_labels(run_dir, workload.pool_uri, workload.pool_format, workload.columns)
 
 
-def _train(
+def _learner(
     config: EvaluateRunsConfig,
     workload: Workload,
     out: RunDir,
-    selections: list[Selection],
     labels: TrueLabels,
-    settings: ClassifierSettings,
+    settings: ClassifierSettings | None,
+    device: str,
+) -> Learner:
+    """Return what learns from the selections, with the test images in the form that it needs."""
+    run_dir = workload.sources[0].run_dir
+    if settings is None:
+        test = embed_test_images(config.test_uri, workload, labels.names, device, out.path("test"))
+        return Probes(run_dir, labels, test)
+    embed = workload.sources[0].config.embed
+    images = load_test_images(config.test_uri, workload.pool_format, workload.columns, embed, labels.names)
+    return FromScratch(run_dir, embed.proxy_image_size, labels, images, settings)
+
+
+def _train(
+    config: EvaluateRunsConfig,
+    out: RunDir,
+    selections: list[Selection],
+    learner: Learner,
     place: TrialPlace,
 ) -> list[dict[str, Any]]:
-    """Train on every selection; return the rows of results.parquet."""
-    source = workload.sources[0]
-    embed = source.config.embed
-    test = load_test_images(config.test_uri, workload.pool_format, workload.columns, embed, labels.names)
-    data = TrialData(source.run_dir, embed.proxy_image_size, labels, test)
+    """Learn from every selection; return the rows of results.parquet."""
     trials = [Trial(selection.sample_ids, selection.seed) for selection in selections]
-    accuracies = run_trials(trials, data, settings, out.path("trials"), place)
+    accuracies = run_trials(trials, learner, out.path("trials"), place)
     return [
         {
             "selection": selection.entry.name,
             "run": selection.entry.source.name,
             "budget": selection.budget,
             "hard_fraction": selection.hard_fraction,
-            "iterations": config.iterations,
+            "network": config.network,
+            "iterations": None if config.network == LINEAR_PROBE else config.iterations,
             **of_trial,
         }
         for selection, of_trial in zip(selections, accuracies, strict=True)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from elfs_ray.config import USES_HARD_FRACTION, Config, load_config
+from elfs_ray.config import LINEAR_PROBE, USES_HARD_FRACTION, Config, load_config
 from elfs_ray.evaluation.badge import BadgeJob, buy_labels, round_ends
 from elfs_ray.evaluation.keys import EvaluateRunsConfig
 from elfs_ray.evaluation.report import ALL
@@ -61,10 +61,13 @@ def buy_and_select(
     workload: Workload,
     out: RunDir,
     labels: TrueLabels,
-    settings: ClassifierSettings,
+    settings: ClassifierSettings | None,
     place: TrialPlace,
 ) -> list[Selection]:
-    """Select for the lines that need true labels: badge, which trains with `settings`, and the supervised methods."""
+    """Select for the lines that need true labels: badge, which trains with `settings`, and the supervised methods.
+
+    settings: None for a linear probe.
+    """
     selections = []
     run_dir = None
     for entry in workload.entries:
@@ -119,16 +122,18 @@ def _buy(
     out: RunDir,
     entry: Entry,
     labels: TrueLabels,
-    settings: ClassifierSettings,
+    settings: ClassifierSettings | None,
     place: TrialPlace,
 ) -> list[Selection]:
     """Let BADGE buy labels; one order of buying serves all budgets and seeds."""
     source, pool = entry.source, _pseudo_labelled(entry.source)
-    settings = replace(settings, iterations=config.badge.iterations or max(1, config.iterations // 4))
+    if settings is not None:
+        settings = replace(settings, iterations=config.badge.iterations or max(1, config.iterations // 4))
     ends = round_ends(workload.counts, config.badge.rounds)
     size = source.base["embed"]["proxy_image_size"]
     job = BadgeJob(source.run_dir, size, pool, ends, settings, int(source.base["seed"]))
-    made_from = (source.run_dir.identity("embed"), sorted(asdict(settings).items()), ends, job.seed, pool, labels.of_id)
+    trained_with = LINEAR_PROBE if settings is None else sorted(asdict(settings).items())
+    made_from = (source.run_dir.identity("embed"), trained_with, ends, job.seed, pool, labels.of_id)
     bought = buy_labels(job, labels, out.path("badge", digest(*made_from)), place)
     return [
         Selection(entry, str(budget), seed, np.sort(bought[:count]))

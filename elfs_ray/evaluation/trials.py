@@ -1,38 +1,33 @@
-"""Train from scratch on selections with their true labels, in parallel on the cluster's devices, and test.
+"""Learn from selections with their true labels, in parallel on the cluster's devices, and test.
 
-Writes  <folder>/<hash>-seed<seed>.json, one per training
+Writes  <folder>/<hash>-seed<seed>.json, one per trial
 
-The hash is over everything that decides the result: the samples, their labels, the test images and the settings. So no
-training is repeated, and selections of the same samples share their trainings. A killed training resumes from a state
-that is at most a minute old, with the same result as if it had not been killed.
+What learns is a network from scratch (from_scratch.py) or a linear probe (probe.py). The hash is over everything that
+decides the result: the samples, their labels, the test images and the settings. So no trial is repeated, and selections
+of the same samples share their trials.
 """
 
-import io
 import json
-import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import ray
 import torch
 
-from elfs_ray.evaluation.true_labels import TrueLabels, digest, load_samples
-from elfs_ray.methods.training.classifier import Classifier, ClassifierSettings, LabelledImages
+from elfs_ray.evaluation.true_labels import TrueLabels, digest
 from elfs_ray.runtime.cluster import run_tasks
 from elfs_ray.runtime.progress import Progress
 from elfs_ray.stages.training.classifier_inputs import kept_or_computed
 from elfs_ray.storage import filesystem
-from elfs_ray.storage.run_dir import RunDir
 
-SAVE_EVERY_S = 60.0
 UNFINISHED = ".unfinished.pt"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One training: the samples of a selection, ascending ids (n,) int64, and the seed of weights and batches."""
+    """The samples of a selection, ascending ids (n,) int64, and the seed of weights and batches."""
 
     sample_ids: np.ndarray
     seed: int
@@ -40,45 +35,44 @@ class Trial:
 
 @dataclass(frozen=True)
 class TrialPlace:
-    """Where trainings run and what each occupies: a share of a GPU, and CPUs."""
+    """Where trials run and what each occupies: a share of a GPU, and CPUs."""
 
     device: str = "cpu"
     num_gpus_each: float = 0.0
     num_cpus_each: int = 1
 
 
-@dataclass(frozen=True)
-class TrialData:
-    """What all trainings share: the run with the pool's images, the labels and the test images."""
+class Learner(Protocol):
+    """What learns from a selection. It holds all that trials share, and travels to the tasks once.
 
-    run_dir: RunDir
-    image_size: int
-    labels: TrueLabels
-    test: LabelledImages
+    depends_on_seed: False if trials of the same samples have the same result whatever their seed.
+    """
+
+    depends_on_seed: bool
 
     @property
-    def num_classes(self) -> int:
-        return max(int(self.test.labels.max()) + 1, self.labels.num_classes)
+    def labels(self) -> TrueLabels: ...
+
+    def identity(self) -> str:
+        """Return a hash of everything that decides a result, beside the trial and its labels."""
+
+    def accuracies(self, trial: Trial, state_path: str, place: TrialPlace) -> list[float]:
+        """Learn from the samples of the trial and return the test accuracies, the last one that of the end.
+
+        state_path: of a file from which a killed trial may resume; it is deleted once the result is written.
+        """
 
 
-def run_trials(
-    trials: Sequence[Trial], data: TrialData, settings: ClassifierSettings, folder: str, place: TrialPlace
-) -> list[dict[str, Any]]:
-    """Train on each selection and test; return the metrics of the trials, in their order.
+def run_trials(trials: Sequence[Trial], learner: Learner, folder: str, place: TrialPlace) -> list[dict[str, Any]]:
+    """Learn from each selection and test; return the metrics of the trials, in their order.
 
-    Metrics: seed, num_samples, last_accuracy, best_accuracy, accuracies. Driver memory: `data`. Raises ValueError for
-    samples without a label.
+    Metrics: seed, num_samples, last_accuracy, best_accuracy, accuracies. Driver memory: the learner's. Raises
+    ValueError for samples without a label.
     """
-    shared = digest(
-        data.run_dir.identity("index"),
-        data.run_dir.identity("embed"),
-        data.image_size,
-        data.test.images,
-        data.test.labels,
-        sorted(asdict(settings).items()),
-    )
+    shared = learner.identity()
     names = [
-        f"{digest(shared, trial.sample_ids, data.labels.of(trial.sample_ids))}-seed{trial.seed}.json"
+        f"{digest(shared, trial.sample_ids, learner.labels.of(trial.sample_ids))}"
+        f"-seed{trial.seed if learner.depends_on_seed else 0}"
         for trial in trials
     ]
     distinct = dict(zip(names, trials, strict=True))
@@ -86,48 +80,38 @@ def run_trials(
     left = [name for name in distinct if name not in results]
     # In the object store once for all tasks. Ray fetches references that are arguments before a task starts, those in a
     # list only where the task calls `ray.get`: a task whose result exists fetches nothing.
-    references = [ray.put(data.labels), ray.put(data.test)]
-    common = (data.run_dir, data.image_size, data.num_classes, references, settings, place)
-    tasks = [(*common, distinct[name], filesystem.join(folder, name)) for name in left]
+    reference = [ray.put(learner)]
+    tasks = [(reference, distinct[name], filesystem.join(folder, name), place) for name in left]
     with Progress("evaluate", len(distinct), "trainings", done=len(results)) as progress:
         for position, metrics in run_tasks(
             _run_trial, tasks, num_gpus_each=place.num_gpus_each, num_cpus_each=place.num_cpus_each
         ):
             results[left[position]] = metrics
             progress.advance(1)
-    return [results[name] for name in names]
+    # Trials that share a result differ in their seeds.
+    return [{**results[name], "seed": trial.seed} for name, trial in zip(names, trials, strict=True)]
 
 
 def _read_results(folder: str, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Return the results of these trainings that an earlier evaluation wrote, by name."""
+    """Return the results of these trials that an earlier evaluation wrote, by name."""
     existing = {info.base_name for info in filesystem.list_files(folder)}
     results = {}
-    for name in existing.intersection(names):
-        results[name] = json.loads(filesystem.read_bytes(filesystem.join(folder, name)))
+    for name in names:
+        if f"{name}.json" not in existing:
+            continue
+        results[name] = json.loads(filesystem.read_bytes(filesystem.join(folder, f"{name}.json")))
         # A task that was killed after it wrote its result had no time to delete its state.
-        if (unfinished := name.removesuffix(".json") + UNFINISHED) in existing:
-            filesystem.delete(filesystem.join(folder, unfinished))
+        if name + UNFINISHED in existing:
+            filesystem.delete(filesystem.join(folder, name + UNFINISHED))
     return results
 
 
-def _run_trial(
-    run_dir: RunDir,
-    image_size: int,
-    num_classes: int,
-    references: list[ray.ObjectRef],
-    settings: ClassifierSettings,
-    place: TrialPlace,
-    trial: Trial,
-    path: str,
-) -> dict[str, Any]:
-    """Train once and return the metrics, which an earlier try of this task may have written already."""
+def _run_trial(references: list[ray.ObjectRef], trial: Trial, path: str, place: TrialPlace) -> dict[str, Any]:
+    """Learn once and return the metrics, which an earlier try of this task may have written already."""
     torch.set_num_threads(place.num_cpus_each)
 
-    def train() -> dict[str, Any]:
-        labels, test = ray.get(references)
-        samples = load_samples(run_dir, labels, trial.sample_ids, image_size)
-        training = Classifier(num_classes, settings, seed=trial.seed, device=place.device)
-        accuracies = _train_in_parts(training, samples, test, path.removesuffix(".json") + UNFINISHED)
+    def learn() -> dict[str, Any]:
+        accuracies = ray.get(references[0]).accuracies(trial, path + UNFINISHED, place)
         return {
             "seed": trial.seed,
             "num_samples": len(trial.sample_ids),
@@ -136,40 +120,10 @@ def _run_trial(
             "accuracies": accuracies,
         }
 
-    metrics = kept_or_computed(path, train)
+    metrics = kept_or_computed(f"{path}.json", learn)
     # Only once the result is written: a kill in between must not lose both.
-    filesystem.delete(path.removesuffix(".json") + UNFINISHED)
+    filesystem.delete(path + UNFINISHED)
     return metrics
-
-
-def _train_in_parts(
-    training: Classifier,
-    samples: LabelledImages,
-    test: LabelledImages,
-    path: str,
-    save_every_s: float = SAVE_EVERY_S,
-) -> list[float]:
-    """Train and return the accuracies of the tests.
-
-    Resumes from the state at `path` if there is one, and writes it every `save_every_s` seconds.
-    """
-    accuracies: list[float] = []
-    if filesystem.exists(path):
-        # weights_only: a pickle could run code, and a shared folder may hold files of others.
-        state = torch.load(io.BytesIO(filesystem.read_bytes(path)), map_location="cpu", weights_only=True)
-        training.restore(state)
-        accuracies = state["accuracies"]
-    saved_s = time.monotonic()
-    for _ in training.steps(samples):
-        if training.is_test_due():
-            accuracies.append(training.accuracy(test))
-        # After the test, so that a state never lacks the accuracy of its step. At the end the result follows at once.
-        if time.monotonic() - saved_s > save_every_s and training.num_steps < training.settings.iterations:
-            buffer = io.BytesIO()
-            torch.save({**training.state(), "accuracies": accuracies}, buffer)
-            filesystem.write_bytes(path, buffer.getvalue())
-            saved_s = time.monotonic()
-    return accuracies
 
 
 @dataclass(frozen=True)

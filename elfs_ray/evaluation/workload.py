@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from elfs_ray.config import (
+    LINEAR_PROBE,
     USES_HARD_FRACTION,
     Config,
     ConfigError,
@@ -15,7 +16,7 @@ from elfs_ray.config import (
     load_keys,
 )
 from elfs_ray.evaluation.held_out import class_numbers, list_test_images, refuse_shared_images
-from elfs_ray.evaluation.keys import AS_IN_RUN, EvaluateRunsConfig
+from elfs_ray.evaluation.keys import AS_IN_RUN, EvaluateRunsConfig, network_on
 from elfs_ray.evaluation.methods import METHODS, Method
 from elfs_ray.pipeline.reselect import config_of
 from elfs_ray.pool.listing import PoolColumns
@@ -82,7 +83,7 @@ def load(overrides: list[str]) -> EvaluateRunsConfig:
     config = load_keys(EvaluateRunsConfig, overrides=overrides)
     for name in ("runs", "methods", "budgets"):
         refuse_duplicates(name, getattr(config, name))
-    check_network("network", config.network)
+    check_network("network", config.network, "auto", LINEAR_PROBE)
     return config
 
 
@@ -295,15 +296,21 @@ def describe(config: EvaluateRunsConfig) -> str:
         select = entry.config.select if entry.config else None
         hard = f", hard fraction {select.hard_fraction}" if select and select.method in USES_HARD_FRACTION else ""
         lines.append(f"method    {entry.name}: {entry.method.meaning}{hard}")
-    trainings = describe_trainings(config, [entry.method_name for entry in workload.entries], len(config.budgets))
+    methods = [entry.method_name for entry in workload.entries]
+    trainings = describe_trainings(config, config.ray_address, methods, len(config.budgets))
     lines.append(f"{trainings}, to {config.out}")
     return "\n".join(lines)
 
 
-def describe_trainings(settings: EvaluateConfig, methods: Sequence[str], num_budgets: int) -> str:
+def describe_trainings(
+    settings: EvaluateConfig, ray_address: str | None, methods: Sequence[str], num_budgets: int
+) -> str:
     """Return a line with the number of trainings; the method full has one budget, all images."""
+    from elfs_ray.runtime.cluster import find_devices  # late, so that `--help` does not import Ray
+
     num_selections = sum(1 if method == "full" else num_budgets for method in methods)
-    return (
-        f"evaluate  {num_selections * settings.num_seeds:,} trainings of {settings.network}, "
-        f"{settings.iterations:,} steps each"
-    )
+    num_trainings = num_selections * settings.num_seeds
+    network = network_on(settings.network, find_devices(ray_address).resolve(settings.device, "device"))
+    if network == LINEAR_PROBE:
+        return f"evaluate  {num_trainings:,} linear probes of the embeddings"
+    return f"evaluate  {num_trainings:,} trainings of {network}, {settings.iterations:,} steps each"

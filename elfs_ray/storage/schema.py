@@ -53,6 +53,7 @@ RESULTS_SCHEMA = pa.schema(
         ("num_samples", pa.int64()),
         ("hard_fraction", pa.float64()),
         ("seed", pa.int64()),
+        ("network", pa.string()),
         ("iterations", pa.int64()),
         ("last_accuracy", pa.float64()),
         ("best_accuracy", pa.float64()),

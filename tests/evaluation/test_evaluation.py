@@ -17,13 +17,12 @@ from sklearn.neighbors import NearestNeighbors
 
 from elfs_ray.config import ConfigError, deciding_keys
 from elfs_ray.evaluation import run as evaluation
-from elfs_ray.evaluation import trials
 from elfs_ray.evaluation.badge import BadgeJob, buy_labels, round_ends
 from elfs_ray.evaluation.chart import draw_chart
 from elfs_ray.evaluation.published import PUBLISHED
 from elfs_ray.evaluation.report import Results, closing_lines, to_markdown
 from elfs_ray.evaluation.selections import select_without_labels
-from elfs_ray.evaluation.trials import TrialPlace
+from elfs_ray.evaluation.trials import UNFINISHED, TrialPlace
 from elfs_ray.evaluation.true_labels import TrueLabels, read_labels
 from elfs_ray.evaluation.workload import describe, load, make_workload
 from elfs_ray.methods.selection import pruning
@@ -196,7 +195,7 @@ def test_existing_trainings_count_as_done_from_the_start(finished, judged, monke
     out, results = judged
     left, kept, *_ = sorted((out / "trials").iterdir())
     left.unlink()
-    unfinished = Path(str(kept).removesuffix(".json") + trials.UNFINISHED)
+    unfinished = Path(str(kept).removesuffix(".json") + UNFINISHED)
     unfinished.write_bytes(b"of a training that was killed after its result")
     reports: list[tuple[str, int, int]] = []
     listener = lambda name, unit, done, total, rate, running: reports.append((unit, done, total))  # noqa: E731

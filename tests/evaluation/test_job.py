@@ -6,12 +6,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from sklearn.linear_model import LogisticRegression
 
 from elfs_ray.cli import run_config
 from elfs_ray.config import Config, ConfigError, fields_of, load_config
 from elfs_ray.config.evaluate import EvaluateConfig
 from elfs_ray.evaluation import job
+from elfs_ray.evaluation import run as evaluation
 from elfs_ray.evaluation.keys import keys_of_job
+from elfs_ray.evaluation.workload import load
+from elfs_ray.methods.training.linear_probe import L2_PENALTY
+from elfs_ray.methods.training.networks import EMBEDDING_LENGTH
+from elfs_ray.storage import schema
+from elfs_ray.storage.run_dir import RunDir
 from tests.tables import digit_images, png
 
 JOBS = Path(__file__).parent.parent.parent / "jobs"
@@ -76,6 +83,33 @@ def test_a_job_with_test_images_evaluates_all_its_budgets(ray_cluster, digits, t
     assert all(repeated[method].split() == lines[method].split() for method in ("elfs", "random"))
     now = {path: path.stat().st_mtime_ns for path in (tmp_path / "evaluate" / "trials").iterdir()}
     assert now.items() >= times.items() and len(now) == 12
+    check_linear_probes(digits, tmp_path)
+
+
+def check_linear_probes(digits: Path, folder: Path) -> None:
+    """Check that without a GPU linear probes learn from the embeddings, and agree with scikit-learn's regression."""
+    out = folder / "probes"
+    keys = [f"runs=[{folder}]", f"out={out}", f"test_uri={digits / 'test.parquet'}", "budgets=[0.1]", "num_seeds=2"]
+    results = evaluation.run(load([*keys, "methods=[random,elfs,badge,full]", "badge.rounds=2"]))
+    lines = {line.name: line for line in results.lines}
+    rows = pq.read_table(out / "results.parquet").to_pylist()
+    assert {(row["network"], row["iterations"]) for row in rows} == {("linear_probe", None)}
+    train, test = (
+        np.concatenate([schema.matrix_of(rows, "embedding") for rows in RunDir(place).read_table("embeddings")])
+        for place in (folder, out / "test")
+    )
+    labels = digit_images(NUM_POOL + NUM_TEST)[1]
+    reference = LogisticRegression(C=1 / (2 * NUM_POOL * L2_PENALTY), max_iter=5000)
+    reference.fit(EMBEDDING_LENGTH * train.astype(np.float64), labels[:NUM_POOL])
+    expected = reference.score(EMBEDDING_LENGTH * test.astype(np.float64), labels[NUM_POOL:])
+    assert lines["full"].cells["all"].mean == pytest.approx(expected, abs=0.02)
+    assert lines["random"].cells["0.1"].spread > 0
+    assert all(lines[name].cells["0.1"].spread == 0 for name in ("elfs", "badge"))  # one selection for all seeds
+    text = (out / "results.md").read_text()
+    assert "A linear probe" in text and "steps of" not in text
+    times = {path: path.stat().st_mtime_ns for path in (out / "trials").iterdir()}
+    assert evaluation.run(load([*keys, "methods=[random,elfs,badge,full]", "badge.rounds=2"])) == results
+    assert {path: path.stat().st_mtime_ns for path in (out / "trials").iterdir()} == times
 
 
 def test_a_run_that_ends_before_select_says_that_it_is_not_evaluated(ray_cluster, digits, tmp_path, capfd):

@@ -49,6 +49,11 @@ def load_proxy_images(run_dir: RunDir, sample_ids: np.ndarray, size: int) -> np.
     return np.stack([decode_proxy_image(image, size) for image in data])
 
 
+def load_embeddings(run_dir: RunDir, sample_ids: np.ndarray) -> np.ndarray:
+    """Return the embeddings of some samples in the order of `sample_ids`, (n, d) float16."""
+    return schema.matrix_of(run_dir.read_rows(schema.EMBEDDINGS, sample_ids, [schema.EMBEDDING]), schema.EMBEDDING)
+
+
 def kept_or_computed(path: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Return the metrics in a JSON file if an earlier run wrote it; else compute them and write the file."""
     if filesystem.exists(path):

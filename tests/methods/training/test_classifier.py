@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from elfs_ray.evaluation import trials as evaluate_trials
+from elfs_ray.evaluation.from_scratch import train_in_parts
 from elfs_ray.methods.training.classifier import Classifier, ClassifierSettings, LabelledImages, train_and_test
 from tests.tables import digit_images
 
@@ -72,10 +72,10 @@ def test_a_killed_trial_resumes_to_the_accuracies_of_an_undisturbed_one(tmp_path
             return super().accuracy(test)
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate_trials._train_in_parts(Killed(10, SETTINGS, seed=1), train, test, path, save_every_s=0)
+        train_in_parts(Killed(10, SETTINGS, seed=1), train, test, path, save_every_s=0)
     saved = torch.load(path, weights_only=True)
     assert (saved["num_steps"], len(saved["accuracies"])) == (17, 2)
-    resumed = evaluate_trials._train_in_parts(Classifier(10, SETTINGS, seed=1), train, test, path, save_every_s=0)
+    resumed = train_in_parts(Classifier(10, SETTINGS, seed=1), train, test, path, save_every_s=0)
     assert resumed == train_and_test(train, test, 10, SETTINGS, seed=1)
 
 
