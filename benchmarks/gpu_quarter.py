@@ -272,6 +272,7 @@ def _evaluate(work: Work, budget: float, methods: tuple[str, ...], num_seeds: in
     keys += [f"methods=[{','.join(methods)}]", f"budgets=[{budget}]", f"num_seeds={num_seeds}"]
     results = evaluation.run(load([*keys, *work.evaluation]))
     (quality,) = results.quality.values()
+    assert quality.clustering is not None
     accuracies = {}
     for line in results.lines:
         cell = line.cells.get(str(budget)) or line.cells[ALL]

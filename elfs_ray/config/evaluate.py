@@ -65,8 +65,8 @@ class EvaluateConfig:
     network: str = option(
         "auto",
         "linear_probe: logistic regression on the run's embeddings, in seconds; a network trained from scratch: "
-        "resnet18 (3x3 stem), resnet18_imagenet, resnet34, resnet50 or small_cnn; auto: resnet18 on GPUs, else "
-        "linear_probe",
+        "resnet18 (3x3 stem), resnet18_imagenet, resnet34, resnet50 or small_cnn; auto: resnet18 on GPUs, if "
+        "the run keeps copies of its images, else linear_probe",
     )
     iterations: int = option(40_000, "steps of each training, whatever the budget", unit="steps", bounds=POSITIVE)
     batch_size: int = option(256, "images in one step", unit="images", bounds=BATCH)

@@ -104,7 +104,7 @@ def _as_float(value: HardFraction) -> HardFraction:
 def _fill_unused(merged: DictConfig) -> None:
     """Set required keys that the selection does not use, so that nobody has to."""
     select, cluster = merged.select, merged.cluster
-    clusters = uses_clusters(select.method, select.balance) or merged.evaluate.test_uri is not None
+    clusters = uses_clusters(select.method, select.balance)
     if OmegaConf.is_missing(select, "hard_fraction") and select.method not in USES_HARD_FRACTION:
         select.hard_fraction = 0.0
     if OmegaConf.is_missing(cluster, "num_clusters") and not clusters:

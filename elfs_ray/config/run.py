@@ -8,7 +8,7 @@ from omegaconf import MISSING
 from elfs_ray.config.cluster import ClusterConfig
 from elfs_ray.config.declaration import Bounds, option
 from elfs_ray.config.embed import SELF_SUPERVISED, EmbedConfig
-from elfs_ray.config.evaluate import EvaluateConfig
+from elfs_ray.config.evaluate import LINEAR_PROBE, EvaluateConfig
 from elfs_ray.config.pool import PoolConfig
 from elfs_ray.config.pretrain import PretrainConfig
 from elfs_ray.config.report import ReportConfig
@@ -70,8 +70,8 @@ class Config:
 
     @property
     def needs_dynamics(self) -> bool:
-        """Return whether the run trains a proxy network: for its selection, or to evaluate it beside other methods."""
-        return self.select.uses_dynamics or self.evaluate.test_uri is not None
+        """Return whether the run trains a proxy network for its selection."""
+        return self.select.uses_dynamics
 
     @property
     def needs_clusters(self) -> bool:
@@ -85,8 +85,9 @@ class Config:
 
     @property
     def keeps_copies(self) -> bool:
-        """Return whether the run keeps small copies of the images: to train the proxy network or an encoder on them."""
-        return self.needs_dynamics or self.pretrains
+        """Return whether the run keeps small copies of the images: to train a proxy, an encoder or an evaluation."""
+        evaluates_on_images = self.evaluate.test_uri is not None and self.evaluate.network not in ("auto", LINEAR_PROBE)
+        return self.needs_dynamics or self.pretrains or evaluates_on_images
 
     @property
     def budgets(self) -> list[Budget]:

@@ -4,6 +4,7 @@ Methods are compared at every budget of the run. Everything is written to evalua
 the files.
 """
 
+import dataclasses
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -41,7 +42,9 @@ def describe(config: Config, pool: PoolCount | None = None) -> str:
     lines = [describe_plan(config, pool)]
     if config.evaluate.test_uri is not None:
         methods = [parse_method(text)[0] for text in config.evaluate.methods]
-        trainings = describe_trainings(config.evaluate, config.ray_address, methods, len(config.budgets))
+        trainings = describe_trainings(
+            config.evaluate, config.ray_address, config.keeps_copies, methods, len(config.budgets)
+        )
         lines.append(_why_not(config) or f"{trainings}; on {', '.join(config.evaluate.methods)}")
     return "\n".join(lines)
 
@@ -84,9 +87,10 @@ def check(config: Config, *, images_are_there: bool = True) -> None:
     try:
         refuse_duplicates("methods", evaluate.methods)
         for text in evaluate.methods:
-            selection_config(
+            selection = selection_config(
                 text, evaluate, asdict(config), config.run_dir, config.budgets, config.select.hard_fraction
             )
+            _check_stages(text, selection, config)
         if images_are_there:
             columns = PoolColumns(config.pool.image_column, config.pool.label)
             list_test_images(evaluate.test_uri, config.pool.format, columns)
@@ -98,3 +102,14 @@ def check(config: Config, *, images_are_there: bool = True) -> None:
         raise ConfigError(str(error)) from error
     if any(isinstance(budget, int) and budget < MIN_SAMPLES for budget in config.budgets):
         raise ConfigError(f"budget={config.budget}: a training of the evaluation needs at least {MIN_SAMPLES} images")
+
+
+def _check_stages(text: str, selection: Config, config: Config) -> None:
+    """Raise ConfigError for a method that reads tables which the run will not have."""
+    planned = {stage.name for stage in stages_of(dataclasses.replace(config, until=None))}
+    missing = [stage for stage in select.STAGE.inputs(selection) if stage not in planned]
+    if missing:
+        raise ConfigError(
+            f"methods: {text} needs stage {' and stage '.join(missing)}, which a run with select.method="
+            f"{config.select.method} does not have: leave it out, or evaluate a run that selects by training dynamics"
+        )

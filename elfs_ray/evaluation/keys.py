@@ -58,11 +58,14 @@ class EvaluateRunsConfig(EvaluateConfig):
     pool: LabelConfig = field(default_factory=LabelConfig)
 
 
-def network_on(network: str, device: str) -> str:
-    """Return what learns on a device, cpu or cuda, where the key `network` says auto."""
+def network_on(network: str, device: str, has_copies: bool) -> str:
+    """Return what learns on a device, cpu or cuda, where the key `network` says auto.
+
+    has_copies: whether the run keeps copies of its images, which a network learns from.
+    """
     if network != "auto":
         return network
-    return "resnet18" if device == "cuda" else LINEAR_PROBE
+    return "resnet18" if device == "cuda" and has_copies else LINEAR_PROBE
 
 
 def keys_of_job(config: Config) -> EvaluateRunsConfig:

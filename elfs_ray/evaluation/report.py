@@ -25,9 +25,9 @@ class Line:
 
 @dataclass(frozen=True)
 class Quality:
-    """How good the pseudo-labels and the embeddings of a run are."""
+    """How good the pseudo-labels, if there are any, and the embeddings of a run are."""
 
-    clustering: ClusteringQuality
+    clustering: ClusteringQuality | None
     neighbors: NeighborVote
 
 
@@ -84,7 +84,8 @@ def closing_lines(results: Results) -> str:
         shown.append(f"{line.name:<{width}}{row}")
     for name, quality in results.quality.items():
         of_run = f" of {name}" if len(results.quality) > 1 else ""
-        shown += [_describe_clustering(quality.clustering, of_run), _describe_embeddings(quality.neighbors, of_run)]
+        shown += [_describe_clustering(quality.clustering, of_run)] if quality.clustering else []
+        shown.append(_describe_embeddings(quality.neighbors, of_run))
     return "\n".join(shown)
 
 
@@ -119,9 +120,11 @@ def _describe_embeddings(vote: NeighborVote, of_run: str) -> str:
 def _quality_table(quality: Mapping[str, Quality]) -> str:
     rows = []
     for name, of_run in quality.items():
-        clustering = of_run.clustering
-        shares = (clustering.accuracy, clustering.purity, clustering.nmi, clustering.ari, of_run.neighbors.accuracy)
-        rows.append([name, f"{clustering.num_clusters}", *(f"{100 * share:.1f}" for share in shares)])
+        cells = ["–"] * 5
+        if made := of_run.clustering:
+            shares = (made.accuracy, made.purity, made.nmi, made.ari)
+            cells = [f"{made.num_clusters}", *(f"{100 * share:.1f}" for share in shares)]
+        rows.append([name, *cells, f"{100 * of_run.neighbors.accuracy:.1f}"])
     num_neighbors = max(of_run.neighbors.num_neighbors for of_run in quality.values())
     head = ["pseudo-labels, %", "clusters", "right", "purity", "NMI", "ARI", f"{num_neighbors}-NN of the embeddings"]
     return _table(head, rows)

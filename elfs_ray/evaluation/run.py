@@ -52,7 +52,7 @@ def run(config: EvaluateRunsConfig) -> Results:
     workload = make_workload(config)
     connect(config.ray_address, show_worker_logs=config.ray_logs)
     device = resolve_device(config.device, "device")
-    config = replace(config, network=network_on(config.network, device))
+    config = replace(config, network=network_on(config.network, device, workload.sources[0].has_copies))
     settings = _settings(config, workload, device)
     place = TrialPlace(device, config.gpus_per_training if device == "cuda" else 0.0, config.cpus_per_training)
     out = RunDir(config.out)
@@ -174,7 +174,7 @@ def _lines(rows: list[dict[str, Any]]) -> Iterator[Line]:
 def _quality(workload: Workload, out: RunDir, labels: TrueLabels, device: str) -> dict[str, Quality]:
     return {
         source.name: Quality(
-            judge_clustering(source.run_dir, labels),
+            judge_clustering(source.run_dir, labels) if source.has_clusters else None,
             judge_embeddings(source.run_dir, labels, int(source.base["seed"]), device, out.path("quality")),
         )
         for source in workload.sources

@@ -49,7 +49,7 @@ def select_without_labels(config: EvaluateRunsConfig, workload: Workload, out: R
     selections = []
     for entry in workload.entries:
         if entry.method_name == "full":
-            everything = _pseudo_labelled(workload.sources[0])
+            everything = _embedded(workload.sources[0])
             selections += [Selection(entry, ALL, seed, everything) for seed in range(config.num_seeds)]
         elif entry.config is not None and not entry.method.is_supervised:
             selections += _coresets(config, entry, entry.source.run_dir, out.path("selections", entry.name))
@@ -80,9 +80,9 @@ def buy_and_select(
     return selections
 
 
-def _pseudo_labelled(source: Source) -> np.ndarray:
+def _embedded(source: Source) -> np.ndarray:
     """Return the ids of the samples that can be selected, ascending (n,) int64."""
-    return np.sort(source.run_dir.read_column(schema.CLUSTERS, schema.PSEUDO_LABELS_DIR, column=schema.SAMPLE_ID))
+    return np.sort(source.run_dir.read_column(schema.EMBEDDINGS, column=schema.SAMPLE_ID))
 
 
 def _coresets(config: EvaluateRunsConfig, entry: Entry, run_dir: RunDir, out: str) -> list[Selection]:
@@ -126,7 +126,7 @@ def _buy(
     place: TrialPlace,
 ) -> list[Selection]:
     """Let BADGE buy labels; one order of buying serves all budgets and seeds."""
-    source, pool = entry.source, _pseudo_labelled(entry.source)
+    source, pool = entry.source, _embedded(entry.source)
     if settings is not None:
         settings = replace(settings, iterations=config.badge.iterations or max(1, config.iterations // 4))
     ends = round_ends(workload.counts, config.badge.rounds)

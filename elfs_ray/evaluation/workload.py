@@ -18,13 +18,14 @@ from elfs_ray.config import (
 from elfs_ray.evaluation.held_out import class_numbers, list_test_images, refuse_shared_images
 from elfs_ray.evaluation.keys import AS_IN_RUN, EvaluateRunsConfig, network_on
 from elfs_ray.evaluation.methods import METHODS, Method
-from elfs_ray.pipeline.reselect import config_of
+from elfs_ray.pipeline.reselect import check_stages, config_of
+from elfs_ray.pipeline.stages import STAGES
 from elfs_ray.pool.listing import PoolColumns
 from elfs_ray.stages.cluster import ClusterResult
+from elfs_ray.stages.embed import EmbedResult
 from elfs_ray.stages.index import IndexResult
-from elfs_ray.stages.train import TrainResult
 from elfs_ray.stages.training import check_network
-from elfs_ray.storage import filesystem
+from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
 MIN_SAMPLES = 2  # per training: batch norm cannot normalise a single sample
@@ -47,9 +48,19 @@ class Source:
         return load_config(None, [f"run_dir={self.run_dir.uri}"], base=self.base)
 
     @property
+    def has_copies(self) -> bool:
+        """Return whether the run keeps copies of its images, which networks learn from."""
+        return bool(self.run_dir.table_files(schema.PROXY_IMAGES))
+
+    @property
+    def has_clusters(self) -> bool:
+        """Return whether the run has pseudo-labels."""
+        return self.run_dir.success_marker(ClusterResult.stage) is not None
+
+    @property
     def num_samples(self) -> int:
         """Return the number of samples that can be selected."""
-        return TrainResult.read(self.run_dir).rows
+        return EmbedResult.read(self.run_dir).rows
 
 
 @dataclass(frozen=True)
@@ -97,6 +108,11 @@ def make_workload(config: EvaluateRunsConfig) -> Workload:
     """Check runs, methods, budgets, labels and test images; return what to do. Raises ConfigError."""
     check_neighbor_search(config.device, "device", config.ray_address)
     sources = _sources(config.runs)
+    if config.network not in ("auto", LINEAR_PROBE) and not sources[0].has_copies:
+        raise ConfigError(
+            f"network={config.network} learns from copies of the images, and {sources[0].run_dir.uri} keeps none, as "
+            f"its selection needed none: give network={LINEAR_PROBE}"
+        )
     first = sources[0].run_dir
     entries = tuple(entry for method in config.methods for entry in _entries(method, sources, config))
     index = first.complete_marker(IndexResult.stage)
@@ -134,12 +150,7 @@ def _sources(uris: list[str]) -> tuple[Source, ...]:
     run_dirs = [RunDir(uri) for uri in uris]
     bases = [config_of(run_dir) for run_dir in run_dirs]
     for run_dir in run_dirs:
-        if run_dir.success_marker(TrainResult.stage) is None:
-            raise ConfigError(
-                f"{run_dir.uri} has neither pseudo-labels nor copies of its images, as its selection needed none: "
-                "an evaluation trains on them, so give a run with training dynamics"
-            )
-        damage = [line for stage in ("index", "embed", "cluster", "train", "select") for line in run_dir.damage(stage)]
+        damage = [line for stage in STAGES for line in run_dir.damage(stage.name)]
         if damage:
             raise ConfigError(
                 f"{run_dir.uri} is damaged: {'; '.join(damage)}. Run the pipeline there with on_change=rerun."
@@ -152,8 +163,11 @@ def _sources(uris: list[str]) -> tuple[Source, ...]:
 
 
 def _names_of(run_dirs: list[RunDir]) -> list[str]:
-    """Return a name for each run: its clustering method, or its folder if two runs share the method."""
-    methods = [ClusterResult.read(run_dir).method for run_dir in run_dirs]
+    """Return a name for each run: how its pseudo-labels were made, or its folder if two runs share that."""
+    methods = [
+        ClusterResult.read(run_dir).method if run_dir.success_marker(ClusterResult.stage) else "none"
+        for run_dir in run_dirs
+    ]
     folders = [filesystem.basename(run_dir.uri.rstrip("/")) for run_dir in run_dirs]
     for names in (methods, folders):
         if len(set(names)) == len(names):
@@ -219,6 +233,7 @@ def _config_of(text: str, name: str, source: Source, config: EvaluateRunsConfig)
             f"{error} to {source.run_dir.uri}, run again with on_change=rerun, or leave {text} out of methods"
         ) from error
     try:
+        check_stages(selection, source.run_dir)
         check_budgets(selection, source.num_samples)
     except ConfigError as error:
         raise ConfigError(f"methods: {text}: {error}") from error
@@ -297,20 +312,21 @@ def describe(config: EvaluateRunsConfig) -> str:
         hard = f", hard fraction {select.hard_fraction}" if select and select.method in USES_HARD_FRACTION else ""
         lines.append(f"method    {entry.name}: {entry.method.meaning}{hard}")
     methods = [entry.method_name for entry in workload.entries]
-    trainings = describe_trainings(config, config.ray_address, methods, len(config.budgets))
+    has_copies = workload.sources[0].has_copies
+    trainings = describe_trainings(config, config.ray_address, has_copies, methods, len(config.budgets))
     lines.append(f"{trainings}, to {config.out}")
     return "\n".join(lines)
 
 
 def describe_trainings(
-    settings: EvaluateConfig, ray_address: str | None, methods: Sequence[str], num_budgets: int
+    settings: EvaluateConfig, ray_address: str | None, has_copies: bool, methods: Sequence[str], num_budgets: int
 ) -> str:
     """Return a line with the number of trainings; the method full has one budget, all images."""
     from elfs_ray.runtime.cluster import find_devices  # late, so that `--help` does not import Ray
 
     num_selections = sum(1 if method == "full" else num_budgets for method in methods)
     num_trainings = num_selections * settings.num_seeds
-    network = network_on(settings.network, find_devices(ray_address).resolve(settings.device, "device"))
+    network = network_on(settings.network, find_devices(ray_address).resolve(settings.device, "device"), has_copies)
     if network == LINEAR_PROBE:
         return f"evaluate  {num_trainings:,} linear probes of the embeddings"
     return f"evaluate  {num_trainings:,} trainings of {network}, {settings.iterations:,} steps each"

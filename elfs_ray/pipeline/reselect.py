@@ -46,11 +46,11 @@ def load(overrides: Sequence[str]) -> tuple[Config, str]:
     run_dir = RunDir(expand_home(values["run_dir"]))
     keys = [override for override in overrides if not override.startswith("name=")]
     config = load_config(None, keys, base=config_of(run_dir))
-    _check_stages(config, run_dir)
+    check_stages(config, run_dir)
     return config, name
 
 
-def _check_stages(config: Config, run_dir: RunDir) -> None:
+def check_stages(config: Config, run_dir: RunDir) -> None:
     """Raise ConfigError for a selection that reads tables of stages that the run did not have."""
     missing = [stage for stage in STAGE.inputs(config) if run_dir.success_marker(stage) is None]
     if missing:

@@ -12,9 +12,7 @@ from elfs_ray.cli import run_config
 from elfs_ray.config import Config, ConfigError, fields_of, load_config
 from elfs_ray.config.evaluate import EvaluateConfig
 from elfs_ray.evaluation import job
-from elfs_ray.evaluation import run as evaluation
 from elfs_ray.evaluation.keys import keys_of_job
-from elfs_ray.evaluation.workload import load
 from elfs_ray.methods.training.linear_probe import L2_PENALTY
 from elfs_ray.methods.training.networks import EMBEDDING_LENGTH
 from elfs_ray.storage import schema
@@ -83,20 +81,23 @@ def test_a_job_with_test_images_evaluates_all_its_budgets(ray_cluster, digits, t
     assert all(repeated[method].split() == lines[method].split() for method in ("elfs", "random"))
     now = {path: path.stat().st_mtime_ns for path in (tmp_path / "evaluate" / "trials").iterdir()}
     assert now.items() >= times.items() and len(now) == 12
-    check_linear_probes(digits, tmp_path)
 
 
-def check_linear_probes(digits: Path, folder: Path) -> None:
-    """Check that without a GPU linear probes learn from the embeddings, and agree with scikit-learn's regression."""
-    out = folder / "probes"
-    keys = [f"runs=[{folder}]", f"out={out}", f"test_uri={digits / 'test.parquet'}", "budgets=[0.1]", "num_seeds=2"]
-    results = evaluation.run(load([*keys, "methods=[random,elfs,badge,full]", "badge.rounds=2"]))
+def test_a_run_without_training_is_evaluated_by_linear_probes(ray_cluster, digits, tmp_path, capfd):
+    """Without a GPU; they agree with scikit-learn's logistic regression, and are never repeated."""
+    keys = ["select.method=coverage", "evaluate.network=auto", "evaluate.badge.rounds=2"]
+    keys.append("evaluate.methods=[random,elfs,badge,full]")
+    config = config_of(digits, tmp_path, *keys)
+    assert "14 linear probes of the embeddings; on random" in job.describe(config)
+    results = job.run_with_results(config)[1]
+    assert not (tmp_path / "dynamics").exists() and not (tmp_path / "proxy_images").exists()
+    out = tmp_path / "evaluate"
     lines = {line.name: line for line in results.lines}
     rows = pq.read_table(out / "results.parquet").to_pylist()
     assert {(row["network"], row["iterations"]) for row in rows} == {("linear_probe", None)}
     train, test = (
         np.concatenate([schema.matrix_of(rows, "embedding") for rows in RunDir(place).read_table("embeddings")])
-        for place in (folder, out / "test")
+        for place in (tmp_path, out / "test")
     )
     labels = digit_images(NUM_POOL + NUM_TEST)[1]
     reference = LogisticRegression(C=1 / (2 * NUM_POOL * L2_PENALTY), max_iter=5000)
@@ -106,9 +107,9 @@ def check_linear_probes(digits: Path, folder: Path) -> None:
     assert lines["random"].cells["0.1"].spread > 0
     assert all(lines[name].cells["0.1"].spread == 0 for name in ("elfs", "badge"))  # one selection for all seeds
     text = (out / "results.md").read_text()
-    assert "A linear probe" in text and "steps of" not in text
+    assert "A linear probe" in text and "steps of" not in text and "| none | – |" in text
     times = {path: path.stat().st_mtime_ns for path in (out / "trials").iterdir()}
-    assert evaluation.run(load([*keys, "methods=[random,elfs,badge,full]", "badge.rounds=2"])) == results
+    assert job.run_with_results(config)[1] == results
     assert {path: path.stat().st_mtime_ns for path in (out / "trials").iterdir()} == times
 
 
@@ -132,6 +133,10 @@ def test_a_run_that_ends_before_select_says_that_it_is_not_evaluated(ray_cluster
         (["evaluate.methods=[d2]"], r"evaluate\.methods: d2: .*give cluster\.num_neighbors=10"),
         (["evaluate.test_uri=/no/such"], r"evaluate\.test_uri: test_uri='/no/such' does not exist"),
         (["budget=1"], "needs at least 2 images"),
+        (
+            ["select.method=coverage", "evaluate.methods=[aum_hardest]"],
+            r"evaluate\.methods: aum_hardest needs stage cluster and stage train, which a run with select\.method",
+        ),
     ],
 )
 def test_a_bad_evaluation_is_refused_before_any_work(digits, tmp_path, overrides, needed):

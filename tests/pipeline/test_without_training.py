@@ -99,7 +99,14 @@ def test_a_selection_that_needs_no_copies_runs_where_they_are(ray_cluster, pool,
         (["select.method=random", "select.balance=true"], (True, False, False)),
         (["select.method=prototypicality"], (True, False, False)),
         (["select.method=easiest"], (True, True, True)),
-        (["select.method=coverage", "evaluate.test_uri=/x", "pool.label=folder"], (True, True, True)),
+        (["select.method=coverage", "evaluate.test_uri=/x", "pool.label=folder"], (False, False, False)),
+        (
+            [
+                *("select.method=coverage", "evaluate.test_uri=/x", "pool.label=folder"),
+                "evaluate.network=small_cnn",
+            ],
+            (False, False, True),
+        ),
         (["select.method=coverage", "embed.encoder=self_supervised"], (False, False, True)),
     ],
 )
