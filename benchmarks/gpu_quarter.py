@@ -111,7 +111,7 @@ CIFAR10: dict[str, Any] = {
         "encoder": 230,
         "clusters": 75,
         "proxy": 55,
-        "pruned_90": 130,
+        "pruned_90": 260,
         "pruned_70": 110,
         "rates": 60,
     },
