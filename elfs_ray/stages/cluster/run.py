@@ -54,6 +54,7 @@ def run_cluster(config: Config, run_dir: RunDir) -> ClusterResult:
         optional |= {"objective": result.objective / points.count, "iterations": result.num_iterations}
 
     if cluster.method == "temi":
+        points.release()  # TEMI needs the same CPUs, GPUs and memory
         optional["temi"] = run_temi(config, run_dir, num_clusters, points.count)
     if cluster.method == "kmeans":
         centroids = result.centroids
