@@ -175,7 +175,6 @@ def test_a_pool_smaller_than_a_batch_of_temi_is_one_even_batch():
         temi_settings(config, 10, num_samples=5000, num_workers=3)
 
 
-@pytest.mark.slow
 def test_temi_gives_better_labels_than_k_means_and_reports_its_heads(ray_cluster, tmp_path):
     _, kmeans_result = run(tmp_path / "kmeans")
     _, result = run(tmp_path / "temi", *TEMI, "cluster.temi.num_epochs=25")
