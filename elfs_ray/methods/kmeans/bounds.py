@@ -30,8 +30,8 @@ class BoundedSearch:
     """A search for the nearest centroids of the same embeddings, called with one set of centroids after another.
 
     embeddings (n, d) float16 of unit length in a CPU's memory; squared_norms (n,) float64 are theirs, within 2^-24.
-    `near` and `far` (n,) float32 are the bounds that the module describes, `num_searched` is the number of rows that
-    the last call had to search. Memory: 20 n + 8 k·d bytes, during a call 40 n more.
+    `near` and `far` (n,) float32 are the bounds that the module describes. Memory: 20 n + 8 k·d bytes, during a call
+    40 n more.
     """
 
     def __init__(self, embeddings: torch.Tensor, squared_norms: torch.Tensor):
@@ -40,7 +40,6 @@ class BoundedSearch:
         self._centroids: torch.Tensor | None = None
         self._labels = torch.empty(len(embeddings), dtype=torch.int64)
         self.near, self.far, self._reach = (torch.empty(len(embeddings)) for _ in range(3))
-        self.num_searched = 0
 
     def __call__(self, centroids: np.ndarray) -> torch.Tensor:
         """Return the nearest of centroids (k, d) to every embedding, (n,) int64; ties go to the lower centroid id."""
@@ -56,7 +55,6 @@ class BoundedSearch:
         undecided = None if before is None else self._undecided(search, (exact - before).norm(dim=1))
         self._labels = self._labels.clone()  # the caller still holds the labels of the previous call
         self._search(search, slice(0, len(self._labels)) if undecided is None else undecided)
-        self.num_searched = len(self._labels) if undecided is None else len(undecided)
         self._centroids = exact
         return self._labels
 

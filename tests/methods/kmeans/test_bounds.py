@@ -4,6 +4,7 @@ import torch
 
 from elfs_ray.methods.kmeans.assignment import nearest_centroids
 from elfs_ray.methods.kmeans.bounds import BoundedSearch
+from elfs_ray.methods.kmeans.filters import ProductFilter
 from elfs_ray.methods.numeric.exact_arithmetic import exact_centroids, squared_norms, to_fixed_point
 
 DIM = 40
@@ -16,8 +17,18 @@ def around(num_centres: int, num_rows: int, seed: int) -> torch.Tensor:
     return torch.from_numpy((rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16))
 
 
-def bounded(embeddings: torch.Tensor) -> BoundedSearch:
-    return BoundedSearch(embeddings, squared_norms(embeddings))
+class CountedSearch(BoundedSearch):
+    """A search that keeps the number of rows that its last call had to search."""
+
+    num_searched = 0
+
+    def _search(self, search: ProductFilter, rows: slice | torch.Tensor) -> None:
+        self.num_searched = rows.stop if isinstance(rows, slice) else len(rows)
+        super()._search(search, rows)
+
+
+def bounded(embeddings: torch.Tensor) -> CountedSearch:
+    return CountedSearch(embeddings, squared_norms(embeddings))
 
 
 def assert_exact(search: BoundedSearch, embeddings: torch.Tensor, centroids: np.ndarray) -> None:
@@ -107,7 +118,7 @@ def test_an_interrupted_search_leaves_no_bounds_behind(monkeypatch):
     first = embeddings[:20].double().numpy()
     assert_exact(search, embeddings, first)
     with monkeypatch.context() as patch:
-        patch.setattr(BoundedSearch, "_search", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(CountedSearch, "_search", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             search(first + 0.05)
     assert_exact(search, embeddings, first + 0.01)
