@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "config": ("config", "methods", "storage"),
     "runtime": ("config", "runtime"),
     "pool": ("pool", "storage"),
-    "datasets": ("datasets", "methods", "runtime", "storage"),
+    "datasets": ("datasets", "methods", "pool", "runtime", "storage"),
     "stages": ("config", "methods", "pool", "runtime", "stages", "storage", "version"),
     "pipeline": ("config", "methods", "pipeline", "pool", "runtime", "stages", "storage"),
     "evaluation": ("config", "evaluation", "methods", "pipeline", "pool", "runtime", "stages", "storage"),

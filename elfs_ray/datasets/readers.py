@@ -4,13 +4,11 @@ Each reader takes the folder around what an archive unpacks to, and the name of 
 and `targets`. Importing this module takes seconds: import it where an archive is opened.
 """
 
-import io
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from elfs_ray.methods.training import torchvision_compat  # noqa: F401  before torchvision
+from elfs_ray.pool.images import encode_png
 
 # isort: split
 from torchvision.datasets import CIFAR10, CIFAR100, STL10, ImageFolder
@@ -21,7 +19,6 @@ __all__ = [
     "CIFAR10",
     "CIFAR100",
     "STL10",
-    "encode_png",
     "open_cifar",
     "open_image_folder",
     "open_stl10",
@@ -29,13 +26,6 @@ __all__ = [
     "parse_train_archive",
     "parse_val_archive",
 ]
-
-
-def encode_png(image: Image.Image) -> bytes:
-    """Return the image as a PNG, which keeps every pixel."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def open_cifar(dataset: type[CIFAR10], root: Path, split: str) -> CIFAR10:
