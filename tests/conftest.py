@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from elfs_ray.pool.images import encode_png
@@ -25,7 +26,7 @@ from tests.s3 import s3_bucket, s3_server  # noqa: F401  (fixtures)
 NUM_CPUS = 8  # logical: enough for 7 workers at once, whatever the machine has
 OBJECT_STORE_BYTES = 512 << 20
 DIGITS_PER_CLASS = 12
-LONGEST = ("test_train.py", "test_pipeline.py")
+LONGEST = ("test_train.py", "test_pipeline.py", "test_embed.py", "test_evaluation.py", "test_pretrain.py")
 FILES = (range(50), range(50, 51), range(51, 120))  # the digits in each Parquet file and tar
 
 # In /tmp, because the paths of Ray's sockets may have at most 107 characters.
@@ -42,8 +43,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
-    """Run the longest files first, so that parallel processes end at about the same time."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    """Run the longest files first, then the others that use Ray, so that parallel processes end at about the same time.
+
+    `make test` passes --no-loadscope-reorder, without which pytest-xdist begins with the files of the most tests.
+    """
+    with_ray = {item.path for item in items if "ray_cluster" in getattr(item, "fixturenames", ())}
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (rank.get(item.path.name, len(rank)), item.path not in with_ray))
 
 
 def pytest_unconfigure():
@@ -66,6 +72,17 @@ def ray_cluster():
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def small_run(ray_cluster, tmp_path_factory, worker_id):
+    """Return a complete run of the pipeline (a `tests.small_run.SmallRun`), made once for all processes of pytest."""
+    from tests.small_run import make_small_run
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "small_run"
+    with FileLock(f"{folder}.lock"):
+        return make_small_run(folder)
 
 
 @dataclass(frozen=True)

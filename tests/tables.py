@@ -23,7 +23,10 @@ GAPS = (3, 77, 500)  # ids that were rejected
 
 
 def digits_config(run_dir: Path, *overrides: str) -> Config:
-    """Return a config for run directories of scikit-learn's digits, small enough for a test."""
+    """Return a config for run directories of scikit-learn's digits, small enough for a test.
+
+    The workers are few, because each is a new process, which imports torch for seconds before it works.
+    """
     return load_config(
         None,
         [
@@ -33,6 +36,7 @@ def digits_config(run_dir: Path, *overrides: str) -> Config:
             "ray_address=local",
             "embed.encoder=pixels",
             f"embed.proxy_image_size={IMAGE_SIZE}",
+            "embed.num_workers=1",
             "cluster.num_clusters=10",
             "cluster.num_workers=2",
             "train.network=small_cnn",

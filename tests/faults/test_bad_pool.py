@@ -15,6 +15,7 @@ from PIL import Image
 from elfs_ray.stages.embed import run as embed
 from elfs_ray.stages.index import run as index
 from elfs_ray.storage.run_dir import RunDir
+from tests.embedding import embed_in_this_process
 from tests.tables import contents, digit_images, digits_config, mark, png
 
 TABLES = ("index", "embeddings", "proxy_images", "rejected")
@@ -90,7 +91,7 @@ def test_files_that_change_or_vanish_after_the_listing_are_rejected(ray_cluster,
     os.truncate(pool_copy / "103.png", 0)
     (pool_copy / "104.png").unlink()
     (pool_copy / "104.png").mkdir()
-    embed.run_embed(settings(pool_copy, tmp_path / "run"), run_dir)
+    embed_in_this_process(settings(pool_copy, tmp_path / "run"), run_dir)
     rejected = {row["sample_id"]: row["reason"] for row in rows(run_dir, "rejected").to_pylist()}
     uris = rows(run_dir, "index")["uri"].to_pylist()
     before = set(rows(embedded, "rejected")["sample_id"].to_pylist())
@@ -140,7 +141,7 @@ def test_a_copy_of_a_pool_behind_a_link_gives_the_same_bytes(ray_cluster, embedd
     shutil.copytree(pool, tmp_path / "copy")
     (tmp_path / "link").symlink_to(tmp_path / "copy")
     run_dir = list_pool(tmp_path / "link", tmp_path / "run")
-    embed.run_embed(settings(tmp_path / "link", tmp_path / "run"), run_dir)
+    embed_in_this_process(settings(tmp_path / "link", tmp_path / "run"), run_dir)
     folder = Path(embedded.uri)
     assert contents(tmp_path / "run", *TABLES[1:3]) == contents(folder, *TABLES[1:3])
 

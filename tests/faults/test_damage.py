@@ -12,17 +12,17 @@ import pytest
 import ray
 
 from elfs_ray import cli
-from elfs_ray.config import ConfigError, load_config
+from elfs_ray.config import ConfigError
 from elfs_ray.pipeline.plan import check
 from elfs_ray.pipeline.runner import run as run_pipeline
 from elfs_ray.storage.run_dir import RunDir
 from tests.faults.chaos import Fault, Run
 from tests.faults.chaos_places import Place
-from tests.tables import contents, digit_images, png
+from tests.small_run import YAML, config_of, overrides
+from tests.tables import contents
 
 TABLES = ("index", "embeddings", "proxy_images", "rejected", "clusters", "dynamics", "scores", "coreset")
 STAGES = ("index", "embed", "cluster", "train", "select", "report")
-YAML = Path(__file__).parents[2] / "jobs" / "cifar10.yaml"
 HOLDER = (
     "import sys, time; from elfs_ray.storage.run_lock import RunLock\n"
     "with RunLock(sys.argv[1], print): print('held', flush=True); time.sleep(250)"
@@ -30,33 +30,13 @@ HOLDER = (
 
 
 @pytest.fixture(scope="module")
-def pool(tmp_path_factory) -> Path:
-    """Return a folder of 150 digits and one broken image."""
-    folder = tmp_path_factory.mktemp("pool")
-    images, _ = digit_images(150)
-    for number, image in enumerate(images):
-        (folder / f"{number:03d}.png").write_bytes(png(image))
-    (folder / "broken.png").write_bytes(b"")
-    return folder
-
-
-def overrides(pool: Path, run_dir: Path, *more: str) -> list[str]:
-    settings = ["budget=0.2", "embed.encoder=pixels", "embed.image_size=8", "embed.proxy_image_size=8"]
-    settings += ["embed.block_images=64", "embed.num_workers=2", "cluster.method=kmeans", "cluster.num_workers=2"]
-    settings += ["train.network=small_cnn", "train.epochs=2", "train.batch_size=32", "train.augmentation=none"]
-    settings += ["train.num_workers=1", "train.cpus_per_worker=1", "select.hard_fraction=0.2"]
-    return [f"pool.uri={pool}", f"run_dir={run_dir}", *settings, *more]
-
-
-def config_of(pool: Path, run_dir: Path, *more: str):
-    return load_config(YAML, overrides(pool, run_dir, *more))
+def pool(small_run) -> Path:
+    return small_run.pool
 
 
 @pytest.fixture(scope="module")
-def finished(ray_cluster, pool, tmp_path_factory) -> Path:
-    run_dir = tmp_path_factory.mktemp("finished") / "run"
-    run_pipeline(config_of(pool, run_dir))
-    return run_dir
+def finished(small_run) -> Path:
+    return small_run.run_dir
 
 
 @pytest.fixture
@@ -79,12 +59,12 @@ def refusal(pool: Path, run_dir: Path, *more: str) -> str:
     [
         ("index/part-*.parquet", "index: index has 0 files of 0 bytes, 1 of "),
         ("embeddings", "embed: embeddings has 0 files"),
-        ("embeddings/part-000000000064-*.parquet", "embed: embeddings has 2 files"),
-        ("proxy_images/part-000000000000-*.parquet", "embed: proxy_images has 2 files"),
+        ("embeddings/part-000000000064-*.parquet", "embed: embeddings has 3 files"),
+        ("proxy_images/part-000000000000-*.parquet", "embed: proxy_images has 3 files"),
         ("rejected", "embed: rejected has 0 files"),
-        ("clusters/centroids.parquet", "cluster: clusters has 3 files"),
+        ("clusters/centroids.parquet", "cluster: clusters has 4 files"),
         ("clusters/pseudo_labels", "cluster: clusters has 1 files"),
-        ("dynamics/epoch=001", "train: dynamics has 1 files"),
+        ("dynamics/epoch=001", "train: dynamics has 2 files"),
         ("scores", "select: scores has 0 files"),
         ("coreset.txt", "select: coreset.txt has 0 files"),
         ("report.html", "report: report.html has 0 files"),
@@ -168,11 +148,13 @@ def test_a_stage_made_from_replaced_tables_is_refused(ray_cluster, pool, finishe
     run_dir = tmp_path / "run"
     run_pipeline(config_of(pool_then, run_dir, "until=cluster"))
     next((run_dir / "embeddings").glob("part-000000000064-*")).unlink()
-    (pool_then / "100.png").write_bytes(b"")
+    (changed,) = pool_then.rglob("100.png")
+    whole = changed.read_bytes()
+    changed.write_bytes(b"")
     run_pipeline(config_of(pool_then, run_dir, "until=embed", "on_change=rerun"))
     assert "cluster: made from another embed" in refusal(pool_then, run_dir)
     # Once they are deleted by hand, as the message says, on_change is not needed.
-    shutil.copy(pool / "100.png", pool_then / "100.png")
+    changed.write_bytes(whole)
     for folder in ("embed", "embeddings", "proxy_images", "rejected", "cluster", "clusters"):
         shutil.rmtree(run_dir / folder)
     run_pipeline(config_of(pool_then, run_dir, "until=cluster"))

@@ -14,13 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 
 import elfs_ray
-from elfs_ray.config import ConfigError, load_config
+from elfs_ray.config import ConfigError
 from elfs_ray.pipeline import reselect
 from elfs_ray.pipeline.dry_run import describe_plan
 from elfs_ray.stages.select import SelectResult
 from elfs_ray.stages.train import TrainResult
 from elfs_ray.storage import filesystem
 from elfs_ray.storage.run_dir import RunDir
+from tests.small_run import config_of, overrides
 from tests.tables import contents, digit_images, png
 
 TABLES = ("index", "rejected", "embeddings", "proxy_images", "clusters", "dynamics", "scores", "coreset")
@@ -28,57 +29,17 @@ JOB = Path(__file__).parents[2] / "jobs" / "cifar10.py"
 
 
 @pytest.fixture(scope="module")
-def pool(tmp_path_factory) -> Path:
-    """Return a folder of 200 images of real digits, one empty file and one text file."""
-    folder = tmp_path_factory.mktemp("pool")
-    images, labels = digit_images(200)
-    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-        (folder / str(label)).mkdir(exist_ok=True)
-        (folder / str(label) / f"{number:03d}.png").write_bytes(png(image))
-    (folder / "3" / "empty.png").write_bytes(b"")
-    (folder / "7" / "text.jpg").write_text("not an image")
-    return folder
+def pool(small_run) -> Path:
+    return small_run.pool
 
 
-def overrides(pool: Path | str, run_dir: Path | str, *more: str) -> list[str]:
-    return [
-        f"pool.uri={pool}",
-        f"run_dir={run_dir}",
-        "budget=0.25",
-        "embed.encoder=pixels",
-        "embed.image_size=8",
-        "embed.proxy_image_size=8",
-        "cluster.method=kmeans",
-        "cluster.num_clusters=10",
-        "train.network=small_cnn",
-        "train.epochs=3",
-        "train.batch_size=32",
-        "train.augmentation=crop",
-        "train.crop_padding=1",
-        "train.num_workers=1",
-        "train.cpus_per_worker=1",
-        "select.hard_fraction=0.2",
-        *more,
-    ]
+@pytest.fixture(scope="module")
+def finished(small_run) -> Path:
+    return small_run.run_dir
 
 
 def run(pool: Path | str, run_dir: Path | str, *more: str) -> RunDir:
-    return elfs_ray.run(load_config(JOB.with_suffix(".yaml"), overrides(pool, run_dir, *more)))
-
-
-@pytest.fixture(scope="module")
-def finished(ray_cluster, pool, tmp_path_factory) -> Path:
-    run_dir = tmp_path_factory.mktemp("finished")
-    run(pool, run_dir)
-    return run_dir
-
-
-@pytest.fixture(scope="module")
-def labelled(ray_cluster, pool, tmp_path_factory) -> Path:
-    """Return a run like `finished`, but with the folders of the same pool as its labels."""
-    run_dir = tmp_path_factory.mktemp("labelled")
-    run(pool, run_dir, "pool.label=folder")
-    return run_dir
+    return elfs_ray.run(config_of(pool, run_dir, *more))
 
 
 def test_every_stage_leaves_its_tables_and_marker(finished):
@@ -114,26 +75,30 @@ def test_a_changed_key_is_refused_with_the_difference_and_what_to_do(finished, p
 
 
 def test_a_key_that_decides_nothing_may_change(finished, pool, capsys):
-    run(pool, finished, "embed.num_workers=3", "cluster.num_workers=2")
+    run(pool, finished, "embed.num_workers=3", "cluster.num_workers=3")
     assert "nothing to do" in capsys.readouterr().err
 
 
-def test_labels_change_nothing_but_the_label_column(finished, labelled):
+@pytest.mark.slow
+def test_labels_change_nothing_but_the_label_column(finished, pool, tmp_path):
+    """The folders of the pool are its labels. tests/test_layers.py reads in the sources who may see them."""
+    labelled = tmp_path
+    run(pool, labelled, "pool.label=folder")
     labels = pq.ParquetDataset(RunDir(labelled).table_files("index")).read()["label"].to_pylist()
     assert set(labels) == set(range(10))
     tables = [table for table in TABLES if table != "index"]
     assert contents(labelled, *tables) == contents(finished, *tables)
 
 
-def test_on_change_rerun_replaces_only_what_depends_on_a_changed_key(labelled, pool, capsys):
-    kept = contents(labelled, "index", "embeddings", "clusters", "dynamics")
-    first_coreset = contents(labelled, "coreset")
-    run(pool, labelled, "pool.label=folder", "select.hard_fraction=0.5", "on_change=rerun")
+def test_on_change_rerun_replaces_only_what_depends_on_a_changed_key(finished, pool, tmp_path, capsys):
+    run_dir = shutil.copytree(finished, tmp_path / "run")
+    kept = contents(run_dir, "index", "embeddings", "clusters", "dynamics")
+    run(pool, run_dir, "select.hard_fraction=0.5", "on_change=rerun")
     said = capsys.readouterr().err
     assert "train     complete, skipped" in said
     assert "select    reruns and replaces scores, coreset, coreset.txt, select" in said
-    assert contents(labelled, "index", "embeddings", "clusters", "dynamics") == kept
-    assert contents(labelled, "coreset") != first_coreset
+    assert contents(run_dir, "index", "embeddings", "clusters", "dynamics") == kept
+    assert contents(run_dir, "coreset") != contents(finished, "coreset")
 
 
 def test_a_reselection_does_not_collide_with_the_runs_other_budgets(ray_cluster, finished, pool, tmp_path):
@@ -164,6 +129,7 @@ def test_unexplained_files_in_a_coresets_folder_are_refused_or_replaced(finished
     assert len(ids) == len(set(ids.tolist())) == 60
 
 
+@pytest.mark.slow
 def test_a_linear_proxy_trains_on_the_embeddings_and_gives_a_coreset(finished, pool, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     kept = contents(tmp_path / "run", "index", "embeddings", "proxy_images", "clusters")
@@ -176,11 +142,11 @@ def test_a_linear_proxy_trains_on_the_embeddings_and_gives_a_coreset(finished, p
     assert SelectResult.read(run_dir).rows == SelectResult.read(RunDir(finished)).rows
 
 
-def test_an_unfinished_stage_is_not_continued_with_another_config(ray_cluster, pool, tmp_path):
-    run(pool, tmp_path, "until=embed")
-    (tmp_path / "embed" / "_SUCCESS.json").unlink()
+def test_an_unfinished_stage_is_not_continued_with_another_config(finished, pool, tmp_path):
+    run_dir = shutil.copytree(finished, tmp_path / "run")
+    (run_dir / "embed" / "_SUCCESS.json").unlink()
     with pytest.raises(ConfigError, match=r"embed\.proxy_image_size: 8 in the run directory, 9 now"):
-        run(pool, tmp_path, "until=embed", "embed.proxy_image_size=9")
+        run(pool, run_dir, "until=embed", "embed.proxy_image_size=9")
 
 
 @pytest.mark.parametrize(
@@ -240,9 +206,7 @@ def test_no_budget_is_refused_because_of_an_estimate(tmp_path, sizes, budget):
         for name in range(sizes[number % 2]):
             (folder / f"{name}.png").write_bytes(image)
     for requested, fits in ((budget, True), (1, True), (5000, False)):
-        config = load_config(
-            JOB.with_suffix(".yaml"), overrides(tmp_path / "pool", tmp_path / "run", f"budget={requested}")
-        )
+        config = config_of(tmp_path / "pool", tmp_path / "run", f"budget={requested}")
         plan = describe_plan(config)
         assert f"in {tmp_path / 'pool'}, an estimate from 65 of its 130 folders" in plan
         if not fits:
@@ -261,7 +225,7 @@ def test_a_budget_above_the_usable_images_is_refused_after_embed(ray_cluster, tm
         ):
             run(tmp_path / "pool", tmp_path / "run", *keys)
         assert (tmp_path / "run" / "embed" / "_SUCCESS.json").exists() and not (tmp_path / "run" / "cluster").exists()
-    config = load_config(JOB.with_suffix(".yaml"), overrides(tmp_path / "pool", tmp_path / "run", *keys, "budget=0.5"))
+    config = config_of(tmp_path / "pool", tmp_path / "run", *keys, "budget=0.5")
     plan = describe_plan(config)
     assert "pool      12 images" in plan and "budget    5 images" in plan
 

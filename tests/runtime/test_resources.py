@@ -27,7 +27,7 @@ def faiss_for_gpus(monkeypatch):
 
 
 def config(*overrides: str) -> Config:
-    return digits_config(Path("/run"), "cluster.num_workers=null", *overrides)
+    return digits_config(Path("/run"), "embed.num_workers=null", "cluster.num_workers=null", *overrides)
 
 
 def requests_of(name: str, devices: Devices, *overrides: str) -> list[Request]:

@@ -19,10 +19,10 @@ from elfs_ray.pool.images import decode_proxy_image
 from elfs_ray.stages.embed import EmbedResult
 from elfs_ray.stages.embed import blocks as embed_blocks
 from elfs_ray.stages.embed import run as embed
-from elfs_ray.stages.index import IndexResult
 from elfs_ray.stages.index import run as index
 from elfs_ray.storage import schema
 from elfs_ray.storage.run_dir import RunDir
+from tests.embedding import embed_in_this_process
 from tests.image_files import encode, grey_png
 from tests.tables import contents, digits_config, mark
 
@@ -139,7 +139,7 @@ def with_plain_pillow(shown: Image.Image, size: int) -> Image.Image:
 def embedded(ray_cluster, pool, tmp_path_factory) -> tuple[Path, dict]:
     """Return a run with the encoder `pixels`, whose embeddings can be computed by hand."""
     folder = tmp_path_factory.mktemp("embedded")
-    return folder, run(pool[0], folder, "embed.num_workers=2")
+    return folder, run(pool[0], folder)
 
 
 @pytest.fixture(scope="module")
@@ -245,20 +245,17 @@ def test_a_resumed_run_repairs_what_is_missing_and_leaves_the_rest_alone(undistu
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")} == times
 
 
-def embed_in_this_process(pool: Path, folder: Path, *overrides: str) -> None:
-    config, run_dir = settings(pool, folder, *overrides), RunDir(folder)
+def index_and_embed_here(pool: Path, folder: Path) -> None:
+    config, run_dir = settings(pool, folder), RunDir(folder)
     if not (folder / "index").exists():
         mark(run_dir, index.run_index(config, run_dir))
-    job = embed.make_job(config, run_dir)
-    encoder = embed._DecodeAndEncodeBlock(job, "cpu")
-    for block in embed.pending_blocks(run_dir, job.blocks(IndexResult.read(run_dir).rows)):
-        encoder({"first": [block[0]], "last": [block[1]]})
+    embed_in_this_process(config, run_dir)
 
 
 def test_every_format_of_the_same_pool_gives_the_same_bytes(ray_cluster, digit_pools, tmp_path):
     tables = {}
     for kind, uri in digit_pools.uris.items():
-        embed_in_this_process(uri, tmp_path / kind)
+        index_and_embed_here(uri, tmp_path / kind)
         tables[kind] = contents(tmp_path / kind, *TABLES)
     assert len(tables["folder"]) == 2 * 8
     assert all(table == tables["folder"] for table in tables.values())
@@ -268,12 +265,12 @@ def test_an_image_that_can_be_read_again_is_no_longer_rejected(ray_cluster, pool
     whole = digit_pools.uris["folder"]
     shutil.copytree(whole, tmp_path / "pool")
     (tmp_path / "pool" / "0" / "000.png").write_bytes(b"")
-    embed_in_this_process(tmp_path / "pool", tmp_path / "run")
+    index_and_embed_here(tmp_path / "pool", tmp_path / "run")
     assert rows(tmp_path / "run", "rejected")["sample_id"].to_pylist() == [0]
     shutil.copy(whole / "0" / "000.png", tmp_path / "pool" / "0" / "000.png")
     (tmp_path / "run" / "embeddings" / schema.range_file(0, 14)).unlink()
-    embed_in_this_process(tmp_path / "pool", tmp_path / "run")
-    embed_in_this_process(whole, tmp_path / "whole")
+    index_and_embed_here(tmp_path / "pool", tmp_path / "run")
+    index_and_embed_here(whole, tmp_path / "whole")
     assert contents(tmp_path / "run", *TABLES) == contents(tmp_path / "whole", *TABLES)
 
 

@@ -226,12 +226,14 @@ def test_two_linear_workers_record_what_a_plain_loop_keeps(ray_cluster, tmp_path
     assert result.history[-1]["accuracy"] > 0.85
 
 
+@pytest.mark.slow
 def test_a_diverged_loss_stops_at_once_with_epoch_step_and_learning_rate(ray_cluster, tmp_path):
     overrides = ("train.lr=1e9", "train.num_workers=2", "train.cpus_per_worker=1", "train.max_failures=-1")
     with pytest.raises(RuntimeError, match=r"loss is (nan|inf) at epoch 0, step \d+, learning rate \S+e\+\d"):
         run(tmp_path, *overrides)
 
 
+@pytest.mark.slow
 def test_an_image_that_cannot_be_decoded_stops_training_with_its_id(ray_cluster, tmp_path):
     write_clustered(RunDir(str(tmp_path)), 200)
     path = sorted((tmp_path / "proxy_images").iterdir())[1]

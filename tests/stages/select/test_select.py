@@ -2,6 +2,7 @@
 
 import itertools
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -42,29 +43,51 @@ def read(run_dir: RunDir, table: str) -> dict[str, np.ndarray]:
     return {name: rows[name].to_numpy() for name in rows.column_names}
 
 
-@pytest.mark.parametrize("score", ["aum", "forgetting", "el2n", "correctness"])
-@pytest.mark.parametrize("hard_fraction", [0.0, 0.25, 0.8])
-def test_coreset_equals_sort_and_slice_for_every_score_and_beta(
-    ray_cluster, tmp_path, monkeypatch, score, hard_fraction
-):
+@pytest.fixture(scope="module")
+def trained(ray_cluster, tmp_path_factory) -> tuple[RunDir, dict]:
+    """Return a run directory that is complete up to its scores, in several files, and the records of its training.
+
+    Each test writes its own coreset there.
+    """
+    run_dir = RunDir(tmp_path_factory.mktemp("trained"))
+    records = write_trained(run_dir)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(select, "IDS_PER_FILE", 300)
+        select.run_select(digits_config(Path(run_dir.uri)), run_dir)
+    return run_dir, records
+
+
+@pytest.fixture
+def select_again(trained, monkeypatch):
+    """Return a function that selects in the run directory of `trained`, into several files."""
     monkeypatch.setattr(select, "IDS_PER_FILE", 300)
     monkeypatch.setattr(selection, "RANKS_PER_FILE", 70)
-    run_dir = RunDir(tmp_path)
-    records = write_trained(run_dir)
-    config = digits_config(tmp_path, f"select.score={score}", f"select.hard_fraction={hard_fraction}")
-    result = select.run_select(config, run_dir)
+    run_dir, _ = trained
+    for table in ("coreset", "coreset-0.1", "coreset-0.3"):
+        filesystem.delete(run_dir.path(table))
+    return lambda *overrides: select.run_select(digits_config(Path(run_dir.uri), *overrides), run_dir)
+
+
+@pytest.mark.parametrize("score", ["aum", "forgetting", "el2n", "correctness"])
+def test_coresets_equal_sort_and_slice_for_every_score_budget_and_beta(trained, select_again, score):
+    run_dir, records = trained
+    budgets = {"coreset": (0.2, 0.8), "coreset-0.3": (0.3, 0.0), "coreset-0.1": (0.1, 0.25)}
+    keys = ["budget=[0.2,0.3,0.1]", "select.hard_fraction=[0.8,0,0.25]"]
+    result = select_again(f"select.score={score}", *keys)
 
     ids, plain = records["sample_id"], plain_scores(records)[score]
     hardness = plain.astype(np.float32) * (1 if HARD_IS_LOW[score] else -1)
     order = ids[np.lexsort((ids, hardness))]
-    start, count = int(hard_fraction * len(ids)), len(ids) // 5
-    coreset = read(run_dir, "coreset")
-    np.testing.assert_array_equal(coreset["sample_id"], order[start : start + count])
-    np.testing.assert_array_equal(coreset["rank"], np.arange(count))
-    assert result.rows == count
-    first = result.coresets["coreset"]
-    assert (first.num_hard, first.num_easy) == (start, len(ids) - start - count)
-    assert (tmp_path / "coreset.txt").read_text().splitlines() == [f"/digits/{i}.png" for i in coreset["sample_id"]]
+    for table, (budget, hard_fraction) in budgets.items():
+        start, count = int(hard_fraction * len(ids)), int(budget * len(ids))
+        coreset = read(run_dir, table)
+        np.testing.assert_array_equal(coreset["sample_id"], order[start : start + count])
+        np.testing.assert_array_equal(coreset["rank"], np.arange(count))
+        selected = result.coresets[table]
+        assert (selected.num_hard, selected.num_easy) == (start, len(ids) - start - count)
+        uris = filesystem.read_bytes(run_dir.path(f"{table}.txt")).decode().splitlines()
+        assert uris == [f"/digits/{i}.png" for i in coreset["sample_id"]]
+    assert result.rows == len(ids) // 5
 
 
 def test_scores_equal_the_plain_formulas_and_cover_every_sample(ray_cluster, tmp_path):
@@ -142,14 +165,10 @@ def kept_by_class(ids: np.ndarray, scores: np.ndarray, hard_fraction: float, sha
 
 
 @pytest.mark.parametrize("hard_fraction", [0.0, 0.45])
-def test_balance_keeps_an_equal_window_of_every_pseudo_class(ray_cluster, tmp_path, monkeypatch, hard_fraction):
-    monkeypatch.setattr(select, "IDS_PER_FILE", 300)
-    monkeypatch.setattr(selection, "RANKS_PER_FILE", 70)
-    run_dir = RunDir(tmp_path)
-    records = write_trained(run_dir)
+def test_balance_keeps_an_equal_window_of_every_pseudo_class(trained, select_again, hard_fraction):
+    run_dir, records = trained
     ids, aum = records["sample_id"], plain_scores(records)["aum"].astype(np.float32)
-    config = digits_config(tmp_path, "select.balance=true", f"select.hard_fraction={hard_fraction}")
-    select.run_select(config, run_dir)
+    select_again("select.balance=true", f"select.hard_fraction={hard_fraction}")
     coreset = read(run_dir, "coreset")
     assert set(coreset["sample_id"].tolist()) == kept_by_class(ids, aum, hard_fraction, dict.fromkeys(range(10), 20))
     place = {sample_id: at for at, sample_id in enumerate(ids.tolist())}
@@ -182,13 +201,10 @@ def in_memory(method: str, balance: bool, ids: np.ndarray, scores: dict, count: 
 
 @pytest.mark.parametrize("balance", [False, True])
 @pytest.mark.parametrize("method", ["hardest", "easiest", "random", "stratified", "dual_beta"])
-def test_every_method_over_files_keeps_what_it_keeps_in_memory(ray_cluster, tmp_path, monkeypatch, method, balance):
-    monkeypatch.setattr(select, "IDS_PER_FILE", 300)
-    monkeypatch.setattr(selection, "RANKS_PER_FILE", 70)
-    run_dir = RunDir(tmp_path)
-    ids = write_trained(run_dir)["sample_id"]
-    overrides = [f"select.method={method}", f"select.balance={balance}", "seed=4", "select.num_strata=7"]
-    result = select.run_select(digits_config(tmp_path, *overrides), run_dir)
+def test_every_method_over_files_keeps_what_it_keeps_in_memory(trained, select_again, method, balance):
+    run_dir, records = trained
+    ids = records["sample_id"]
+    result = select_again(f"select.method={method}", f"select.balance={balance}", "seed=4", "select.num_strata=7")
     coreset = read(run_dir, "coreset")
     # A random selection reads no scores, and writes none.
     unread = dict.fromkeys(("aum", "dual", "dual_mean_prob"), np.ones(len(ids)))
@@ -200,15 +216,20 @@ def test_every_method_over_files_keeps_what_it_keeps_in_memory(ray_cluster, tmp_
 
 @pytest.mark.parametrize("method", ["double_end", "stratified", "dual_beta"])
 def test_several_budgets_at_once_are_the_coresets_of_each_alone(ray_cluster, tmp_path, method):
-    write_trained(RunDir(tmp_path / "all"))
-    together = [f"select.method={method}", "budget=[0.1,0.3,50]", "select.hard_fraction=[0.4,0.2,0.1]"]
-    select.run_select(digits_config(tmp_path / "all", *together), RunDir(tmp_path / "all"))
-    for table, budget, beta in (("coreset", "0.1", 0.4), ("coreset-0.3", "0.3", 0.2), ("coreset-50", "50", 0.1)):
-        alone = RunDir(tmp_path / table)
-        write_trained(alone)
+    run_dir = RunDir(tmp_path)
+    write_trained(run_dir)
+    budgets = (("coreset", "0.1", 0.4), ("coreset-0.3", "0.3", 0.2), ("coreset-50", "50", 0.1))
+    alone = {}
+    for table, budget, beta in budgets:
         overrides = [f"select.method={method}", f"budget={budget}", f"select.hard_fraction={beta}"]
-        select.run_select(digits_config(tmp_path / table, *overrides), alone)
-        together, separate = contents(tmp_path / "all", table), contents(tmp_path / table, "coreset")
+        filesystem.delete(run_dir.path("coreset"))
+        select.run_select(digits_config(tmp_path, *overrides), run_dir)
+        alone[table] = contents(tmp_path, "coreset")
+    filesystem.delete(run_dir.path("coreset"))
+    keys = [f"select.method={method}", "budget=[0.1,0.3,50]", "select.hard_fraction=[0.4,0.2,0.1]"]
+    select.run_select(digits_config(tmp_path, *keys), run_dir)
+    for table, separate in alone.items():
+        together = contents(tmp_path, table)
         assert {filesystem.basename(path): data for path, data in together.items()} == {
             filesystem.basename(path): data for path, data in separate.items()
         }
@@ -297,7 +318,10 @@ def write_scored(folder, scores: np.ndarray, num_files: int) -> ScoredPool:
 
 @pytest.mark.parametrize(
     ("num_samples", "num_files", "num_workers"),
-    [(1, 1, 1), (10, 7, 4), (999, 3, 2), (1000, 1, 1), (1000, 5, 4), (100_000, 7, 3), (100_000, 2, 2)],
+    [
+        *((1, 1, 1), (10, 7, 4), (999, 3, 2), (100_000, 7, 3)),
+        *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in [(1000, 1, 1), (1000, 5, 4), (100_000, 2, 2)]),
+    ],
 )
 def test_double_end_is_sort_and_slice_for_every_rate_and_beta(
     ray_cluster, tmp_path, monkeypatch, num_samples, num_files, num_workers

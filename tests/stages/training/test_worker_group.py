@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from elfs_ray.runtime.resources import Request
+from elfs_ray.stages.training import worker_group
 from elfs_ray.stages.training.worker_group import WorkerGroup, run_workers
 from elfs_ray.storage import filesystem
 
@@ -42,6 +43,7 @@ def test_a_torn_read_uses_a_retry(ray_cluster, tmp_path):
     assert len(list(tmp_path.glob("try-*"))) == 2
 
 
+@pytest.mark.slow
 def test_a_damaged_file_ends_training_after_its_retries_and_is_named(ray_cluster, tmp_path):
     path = tmp_path / "rows.parquet"
     write_torn(path)
@@ -63,3 +65,25 @@ def test_any_other_value_error_ends_training_at_once(ray_cluster, tmp_path):
     with pytest.raises(RuntimeError, match="training stopped: sample_id 7 has no image"):
         run_workers(group(tmp_path, max_failures=-1), work, tmp_path)
     assert len(list(tmp_path.glob("try-*"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "is_final"),
+    [(FloatingPointError, True), (ValueError, True), (pa.ArrowInvalid, False), (OSError, False)],
+)
+def test_a_restarted_group_does_no_work_after_a_final_error(tmp_path, error, is_final):
+    tries = []
+
+    def work(job: None) -> None:
+        tries.append(job)
+        raise error("loss is nan at epoch 0")
+
+    loop_config = {"group": group(tmp_path, max_failures=1), "worker": work, "job": None}
+    with pytest.raises(error):
+        worker_group._work(loop_config)
+    written = tmp_path / worker_group.FAILURE_FILE
+    assert written.exists() == is_final
+    if is_final:
+        assert written.read_text() == "loss is nan at epoch 0"
+        worker_group._work(loop_config)
+    assert len(tries) == 1

@@ -1,0 +1,14 @@
+"""Stage embed without Ray Data, for tests of what becomes of each image: no process has to start for it."""
+
+from elfs_ray.config import Config
+from elfs_ray.stages.embed import run as embed
+from elfs_ray.stages.index import IndexResult
+from elfs_ray.storage.run_dir import RunDir
+
+
+def embed_in_this_process(config: Config, run_dir: RunDir) -> None:
+    """Embed every block that is left, one after the other, by the code that the encoders on CPUs run."""
+    job = embed.make_job(config, run_dir)
+    encoder = embed._DecodeAndEncodeBlock(job, "cpu")
+    for first, last in embed.pending_blocks(run_dir, job.blocks(IndexResult.read(run_dir).rows)):
+        encoder({"first": [first], "last": [last]})
