@@ -131,6 +131,7 @@ def test_a_selection_that_another_driver_has_just_made_is_not_repeated(copy, mon
     assert output.count("select    complete in") == 1 and "nothing to do" in output
 
 
+@pytest.mark.slow
 def test_auto_and_search_choose_a_hard_fraction_with_the_runs_network(finished):
     keys = ["budget=[0.1,0.3]", "select.hard_fraction=[auto,search]", "select.search_step=0.4"]
     arguments = [f"run_dir={finished}", "name=found", "ray_address=local", *keys, "select.search_iterations=3"]

@@ -100,6 +100,7 @@ def test_a_worker_killed_in_an_iteration_changes_no_byte(ray_cluster, tmp_path, 
     assert disturbed == undisturbed
 
 
+@pytest.mark.slow
 def test_a_killed_driver_resumes_at_its_last_iteration_to_the_same_bytes(ray_cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(cluster, "SAVE_INTERVAL_S", 0.0)
     calls = []
@@ -175,6 +176,15 @@ def test_a_pool_smaller_than_a_batch_of_temi_is_one_even_batch():
         temi_settings(config, 10, num_samples=5000, num_workers=3)
 
 
+def test_temi_labels_every_sample_by_its_best_head(ray_cluster, tmp_path):
+    """Its worker gets every CPU of the cluster, also those that k-means held."""
+    _, result = run(tmp_path, *TEMI, "cluster.temi.num_epochs=2")
+    assert sum(result.sizes) == len(labels_of(tmp_path)) == 1000
+    assert len(result.temi["head_losses"]) == 3
+    assert result.temi["head"] == np.argmin(result.temi["head_losses"])
+
+
+@pytest.mark.slow
 def test_temi_gives_better_labels_than_k_means_and_reports_its_heads(ray_cluster, tmp_path):
     _, kmeans_result = run(tmp_path / "kmeans")
     _, result = run(tmp_path / "temi", *TEMI, "cluster.temi.num_epochs=25")

@@ -70,6 +70,7 @@ def test_the_inverted_file_reaches_the_requested_recall(ray_cluster, tmp_path):
     assert metrics["recall"] == recall(neighbors_in(run_dir), exact) >= 0.9, "all of this pool is the sample"
 
 
+@pytest.mark.slow
 def test_the_inverted_file_finds_the_neighbours_of_uneven_groups(ray_cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(neighbor_search, "RECALL_QUERIES", 100)
     run_dir, rows = RunDir(tmp_path), uneven_pool()
@@ -97,7 +98,7 @@ def test_the_inverted_file_has_no_more_lists_than_distinct_embeddings(ray_cluste
     assert (neighbors_in(run_dir) >= 0).all()
 
 
-@pytest.mark.parametrize("num_workers", [1, 50])
+@pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.slow), 50])
 def test_the_inverted_file_needs_no_more_than_one_free_cpu(ray_cluster, tmp_path, monkeypatch, num_workers):
     run_dir = RunDir(tmp_path)
     write_embedded(run_dir)

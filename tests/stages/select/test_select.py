@@ -207,7 +207,7 @@ def test_every_method_over_files_keeps_what_it_keeps_in_memory(trained, select_a
     result = select_again(f"select.method={method}", f"select.balance={balance}", "seed=4", "select.num_strata=7")
     coreset = read(run_dir, "coreset")
     # A random selection reads no scores, and writes none.
-    unread = dict.fromkeys(("aum", "dual", "dual_mean_prob"), np.ones(len(ids)))
+    unread = dict.fromkeys(("aum", "dual", "dual_mean_prob"), np.ones(len(ids), np.float32))
     scores = unread if method == "random" else read(run_dir, "scores")
     np.testing.assert_array_equal(np.sort(coreset["sample_id"]), in_memory(method, balance, ids, scores, 200))
     assert result.rows == 200
