@@ -291,10 +291,9 @@ def _rate_of_encoder(work: Work) -> dict[str, float]:
     size = encoder.input.crop
     images = np.random.default_rng(0).integers(0, 256, (work.num_images, size, size, 3), np.uint8)
     seconds = take_turns({"encode": lambda: [encoder.encode(part) for part in np.split(images, 4)]}, 5)["encode"]
-    return {
-        "encoder_images_s": work.num_images / seconds,
-        "encoder_tflop_s": work.num_images * VIT_FLOP / seconds / 1e12,
-    }
+    images_s = work.num_images / seconds
+    arithmetic = {"encoder_tflop_s": images_s * VIT_FLOP / 1e12} if weights else {}
+    return {"encoder_images_s": images_s, **arithmetic}
 
 
 def _rates_of_assignment(work: Work, device: torch.device) -> dict[str, float]:
