@@ -22,13 +22,13 @@ from threadpoolctl import threadpool_limits
 from elfs_ray.methods.selection.coverage import SIMILARITY_ONE, facility_location, highest_similarity
 from elfs_ray.runtime.cluster import connect
 from elfs_ray.stages.select.coverage import score_by_coverage
+from elfs_ray.stages.select.run import IDS_PER_FILE
 from elfs_ray.stages.select.scored_pool import DIRECTIONS, ScoredPool
 from elfs_ray.stages.select.unscored_pool import write_pool
 from elfs_ray.storage import schema
 from elfs_ray.storage.run_dir import RunDir
 
 TARGET_S, TARGET_GIB = 600.0, 4.0  # for a million samples and a budget of 10,000
-IDS_PER_FILE = 1 << 18
 
 
 def main() -> None:

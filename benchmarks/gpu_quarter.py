@@ -23,7 +23,6 @@ command continues. Keys after the options go to the pipeline, over those of CIFA
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -39,7 +38,7 @@ import numpy as np
 import torch
 from reporting import command_line, take_turns
 from torch import nn
-from tracks import ROOT, parts_of, write_digits
+from tracks import ROOT, parts_of, run_for, write_digits
 from training import ceiling, wait
 
 from elfs_ray import load_config
@@ -58,7 +57,6 @@ from elfs_ray.stages.select import SelectResult
 from elfs_ray.stages.train import TrainResult
 from elfs_ray.storage.run_dir import RunDir
 
-EXIT_MORE = 3
 RESULTS = "results.jsonl"
 VIT_FLOP = 35.2e9  # of ViT-B/16 for an image of 224 pixels: 17.6 billion multiply-adds
 
@@ -90,8 +88,8 @@ class Work:
         return "cuda" if torch.cuda.is_available() else "cpu"
 
     @property
-    def run_dir(self) -> RunDir:
-        return RunDir(str(self.folder / "run"))
+    def run_dir(self) -> Path:
+        return self.folder / "run"
 
 
 METHODS = (
@@ -116,7 +114,7 @@ CIFAR10: dict[str, Any] = {
         "rates": 60,
     },
 }
-# With --quick there is neither a GPU nor time: an untrained encoder, k-means, an epoch of everything.
+# With --quick there is neither a GPU nor time: small networks, and an epoch or two of everything.
 QUICK: dict[str, Any] = {
     "pipeline": (
         *("embed.encoder=self_supervised", "embed.image_size=null", "pretrain.profile=cpu", "pretrain.epochs=1"),
@@ -147,23 +145,16 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="every part on 1,000 digits and CPUs")
     parser.add_argument("keys", nargs="*", metavar="key=value", help="keys of the pipeline")
     arguments = parser.parse_args()
-    # As a KeyboardInterrupt, because Ray catches and wraps every other exception.
-    signal.signal(signal.SIGALRM, signal.default_int_handler)
-    signal.setitimer(signal.ITIMER_REAL, 60 * arguments.minutes)
-    try:
-        if arguments.quick:
-            with tempfile.TemporaryDirectory() as name:
-                folder = Path(name)
-                run_parts(Work(*write_digits(folder), folder, **QUICK), arguments.part or list(PARTS))
-            return 0
-        if arguments.data is None:
-            parser.error("give --data, a folder with train.parquet and test.parquet, or --quick")
-        settings = {**CIFAR10, "pipeline": (*CIFAR10["pipeline"], *arguments.keys)}
-        run_parts(Work(*parts_of(arguments.data), arguments.folder, **settings), arguments.part or list(PARTS))
-    except KeyboardInterrupt:
-        print("stopped, and all results are kept: run the same command to continue", file=sys.stderr)
-        return EXIT_MORE
-    return 0
+    names = arguments.part or list(PARTS)
+    if arguments.quick:
+        with tempfile.TemporaryDirectory() as folder:
+            work = Work(*write_digits(Path(folder)), Path(folder), **QUICK)
+            return run_for(arguments.minutes, partial(run_parts, work, names))
+    if arguments.data is None:
+        parser.error("give --data, a folder with train.parquet and test.parquet, or --quick")
+    settings = {**CIFAR10, "pipeline": (*CIFAR10["pipeline"], *arguments.keys)}
+    work = Work(*parts_of(arguments.data), arguments.folder, **settings)
+    return run_for(arguments.minutes, partial(run_parts, work, names))
 
 
 def run_parts(work: Work, names: list[str]) -> None:
@@ -262,13 +253,13 @@ PARTS: dict[str, Callable[[Work], dict[str, Any]]] = {
 
 
 def _run_pipeline(work: Work, until: str | None) -> RunDir:
-    places = (f"pool.uri={work.pool}", "pool.label=label", f"run_dir={work.folder / 'run'}")
+    places = (f"pool.uri={work.pool}", "pool.label=label", f"run_dir={work.run_dir}")
     keys = [*work.pipeline, *places, *([f"until={until}"] if until else [])]
     return runner.run(load_config(ROOT / "jobs" / "cifar10.yaml", keys))
 
 
 def _evaluate(work: Work, budget: float, methods: tuple[str, ...], num_seeds: int = 3) -> dict[str, Any]:
-    keys = [f"runs=[{work.folder / 'run'}]", f"out={work.folder / 'judged'}", f"test_uri={work.test}"]
+    keys = [f"runs=[{work.run_dir}]", f"out={work.folder / 'judged'}", f"test_uri={work.test}"]
     keys += [f"methods=[{','.join(methods)}]", f"budgets=[{budget}]", f"num_seeds={num_seeds}"]
     results = evaluation.run(load([*keys, *work.evaluation]))
     (quality,) = results.quality.values()

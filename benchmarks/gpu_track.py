@@ -11,15 +11,14 @@ the last epoch of the proxy or the last minute of a training, and the same comma
 table is complete. --quick runs every part on 1,000 digits with a small network, and also works on CPUs.
 """
 
-import signal
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from reporting import command_line
-from tracks import Track, parts_of, run_track, write_digits
+from tracks import Track, parts_of, run_for, run_track, write_digits
 
-EXIT_MORE = 3
 BUDGETS = (0.1, 0.2, 0.3, 0.5, 0.7)
 METHODS = (
     *("random", "prototypicality", "d2", "zcore", "aum_hardest", "elfs", "elfs_auto", "dual"),
@@ -59,23 +58,16 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="every part on 1,000 digits")
     arguments = parser.parse_args()
-    # As a KeyboardInterrupt, because Ray catches and wraps every other exception.
-    signal.signal(signal.SIGALRM, signal.default_int_handler)
-    signal.setitimer(signal.ITIMER_REAL, 60 * arguments.minutes)
-    try:
-        if arguments.quick:
-            with tempfile.TemporaryDirectory() as folder:
-                run_track(QUICK, *write_digits(Path(folder)), Path(folder), seeds=1)
-            return 0
-        if arguments.data is None:
-            parser.error("give --data, a folder with train.parquet and test.parquet, or --quick")
-        weights = (f"embed.weights={arguments.weights}",) if arguments.weights else ()
-        track = Track(**{**vars(CIFAR10), "pipeline": (*CIFAR10.pipeline, *weights)})
-        run_track(track, *parts_of(arguments.data), arguments.folder, arguments.seeds)
-    except KeyboardInterrupt:
-        print("this part has ended and its results are kept: run the same command to resume", file=sys.stderr)
-        return EXIT_MORE
-    return 0
+    if arguments.quick:
+        with tempfile.TemporaryDirectory() as folder:
+            pool, test = write_digits(Path(folder))
+            return run_for(arguments.minutes, partial(run_track, QUICK, pool, test, Path(folder), seeds=1))
+    if arguments.data is None:
+        parser.error("give --data, a folder with train.parquet and test.parquet, or --quick")
+    weights = (f"embed.weights={arguments.weights}",) if arguments.weights else ()
+    track = Track(**{**vars(CIFAR10), "pipeline": (*CIFAR10.pipeline, *weights)})
+    measure = partial(run_track, track, *parts_of(arguments.data), arguments.folder, arguments.seeds)
+    return run_for(arguments.minutes, measure)
 
 
 if __name__ == "__main__":

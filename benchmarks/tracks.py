@@ -1,5 +1,9 @@
-"""Run a track: a pipeline, then every training of its evaluation, then its table. For the tracks and ablations.py."""
+"""Run a track: a pipeline, then every training of its evaluation, then its table. For the tracks and ablations.py.
 
+`run_for` also bounds a call of gpu_quarter.py.
+"""
+
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +21,7 @@ from elfs_ray.evaluation.workload import load
 from elfs_ray.pipeline import runner as pipeline
 from elfs_ray.storage import filesystem
 
+EXIT_MORE = 3
 PARTS = ("train", "test")
 SEEDS = 3
 ROOT = Path(__file__).parent.parent
@@ -82,6 +87,19 @@ def run_pipeline(track: Track, pool: Path, run_dir: Path, keys: Sequence[str] = 
     """Complete a track's pipeline, with `keys` over those of the track."""
     places = [f"pool.uri={pool}", "pool.label=label", f"run_dir={run_dir}", f"budget={list(track.budgets)}"]
     pipeline.run(load_config(track.yaml and ROOT / "jobs" / track.yaml, [*track.pipeline, *keys, *places]))
+
+
+def run_for(minutes: float, measure: Callable[[], None]) -> int:
+    """Run `measure` for so many minutes at most; return the exit code, EXIT_MORE if the time or Ctrl-C stopped it."""
+    # As a KeyboardInterrupt, because Ray catches and wraps every other exception.
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
+    try:
+        measure()
+    except KeyboardInterrupt:
+        print("this part has ended and its results are kept: run the same command to resume", file=sys.stderr)
+        return EXIT_MORE
+    return 0
 
 
 def parts_of(folder: Path) -> tuple[Path, Path]:

@@ -24,7 +24,7 @@ from elfs_ray.methods.numeric.hashing import hash_uint64
 from elfs_ray.runtime.cluster import run_tasks
 from elfs_ray.runtime.progress import Progress
 from elfs_ray.stages.cluster import ClusterResult
-from elfs_ray.stages.training.classifier_inputs import kept_or_computed
+from elfs_ray.stages.training.classifier_inputs import kept_or_computed, load_embeddings
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
@@ -125,9 +125,8 @@ def _vote(run_dir: RunDir, labelled: list[ray.ObjectRef], queries: np.ndarray, d
     torch.set_num_threads(1)  # a task holds one CPU; by default torch would use every core
     sample_ids, classes = ray.get(labelled[0])
     numbers = np.unique(classes, return_inverse=True)[1]
-    rows = run_dir.read_rows(schema.EMBEDDINGS, sample_ids[queries], [schema.EMBEDDING])
     nearest = nearest_neighbors(
-        schema.matrix_of(rows, schema.EMBEDDING),
+        load_embeddings(run_dir, sample_ids[queries]),
         sample_ids[queries],
         _labelled_shards(run_dir, sample_ids),
         min(NUM_NEIGHBORS, len(sample_ids) - 1),

@@ -11,7 +11,7 @@ import posixpath
 import re
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from typing import Any, TypeVar
@@ -153,11 +153,15 @@ def local_file(uri: str) -> Iterator[str]:
 
 
 @explained
-def read_range(uri: str, column: str, first: int, last: int) -> pa.Table:
-    """Read the rows of a Parquet file with first <= column <= last; row groups that can have none are skipped."""
+def read_range(uri: str, column: str, first: int, last: int, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read the rows of a Parquet file with first <= column <= last; row groups that can have none are skipped.
+
+    columns: those to read, None for all.
+    """
     filesystem, path = resolve(uri)
     condition = [(column, ">=", first), (column, "<=", last)]
-    return pq.read_table(path, filesystem=filesystem, partitioning=None, filters=condition)
+    selected = None if columns is None else list(columns)
+    return pq.read_table(path, filesystem=filesystem, partitioning=None, columns=selected, filters=condition)
 
 
 @explained

@@ -8,7 +8,7 @@ tables readable to later stages.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -197,12 +197,14 @@ class RunDir:
         order = np.argsort(row_ids)
         return rows.take(order[np.searchsorted(row_ids[order], sample_ids)])
 
-    def read_range(self, *parts: str, first: int, last: int) -> Iterator[pa.Table]:
+    def read_range(
+        self, *parts: str, first: int, last: int, columns: Sequence[str] | None = None
+    ) -> Iterator[pa.Table]:
         """Yield the rows with first <= sample_id <= last of a table that lies in range files, a table for each file."""
         for path in self.table_files(*parts):
             file_first, file_last = schema.parse_range_file(path)
             if file_first <= last and file_last >= first:
-                yield filesystem.read_range(path, schema.SAMPLE_ID, first, last)
+                yield filesystem.read_range(path, schema.SAMPLE_ID, first, last, columns)
 
     def _read_marker(self, stage: str, name: str) -> Marker | None:
         path = self.path(stage, name)

@@ -15,9 +15,8 @@ from elfs_ray.evaluation import job
 from elfs_ray.evaluation.keys import keys_of_job
 from elfs_ray.methods.training.linear_probe import L2_PENALTY
 from elfs_ray.methods.training.networks import EMBEDDING_LENGTH
-from elfs_ray.storage import schema
 from elfs_ray.storage.run_dir import RunDir
-from tests.tables import digit_images, png
+from tests.tables import digit_images, embeddings_of, png
 
 JOBS = Path(__file__).parent.parent.parent / "jobs"
 NUM_POOL, NUM_TEST = 300, 100
@@ -95,10 +94,7 @@ def test_a_run_without_training_is_evaluated_by_linear_probes(ray_cluster, digit
     lines = {line.name: line for line in results.lines}
     rows = pq.read_table(out / "results.parquet").to_pylist()
     assert {(row["network"], row["iterations"]) for row in rows} == {("linear_probe", None)}
-    train, test = (
-        np.concatenate([schema.matrix_of(rows, "embedding") for rows in RunDir(place).read_table("embeddings")])
-        for place in (tmp_path, out / "test")
-    )
+    train, test = (embeddings_of(RunDir(place)) for place in (tmp_path, out / "test"))
     labels = digit_images(NUM_POOL + NUM_TEST)[1]
     reference = LogisticRegression(C=1 / (2 * NUM_POOL * L2_PENALTY), max_iter=5000)
     reference.fit(EMBEDDING_LENGTH * train.astype(np.float64), labels[:NUM_POOL])

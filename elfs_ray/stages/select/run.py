@@ -3,11 +3,10 @@
 Reads   index/, and what the method needs: clusters/pseudo_labels and dynamics/, or embeddings/ or neighbors/ alone;
         proxy_images/ for search
 Writes  scores/ (a file for each 262,144 ids; the score prototypicality is the distance to the centroid), or
-        select/pool/ for a method without training dynamics,
-        select/<method>/ (the scores of coverage, random, d2 or zcore),
-        select/search/ (the trainings of a search for the hard fraction), and the coreset of each budget, the hardest or
-        the first chosen first, with a file for each 1,048,576
-        ranks, and its uris as text: coreset/ and coreset.txt for the first budget, coreset-<budget> for every other
+        select/pool/ for a method without training dynamics; select/<method>/ (the scores of coverage, random, d2 or
+        zcore), select/search/ (the trainings of a search for the hard fraction), and the coreset of each budget, the
+        hardest or the first chosen first, with a file for each 1,048,576 ranks, and its uris as text: coreset/ and
+        coreset.txt for the first budget, coreset-<budget> for every other
 
 The whole pool is never sorted. One task scores each range of ids from all epochs. Hard fractions that are not numbers
 in the config are chosen (hard_fraction.py). The cuts around the kept samples are found exactly from histograms

@@ -60,10 +60,5 @@ def _write_range(run_dir: RunDir, first: int, last: int, has_clusters: bool) -> 
 
 def _embedded_ids(run_dir: RunDir, first: int, last: int) -> np.ndarray:
     """Return the ids of the embedded samples from first to last, ascending (n,) int64."""
-    columns = []
-    for path in run_dir.table_files(schema.EMBEDDINGS):
-        file_first, file_last = schema.parse_range_file(path)
-        if file_first <= last and file_last >= first:
-            columns.append(filesystem.read_table(path, [schema.SAMPLE_ID])[schema.SAMPLE_ID].to_numpy())
-    ids = np.concatenate([np.empty(0, np.int64), *columns])
-    return ids[(first <= ids) & (ids <= last)]
+    parts = run_dir.read_range(schema.EMBEDDINGS, first=first, last=last, columns=[schema.SAMPLE_ID])
+    return np.concatenate([np.empty(0, np.int64), *(rows[schema.SAMPLE_ID].to_numpy() for rows in parts)])

@@ -39,9 +39,9 @@ def test_the_coreset_is_the_greedy_selection_in_its_order(ray_cluster, tmp_path,
         lines = (tmp_path / f"{table}.txt").read_text().splitlines()
         assert lines == [f"/digits/{i}.png" for i in rows["sample_id"]]
         random = embeddings[pruning.random_selection(ids, budget, seed=0)]
-        found = result.coresets[table].coverage
+        coverage = result.coresets[table].coverage
         for name, chosen in (("coreset", embeddings[expected.order[:budget]]), ("random", random)):
-            assert found[name] == pytest.approx(highest_similarity(embeddings, chosen).mean() / SIMILARITY_ONE)
+            assert coverage[name] == pytest.approx(highest_similarity(embeddings, chosen).mean() / SIMILARITY_ONE)
     assert not (tmp_path / "scores").exists()
 
 
@@ -67,7 +67,7 @@ def test_the_number_of_workers_and_a_killed_one_change_nothing(ray_cluster, tmp_
             os.kill(os.getpid(), signal.SIGKILL)
         return nominate(slices, *arguments)
 
-    found = set()
+    outcomes = set()
     for num_workers in (1, 2, 3, 7, "killed"):
         if num_workers == "killed":
             monkeypatch.setattr(coverage, "_nominate", die_once)
@@ -75,9 +75,9 @@ def test_the_number_of_workers_and_a_killed_one_change_nothing(ray_cluster, tmp_
             monkeypatch.setattr(cluster, "num_cpus", lambda count=num_workers: count)
         select.run_select(config, run_dir)
         files = contents(tmp_path / "run", "coreset", "select") | {"text": (tmp_path / "run/coreset.txt").read_bytes()}
-        found.add(tuple(sorted(files.items())))
+        outcomes.add(tuple(sorted(files.items())))
     assert killed.exists()
-    assert len(found) == 1
+    assert len(outcomes) == 1
 
 
 @pytest.mark.parametrize("rows", [130, 20_000])
