@@ -18,6 +18,7 @@ METHODS = ("random", "prototypicality", "d2", "aum_hardest", "elfs")
 SHARED = (
     *("ray_address=local", "cluster.method=temi", "cluster.temi.profile=cpu", "cluster.num_clusters=10"),
     *("train.network=small_cnn", "train.batch_size=128", "train.lr=0.05", "train.num_workers=2"),
+    "select.method=double_end",
     "select.hard_fraction=auto",
 )
 SMALL_NETWORK = ("network=small_cnn", "lr=0.05", "num_tests=5", "ray_address=local")

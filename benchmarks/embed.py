@@ -104,7 +104,7 @@ def _config(run_dir: Path, pool: str) -> Config:
         [
             *(f"run_dir={run_dir}", f"pool.uri={pool}", "budget=0.1", "cluster.num_clusters=10", *encoder),
             *(f"embed.image_size={SIZE}", "embed.proxy_image_size=64", f"embed.batch_size={BATCH}"),
-            *("select.hard_fraction=0.1", "ray_address=local", "until=index"),
+            *("select.method=double_end", "select.hard_fraction=0.1", "ray_address=local", "until=index"),
         ],
     )
 

@@ -208,7 +208,7 @@ def train_encoder(work: Work) -> dict[str, Any]:
 def make_clusters(work: Work) -> dict[str, Any]:
     """Embed, find neighbours and cluster."""
     result = ClusterResult.read(_run_pipeline(work, "cluster"))
-    return {"sizes": result.sizes, "neighbor_purity": result.neighbor_purity}
+    return {"sizes": result.sizes, "trust": dict(result.trust or {})}
 
 
 def train_proxy(work: Work) -> dict[str, Any]:

@@ -298,7 +298,13 @@ def write_embeddings(run_dir: RunDir, num_points: int) -> None:
 
 
 def stage_config(run_dir: RunDir, num_workers: int):
-    required = ["pool.uri=/made/up", "budget=0.1", "cluster.num_clusters=2", "select.hard_fraction=0.1"]
+    required = [
+        "pool.uri=/made/up",
+        "budget=0.1",
+        "cluster.num_clusters=2",
+        "select.method=double_end",
+        "select.hard_fraction=0.1",
+    ]
     return load_config(None, [f"run_dir={run_dir.uri}", f"cluster.num_workers={num_workers}", *required]).cluster
 
 

@@ -89,7 +89,13 @@ def _config(run_dir: Path, pool: str) -> Config:
             *(f"run_dir={run_dir}", f"pool.uri={pool}", "budget=0.1", "ray_address=local", "embed.encoder=pixels"),
             *("embed.image_size=8", f"embed.proxy_image_size={SIZE}", "cluster.num_clusters=100"),
             *("cluster.num_tries=1", "cluster.max_iterations=20", "train.network=small_cnn", "train.epochs=1"),
-            *("train.batch_size=256", "train.augmentation=crop", "train.crop_padding=2", "select.hard_fraction=0.3"),
+            *(
+                "train.batch_size=256",
+                "train.augmentation=crop",
+                "train.crop_padding=2",
+                "select.method=double_end",
+                "select.hard_fraction=0.3",
+            ),
         ],
     )
 

@@ -175,6 +175,7 @@ def _config(run_dir: RunDir, on_gpu: bool, *overrides: str) -> Config:
             "embed.encoder=self_supervised",
             f"embed.proxy_image_size={SIZE}",
             "cluster.num_clusters=10",
+            "select.method=double_end",
             "select.hard_fraction=0.1",
             f"pretrain.profile={'gpu' if on_gpu else 'cpu'}",
             "pretrain.epochs=1000",

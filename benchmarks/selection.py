@@ -101,7 +101,7 @@ def window(num_rows: int) -> tuple[int, int]:
 def select_ids(pool: ScoredPool) -> list[np.ndarray]:
     """Find both cuts as the stage does, then collect the ids between them in a second pass."""
     budget = Budget(int(KEPT * pool.num_ids), HARD_FRACTION)
-    (selection,) = choose(pool, SelectConfig(hard_fraction=HARD_FRACTION), 0, [budget])
+    (selection,) = choose(pool, SelectConfig(method="double_end", hard_fraction=HARD_FRACTION), 0, [budget])
     return list(pool.map_shares(kept_ids, selection))
 
 

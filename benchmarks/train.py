@@ -286,6 +286,7 @@ def _config(run_dir: RunDir, on_gpu: bool, *overrides: str) -> Config:
             f"train.batch_size={BATCH}",
             "train.num_workers=1",
             "train.lr=0.01",
+            "select.method=double_end",
             "select.hard_fraction=0.1",
             *overrides,
         ],

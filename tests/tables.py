@@ -45,6 +45,7 @@ def digits_config(run_dir: Path, *overrides: str) -> Config:
             "train.augmentation=crop",
             "train.crop_padding=1",
             "train.max_failures=0",
+            "select.method=double_end",
             "select.hard_fraction=0.1",
             *overrides,
         ],

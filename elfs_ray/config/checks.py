@@ -209,10 +209,10 @@ def _check_selection(config: Config) -> None:
             f"select.method=d2 needs select.d2_neighbors={num_neighbors} nearest neighbours: give "
             f"cluster.num_neighbors={num_neighbors}"
         )
-    if config.select.method == "coverage" and config.select.balance:
+    if config.select.method in ("auto", "coverage") and config.select.balance:
         raise ConfigError(
-            "select.balance=true with select.method=coverage, which uses no pseudo-labels and covers every kind of "
-            "image anyway: give select.balance=false"
+            f"select.balance=true with select.method={config.select.method}, which covers every kind of image anyway: "
+            "give select.balance=false"
         )
     # Compared as text: 1 (one sample) and 1.0 (the whole pool) are equal numbers but different budgets.
     if len({str(budget) for budget in config.budgets}) < len(config.budgets):

@@ -8,6 +8,7 @@ from omegaconf import MISSING
 from elfs_ray.config.declaration import POSITIVE, Bounds, option
 
 SELECT_METHODS = (
+    "auto",
     "double_end",
     "hardest",
     "easiest",
@@ -19,7 +20,7 @@ SELECT_METHODS = (
     "zcore",
     "coverage",
 )
-WITHOUT_DYNAMICS = ("random", "prototypicality", "d2", "zcore", "coverage")
+WITHOUT_DYNAMICS = ("auto", "random", "prototypicality", "d2", "zcore", "coverage")
 """The methods that read no training dynamics: a run that selects by one of them trains no proxy network."""
 USES_HARD_FRACTION = ("double_end", "stratified")
 FIND_HARD_FRACTION = ("auto", "search")
@@ -36,7 +37,7 @@ else:
 
 def uses_clusters(method: str, balance: bool) -> bool:
     """Return whether a selection reads pseudo-labels, or the distances of samples to the centres of their clusters."""
-    return method not in WITHOUT_DYNAMICS or method == "prototypicality" or (balance and method != "coverage")
+    return method not in WITHOUT_DYNAMICS or method in ("auto", "prototypicality") or (balance and method != "coverage")
 
 
 def _searches(select: "SelectConfig") -> bool:
@@ -50,10 +51,11 @@ class SelectConfig:
     """Scores of the samples, and the selection of the coreset."""
 
     method: str = option(
-        "double_end",
-        "how the coreset is chosen; coverage: in turn the image that makes all images most similar to a chosen one, "
-        "best for few labels; random, prototypicality, d2 and zcore are baselines; none of these five uses the "
-        "training dynamics, and a run with one of them trains no proxy network",
+        "auto",
+        "how the coreset is chosen; coverage: in turn the image that makes all images most similar to a chosen one; "
+        "auto: the same inside each pseudo-class, or in the whole pool if few pseudo-labels look right; double_end: as "
+        "in the paper, by the training dynamics of a proxy network; random, prototypicality, d2 and zcore are "
+        "baselines; auto, coverage and these four train no network",
         choices=SELECT_METHODS,
     )
     score: str = option(

@@ -28,7 +28,14 @@ from elfs_ray.stages.select import STAGE as SELECT
 from elfs_ray.storage.run_dir import Marker, RunDir
 from tests.tables import mark
 
-REQUIRED = ["run_dir=/run", "pool.uri=/pool", "budget=0.1", "cluster.num_clusters=10", "select.hard_fraction=0.3"]
+REQUIRED = [
+    "run_dir=/run",
+    "pool.uri=/pool",
+    "budget=0.1",
+    "cluster.num_clusters=10",
+    "select.method=double_end",
+    "select.hard_fraction=0.3",
+]
 
 SELF_SUPERVISED = "embed.encoder=self_supervised"
 SELECT_INPUTS = ("index", "embed", "cluster", "train")
@@ -103,7 +110,7 @@ def test_an_unknown_key_is_named_with_the_closest_known_ones():
 
 def test_missing_keys_are_all_named_at_once():
     with pytest.raises(ConfigError, match=r"budget, cluster\.num_clusters, pool\.uri, run_dir, select\.hard_fraction"):
-        load_config()
+        load_config(None, ["select.method=double_end"])
 
 
 @pytest.mark.parametrize(
@@ -301,7 +308,7 @@ VALUES = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(key=st.sampled_from(KEYS) | st.text(max_size=15), value=VALUES)
 def test_any_input_gives_a_config_or_a_config_error(key, value):
     try:

@@ -39,7 +39,13 @@ def config_of(digits: Path, run_dir: Path, *overrides: str, name: str = "cifar10
         JOBS / f"{name}.yaml",
         [
             *(f"pool.uri={digits / 'pool.parquet'}", "pool.label=label", f"run_dir={run_dir}", "ray_address=local"),
-            *("budget=[0.1,0.3]", "select.hard_fraction=0.1", "embed.encoder=pixels", "embed.image_size=8"),
+            *(
+                "budget=[0.1,0.3]",
+                "select.method=double_end",
+                "select.hard_fraction=0.1",
+                "embed.encoder=pixels",
+                "embed.image_size=8",
+            ),
             *(
                 "embed.proxy_image_size=8",
                 "embed.resize=null",
@@ -59,6 +65,7 @@ def first_words(printed: str) -> dict[str, str]:
     return {line.split()[0]: line for line in printed.splitlines()}
 
 
+@pytest.mark.slow
 def test_a_job_with_test_images_evaluates_all_its_budgets(ray_cluster, digits, tmp_path, capfd):
     """Typing the command again repeats nothing, and another method adds only its trainings."""
     run_config(config_of(digits, tmp_path))

@@ -62,6 +62,7 @@ def embedded(ray_cluster, pool, tmp_path_factory) -> RunDir:
     return run_dir
 
 
+@pytest.mark.slow
 def test_broken_images_are_rejected_and_no_others(embedded, pool):
     rejected = rows(embedded, "rejected").to_pylist()
     reasons = {row["uri"].removeprefix(f"{pool}/"): row["reason"] for row in rejected}

@@ -97,7 +97,7 @@ def overrides(tmp_path_factory) -> list[str]:
         *(f"pool.uri={folder}", "budget=0.25", "embed.encoder=pixels", "embed.image_size=8"),
         *("embed.proxy_image_size=8", "cluster.method=kmeans", "cluster.num_clusters=10", "train.network=small_cnn"),
         *("train.epochs=300", "train.batch_size=32", "train.augmentation=crop", "train.crop_padding=1"),
-        *("train.num_workers=1", "train.cpus_per_worker=1", "select.hard_fraction=0.2"),
+        *("train.num_workers=1", "train.cpus_per_worker=1", "select.method=double_end", "select.hard_fraction=0.2"),
     ]
 
 

@@ -77,6 +77,7 @@ def test_dry_run_prints_the_plan_and_does_nothing(pool, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_dry_run_of_the_demo_writes_no_digits_and_the_run_does(tmp_path):
     """The run has a budget that is refused once the digits exist, so that nothing is trained."""
     plan = type_job("quickstart", "--dry-run", cwd=tmp_path)

@@ -40,6 +40,7 @@ def finished(ray_cluster, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_named_coreset_is_what_a_run_with_its_keys_would_select(finished, tmp_path):
     """The coreset of the run itself stays."""
     before = contents(finished, "coreset", "scores")
@@ -155,6 +156,7 @@ def test_a_reselection_has_the_search_keys_of_a_run_without_a_search(finished):
     assert (config.select.search_iterations, config.select.search_step) == (7, 0.1)
 
 
+@pytest.mark.slow
 def test_coverage_is_selected_from_a_run_that_has_trained(finished):
     result = type_job(
         f"run_dir={finished}", "name=covering", "ray_address=local", "select.method=coverage", "budget=50"

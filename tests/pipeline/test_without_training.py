@@ -12,7 +12,13 @@ from elfs_ray.storage.run_dir import RunDir
 from tests.tables import contents, digit_images, png
 
 CLUSTERS_AND_NETWORK = (
-    *("cluster.num_clusters=10", "select.hard_fraction=0.2", "train.network=small_cnn", "train.epochs=2"),
+    *(
+        "cluster.num_clusters=10",
+        "select.method=double_end",
+        "select.hard_fraction=0.2",
+        "train.network=small_cnn",
+        "train.epochs=2",
+    ),
     *("train.batch_size=64", "train.augmentation=crop", "train.crop_padding=1", "train.num_workers=1"),
 )
 
@@ -56,6 +62,7 @@ def test_its_report_shows_the_chosen_images_and_how_well_they_cover_the_pool(cov
     assert "hardest" not in page and "Groups of similar images" not in page
 
 
+@pytest.mark.slow
 def test_embeddings_are_the_same_bytes_with_and_without_copies(covered, pool, tmp_path):
     elfs_ray.run(config_for(pool, tmp_path, *CLUSTERS_AND_NETWORK, "until=embed"))
     assert (tmp_path / "proxy_images").exists()
@@ -94,6 +101,7 @@ def test_a_selection_that_needs_no_copies_runs_where_they_are(ray_cluster, pool,
 @pytest.mark.parametrize(
     ("keys", "needed"),
     [
+        ([], (True, False, False)),
         (["select.method=coverage"], (False, False, False)),
         (["select.method=random"], (False, False, False)),
         (["select.method=random", "select.balance=true"], (True, False, False)),
@@ -119,6 +127,6 @@ def test_coverage_needs_no_key_of_the_stages_that_it_leaves_out():
     config = config_for("/pool", "/run", "select.method=coverage")
     assert config.select.hard_fraction == 0
     with pytest.raises(ConfigError, match=r"no value for cluster.num_clusters, select.hard_fraction"):
-        config_for("/pool", "/run")
+        config_for("/pool", "/run", "select.method=double_end")
     with pytest.raises(ConfigError, match=r"select.balance=true with select.method=coverage"):
         config_for("/pool", "/run", "select.method=coverage", "select.balance=true")

@@ -40,7 +40,13 @@ def test_a_cluster_grows_for_embed_shrinks_and_grows_again(folder, ray_cluster):
         *(f"pool.uri={folder / 'pool'}", "budget=0.25", "embed.encoder=pixels", "embed.image_size=8"),
         *("embed.proxy_image_size=8", "embed.block_images=64", "cluster.method=kmeans", "cluster.num_clusters=10"),
         *("train.network=small_cnn", "train.epochs=3", "train.batch_size=32", "train.augmentation=crop"),
-        *("train.crop_padding=1", "train.num_workers=1", "train.cpus_per_worker=1", "select.hard_fraction=0.2"),
+        *(
+            "train.crop_padding=1",
+            "train.num_workers=1",
+            "train.cpus_per_worker=1",
+            "select.method=double_end",
+            "select.hard_fraction=0.2",
+        ),
         *("embed.num_workers=4", "cluster.num_workers=4"),
     ]
     script = f"ip link set lo up && exec {sys.executable} {SCRIPT} {folder} {' '.join(overrides)}"

@@ -37,7 +37,7 @@ def overrides(folder) -> list[str]:
         *("embed.proxy_image_size=8", "embed.block_images=64", "cluster.method=kmeans", "cluster.num_clusters=10"),
         *("cluster.num_tries=20", "train.network=small_cnn", "train.epochs=5", "train.batch_size=64"),
         *("train.augmentation=crop", "train.crop_padding=1", "train.num_workers=2", "train.cpus_per_worker=2"),
-        *("train.max_failures=20", "select.hard_fraction=0.2"),
+        *("train.max_failures=20", "select.method=double_end", "select.hard_fraction=0.2"),
     ]
 
 

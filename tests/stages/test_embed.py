@@ -198,6 +198,7 @@ def test_every_bad_image_is_rejected_with_its_reason(embedded, pool):
         assert row["sample_id"] == ids[name] and row["stage"] == "embed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_more_encoders_give_the_same_bytes(undisturbed, pool, tmp_path, num_workers):
     run(pool[0], tmp_path, *NETWORK, f"embed.num_workers={num_workers}")
@@ -211,6 +212,7 @@ def test_a_network_embeds_one_colour_and_rejects_the_same_other_images(undisturb
     assert rows(undisturbed, "rejected")["sample_id"].to_pylist() == others
 
 
+@pytest.mark.slow
 def test_a_killed_encoder_changes_no_byte(embedded, pool, tmp_path, monkeypatch):
     flag = tmp_path / "killed"
 
@@ -274,6 +276,7 @@ def test_an_image_that_can_be_read_again_is_no_longer_rejected(ray_cluster, pool
     assert contents(tmp_path / "run", *TABLES) == contents(tmp_path / "whole", *TABLES)
 
 
+@pytest.mark.slow
 def test_decoding_tasks_apart_from_encoders_give_the_same_bytes(undisturbed, pool, tmp_path):
     """Run the plan for GPUs, with encoders on CPUs instead."""
     config, run_dir = settings(pool[0], tmp_path, *NETWORK), RunDir(tmp_path)

@@ -72,6 +72,7 @@ def test_labels_of_folders_number_the_sorted_names(ray_cluster, tmp_path):
     assert [labels[f"{tmp_path}/pool/{name}"] for name in names] == [3, 0, 1, 2]
 
 
+@pytest.mark.slow
 def test_one_two_and_seven_workers_give_the_same_bytes(ray_cluster, digit_pools, large_pool, tmp_path, monkeypatch):
     monkeypatch.setattr(ray_runtime, "TASKS_PER_CPU", 1)
     for pool, label in ((large_pool, "y"), (digit_pools.uris["folder"], "folder")):

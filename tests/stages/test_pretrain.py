@@ -97,6 +97,7 @@ def undisturbed(ray_cluster, pool, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_embedded_and_rejected_are_the_index_and_copies_are_embedded(undisturbed):
     ids = {table: rows(undisturbed, table)["sample_id"].to_pylist() for table in ("index", "embeddings", "rejected")}
     assert sorted(ids["embeddings"] + ids["rejected"]) == ids["index"] == list(range(NUM_DIGITS + 2))
@@ -105,6 +106,7 @@ def test_embedded_and_rejected_are_the_index_and_copies_are_embedded(undisturbed
     assert rejected == {("copy", "empty file (0 bytes)"), ("copy", "not an image that Pillow can read (12 bytes)")}
 
 
+@pytest.mark.slow
 def test_embeddings_are_what_the_file_makes_of_the_copies(undisturbed):
     """Pool, copies and encoder have the same size here: the pixels are the digits' own."""
     encoder = load_encoder("self_supervised", weights=str(undisturbed / ENCODER))
@@ -114,6 +116,7 @@ def test_embeddings_are_what_the_file_makes_of_the_copies(undisturbed):
     np.testing.assert_allclose(vectors(undisturbed), expected, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_a_worker_has_the_losses_of_a_plain_loop_over_whole_batches(undisturbed, pool):
     config = config_of(pool, undisturbed)
     settings = simclr_settings(vars(config.pretrain), SIZE)
@@ -134,6 +137,7 @@ def test_a_worker_has_the_losses_of_a_plain_loop_over_whole_batches(undisturbed,
         assert history[epoch]["loss"] == pytest.approx(sum(losses) / NUM_DIGITS, rel=(1e-4, 1e-3, 1e-2)[epoch])
 
 
+@pytest.mark.slow
 def test_every_epoch_has_measures_that_need_no_labels(undisturbed):
     result = PretrainResult.read(RunDir(undisturbed))
     assert (result.rows, result.epochs, result.workers, result.reading) == (NUM_DIGITS, 3, 1, "memory")
@@ -144,6 +148,7 @@ def test_every_epoch_has_measures_that_need_no_labels(undisturbed):
         assert epoch["images_per_s"] == pytest.approx(NUM_DIGITS / epoch["seconds"])
 
 
+@pytest.mark.slow
 def test_the_file_says_what_made_it(undisturbed):
     trained = read_trained_encoder(undisturbed / ENCODER)
     assert (trained.network, trained.image_size) == ("small_cnn", SIZE)
@@ -167,6 +172,7 @@ def test_the_hash_of_a_pool_changes_with_an_image_in_the_same_place(ray_cluster,
     assert hashes[0] != hashes[1]
 
 
+@pytest.mark.slow
 def test_another_run_names_the_file_and_has_no_such_stages(undisturbed, pool, tmp_path, capsys):
     weights = f"embed.weights={undisturbed / ENCODER}"
     run(pool, tmp_path, weights)
@@ -191,11 +197,13 @@ def test_an_encoder_in_a_bucket_embeds_as_the_file_on_disk_does(undisturbed, poo
         run(pool, tmp_path / "new", f"embed.weights={s3_bucket}/a/gone.pt")
 
 
+@pytest.mark.slow
 def test_images_much_larger_than_those_that_it_was_trained_on_are_refused(undisturbed, pool, tmp_path):
     with pytest.raises(ConfigError, match=r"trained on images of 16 pixels.*embed\.image_size=null"):
         run(pool, tmp_path, f"embed.weights={undisturbed / ENCODER}", "embed.image_size=33")
 
 
+@pytest.mark.slow
 def test_only_a_run_that_trains_an_encoder_has_two_more_stages(undisturbed, pool, tmp_path):
     def planned(*overrides: str) -> list[str]:
         lines = describe_plan(config_of(pool, tmp_path, *overrides)).split("\n\n")[1].splitlines()

@@ -113,7 +113,7 @@ def test_clustering_and_training_are_described(ray_cluster, tmp_path):
         workers=1,
         sizes=[100] * 10,
         num_clusters_evidence=[{"num_clusters": 10, "silhouette": 0.375}, {"num_clusters": 20, "silhouette": 0.25}],
-        neighbor_purity=0.875,
+        trust={"neighbor_purity": 0.875, "agreement": 0.75, "right": 0.65625},
         temi=temi,
     )
     mark(run_dir, result)
@@ -126,6 +126,7 @@ def test_clustering_and_training_are_described(ray_cluster, tmp_path):
     assert ["1", "-1.7500", "100.0%", "chosen"] in page.rows and ["0", "-1.2500", "62.5%", ""] in page.rows
     assert ["Nearest neighbours of each image", "50, ivf search (97.5% of the true ones found)"] in page.rows
     assert ["Neighbours that are in the same group as the image", "87.5%"] in page.rows
+    assert ["Images in the right group, an estimate: the product of both", "65.6%"] in page.rows
     epochs = [row for row in page.rows if len(row) == 6][1:]
     assert len(epochs) == 20 and epochs[0][0] == "1" and epochs[-1][:3] == ["100", "0.5990", "59.9%"]
     assert metrics["stages"]["cluster"]["temi"] == temi

@@ -58,7 +58,11 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {name: tensor.contiguous().numpy().tobytes() for name, tensor in model.items()}
 
 
-GROUPS = [(2, "memory"), pytest.param((3, "memory"), marks=pytest.mark.slow), (2, "streamed")]
+GROUPS = [
+    (2, "memory"),
+    pytest.param((3, "memory"), marks=pytest.mark.slow),
+    pytest.param((2, "streamed"), marks=pytest.mark.slow),
+]
 
 
 @pytest.fixture(scope="module", params=GROUPS, ids=str)
@@ -207,6 +211,7 @@ def test_records_equal_a_plain_loop_that_keeps_every_logit(ray_cluster, tmp_path
         np.testing.assert_allclose(rows["el2n"], np.linalg.norm(onehot - probs, axis=1), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_two_linear_workers_record_what_a_plain_loop_keeps(ray_cluster, tmp_path):
     overrides = ("train.network=linear", "train.num_workers=2", "train.cpus_per_worker=1", "train.batch_size=64")
     result = run(tmp_path, *overrides)

@@ -1,7 +1,7 @@
 """Coverage: greedy facility location, the choice of samples that are most similar to all the others.
 
 Call `facility_location(points, budget)`: it returns the order of selection, of which every prefix is a coreset, and the
-gain of each choice. It reads embeddings alone: no pseudo-labels, no training.
+gain of each choice. It reads embeddings and, to cover each pseudo-class by its members alone, groups; no training.
 
 Similarities are integers, so sums of them are the same in any order, on any machine, and ties are real ties.
 """
@@ -40,18 +40,20 @@ def facility_location(
     *,
     candidates: np.ndarray | None = None,
     covered_by: np.ndarray | None = None,
-    weights: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
+    candidate_groups: np.ndarray | None = None,
 ) -> Coverage:
-    """Select `budget` candidates one by one, each the one that most raises f(S) = Σ_i w_i max_{j ∈ S} k(x_i, x_j).
+    """Select `budget` candidates one by one, each the one that most raises f(S) = Σ_i max_{j ∈ S} k(x_i, x_j).
 
-    k is the Gaussian kernel exp((cos - 1) / σ²) with σ = 1. The result is within 1 - 1/e of the highest f (Nemhauser
-    et al., 1978). It is found lazily (Minoux, 1978): gains only fall as S grows, so an old gain is a bound, and few
-    are evaluated again. Ties go to the lowest position. Of equal candidates a second one gains nothing. Once no
-    candidate gains anything, the rest follow by position.
+    k is the Gaussian kernel exp((cos - 1) / σ²) with σ = 1, and 0 between different groups. The result is within
+    1 - 1/e of the highest f (Nemhauser et al., 1978). It is found lazily (Minoux, 1978): gains only fall as S grows, so
+    an old gain is a bound, and few are evaluated again. Ties go to the lowest position. Of equal candidates a second
+    one gains nothing. Once no candidate gains anything, the rest follow by position.
 
     points: (n, d) float16 or float32, of any length but 0; candidates: (m, d), the points themselves by default;
-    covered_by: (l, d), embeddings in S from the start; weights: (n,) from 0 to the largest, 1 each by default.
-    Raises ValueError for a budget, shape or weight that does not fit, and for more than 65,537 points.
+    covered_by: (l, d), embeddings in S from the start, similar to points of every group; groups: (n,) int, of the
+    points, one group by default; candidate_groups: (m,), those of other candidates than the points.
+    Raises ValueError for a budget or shape that does not fit, and for more than 65,537 points.
 
     Memory: 2·m·n bytes of similarities, 4·(m + n + l)·d, and 200·m. Time: m·n·d multiplications, half where the
     candidates are the points, then some 30 to 300 evaluations of n additions for each choice.
@@ -61,11 +63,8 @@ def facility_location(
         raise ValueError(f"{n} points to be covered; must be 1 to {MAX_POINTS}, more must be sampled or divided")
     if not 1 <= budget <= m:
         raise ValueError(f"budget is {budget} of {m} candidates; must be 1 to all of them")
-    kernel = _Kernel(points, weights)
-    if candidates is None and weights is None:
-        similarity = kernel.among_points()
-    else:
-        similarity = kernel.of(points if candidates is None else candidates)
+    kernel = _Kernel(points, groups)
+    similarity = kernel.among_points() if candidates is None else kernel.of(candidates, candidate_groups)
     covered = np.zeros(n, np.uint16) if covered_by is None else kernel.highest(covered_by)
     return _select_lazily(similarity, covered, budget)
 
@@ -126,25 +125,30 @@ class _Kernel:
     product is the same in any order of summation. The rounding changes a cosine by about 1e-4.
     """
 
-    def __init__(self, points: np.ndarray, weights: np.ndarray | None = None):
+    def __init__(self, points: np.ndarray, groups: np.ndarray | None = None):
         self._dim = points.shape[1]
         # Rounding moves a vector by at most sqrt(d) / 2 steps of the grid, so that this length leaves it below 1.
         self._length = 1 - math.sqrt(self._dim) / (2 * _GRID)
         self._points = self._rounded(points)
         self._space = Workspace(self._points.device)
-        self._weights = None if weights is None else _relative(weights, len(points))
+        self._groups = _one_group(len(points)) if groups is None else groups
+        if self._groups.shape != (len(points),):
+            raise ValueError(f"groups are {self._groups.shape}; must be ({len(points)},), one for each point")
         cosines = np.arange(-_COSINE_STEPS, _COSINE_STEPS + 1) / (_COSINE_STEPS * self._length**2)
         values = np.exp((np.minimum(cosines, 1) - 1) / KERNEL_WIDTH**2)
         # torch has few functions of uint16, but to look up and copy the bits any type of 16 does.
         self._table = torch.from_numpy(np.rint(values * SIMILARITY_ONE).astype(np.uint16).view(np.int16))
 
-    def of(self, candidates: np.ndarray) -> np.ndarray:
-        """Return the similarities (m, n) uint16 of candidates (m, d) to the points."""
+    def of(self, candidates: np.ndarray, groups: np.ndarray | None = None) -> np.ndarray:
+        """Return the similarities (m, n) uint16 of candidates (m, d), in groups (m,), to the points."""
         rows = self._rounded(candidates)
+        groups = _one_group(len(rows)) if groups is None else groups
         similarity = np.empty((len(rows), len(self._points)), np.uint16)
         for start in range(0, len(rows), _BLOCK):
             for column in range(0, len(self._points), _BLOCK):
-                block = self._block(rows[start : start + _BLOCK], column)
+                block = self._within(
+                    groups[start : start + _BLOCK], self._block(rows[start : start + _BLOCK], column), column
+                )
                 similarity[start : start + _BLOCK, column : column + _BLOCK] = block
         return similarity
 
@@ -155,6 +159,7 @@ class _Kernel:
         for start in range(0, n, _BLOCK):
             for column in range(start, n, _BLOCK):
                 block = self._block(self._points[start : start + _BLOCK], column)
+                block = self._within(self._groups[start : start + _BLOCK], block, column)
                 similarity[start : start + _BLOCK, column : column + _BLOCK] = block
                 similarity[column : column + _BLOCK, start : start + _BLOCK] = block.T
         return similarity
@@ -179,10 +184,12 @@ class _Kernel:
         steps = self._space.copy("steps", product.mul_(_COSINE_STEPS).round_().add_(_COSINE_STEPS), torch.int32)
         block = self._space.tensor("block", (steps.numel(),), torch.int16)
         torch.index_select(self._table, 0, steps.view(-1), out=block)
-        similarity = block.view(shape).numpy().view(np.uint16)
-        if self._weights is None:
-            return similarity
-        return np.rint(similarity * self._weights[column : column + _BLOCK]).astype(np.uint16)
+        return block.view(shape).numpy().view(np.uint16)
+
+    def _within(self, row_groups: np.ndarray, block: np.ndarray, column: int) -> np.ndarray:
+        """Set the similarities of a block of rows and points, from `column` on, to 0 where their groups differ."""
+        block[row_groups[:, None] != self._groups[column : column + _BLOCK]] = 0
+        return block
 
     def _rounded(self, embeddings: np.ndarray) -> torch.Tensor:
         if embeddings.ndim != 2 or embeddings.shape[1] != self._dim:
@@ -197,8 +204,5 @@ class _Kernel:
         return torch.from_numpy(rounded)
 
 
-def _relative(weights: np.ndarray, num_points: int) -> np.ndarray:
-    """Return weights (n,) float64 relative to the largest."""
-    if weights.shape != (num_points,) or not np.isfinite(weights).all() or weights.min() < 0 or weights.max() <= 0:
-        raise ValueError(f"weights must be {num_points} finite numbers >= 0, not all of them 0")
-    return weights.astype(np.float64) / weights.max()
+def _one_group(num_rows: int) -> np.ndarray:
+    return np.zeros(num_rows, np.int32)

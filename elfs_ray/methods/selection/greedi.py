@@ -17,10 +17,11 @@ SAMPLE_ROWS = 40_000  # of the pool, to be covered by the merged choice: 1.6 GB 
 
 
 class Nominees(NamedTuple):
-    """What a partition selects: ids (r,) int64 in the order of selection, and the embeddings (q, d) of the first."""
+    """What a partition selects: ids (r,) int64 in order, and the embeddings (q, d) and groups (q,) of the first."""
 
     sample_ids: np.ndarray
     embeddings: np.ndarray
+    groups: np.ndarray | None
 
 
 class Merged(NamedTuple):
@@ -46,18 +47,23 @@ def num_candidates(num_partitions: int) -> int:
     return -(-PARTITION_ROWS // num_partitions)
 
 
-def nominate(embeddings: np.ndarray, sample_ids: np.ndarray, num_candidates: int, share: int) -> Nominees:
-    """Select from a partition: embeddings (n, d), ids (n,) ascending; `share` is its share of the budget, rounded up.
+def nominate(
+    embeddings: np.ndarray, sample_ids: np.ndarray, groups: np.ndarray | None, num_candidates: int, share: int
+) -> Nominees:
+    """Select from a partition: embeddings (n, d), ids (n,) ascending, groups (n,) as for `facility_location`.
+
+    `share` is the partition's share of the budget, rounded up.
 
     Memory: 2·n² bytes, and those of `facility_location`.
     """
     depth = max(num_candidates, share)
-    order = facility_location(embeddings, min(depth, len(embeddings))).order
-    return Nominees(sample_ids[order], embeddings[order[:num_candidates]])
+    order = facility_location(embeddings, min(depth, len(embeddings)), groups=groups).order
+    first = order[:num_candidates]
+    return Nominees(sample_ids[order], embeddings[first], None if groups is None else groups[first])
 
 
-def merge(nominees: Sequence[Nominees], points: np.ndarray, budget: int) -> Merged:
-    """Select from the nominees of all partitions those that best cover `points`, a sample of the pool.
+def merge(nominees: Sequence[Nominees], points: np.ndarray, groups: np.ndarray | None, budget: int) -> Merged:
+    """Select from the nominees of all partitions those that best cover `points`, a sample of the pool, in `groups`.
 
     After the last one that covers anything more, or the last candidate, come the other nominees by their ranks in their
     partitions, then by id: for a budget as large as that, one choice is as good as another.
@@ -67,7 +73,10 @@ def merge(nominees: Sequence[Nominees], points: np.ndarray, budget: int) -> Merg
     candidate_ids = np.concatenate([part.sample_ids[: len(part.embeddings)] for part in nominees])
     by_id = np.argsort(candidate_ids)
     candidates = np.concatenate([part.embeddings for part in nominees])[by_id]
-    coverage = facility_location(points, min(budget, len(candidates)), candidates=candidates)
+    candidate_groups = None if groups is None else np.concatenate([part.groups for part in nominees])[by_id]
+    coverage = facility_location(
+        points, min(budget, len(candidates)), candidates=candidates, groups=groups, candidate_groups=candidate_groups
+    )
     useful = coverage.gains > 0
     chosen, gains = candidate_ids[by_id][coverage.order[useful]], coverage.gains[useful]
     ids = np.concatenate([part.sample_ids for part in nominees])

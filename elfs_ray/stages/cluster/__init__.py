@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 class ClusterResult(Result):
     """The number of samples with a pseudo-label, the sizes of the clusters, and metrics that need no true labels.
 
-    objective and iterations are those of k-means. neighbor_purity, temi and num_clusters_evidence are None or empty if
-    the run had no neighbour search, no TEMI, and no estimate of the number of clusters.
+    objective and iterations are those of k-means. temi and num_clusters_evidence are None or empty without TEMI and
+    without an estimate of the number of clusters. trust: the fields of a LabelTrust (methods/clustering_trust.py) and
+    `right`, the estimated share of right pseudo-labels; None if the clusters are too small to tell.
     """
 
     stage: ClassVar[str] = "cluster"
@@ -34,7 +35,7 @@ class ClusterResult(Result):
     num_clusters_evidence: list[Mapping[str, float]] = field(default_factory=list)
     objective: float | None = None
     iterations: int | None = None
-    neighbor_purity: float | None = None
+    trust: Mapping[str, float] | None = None
     temi: Mapping[str, Any] | None = None
 
 

@@ -1,7 +1,6 @@
 """cluster: give every embedding a pseudo-label.
 
-Reads   embeddings/; neighbors/ for TEMI, and for metrics where they are; with cluster.method=file also a table of
-        pseudo-labels
+Reads   embeddings/; neighbors/ for TEMI; with cluster.method=file also a table of pseudo-labels
 Writes  clusters/centroids.parquet, and clusters/pseudo_labels/ with one file for each file of embeddings/
 
 k-means runs over workers that each hold a shard of the embeddings (shards.py). With cluster.method=temi, heads
@@ -11,8 +10,10 @@ The centroids of k-means are those that samples were assigned to, of unit length
 centroids of TEMI and of a file are the means of their samples. Each sample has the distance to its cluster's centroid.
 """
 
+import dataclasses
 import io
 import time
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from elfs_ray.config import Config
-from elfs_ray.methods.clustering_metrics import neighbor_purity
+from elfs_ray.methods.clustering_trust import TRUST_ROWS, estimate_trust
 from elfs_ray.methods.kmeans.lloyd import KMeansResult, KMeansState, kmeans
 from elfs_ray.methods.kmeans.num_clusters import ESTIMATE_ROWS, estimate_num_clusters
 from elfs_ray.runtime.progress import Progress, say
@@ -33,14 +34,13 @@ from elfs_ray.storage.run_dir import RunDir
 
 STATE_FILE = "kmeans_state.npz"
 SAVE_INTERVAL_S = 2.0  # iterations of a small pool take milliseconds, and a write to a bucket far longer
-PURITY_SAMPLES = 20_000  # enough for a standard error below 0.4%
 
 
 def run_cluster(config: Config, run_dir: RunDir) -> ClusterResult:
     """Give every embedding a pseudo-label.
 
     Raises ValueError for embeddings that are not finite, for fewer distinct embeddings than clusters, and for a deep
-    clustering that collapsed. Driver memory: four copies of the centroids, and 12 bytes a sample for the metrics.
+    clustering that collapsed. Driver memory: four copies of the centroids.
     """
     cluster = config.cluster
     # Before any worker starts, since the file may be refused.
@@ -63,10 +63,9 @@ def run_cluster(config: Config, run_dir: RunDir) -> ClusterResult:
         centroids = points.means_of_labels(run_dir, num_clusters)
         sizes = points.write_labels_and_distances(run_dir, centroids)
         filesystem.delete(run_dir.path("cluster", LABELS_DIR))  # they are in clusters/pseudo_labels/ now
-    points.release()
     _write_centroids(run_dir, centroids)
-    if config.needs_neighbors:
-        optional["neighbor_purity"] = _neighbor_purity(run_dir)
+    optional["trust"] = _trust(config, run_dir, points, num_clusters, optional.get("temi"))
+    points.release()
     return ClusterResult(
         rows=points.count,
         num_clusters=num_clusters,
@@ -142,16 +141,31 @@ def _write_centroids(run_dir: RunDir, centroids: np.ndarray) -> None:
     filesystem.write_table(run_dir.path(schema.CLUSTERS, schema.CENTROIDS_FILE), table)
 
 
-def _neighbor_purity(run_dir: RunDir) -> float:
-    """Return the mean share of a sample's neighbours that have its pseudo-label.
+def _trust(
+    config: Config, run_dir: RunDir, points: ShardedPoints, num_clusters: int, temi: Mapping[str, Any] | None
+) -> dict[str, float] | None:
+    """Return how far the pseudo-labels can be trusted, measured on a sample of the pool, and say so."""
+    sample_ids = points.sample_ids(TRUST_ROWS, config.seed)
+    labels = _labels_of(run_dir, sample_ids)
+    if temi is not None:  # the other heads have the matched labels already
+        others = np.delete(temi["head_agreement"], temi["head"])
+        agreement = float(others.mean()) if others.size else None
+    else:
+        # Labels made elsewhere have no repetition to agree with: their neighbours alone speak for them.
+        agreement = 1.0 if config.cluster.method == "file" else None
+    estimate = partial(estimate_trust, labels=labels, num_clusters=num_clusters, seed=config.seed, agreement=agreement)
+    trust = points.on_rows(estimate, sample_ids)
+    if trust is None:
+        return None
+    say(f"cluster   about {trust.right:.0%} of the pseudo-labels look right")
+    return {**dataclasses.asdict(trust), "right": trust.right}
 
-    The mean is over the first samples of every file, some 20,000 in all.
-    """
-    ids = run_dir.read_column(schema.CLUSTERS, schema.PSEUDO_LABELS_DIR, column=schema.SAMPLE_ID)
-    labels = run_dir.read_column(schema.CLUSTERS, schema.PSEUDO_LABELS_DIR, column=schema.PSEUDO_LABEL)
-    files = run_dir.table_files(schema.NEIGHBORS)
-    sampled = pa.concat_tables(
-        filesystem.read_table(path).slice(0, -(-PURITY_SAMPLES // len(files))).combine_chunks() for path in files
-    )
-    rows = np.searchsorted(ids, sampled[schema.SAMPLE_ID].to_numpy())
-    return neighbor_purity(labels, rows, np.searchsorted(ids, schema.matrix_of(sampled, schema.NEIGHBOR_IDS)))
+
+def _labels_of(run_dir: RunDir, sample_ids: np.ndarray) -> np.ndarray:
+    """Return the pseudo-labels (m,) int64 of some samples, ids ascending. Memory: one file of labels."""
+    parts = []
+    for path in run_dir.table_files(schema.CLUSTERS, schema.PSEUDO_LABELS_DIR):
+        rows = filesystem.read_table(path, [schema.SAMPLE_ID, schema.PSEUDO_LABEL])
+        is_sampled = np.isin(rows[schema.SAMPLE_ID].to_numpy(), sample_ids)
+        parts.append(rows[schema.PSEUDO_LABEL].to_numpy()[is_sampled])
+    return np.concatenate(parts).astype(np.int64)

@@ -50,7 +50,14 @@ class ShardedPoints:
         return len(self._shares)
 
     def on_sample(self, function: Callable[[torch.Tensor], T], num_rows: int, seed: int) -> T:
-        sample_ids = smallest_ids(self._on_all("smallest_hashes", num_rows, seed), num_rows)
+        return self.on_rows(function, self.sample_ids(num_rows, seed))
+
+    def sample_ids(self, num_rows: int, seed: int) -> np.ndarray:
+        """Return the ids (m,) int64, ascending, of the sample that `on_sample` takes."""
+        return np.sort(smallest_ids(self._on_all("smallest_hashes", num_rows, seed), num_rows))
+
+    def on_rows(self, function: Callable[[torch.Tensor], T], sample_ids: np.ndarray) -> T:
+        """Return the result of `function` for the embeddings (m, d) of some samples, in the order of their ids."""
         rows = [shard.rows_among.remote(sample_ids) for shard in self._workers()]
         # Called on a worker, so that the rows never come to the driver.
         return get_result(self._workers()[0].on_rows.remote(function, *rows))

@@ -34,7 +34,7 @@ CORESET_METRICS = (
     "hard_fraction_evidence",
     "coverage",
 )
-UNSCORED = ("coverage", "random")  # methods whose scores say nothing about how hard an image is
+UNSCORED = ("auto", "coverage", "random")  # methods whose scores say nothing about how hard an image is
 GROUPS = ("hardest", "kept", "easiest")
 
 

@@ -30,7 +30,7 @@ from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.stages.index import IndexResult
 from elfs_ray.stages.select import CoresetResult, SelectResult
 from elfs_ray.stages.select.coreset_files import write_coresets
-from elfs_ray.stages.select.coverage import score_by_coverage
+from elfs_ray.stages.select.coverage import covers_inside_classes, score_by_coverage
 from elfs_ray.stages.select.d2_zcore import WHOLE_POOL_METHODS, score_whole_pool
 from elfs_ray.stages.select.hard_fraction import choose_hard_fractions
 from elfs_ray.stages.select.scored_pool import DIRECTIONS, ScoredPool
@@ -97,8 +97,9 @@ def _score(
         pool = score_whole_pool(config, run_dir, pool, max(counts))
     elif config.select.method == "random":
         pool = score_at_random(run_dir, pool, config.seed)
-    elif config.select.method == "coverage":
-        pool, measured = score_by_coverage(run_dir, pool, config.seed, counts)
+    elif config.select.method in ("coverage", "auto"):
+        inside = config.select.method == "auto" and covers_inside_classes(ClusterResult.read(run_dir))
+        pool, measured = score_by_coverage(run_dir, pool, config.seed, counts, inside_classes=inside)
         coverages = [coverage._asdict() for coverage in measured]
     return pool, coverages
 

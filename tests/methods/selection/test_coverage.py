@@ -146,12 +146,14 @@ def test_points_that_are_covered_already_attract_no_choice():
     assert not set(ours.order) & set(range(0, 900, 3))
 
 
-def test_weights_decide_what_is_worth_covering():
-    digits = digit_embeddings(400)
-    weights = np.random.default_rng(0).integers(0, 4, 400)
-    weights[0] = 4
-    weighted = np.rint(integer_similarity(digits, digits) * (weights / 4)).astype(np.int64)
-    assert_selected(facility_location(digits, 50, weights=weights), *plain_greedy(weighted, 50))
+def test_points_are_covered_by_their_group_alone():
+    digits = digit_embeddings(1203)  # more than two blocks of similarities
+    groups = np.random.default_rng(0).integers(0, 5, len(digits))
+    similarity = integer_similarity(digits, digits) * (groups[:, None] == groups)
+    expected = plain_greedy(similarity, 50)
+    assert_selected(facility_location(digits, 50, groups=groups), *expected)
+    assert_selected(facility_location(digits, 50, candidates=digits, groups=groups, candidate_groups=groups), *expected)
+    assert set(groups[expected[0][:5]]) == set(range(5))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +165,7 @@ def test_weights_decide_what_is_worth_covering():
         (np.array([[1.0, 0], [0, 0]]), {"budget": 1}, "a zero vector"),
         (np.array([[1.0, 0], [np.nan, 0]]), {"budget": 1}, "NaN"),
         (np.ones((3, 2)), {"budget": 1, "candidates": np.ones((3, 3))}, "embeddings are"),
-        (np.ones((3, 2)), {"budget": 1, "weights": np.array([0, 0, 0])}, "not all of them 0"),
+        (np.ones((3, 2)), {"budget": 1, "groups": np.zeros(2, int)}, r"groups are \(2,\); must be \(3,\)"),
     ],
 )
 def test_what_cannot_be_selected_is_refused(points, arguments, message):

@@ -13,13 +13,16 @@ def digit_embeddings():
     return (pixels - pixels.mean(0)).astype(np.float16)
 
 
-def select(embeddings, budget, sample=slice(None)):
+def select(embeddings, budget, sample=slice(None), groups=None):
     """Select from a pool whose ids are 10, 20, 30, ...; return positions and gains."""
     ids = np.arange(len(embeddings)) * 10 + 10
     parts = greedi.partitions(len(ids))
     candidates, share = greedi.num_candidates(len(parts)), -(-budget // len(parts))
-    nominees = [greedi.nominate(embeddings[part], ids[part], candidates, share) for part in map(as_slice, parts)]
-    merged = greedi.merge(nominees, embeddings[sample], budget)
+    nominees = [
+        greedi.nominate(embeddings[part], ids[part], None if groups is None else groups[part], candidates, share)
+        for part in map(as_slice, parts)
+    ]
+    merged = greedi.merge(nominees, embeddings[sample], None if groups is None else groups[sample], budget)
     return merged.sample_ids // 10 - 1, merged.gains
 
 
@@ -50,6 +53,15 @@ def test_the_choice_covers_nearly_as_well_as_the_one_from_the_whole_pool(monkeyp
             highest_similarity(digits, digits[each[:budget]]).mean() / SIMILARITY_ONE for each in (order, whole, chance)
         )
         assert ours - random > 0.9 * (best - random)
+
+
+def test_every_group_is_covered_by_its_members_as_in_the_whole_pool(monkeypatch):
+    digits, groups = digit_embeddings(), load_digits().target
+    whole = facility_location(digits, 60, groups=groups)
+    monkeypatch.setattr(greedi, "PARTITION_ROWS", 400)
+    order, gains = select(digits, 60, groups=groups)
+    assert set(groups[order[:10]]) == set(range(10))
+    assert gains.sum() > 0.98 * whole.gains.sum()
 
 
 def test_every_sample_is_selected_once_and_every_smaller_selection_is_a_prefix(monkeypatch):

@@ -35,6 +35,7 @@ def run(tmp_path, *overrides: str) -> tuple[dict[str, bytes], dict]:
     return contents(tmp_path, "clusters"), result
 
 
+@pytest.mark.slow
 def test_one_two_three_and_seven_workers_give_the_same_bytes(ray_cluster, tmp_path):
     tables = {}
     for num_workers in (1, 2, 3, 7):
@@ -44,6 +45,7 @@ def test_one_two_three_and_seven_workers_give_the_same_bytes(ray_cluster, tmp_pa
     assert all(table == tables[1] for table in tables.values())
 
 
+@pytest.mark.slow
 def test_sums_added_up_by_a_tree_of_tasks_give_the_same_bytes(ray_cluster, tmp_path, monkeypatch):
     options = ("cluster.num_workers=3", "cluster.num_tries=1", "cluster.max_iterations=3", "cluster.tolerance=0")
     by_driver, _ = run(tmp_path / "driver", *options)
@@ -82,6 +84,7 @@ def test_objective_is_within_one_percent_of_scikit_learn(ray_cluster, tmp_path):
     assert result.objective <= 1.01 * reference
 
 
+@pytest.mark.slow
 def test_a_worker_killed_in_an_iteration_changes_no_byte(ray_cluster, tmp_path, monkeypatch):
     undisturbed, _ = run(tmp_path / "undisturbed", "cluster.num_workers=3")
     killed = []
@@ -197,7 +200,7 @@ def test_temi_gives_better_labels_than_k_means_and_reports_its_heads(ray_cluster
     assert len(result.temi["head_losses"]) == 3
     assert result.temi["head"] == np.argmin(result.temi["head_losses"])
     assert sum(result.sizes) == kmeans_result.rows == 1000
-    assert 0 < result.neighbor_purity <= 1
+    assert 0 < result.trust["right"] <= result.trust["neighbor_purity"] <= 1
 
 
 @pytest.mark.slow

@@ -88,6 +88,7 @@ def test_the_inverted_file_finds_the_neighbours_of_uneven_groups(ray_cluster, tm
     assert recall(neighbors, exact) >= 0.8
 
 
+@pytest.mark.slow
 def test_the_inverted_file_has_no_more_lists_than_distinct_embeddings(ray_cluster, tmp_path):
     run_dir, random = RunDir(tmp_path), np.random.default_rng(6)
     rows = unit(random.normal(size=(25, 16)))[random.integers(25, size=3000)]
@@ -98,6 +99,7 @@ def test_the_inverted_file_has_no_more_lists_than_distinct_embeddings(ray_cluste
     assert (neighbors_in(run_dir) >= 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.slow), 50])
 def test_the_inverted_file_needs_no_more_than_one_free_cpu(ray_cluster, tmp_path, monkeypatch, num_workers):
     run_dir = RunDir(tmp_path)

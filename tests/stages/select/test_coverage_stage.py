@@ -1,5 +1,6 @@
-"""select.method=coverage over files: from embeddings alone, the same for any number of workers."""
+"""Coverage over files, of the whole pool and inside pseudo-classes: the same for any number of workers."""
 
+import dataclasses
 import os
 import signal
 
@@ -9,11 +10,12 @@ import pytest
 from elfs_ray.methods.selection import greedi, pruning
 from elfs_ray.methods.selection.coverage import SIMILARITY_ONE, facility_location, highest_similarity
 from elfs_ray.runtime import cluster
+from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.stages.select import coverage
 from elfs_ray.stages.select import run as select
 from elfs_ray.storage import filesystem
 from elfs_ray.storage.run_dir import RunDir
-from tests.tables import contents, digit_images, digits_config, embeddings_of, write_clustered, write_embedded
+from tests.tables import contents, digit_images, digits_config, embeddings_of, mark, write_clustered, write_embedded
 
 COVERAGE = ("select.method=coverage",)
 
@@ -53,12 +55,34 @@ def test_a_pool_that_has_clusters_passes_their_labels_on(ray_cluster, tmp_path):
     np.testing.assert_array_equal(rows["pseudo_label"], digit_images(1003)[1][rows["sample_id"]])
 
 
-def test_the_number_of_workers_and_a_killed_one_change_nothing(ray_cluster, tmp_path, monkeypatch):
+def write_clusters(run_dir, right):
+    ids = write_clustered(run_dir)
+    trust = {"neighbor_purity": 1.0, "agreement": right, "right": right}
+    mark(run_dir, dataclasses.replace(ClusterResult.read(run_dir), trust=trust))
+    return ids
+
+
+@pytest.mark.parametrize(("right", "place"), [(0.9, "each pseudo-class"), (0.3, "the whole pool")])
+def test_auto_covers_each_pseudo_class_unless_few_pseudo_labels_look_right(ray_cluster, tmp_path, capsys, right, place):
+    run_dir = RunDir(tmp_path)
+    ids = write_clusters(run_dir, right)
+    result = select.run_select(digits_config(tmp_path, "select.method=auto", "budget=40"), run_dir)
+    groups = digit_images(1003)[1][ids] if right > 0.5 else None
+    expected = facility_location(embeddings_of(run_dir), 40, groups=groups)
+    np.testing.assert_array_equal(read(run_dir, "coreset")["sample_id"], ids[expected.order])
+    coverage = result.coresets["coreset"].coverage
+    assert coverage["random"] < coverage["coreset"]
+    assert f"covering {place}" in "".join(capsys.readouterr())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["coverage", "auto"])
+def test_the_number_of_workers_and_a_killed_one_change_nothing(ray_cluster, tmp_path, monkeypatch, method):
     monkeypatch.setattr(greedi, "PARTITION_ROWS", 130)
     monkeypatch.setattr(greedi, "SAMPLE_ROWS", 600)
     run_dir = RunDir(tmp_path / "run")
-    write_embedded(run_dir)
-    config = digits_config(tmp_path / "run", *COVERAGE, "budget=200")
+    write_clusters(run_dir, right=0.9)
+    config = digits_config(tmp_path / "run", f"select.method={method}", "budget=200")
     nominate, killed = coverage._nominate, tmp_path / "killed"
 
     def die_once(slices, *arguments):

@@ -38,6 +38,7 @@ def searched(spoiled) -> SelectResult:
     return run_select(config, spoiled)
 
 
+@pytest.mark.slow
 def test_the_hard_fraction_that_drops_the_wrong_pseudo_labels_is_found(searched):
     first, second = searched.coresets.values()
     assert [trial["hard_fraction"] for trial in first.hard_fraction_evidence["trials"]] == [0.0, 0.3, 0.6]

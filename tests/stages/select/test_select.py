@@ -113,6 +113,7 @@ def test_a_run_resumed_after_half_of_the_scores_gives_the_same_bytes(ray_cluster
     assert contents(tmp_path, "scores", "coreset") == first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["rank-00001-of-00003.parquet", "rank-*"])
 def test_missing_records_are_an_error_that_names_the_folder(ray_cluster, tmp_path, lost):
     run_dir = RunDir(tmp_path)

@@ -96,6 +96,7 @@ def test_any_number_of_workers_takes_the_same_global_batches(ray_cluster, run_di
     assert alone[2] == dict(zip(EMBEDDED.tolist(), digit_images(NUM_SAMPLES)[1][EMBEDDED].tolist(), strict=True))
 
 
+@pytest.mark.slow
 def test_streamed_images_equal_those_in_memory_for_any_number_of_decoders(ray_cluster, run_dir):
     _, expected, targets = epoch_of(in_memory(run_dir), 1)
     for num_decoders in (1, 3):
@@ -105,6 +106,7 @@ def test_streamed_images_equal_those_in_memory_for_any_number_of_decoders(ray_cl
             assert images == expected and read_targets == targets
 
 
+@pytest.mark.slow
 def test_every_epoch_and_seed_has_an_order_and_crops_of_its_own(ray_cluster, run_dir):
     reader = streamed(run_dir)
     first, second = epoch_of(reader, 0), epoch_of(reader, 1)

@@ -26,6 +26,7 @@ def write_torn(path: Path) -> bytes:
     return whole
 
 
+@pytest.mark.slow
 def test_a_torn_read_uses_a_retry(ray_cluster, tmp_path):
     path = tmp_path / "rows.parquet"
     whole = write_torn(path)
