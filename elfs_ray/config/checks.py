@@ -209,6 +209,11 @@ def _check_selection(config: Config) -> None:
             f"select.method=d2 needs select.d2_neighbors={num_neighbors} nearest neighbours: give "
             f"cluster.num_neighbors={num_neighbors}"
         )
+    if config.select.labelled is not None and config.select.method not in ("auto", "coverage"):
+        raise ConfigError(
+            f"select.labelled with select.method={config.select.method}, which cannot take labelled images into "
+            "account: give select.method=auto"
+        )
     if config.select.method in ("auto", "coverage") and config.select.balance:
         raise ConfigError(
             f"select.balance=true with select.method={config.select.method}, which covers every kind of image anyway: "

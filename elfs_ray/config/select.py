@@ -89,6 +89,12 @@ class SelectConfig:
         bounds=Bounds(above=0, at_most=0.5),
         decides=_searches,
     )
+    labelled: str | None = option(
+        None,
+        "for auto and coverage: file that names the images which are labelled already, by sample_id or uri: a "
+        "coreset.txt, Parquet, CSV or a JSON export of Label Studio; the budget is that of further images",
+        is_path=True,
+    )
     balance: bool = option(
         False, "select equally many images of each pseudo-class, as far as it has them; helps some pools"
     )

@@ -69,7 +69,7 @@ def run_with_results(config: Config) -> tuple[RunDir, "Results | None"]:
     # Late, as it imports torch, which a dry run does not need.
     from elfs_ray.evaluation.run import run as evaluate
 
-    return run_dir, evaluate(keys_of_job(config))
+    return run_dir, evaluate(keys_of_job(config), config.train)
 
 
 def _why_not(config: Config) -> str:

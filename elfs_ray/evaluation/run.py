@@ -23,7 +23,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from elfs_ray.config import LINEAR_PROBE
+from elfs_ray.config import LINEAR_PROBE, TrainConfig
 from elfs_ray.evaluation.chart import draw_chart
 from elfs_ray.evaluation.from_scratch import FromScratch
 from elfs_ray.evaluation.keys import EvaluateRunsConfig, network_on
@@ -40,6 +40,7 @@ from elfs_ray.pipeline.runner import locked
 from elfs_ray.runtime.cluster import connect, resolve_device
 from elfs_ray.runtime.progress import say
 from elfs_ray.stages.index import IndexResult
+from elfs_ray.stages.train import TrainResult
 from elfs_ray.stages.training.classifier_inputs import training_settings
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
@@ -47,13 +48,16 @@ from elfs_ray.storage.run_dir import RunDir
 RESULTS_MD, RESULTS_SVG = "results.md", "results.svg"
 
 
-def run(config: EvaluateRunsConfig) -> Results:
-    """Select, train, test and write the tables. Raises ConfigError before any work."""
+def run(config: EvaluateRunsConfig, train: TrainConfig | None = None) -> Results:
+    """Select, train, test and write the tables. Raises ConfigError before any work.
+
+    train: augmentation and optimiser of the trainings, if the runs trained nothing; the defaults if not known.
+    """
     workload = make_workload(config)
     connect(config.ray_address, show_worker_logs=config.ray_logs)
     device = resolve_device(config.device, "device")
     config = replace(config, network=network_on(config.network, device, workload.sources[0].has_copies))
-    settings = _settings(config, workload, device)
+    settings = _settings(config, workload, device, train)
     place = TrialPlace(device, config.gpus_per_training if device == "cuda" else 0.0, config.cpus_per_training)
     out = RunDir(config.out)
     with locked(out):
@@ -91,15 +95,21 @@ def written_files(out: RunDir) -> Iterator[tuple[str, str]]:
             yield name, out.path(file)
 
 
-def _settings(config: EvaluateRunsConfig, workload: Workload, device: str) -> ClassifierSettings | None:
+def _settings(
+    config: EvaluateRunsConfig, workload: Workload, device: str, train: TrainConfig | None
+) -> ClassifierSettings | None:
     """Return the settings of every training: the keys of the evaluation, the rest as in the first run's stage train.
+
+    Of a run without that stage no tables tell its keys: they are then those of `train`.
 
     None for a linear probe, which has no settings.
     """
     if config.network == LINEAR_PROBE:
         return None
+    first = workload.sources[0]
+    has_trained = first.run_dir.success_marker(TrainResult.stage) is not None
     return training_settings(
-        workload.sources[0].config.train,
+        first.config.train if has_trained or train is None else train,
         network=config.network,
         iterations=config.iterations,
         batch_size=config.batch_size,

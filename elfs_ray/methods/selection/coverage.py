@@ -42,6 +42,7 @@ def facility_location(
     covered_by: np.ndarray | None = None,
     groups: np.ndarray | None = None,
     candidate_groups: np.ndarray | None = None,
+    covered_by_groups: np.ndarray | None = None,
 ) -> Coverage:
     """Select `budget` candidates one by one, each the one that most raises f(S) = Σ_i max_{j ∈ S} k(x_i, x_j).
 
@@ -51,8 +52,8 @@ def facility_location(
     one gains nothing. Once no candidate gains anything, the rest follow by position.
 
     points: (n, d) float16 or float32, of any length but 0; candidates: (m, d), the points themselves by default;
-    covered_by: (l, d), embeddings in S from the start, similar to points of every group; groups: (n,) int, of the
-    points, one group by default; candidate_groups: (m,), those of other candidates than the points.
+    covered_by: (l, d), embeddings in S from the start; groups: (n,) int, of the points, one group by default;
+    candidate_groups: (m,), those of other candidates than the points; covered_by_groups: (l,).
     Raises ValueError for a budget or shape that does not fit, and for more than 65,537 points.
 
     Memory: 2·m·n bytes of similarities, 4·(m + n + l)·d, and 200·m. Time: m·n·d multiplications, half where the
@@ -65,7 +66,7 @@ def facility_location(
         raise ValueError(f"budget is {budget} of {m} candidates; must be 1 to all of them")
     kernel = _Kernel(points, groups)
     similarity = kernel.among_points() if candidates is None else kernel.of(candidates, candidate_groups)
-    covered = np.zeros(n, np.uint16) if covered_by is None else kernel.highest(covered_by)
+    covered = np.zeros(n, np.uint16) if covered_by is None else kernel.highest(covered_by, covered_by_groups)
     return _select_lazily(similarity, covered, budget)
 
 
@@ -164,13 +165,15 @@ class _Kernel:
                 similarity[column : column + _BLOCK, start : start + _BLOCK] = block.T
         return similarity
 
-    def highest(self, chosen: np.ndarray) -> np.ndarray:
+    def highest(self, chosen: np.ndarray, groups: np.ndarray | None = None) -> np.ndarray:
         """Return the similarity (n,) uint16 of each point to the nearest of `chosen` (l, d), 0 where there is none."""
         rows = self._rounded(chosen)
+        groups = _one_group(len(rows)) if groups is None else groups
         covered = np.zeros(len(self._points), np.uint16)
         for start in range(0, len(rows), _BLOCK):
             for column in range(0, len(self._points), _BLOCK):
                 block = self._block(rows[start : start + _BLOCK], column)
+                block = self._within(groups[start : start + _BLOCK], block, column)
                 part = covered[column : column + _BLOCK]
                 np.maximum(part, block.max(axis=0), out=part)
         return covered

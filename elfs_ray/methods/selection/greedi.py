@@ -16,6 +16,29 @@ PARTITION_ROWS = 20_000  # 0.8 GB of similarities; a pool of up to so many sampl
 SAMPLE_ROWS = 40_000  # of the pool, to be covered by the merged choice: 1.6 GB of similarities to the nominees
 
 
+class Rows(NamedTuple):
+    """Some samples: embeddings (n, d), ids (n,) int64, and groups (n,) int or None as for `facility_location`."""
+
+    embeddings: np.ndarray
+    sample_ids: np.ndarray
+    groups: np.ndarray | None
+
+    def among(self, wanted: np.ndarray) -> "Rows":
+        """Return those of the samples that are among the `wanted` ids."""
+        return self.where(np.isin(self.sample_ids, wanted, assume_unique=True))
+
+    def where(self, mask: np.ndarray) -> "Rows":
+        """Return the samples of a mask (n,) bool."""
+        return Rows(self.embeddings[mask], self.sample_ids[mask], None if self.groups is None else self.groups[mask])
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["Rows"]) -> "Rows":
+        """Return the samples of all parts, in their order."""
+        groups = [part.groups for part in parts if part.groups is not None]
+        embeddings, sample_ids = (np.concatenate(column) for column in list(zip(*parts, strict=True))[:2])
+        return cls(embeddings, sample_ids, np.concatenate(groups) if groups else None)
+
+
 class Nominees(NamedTuple):
     """What a partition selects: ids (r,) int64 in order, and the embeddings (q, d) and groups (q,) of the first."""
 
@@ -47,23 +70,40 @@ def num_candidates(num_partitions: int) -> int:
     return -(-PARTITION_ROWS // num_partitions)
 
 
-def nominate(
-    embeddings: np.ndarray, sample_ids: np.ndarray, groups: np.ndarray | None, num_candidates: int, share: int
-) -> Nominees:
-    """Select from a partition: embeddings (n, d), ids (n,) ascending, groups (n,) as for `facility_location`.
+def select(rows: Rows, budget: int, labelled: Rows | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Select from samples, ascending by id, in one partition: return positions (b,) in order and gains (b,) int64.
 
-    `share` is the partition's share of the budget, rounded up.
+    labelled: samples that cover others from the start; those among `rows` are not selected. Fewer than `budget` are
+    selected if no more are left.
+    """
+    if labelled is None:
+        return facility_location(rows.embeddings, min(budget, len(rows.embeddings)), groups=rows.groups)
+    eligible = ~np.isin(rows.sample_ids, labelled.sample_ids)
+    # A labelled sample gains nothing, so it comes after all that gain anything, and is then left out.
+    depth = min(budget + int(np.count_nonzero(~eligible)), len(eligible))
+    order, gains = facility_location(
+        rows.embeddings,
+        depth,
+        groups=rows.groups,
+        covered_by=labelled.embeddings,
+        covered_by_groups=labelled.groups,
+    )
+    left = eligible[order]
+    return order[left][:budget], gains[left][:budget]
+
+
+def nominate(rows: Rows, num_candidates: int, share: int, labelled: Rows | None = None) -> Nominees:
+    """Select from a partition, ascending by id; `share` is its share of the budget, rounded up.
 
     Memory: 2·n² bytes, and those of `facility_location`.
     """
-    depth = max(num_candidates, share)
-    order = facility_location(embeddings, min(depth, len(embeddings)), groups=groups).order
+    order, _ = select(rows, max(num_candidates, share), labelled)
     first = order[:num_candidates]
-    return Nominees(sample_ids[order], embeddings[first], None if groups is None else groups[first])
+    return Nominees(rows.sample_ids[order], rows.embeddings[first], None if rows.groups is None else rows.groups[first])
 
 
-def merge(nominees: Sequence[Nominees], points: np.ndarray, groups: np.ndarray | None, budget: int) -> Merged:
-    """Select from the nominees of all partitions those that best cover `points`, a sample of the pool, in `groups`.
+def merge(nominees: Sequence[Nominees], points: Rows, budget: int, labelled: Rows | None = None) -> Merged:
+    """Select from the nominees of all partitions those that best cover `points`, a sample of the pool.
 
     After the last one that covers anything more, or the last candidate, come the other nominees by their ranks in their
     partitions, then by id: for a budget as large as that, one choice is as good as another.
@@ -73,9 +113,15 @@ def merge(nominees: Sequence[Nominees], points: np.ndarray, groups: np.ndarray |
     candidate_ids = np.concatenate([part.sample_ids[: len(part.embeddings)] for part in nominees])
     by_id = np.argsort(candidate_ids)
     candidates = np.concatenate([part.embeddings for part in nominees])[by_id]
-    candidate_groups = None if groups is None else np.concatenate([part.groups for part in nominees])[by_id]
+    groups = [part.groups for part in nominees if part.groups is not None]
     coverage = facility_location(
-        points, min(budget, len(candidates)), candidates=candidates, groups=groups, candidate_groups=candidate_groups
+        points.embeddings,
+        min(budget, len(candidates)),
+        candidates=candidates,
+        groups=points.groups,
+        candidate_groups=np.concatenate(groups)[by_id] if groups else None,
+        covered_by=None if labelled is None else labelled.embeddings,
+        covered_by_groups=None if labelled is None else labelled.groups,
     )
     useful = coverage.gains > 0
     chosen, gains = candidate_ids[by_id][coverage.order[useful]], coverage.gains[useful]

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from elfs_ray.config import Config
+from elfs_ray.config import Config, ConfigError
 from elfs_ray.runtime.resources import Request, request_gpu_tasks
 from elfs_ray.stages.stage import Result, Stage
-from elfs_ray.storage import schema
+from elfs_ray.storage import filesystem, schema
 
 if TYPE_CHECKING:
     from elfs_ray.runtime.cluster import Devices
@@ -91,6 +91,11 @@ def _requests(config: Config, devices: "Devices") -> list[Request]:
     return [request_gpu_tasks(devices, "train", "training task")]
 
 
+def _check(config: Config) -> None:
+    if config.select.labelled is not None and not filesystem.exists(config.select.labelled):
+        raise ConfigError(f"select.labelled={config.select.labelled!r} does not exist")
+
+
 STAGE = Stage(
     result=SelectResult,
     section="select",
@@ -100,4 +105,5 @@ STAGE = Stage(
     files=_files,
     describe=_describe,
     requests=_requests,
+    check=_check,
 )

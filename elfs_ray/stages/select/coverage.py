@@ -1,10 +1,12 @@
 """Select by coverage: greedy facility location on the embeddings (methods/selection/coverage.py, greedi.py).
 
-Reads   select/pool/ (ids and pseudo-labels), embeddings/; clusters/ to cover each pseudo-class by its members
+Reads   select/pool/ (ids and pseudo-labels), embeddings/; clusters/ to cover each pseudo-class by its members; the
+        file at select.labelled and index/
 Writes  select/coverage/ (sample_id, pseudo_label, score, rank), a file for each of select/pool/
 
 A pool of up to 20,000 samples is one task. A larger one is divided into partitions, a task each, and one more task
-selects among what these nominate. The result depends on embeddings, pseudo-labels and seed alone.
+selects among what these nominate. The result depends on embeddings,
+pseudo-labels, labelled samples and seed alone.
 
 Memory: a task holds 0.8 GB of similarities, the last one 1.6 GB, and its embeddings. The driver holds some 40 bytes a
 sample, and the embeddings of 20,000 nominees and of a sample of 44,000.
@@ -21,11 +23,12 @@ import torch
 
 from elfs_ray.methods.numeric.hashing import hash_uint64
 from elfs_ray.methods.selection import greedi
-from elfs_ray.methods.selection.coverage import SIMILARITY_ONE, facility_location, highest_similarity
+from elfs_ray.methods.selection.coverage import SIMILARITY_ONE, highest_similarity
 from elfs_ray.methods.selection.pruning import random_selection
 from elfs_ray.runtime.cluster import run_tasks
 from elfs_ray.runtime.progress import Progress, say
 from elfs_ray.stages.cluster import ClusterResult
+from elfs_ray.stages.select.labelled import read_labelled
 from elfs_ray.stages.select.scored_pool import ScoredPool
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
@@ -44,20 +47,6 @@ class Slice(NamedTuple):
     first: int
     end: int
     labels: str | None
-
-
-class Rows(NamedTuple):
-    """Some samples, ascending by id: embeddings (n, d) float16, ids (n,), pseudo-labels (n,) where these matter."""
-
-    embeddings: np.ndarray
-    sample_ids: np.ndarray
-    labels: np.ndarray | None
-
-    def among(self, wanted: np.ndarray) -> "Rows":
-        """Return those of the samples that are among the `wanted` ids."""
-        here = np.isin(self.sample_ids, wanted, assume_unique=True)
-        labels = None if self.labels is None else self.labels[here]
-        return Rows(self.embeddings[here], self.sample_ids[here], labels)
 
 
 class CoverageOfPool(NamedTuple):
@@ -80,11 +69,18 @@ def covers_inside_classes(clusters: ClusterResult) -> bool:
 
 
 def score_by_coverage(
-    run_dir: RunDir, pool: ScoredPool, seed: int, counts: Sequence[int], *, inside_classes: bool
+    run_dir: RunDir,
+    pool: ScoredPool,
+    seed: int,
+    counts: Sequence[int],
+    *,
+    inside_classes: bool,
+    labelled: str | None = None,
 ) -> tuple[ScoredPool, list[CoverageOfPool]]:
     """Write the ranks and gains of the samples. Returns the pool with these, and how coresets of `counts` cover it.
 
-    inside_classes: whether a sample covers those of its pseudo-class alone, and not the whole pool.
+    inside_classes: whether a sample covers those of its pseudo-class alone, and not the whole pool. labelled: a file
+    that names samples which cover others already and are not chosen. Raises ValueError if too few others are left.
     A score is a gain: by how much the sample raised the sum of similarities over the pool when it was chosen.
     """
     files = run_dir.counted_files(schema.EMBEDDINGS)
@@ -93,21 +89,30 @@ def score_by_coverage(
     labels = (schema.CLUSTERS, schema.PSEUDO_LABELS_DIR)  # in files as those of the embeddings
     label_files = [run_dir.path(*labels, filesystem.basename(path)) if inside_classes else None for path, _ in files]
     parts = [_slices(files, label_files, part) for part in greedi.partitions(len(sample_ids))]
+    covered = None if labelled is None else _rows_of(parts, read_labelled(labelled, run_dir))
+    num_left = len(sample_ids) - (0 if covered is None else len(covered.sample_ids))
+    if max(counts) > num_left:
+        raise ValueError(
+            f"budget is {max(counts)}, but only {num_left} images are not in select.labelled={labelled!r} yet: give a "
+            "smaller budget"
+        )
     to_cover = greedi.SAMPLE_ROWS if len(parts) > 1 else 0
     # From the other end, so that a large pool's coverage is measured on other samples than those that were covered.
     measured_ids = np.sort(by_hash[-MEASURED_ROWS:])
     with Progress("select", len(parts) + 1, "parts selected") as progress:
         if len(parts) == 1:
-            ids, gains, measured = _select_at_once(parts[0], measured_ids, max(counts))
+            ids, gains, measured = _select_at_once(parts[0], covered, measured_ids, max(counts))
             num_points = len(sample_ids)
         else:
             ids, gains, measured, num_points = _select_in_parts(
-                parts, np.sort(by_hash[:to_cover]), measured_ids, max(counts), progress
+                parts, covered, np.sort(by_hash[:to_cover]), measured_ids, max(counts), progress
             )
         progress.update(len(parts) + 1)
     scores = (gains / (SIMILARITY_ONE * num_points) * len(sample_ids)).astype(np.float32)
-    random_ids = sample_ids[random_selection(sample_ids, max(counts), seed)]
-    coverages = _measure(parts, measured, ids, random_ids, counts)
+    labelled_ids = np.empty(0, np.int64) if covered is None else covered.sample_ids
+    others = np.setdiff1d(sample_ids, labelled_ids, assume_unique=True)
+    random_ids = others[random_selection(others, max(counts), seed)]
+    coverages = _measure(parts, measured, ids, random_ids, labelled_ids, counts)
     return _write(run_dir, pool, ids, scores), coverages
 
 
@@ -123,58 +128,80 @@ def _slices(files: Sequence[tuple[str, int]], label_files: Sequence[str | None],
 
 
 def _select_at_once(
-    slices: Sequence[Slice], measured_ids: np.ndarray, count: int
+    slices: Sequence[Slice], labelled: greedi.Rows | None, measured_ids: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the ids in the order of selection, their gains, and the embeddings of the samples to measure on."""
-    ((_, result),) = run_tasks(_select_whole_pool, [(slices, measured_ids, count)])
+    ((_, result),) = run_tasks(_select_whole_pool, [(slices, labelled, measured_ids, count)])
     return result
 
 
 def _select_whole_pool(
-    slices: Sequence[Slice], measured_ids: np.ndarray, count: int
+    slices: Sequence[Slice], labelled: greedi.Rows | None, measured_ids: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     torch.set_num_threads(1)
     rows = _read(slices)
-    order, gains = facility_location(rows.embeddings, count, groups=rows.labels)
+    order, gains = greedi.select(rows, count, labelled)
     return rows.sample_ids[order], gains, rows.among(measured_ids).embeddings
 
 
 def _select_in_parts(
-    parts: Sequence[Sequence[Slice]], point_ids: np.ndarray, measured_ids: np.ndarray, count: int, progress: Progress
+    parts: Sequence[Sequence[Slice]],
+    labelled: greedi.Rows | None,
+    point_ids: np.ndarray,
+    measured_ids: np.ndarray,
+    count: int,
+    progress: Progress,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """Return what `_select_at_once` does, and the number of points that the choice was made to cover."""
     nominees: dict[int, greedi.Nominees] = {}
-    points: dict[int, Rows] = {}
+    points: dict[int, greedi.Rows] = {}
     measured: dict[int, np.ndarray] = {}
     num_candidates, share = greedi.num_candidates(len(parts)), -(-count // len(parts))
-    shared = ray.put(point_ids), ray.put(measured_ids)  # stored once, not once for each task
+    # Stored once, not once for each task.
+    shared = ray.put(point_ids), ray.put(measured_ids), ray.put(labelled)
     tasks = [(slices, *shared, num_candidates, share) for slices in parts]
     for position, (nominated, covered, kept) in run_tasks(_nominate, tasks):
         nominees[position], points[position], measured[position] = nominated, covered, kept
         progress.advance(1)
     # In the order of the partitions, whichever ended first.
     in_order = range(len(parts))
-    all_points = np.concatenate([points[part].embeddings for part in in_order])
-    labels = [rows.labels for part in in_order if (rows := points[part]).labels is not None]
-    groups = np.concatenate(labels) if labels else None
-    ((_, merged),) = run_tasks(_merge, [([nominees[part] for part in in_order], all_points, groups, count)])
-    return merged.sample_ids, merged.gains, np.concatenate([measured[part] for part in in_order]), len(all_points)
+    all_points = greedi.Rows.concatenate([points[part] for part in in_order])
+    ((_, merged),) = run_tasks(_merge, [([nominees[part] for part in in_order], all_points, count, labelled)])
+    all_measured = np.concatenate([measured[part] for part in in_order])
+    return merged.sample_ids, merged.gains, all_measured, len(all_points.sample_ids)
 
 
 def _nominate(
-    slices: Sequence[Slice], point_ids: np.ndarray, measured_ids: np.ndarray, num_candidates: int, share: int
-) -> tuple[greedi.Nominees, Rows, np.ndarray]:
+    slices: Sequence[Slice],
+    point_ids: np.ndarray,
+    measured_ids: np.ndarray,
+    labelled: greedi.Rows | None,
+    num_candidates: int,
+    share: int,
+) -> tuple[greedi.Nominees, greedi.Rows, np.ndarray]:
     torch.set_num_threads(1)
     rows = _read(slices)
-    nominees = greedi.nominate(*rows, num_candidates, share)
+    nominees = greedi.nominate(rows, num_candidates, share, labelled)
     return nominees, rows.among(point_ids), rows.among(measured_ids).embeddings
 
 
 def _merge(
-    nominees: Sequence[greedi.Nominees], points: np.ndarray, groups: np.ndarray | None, count: int
+    nominees: Sequence[greedi.Nominees], points: greedi.Rows, count: int, labelled: greedi.Rows | None
 ) -> greedi.Merged:
     torch.set_num_threads(1)
-    return greedi.merge(nominees, points, groups, count)
+    return greedi.merge(nominees, points, count, labelled)
+
+
+def _rows_of(parts: Sequence[Sequence[Slice]], sample_ids: np.ndarray) -> greedi.Rows | None:
+    """Return those samples of the pool, in the order of their ids; None if it has none of them."""
+    wanted = ray.put(sample_ids)
+    rows = dict(run_tasks(_read_among, [(slices, wanted) for slices in parts]))
+    joined = greedi.Rows.concatenate([rows[part] for part in range(len(parts))])
+    return joined if len(joined.sample_ids) else None
+
+
+def _read_among(slices: Sequence[Slice], sample_ids: np.ndarray) -> greedi.Rows:
+    return _read(slices).among(sample_ids)
 
 
 def _measure(
@@ -182,11 +209,12 @@ def _measure(
     points: np.ndarray,
     chosen_ids: np.ndarray,
     random_ids: np.ndarray,
+    labelled_ids: np.ndarray,
     counts: Sequence[int],
 ) -> list[CoverageOfPool]:
-    """Return how the first `counts` of the chosen and of the random samples cover some points."""
+    """Return how the first `counts` of the chosen and of the random samples, with the labelled, cover some points."""
     ends = sorted(set(counts))
-    shared = ray.put((points, *(_with_steps(ids, ends) for ids in (chosen_ids, random_ids))))
+    shared = ray.put((points, *(_with_steps(ids, labelled_ids, ends) for ids in (chosen_ids, random_ids))))
     covered = np.zeros((2, len(ends), len(points)), np.uint16)
     for _, part in run_tasks(_cover, [(slices, shared, len(ends)) for slices in parts]):
         np.maximum(covered, part, out=covered)
@@ -195,11 +223,16 @@ def _measure(
     return [CoverageOfPool(*(float(mean) for mean in means[:, ends.index(count)])) for count in counts]
 
 
-def _with_steps(ids: np.ndarray, ends: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first ids up to the last of `ends`, ascending, and the step that adds each: 0 before ends[0], ..."""
+def _with_steps(ids: np.ndarray, first_ids: np.ndarray, ends: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return `first_ids` and the first ids up to the last of `ends`, ascending, and the step that adds each.
+
+    Step 0 adds first_ids and the ids before ends[0].
+    """
     ids = ids[: ends[-1]]
+    steps = np.concatenate([np.zeros(len(first_ids), np.int64), np.searchsorted(ends, np.arange(len(ids)), "right")])
+    ids = np.concatenate([first_ids, ids])
     order = np.argsort(ids)
-    return ids[order], np.searchsorted(ends, order, side="right")
+    return ids[order], steps[order]
 
 
 def _cover(
@@ -240,7 +273,7 @@ def _write_file(source: str, target: str, selected: tuple[np.ndarray, np.ndarray
     filesystem.write_table(target, rows)
 
 
-def _read(slices: Sequence[Slice]) -> Rows:
+def _read(slices: Sequence[Slice]) -> greedi.Rows:
     embeddings, sample_ids, labels = [], [], []
     for path, first, end, label_path in slices:
         rows = filesystem.read_slice(path, first, end)
@@ -252,7 +285,8 @@ def _read(slices: Sequence[Slice]) -> Rows:
                 "clusters/ and embeddings/ differ"
             )
             labels.append(labelled[schema.PSEUDO_LABEL].to_numpy())
-    return Rows(np.concatenate(embeddings), np.concatenate(sample_ids), np.concatenate(labels) if labels else None)
+    groups = np.concatenate(labels) if labels else None
+    return greedi.Rows(np.concatenate(embeddings), np.concatenate(sample_ids), groups)
 
 
 def _column(path: str, name: str) -> np.ndarray:

@@ -99,7 +99,9 @@ def _score(
         pool = score_at_random(run_dir, pool, config.seed)
     elif config.select.method in ("coverage", "auto"):
         inside = config.select.method == "auto" and covers_inside_classes(ClusterResult.read(run_dir))
-        pool, measured = score_by_coverage(run_dir, pool, config.seed, counts, inside_classes=inside)
+        pool, measured = score_by_coverage(
+            run_dir, pool, config.seed, counts, inside_classes=inside, labelled=config.select.labelled
+        )
         coverages = [coverage._asdict() for coverage in measured]
     return pool, coverages
 

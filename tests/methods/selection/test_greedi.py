@@ -18,11 +18,9 @@ def select(embeddings, budget, sample=slice(None), groups=None):
     ids = np.arange(len(embeddings)) * 10 + 10
     parts = greedi.partitions(len(ids))
     candidates, share = greedi.num_candidates(len(parts)), -(-budget // len(parts))
-    nominees = [
-        greedi.nominate(embeddings[part], ids[part], None if groups is None else groups[part], candidates, share)
-        for part in map(as_slice, parts)
-    ]
-    merged = greedi.merge(nominees, embeddings[sample], None if groups is None else groups[sample], budget)
+    rows = greedi.Rows(embeddings, ids, groups)
+    nominees = [greedi.nominate(rows.where(part), candidates, share) for part in map(as_slice, parts)]
+    merged = greedi.merge(nominees, rows.where(sample), budget)
     return merged.sample_ids // 10 - 1, merged.gains
 
 
