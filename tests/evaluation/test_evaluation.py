@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -19,6 +20,7 @@ from elfs_ray.config import ConfigError, deciding_keys
 from elfs_ray.evaluation import run as evaluation
 from elfs_ray.evaluation.badge import BadgeJob, buy_labels, round_ends
 from elfs_ray.evaluation.chart import draw_chart
+from elfs_ray.evaluation.keys import keys_of_job
 from elfs_ray.evaluation.published import PUBLISHED
 from elfs_ray.evaluation.report import Results, closing_lines, to_markdown
 from elfs_ray.evaluation.selections import select_without_labels
@@ -378,3 +380,15 @@ def test_supervised_methods_score_a_proxy_that_learned_the_true_labels(finished,
     sizes = [len(selection.read_column("coreset-0.3", column="sample_id")) for selection in coresets]
     assert sizes == [300] * 4  # CCS has two seeds
     assert contents(finished / "run", "clusters", "dynamics", "scores", "train") == before
+
+
+def test_trainings_after_a_run_without_stage_train_take_the_augmentation_of_the_job(tmp_path):
+    config = digits_config(tmp_path, "evaluate.network=small_cnn", "evaluate.test_uri=/test", "pool.label=label")
+    train = replace(config.train, augmentation="crop", crop_padding=3, mean=[0.1, 0.2, 0.3])
+    source = SimpleNamespace(run_dir=RunDir(tmp_path), config=config)
+    evaluate = keys_of_job(config)
+    settings = evaluation._settings(evaluate, SimpleNamespace(sources=[source]), "cpu", train)
+    assert (settings.crop_padding, settings.flip, settings.mean) == (3, False, [0.1, 0.2, 0.3])
+    mark(source.run_dir, TrainResult(1, 1, 1, "memory", []))
+    settings = evaluation._settings(evaluate, SimpleNamespace(sources=[source]), "cpu", train)
+    assert settings.mean == config.train.mean

@@ -59,7 +59,7 @@ def test_the_rates_in_the_comment_of_cifar100_are_those_of_the_paper():
     assert (config.budgets, config.hard_fractions) == ([0.7, 0.5, 0.3, 0.2, 0.1], [0.1, 0.2, 0.4, 0.5, 0.7])
 
 
-@pytest.mark.parametrize("name", [*PIPELINE_JOBS, "quickstart"])
+@pytest.mark.parametrize("name", [*PIPELINE_JOBS, "photos", "quickstart"])
 def test_help_lists_every_key_with_its_default(name):
     result = type_job(name, "--help")
     assert result.returncode == 0
