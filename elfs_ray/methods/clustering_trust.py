@@ -1,9 +1,9 @@
 """Estimate without labels how many pseudo-labels are right: do neighbours share them, and do clusterings agree?
 
 A right clustering puts near neighbours into one cluster, and comes out again when it is repeated. Neither is enough:
-stable clusters may cut through classes, and smooth ones may lie elsewhere in each repetition. On eight sets of 2,925
-to 10,000 images the product of the two was within 6 points of the share of right labels, on average
-(BENCHMARKS.md, "Trust in pseudo-labels").
+stable clusters may cut through classes, and smooth ones may lie elsewhere in each repetition. On eight sets of 2,944
+to 10,000 images the product of the two was 10 points from the share of right labels, on average (BENCHMARKS.md, "Few
+labels").
 """
 
 from dataclasses import dataclass
