@@ -1,11 +1,13 @@
 """Stage report: one file that opens offline, with every number of it in metrics.json."""
 
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
 
 import numpy as np
 import pyarrow as pa
+import pytest
 
 from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.stages.copy import CopyResult
@@ -184,3 +186,19 @@ def test_the_choice_of_the_hard_fraction_is_explained(ray_cluster, tmp_path):
     risk = second["hard_fraction_evidence"]["risks"][0]
     assert ["0", *(f"{risk[name]:.4f}" for name in ("bias", "variance", "risk"))] in page.rows
     assert f"Hard fraction (β): {first['hard_fraction']:.3g}" in page.texts
+
+
+@pytest.mark.parametrize(
+    ("right", "words"),
+    [(0.75, "so the images were chosen inside each group"), (0.25, "so the groups were not used")],
+)
+def test_a_selection_by_auto_says_how_far_its_groups_are_trusted(ray_cluster, tmp_path, right, words):
+    run_dir = RunDir(tmp_path)
+    write_run(run_dir)
+    trust = {"neighbor_purity": 1.0, "agreement": right, "right": right}
+    mark(run_dir, dataclasses.replace(ClusterResult.read(run_dir), trust=trust))
+    page, metrics = select_and_report(tmp_path, "select.method=auto", "budget=30")
+    text = "".join(page.texts)
+    assert f"About {right:.0%} of the images seem to be in the right group" in text and words in text
+    assert metrics["coresets"]["coreset"]["coverage"]["inside_classes"] == (right > 0.5)
+    assert "Too hard" not in text and "score_histogram" not in metrics

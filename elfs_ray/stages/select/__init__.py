@@ -19,8 +19,8 @@ class CoresetResult:
 
     num_hard and num_easy count the samples pruned from each end, num_not_drawn those left out for no such reason. The
     scores are in the column `score` of the table at `score_table`; `hard_side`, low or high, is the end with the hard
-    samples. coverage: for the method coverage, the mean similarity of the pool to its nearest sample in this coreset
-    and in a random one, as "coreset" and "random".
+    samples. coverage: for the methods coverage and auto, the mean similarity of the pool to its nearest sample in this
+    coreset and in a random one, as "coreset" and "random", and whether it was chosen "inside_classes".
     """
 
     rows: int

@@ -102,7 +102,7 @@ def _score(
         pool, measured = score_by_coverage(
             run_dir, pool, config.seed, counts, inside_classes=inside, labelled=config.select.labelled
         )
-        coverages = [coverage._asdict() for coverage in measured]
+        coverages = [{**coverage._asdict(), "inside_classes": inside} for coverage in measured]
     return pool, coverages
 
 
