@@ -96,7 +96,7 @@ def written_files(out: RunDir) -> Iterator[tuple[str, str]]:
 
 
 def _settings(
-    config: EvaluateRunsConfig, workload: Workload, device: str, train: TrainConfig | None
+    config: EvaluateRunsConfig, workload: Workload, device: str, train: TrainConfig | None = None
 ) -> ClassifierSettings | None:
     """Return the settings of every training: the keys of the evaluation, the rest as in the first run's stage train.
 
