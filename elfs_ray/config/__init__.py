@@ -23,11 +23,12 @@ from elfs_ray.config.pool import PoolConfig
 from elfs_ray.config.pretrain import PretrainConfig
 from elfs_ray.config.report import ReportConfig
 from elfs_ray.config.run import Budget, Config
-from elfs_ray.config.select import FIND_HARD_FRACTION, USES_HARD_FRACTION, HardFraction, SelectConfig
+from elfs_ray.config.select import BY_COVERAGE, FIND_HARD_FRACTION, USES_HARD_FRACTION, HardFraction, SelectConfig
 from elfs_ray.config.temi import TemiConfig
 from elfs_ray.config.train import LINEAR, TrainConfig
 
 __all__ = [
+    "BY_COVERAGE",
     "EVALUATED_METHODS",
     "FIND_HARD_FRACTION",
     "LINEAR",

@@ -22,6 +22,8 @@ SELECT_METHODS = (
 )
 WITHOUT_DYNAMICS = ("auto", "random", "prototypicality", "d2", "zcore", "coverage")
 """The methods that read no training dynamics: a run that selects by one of them trains no proxy network."""
+BY_COVERAGE = ("auto", "coverage")
+"""The methods that choose by coverage: they balance by themselves, and take labelled images into account."""
 USES_HARD_FRACTION = ("double_end", "stratified")
 FIND_HARD_FRACTION = ("auto", "search")
 

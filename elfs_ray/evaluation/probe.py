@@ -63,7 +63,8 @@ def embed_test_images(
     keys = [f"run_dir={folder}", f"pool.uri={test_uri}", f"pool.format={workload.pool_format}"]
     keys += [f"pool.label={columns.label}", *([f"pool.image_column={columns.image}"] if columns.image else [])]
     keys += [f"embed.device={device}", "budget=1.0", "until=embed", "on_change=rerun"]
-    keys += ["select.method=random", "select.hard_fraction=0"]  # a method that needs no copies of the images
+    # A method that needs no copies of the images.
+    keys += ["select.method=random", "select.hard_fraction=0", "select.labelled=null"]
     if source.config.pretrains:
         keys.append(f"embed.weights={PretrainResult.read(source.run_dir).encoder}")
     run_dir = runner.run(load_config(None, keys, base=source.base))

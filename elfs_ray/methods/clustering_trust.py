@@ -14,6 +14,7 @@ import torch
 from elfs_ray.methods.clustering_metrics import contingency_table, matched_accuracy, neighbor_purity
 from elfs_ray.methods.kmeans.assignment import nearest_centroids
 from elfs_ray.methods.kmeans.lloyd import kmeans
+from elfs_ray.methods.kmeans.num_clusters import count_distinct
 from elfs_ray.methods.kmeans.points import ArrayPoints
 
 TRUST_ROWS = 20_000
@@ -26,7 +27,7 @@ _BLOCK = 500
 
 @dataclass(frozen=True)
 class LabelTrust:
-    """How far pseudo-labels can be trusted; each share is from 0 to 1.
+    """Tell how far pseudo-labels can be trusted; each share is from 0 to 1.
 
     neighbor_purity: mean share of a sample's 10 nearest neighbours with its label. agreement: share of samples that
     repeated clusterings label alike, after matching.
@@ -49,10 +50,7 @@ def estimate_trust(
     agreement: that of the clusterings if it is known already; otherwise k-means is repeated on the rows.
     Memory: 6·m·d bytes, 16·m·k for k-means.
     """
-    embeddings = rows.cpu().numpy()
-    # Viewed as one opaque value each, rows are compared by their bytes.
-    num_distinct = len(np.unique(np.ascontiguousarray(embeddings).view(np.dtype((np.void, 2 * embeddings.shape[1])))))
-    if num_distinct < MIN_ROWS_PER_CLUSTER * num_clusters:
+    if count_distinct(rows) < MIN_ROWS_PER_CLUSTER * num_clusters:
         return None
     if agreement is None:
         agreement = _agreement_with_repeats(rows, labels, num_clusters, seed)

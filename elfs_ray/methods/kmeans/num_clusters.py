@@ -34,8 +34,7 @@ def estimate_num_clusters(rows: torch.Tensor, *, seed: int, max_clusters: int = 
     Memory: 16 m·k bytes for the largest k tried. Raises ValueError for too few rows or distinct rows.
     """
     points = ArrayPoints(rows.cpu().numpy(), np.arange(len(rows)), device=str(rows.device))
-    # Viewed as one opaque value each, rows are compared by their bytes.
-    num_distinct = len(np.unique(rows.cpu().numpy().view(np.dtype((np.void, 2 * points.dim)))))
+    num_distinct = count_distinct(rows)
     largest = min(max_clusters, len(rows) // MIN_ROWS_PER_CLUSTER, num_distinct - 1)
     if largest < 2:
         raise ValueError(
@@ -55,6 +54,13 @@ def estimate_num_clusters(rows: torch.Tensor, *, seed: int, max_clusters: int = 
         ]
         wanted = {(best + k) // 2 for k in neighbors} - tried.keys()
     return ClusterEstimate(best, tuple(tried[k] for k in sorted(tried)))
+
+
+def count_distinct(rows: torch.Tensor) -> int:
+    """Return the number of distinct rows (m, d) float16."""
+    embeddings = np.ascontiguousarray(rows.cpu().numpy())
+    # Viewed as one opaque value each, rows are compared by their bytes.
+    return len(np.unique(embeddings.view(np.dtype((np.void, 2 * embeddings.shape[1])))))
 
 
 def _silhouette(points: ArrayPoints, rows: torch.Tensor, num_clusters: int, seed: int) -> dict[str, float]:

@@ -17,7 +17,7 @@ SAMPLE_ROWS = 40_000  # of the pool, to be covered by the merged choice: 1.6 GB 
 
 
 class Rows(NamedTuple):
-    """Some samples: embeddings (n, d), ids (n,) int64, and groups (n,) int or None as for `facility_location`."""
+    """Hold some samples: embeddings (n, d), ids (n,) int64, and groups (n,) int or None as for `facility_location`."""
 
     embeddings: np.ndarray
     sample_ids: np.ndarray

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from elfs_ray.config import Config
+from elfs_ray.config import BY_COVERAGE, Config
 from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.stages.embed import EmbedResult
 from elfs_ray.stages.embed.blocks import copies_of
@@ -34,7 +34,7 @@ CORESET_METRICS = (
     "hard_fraction_evidence",
     "coverage",
 )
-UNSCORED = ("auto", "coverage", "random")  # methods whose scores say nothing about how hard an image is
+UNSCORED = (*BY_COVERAGE, "random")  # methods whose scores say nothing about how hard an image is
 GROUPS = ("hardest", "kept", "easiest")
 
 

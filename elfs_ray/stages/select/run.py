@@ -22,7 +22,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from elfs_ray.config import Config
+from elfs_ray.config import BY_COVERAGE, Config
 from elfs_ray.methods.selection.scores import ScoreAccumulator
 from elfs_ray.runtime.cluster import run_tasks
 from elfs_ray.runtime.progress import Progress
@@ -97,7 +97,7 @@ def _score(
         pool = score_whole_pool(config, run_dir, pool, max(counts))
     elif config.select.method == "random":
         pool = score_at_random(run_dir, pool, config.seed)
-    elif config.select.method in ("coverage", "auto"):
+    elif config.select.method in BY_COVERAGE:
         inside = config.select.method == "auto" and covers_inside_classes(ClusterResult.read(run_dir))
         pool, measured = score_by_coverage(
             run_dir, pool, config.seed, counts, inside_classes=inside, labelled=config.select.labelled

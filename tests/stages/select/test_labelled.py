@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from elfs_ray.config import ConfigError
+from elfs_ray.evaluation.methods import METHODS
 from elfs_ray.methods.selection import greedi
 from elfs_ray.methods.selection.coverage import facility_location
 from elfs_ray.stages.select import run as select
@@ -124,3 +125,10 @@ def test_what_names_no_images_of_the_pool_is_refused(run_dir, tmp_path, name, co
 def test_other_methods_refuse_it(tmp_path):
     with pytest.raises(ConfigError, match=r"select\.labelled with select\.method=double_end"):
         digits_config(tmp_path, "select.labelled=/x")
+
+
+def test_baselines_of_a_run_with_labelled_images_do_not_know_them(tmp_path):
+    run = ("select.method=auto", "select.labelled=/x")
+    for name in ("random", "d2", "aum_hardest"):
+        keys = METHODS[name].select_keys
+        assert digits_config(tmp_path, *run, *keys, "cluster.num_neighbors=10").select.labelled is None
