@@ -25,12 +25,14 @@ BUCKET_SCHEMES = ("s3", "gs", "gcs")
 MAX_ATTEMPTS = 10
 CONNECT_TIMEOUT_S = 10
 RETRY_TIME_LIMIT = timedelta(minutes=2)
-UPLOAD_PAUSES_S = (1, 2, 4, 8, 16)
+PAUSES_S = (1, 2, 4, 8, 16)  # between our attempts, where the client makes none
 DEFAULT_REGION = "us-east-1"  # stores at a custom endpoint know no regions, but the client insists on one
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # pyarrow raises OSError for all of these; only its message has the store's status or error code.
 _TRANSIENT = re.compile(r"HTTP status (429|5\d\d)|SLOW_DOWN|THROTTL|NETWORK_CONN|SERVICE_UNAVAILABLE|INTERNAL_FAIL")
+# The client retries all of these, except in uploads; a 429 whose error code it does not know it retries only mostly.
+_THROTTLED = re.compile(r"HTTP status 429")
 _REFUSED = re.compile(
     r"HTTP status 40[13]|ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE|EXPIRED|INVALID_CLIENT|PERMISSION_DENIED|"
     r"UNAUTHENTICATED"
@@ -91,16 +93,17 @@ def _endpoint(url: str | None) -> tuple[str | None, str | None]:
     return (scheme if separator else "http"), address
 
 
-def explained(function: Callable[P, T]) -> Callable[P, T]:
+def explained(function: Callable[P, T], retry: re.Pattern[str] = _THROTTLED) -> Callable[P, T]:
     """Decorate a function of a URI so that it raises errors that name the URI and say what to do.
 
     A store's refusal becomes a PermissionError, a missing bucket a FileNotFoundError; Arrow's errors name the file.
+    Errors that match `retry` are retried: the function must be one that may run twice.
     """
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            return function(*args, **kwargs)
+            return _retried(retry, function, *args, **kwargs)
         except pa.ArrowInvalid as error:
             uri = str(args[0])
             if posixpath.basename(uri) in str(error):
@@ -113,6 +116,18 @@ def explained(function: Callable[P, T]) -> Callable[P, T]:
             raise meaning from error
 
     return call
+
+
+def _retried(transient: re.Pattern[str], function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    for pause_s in PAUSES_S:
+        try:
+            return function(*args, **kwargs)
+        except OSError as error:
+            if not transient.search(str(error)):
+                raise
+        # A random pause, as many workers meet the same throttling at the same time and should not return together.
+        time.sleep(pause_s * random.uniform(0.5, 1))
+    return function(*args, **kwargs)
 
 
 def _meaning(uri: str, error: OSError) -> OSError | None:
@@ -129,16 +144,8 @@ def _meaning(uri: str, error: OSError) -> OSError | None:
     return None
 
 
-@explained
+@functools.partial(explained, retry=_TRANSIENT)
 def upload(uri: str, data: pa.Buffer, store: fs.FileSystem, path: str) -> None:
     """Upload an object; retry transient errors that the store's client does not retry by itself."""
-    for pause_s in (*UPLOAD_PAUSES_S, None):  # None: the last attempt, whose error is final
-        try:
-            with store.open_output_stream(path) as sink:
-                sink.write(data)
-            return
-        except OSError as error:
-            if pause_s is None or not _TRANSIENT.search(str(error)):
-                raise
-        # A random pause, as many workers meet the same throttling at the same time and should not return together.
-        time.sleep(pause_s * random.uniform(0.5, 1))
+    with store.open_output_stream(path) as sink:
+        sink.write(data)
