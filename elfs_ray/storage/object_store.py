@@ -31,7 +31,7 @@ DEFAULT_REGION = "us-east-1"  # stores at a custom endpoint know no regions, but
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # pyarrow raises OSError for all of these; only its message has the store's status or error code.
 _TRANSIENT = re.compile(r"HTTP status (429|5\d\d)|SLOW_DOWN|THROTTL|NETWORK_CONN|SERVICE_UNAVAILABLE|INTERNAL_FAIL")
-# The client retries all of these, except in uploads; a 429 whose error code it does not know it retries only mostly.
+# The client itself retries these, except in uploads, but not always a 429 whose error code it does not know.
 _THROTTLED = re.compile(r"HTTP status 429")
 _REFUSED = re.compile(
     r"HTTP status 40[13]|ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE|EXPIRED|INVALID_CLIENT|PERMISSION_DENIED|"
