@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cpu_track import PIXELS, QUICK, TRACKS
-from tracks import Track, emit_comparison, run_pipeline, run_sets
+from helpers.tracks import Track, emit_comparison, run_pipeline, run_sets
 
 from elfs_ray.evaluation import run
 from elfs_ray.evaluation.report import Results, closing_lines

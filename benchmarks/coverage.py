@@ -14,8 +14,8 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from helpers.reporting import command_line, emit, take_turns
 from kmeans import DIM, sample_points, write_embeddings
-from reporting import command_line, emit, take_turns
 from selection import Peak, memory_of_ray
 from threadpoolctl import threadpool_limits
 

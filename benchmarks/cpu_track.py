@@ -12,7 +12,7 @@ one seed. Each dataset's table is results.md in its folder; a line of JSON compa
 budget.
 """
 
-from tracks import Track, run_sets, run_track
+from helpers.tracks import Track, run_sets, run_track
 
 METHODS = ("random", "prototypicality", "d2", "aum_hardest", "elfs")
 SHARED = (

@@ -30,9 +30,9 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 import torch
+from helpers.reporting import command_line, emit
 from object_store import copy, free_port, s3_server
 from PIL import Image
-from reporting import command_line, emit
 from torch.utils.data import DataLoader, Dataset
 
 from elfs_ray.config import Config, load_config

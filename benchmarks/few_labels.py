@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from helpers.reporting import command_line
+from helpers.tracks import write_digits
 from PIL import Image
-from reporting import command_line
-from tracks import write_digits
 
 from elfs_ray.methods.clustering_metrics import contingency_table, matched_accuracy
 from elfs_ray.methods.clustering_trust import estimate_trust

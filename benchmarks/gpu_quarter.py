@@ -36,10 +36,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from reporting import command_line, take_turns
+from helpers.reporting import command_line, take_turns
+from helpers.tracks import ROOT, parts_of, run_for, write_digits
+from helpers.training import ceiling, wait
 from torch import nn
-from tracks import ROOT, parts_of, run_for, write_digits
-from training import ceiling, wait
 
 from elfs_ray import load_config
 from elfs_ray.evaluation import run as evaluation

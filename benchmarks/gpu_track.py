@@ -16,8 +16,8 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from reporting import command_line
-from tracks import Track, parts_of, run_for, run_track, write_digits
+from helpers.reporting import command_line
+from helpers.tracks import Track, parts_of, run_for, run_track, write_digits
 
 BUDGETS = (0.1, 0.2, 0.3, 0.5, 0.7)
 METHODS = (

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import ray
 import torch
-from reporting import command_line, emit
+from helpers.reporting import command_line, emit
 
 from elfs_ray import load_config
 from elfs_ray.config import Config

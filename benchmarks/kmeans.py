@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 import torch
-from reporting import command_line, emit, peak_bytes, processes_titled, take_turns
+from helpers.reporting import command_line, emit, peak_bytes, processes_titled, take_turns
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 from sklearn.metrics import normalized_mutual_info_score

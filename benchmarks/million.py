@@ -28,9 +28,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from helpers.reporting import command_line
 from object_store import copy, free_port, s3_server
 from PIL import Image
-from reporting import command_line
 
 from elfs_ray.config import Config, load_config
 from elfs_ray.pipeline import runner as pipeline

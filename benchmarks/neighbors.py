@@ -15,8 +15,8 @@ import faiss
 import numpy as np
 import ray
 import torch
+from helpers.reporting import command_line, emit, take_turns
 from kmeans import DIM, SIDE, sample_points, stage_config, write_embeddings
-from reporting import command_line, emit, take_turns
 from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 

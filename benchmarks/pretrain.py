@@ -18,11 +18,11 @@ import numpy as np
 import pyarrow as pa
 import ray
 import torch
-from reporting import emit
+from helpers.reporting import emit
+from helpers.training import begin, ceiling, images_per_s, measure_in_worker, smooth_png
 from torch import nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
-from training import begin, ceiling, images_per_s, measure_in_worker, smooth_png
 
 from elfs_ray.config import Config, load_config
 from elfs_ray.methods.simclr.training import MEAN, STD, simclr_settings

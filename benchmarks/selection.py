@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-from reporting import command_line, emit, peak_bytes
+from helpers.reporting import command_line, emit, peak_bytes
 
 from elfs_ray.config import SelectConfig
 from elfs_ray.runtime.cluster import connect, run_tasks

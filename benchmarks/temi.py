@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from reporting import command_line, emit
+from helpers.reporting import command_line, emit
 from torch import Tensor, nn
 
 from elfs_ray.methods.temi.heads import TemiHeads, TemiSettings

@@ -20,11 +20,11 @@ import numpy as np
 import pyarrow as pa
 import ray
 import torch
-from reporting import emit, peak_bytes
+from helpers.reporting import emit, peak_bytes
+from helpers.training import begin, ceiling, images_per_s, measure_in_worker, smooth_png, wait
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
-from training import begin, ceiling, images_per_s, measure_in_worker, smooth_png, wait
 
 from elfs_ray.config import Config, load_config
 from elfs_ray.methods.training import augmentation

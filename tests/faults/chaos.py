@@ -25,7 +25,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.reporting import emit
+from benchmarks.helpers.reporting import emit
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 from tests.faults.chaos_places import Place, bucket, small_disk, three_nodes, write_pool

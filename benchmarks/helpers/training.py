@@ -16,12 +16,12 @@ import ray.train
 import torch
 from PIL import Image
 from ray.train.torch import TorchTrainer
-from reporting import command_line, take_turns
 
 from elfs_ray.pool.images import encode_png
 from elfs_ray.runtime.cluster import connect, num_cpus
 from elfs_ray.storage import filesystem
 from elfs_ray.storage.run_dir import RunDir
+from helpers.reporting import command_line, take_turns
 
 RESULT = "result.json"
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import pyarrow.parquet as pq
-from reporting import command_line, emit
 
 from elfs_ray import load_config
 from elfs_ray.evaluation import run
@@ -20,11 +19,12 @@ from elfs_ray.evaluation.report import ALL, Line, closing_lines
 from elfs_ray.evaluation.workload import load
 from elfs_ray.pipeline import runner as pipeline
 from elfs_ray.storage import filesystem
+from helpers.reporting import command_line, emit
 
 EXIT_MORE = 3
 PARTS = ("train", "test")
 SEEDS = 3
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 Work = TypeVar("Work")  # a Track or an Ablation
