@@ -2,6 +2,14 @@
 
 import io
 import os
+
+# Read when numpy and torch are imported. Tests run in parallel, and two processes with a thread for each CPU take far
+# longer than with one thread each.
+os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+# isort: split
+import functools
+import re
 import secrets
 import shutil
 import signal
@@ -15,7 +23,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from filelock import FileLock
 from PIL import Image
 
 from elfs_ray.pool.images import encode_png
@@ -23,10 +30,10 @@ from tests import gcs, s3
 from tests.gcs import gcs_bucket, gcs_server  # noqa: F401  (fixtures)
 from tests.s3 import s3_bucket, s3_server  # noqa: F401  (fixtures)
 
-NUM_CPUS = 8  # logical: enough for 7 workers at once, whatever the machine has
+# Logical, whatever the machine has. A stage starts a process for each, which takes seconds; slow tests have 7 workers.
+FEW_CPUS, MANY_CPUS = 3, 8
 OBJECT_STORE_BYTES = 512 << 20
 DIGITS_PER_CLASS = 12
-LONGEST = ("test_train.py", "test_pipeline.py", "test_embed.py", "test_evaluation.py", "test_pretrain.py")
 FILES = (range(50), range(50, 51), range(51, 120))  # the digits in each Parquet file and tar
 
 # In /tmp, because the paths of Ray's sockets may have at most 107 characters.
@@ -35,6 +42,10 @@ _token = _folder / "token"
 _token.write_text(secrets.token_hex(32))
 # Set before anything imports ray, and inherited by the jobs that tests start.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(_token), "RAY_USAGE_STATS_ENABLED": "0"}
+# Of every second worker that Ray would start, the tests use none; the watcher waits for notices of spot machines.
+os.environ |= {"RAY_prestart_worker_first_driver": "0", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+# By default Ray's workers are nice, and would wait for the tests that run beside them.
+os.environ |= {"RAY_worker_niceness": "0"}
 os.environ |= s3.environment() | gcs.environment()
 for _name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):
     os.environ.pop(_name, None)
@@ -42,14 +53,26 @@ for _name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items):
-    """Run the longest files first, then the others that use Ray, so that parallel processes end at about the same time.
+def pytest_xdist_make_scheduler(config, log):
+    """Run all tests that use Ray in one of the parallel processes, which then starts the only cluster."""
+    from xdist.scheduler import LoadFileScheduling
 
-    `make test` passes --no-loadscope-reorder, without which pytest-xdist begins with the files of the most tests.
-    """
-    with_ray = {item.path for item in items if "ray_cluster" in getattr(item, "fixturenames", ())}
-    rank = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: (rank.get(item.path.name, len(rank)), item.path not in with_ray))
+    class OneCluster(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            path = super()._split_scope(nodeid)
+            return "ray" if _uses_ray(config.rootpath / path) else path
+
+    return OneCluster(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the tests that use Ray. `make test` passes --no-loadscope-reorder, which keeps this order."""
+    items.sort(key=lambda item: not _uses_ray(item.path))
+
+
+@functools.cache
+def _uses_ray(path):
+    return re.search("ray_cluster|small_run", path.read_text()) is not None
 
 
 def pytest_unconfigure():
@@ -57,17 +80,18 @@ def pytest_unconfigure():
 
 
 @pytest.fixture(scope="session")
-def ray_cluster():
-    """Start a Ray on this machine with 8 logical CPUs and no GPU, for the whole session."""
+def ray_cluster(request):
+    """Start a Ray on this machine without a GPU, for the whole session."""
     import ray
 
     from elfs_ray.runtime.cluster import connect
 
     connect(
         "local",
-        num_cpus=NUM_CPUS,
+        num_cpus=FEW_CPUS if "not slow" in request.config.option.markexpr else MANY_CPUS,
         num_gpus=0,
         object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False,
         _temp_dir=str(_folder / "ray"),
     )
     yield
@@ -75,14 +99,11 @@ def ray_cluster():
 
 
 @pytest.fixture(scope="session")
-def small_run(ray_cluster, tmp_path_factory, worker_id):
-    """Return a complete run of the pipeline (a `tests.small_run.SmallRun`), made once for all processes of pytest."""
+def small_run(ray_cluster, tmp_path_factory):
+    """Return a complete run of the pipeline (a `tests.small_run.SmallRun`)."""
     from tests.small_run import make_small_run
 
-    base = tmp_path_factory.getbasetemp()
-    folder = (base if worker_id == "master" else base.parent) / "small_run"
-    with FileLock(f"{folder}.lock"):
-        return make_small_run(folder)
+    return make_small_run(tmp_path_factory.mktemp("small_run"))
 
 
 @dataclass(frozen=True)

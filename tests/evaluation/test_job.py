@@ -45,6 +45,7 @@ def config_of(digits: Path, run_dir: Path, *overrides: str, name: str = "cifar10
                 "select.hard_fraction=0.1",
                 "embed.encoder=pixels",
                 "embed.image_size=8",
+                "embed.num_workers=1",
             ),
             *(
                 "embed.proxy_image_size=8",

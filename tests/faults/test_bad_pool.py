@@ -107,6 +107,7 @@ def test_files_that_change_or_vanish_after_the_listing_are_rejected(ray_cluster,
         assert run_dir.read_rows(table, others, [column]).equals(embedded.read_rows(table, others, [column]))
 
 
+@pytest.mark.slow
 def test_parquet_files_of_several_kinds_are_one_pool(ray_cluster, pool, tmp_path):
     """Put bytes, structs, uris and nulls into separate files, as in pools that grew over years."""
     data = [(pool / f"{number:03d}.png").read_bytes() for number in range(12)]

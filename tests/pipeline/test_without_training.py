@@ -91,6 +91,7 @@ def test_a_random_coreset_and_another_budget_are_selected_from_it(covered):
     assert len(set(lines["random"])) == 30 and lines["random"] != lines["all"]
 
 
+@pytest.mark.slow
 def test_a_selection_that_needs_no_copies_runs_where_they_are(ray_cluster, pool, tmp_path):
     """A run may keep more than the next one needs."""
     elfs_ray.run(config_for(pool, tmp_path, *CLUSTERS_AND_NETWORK, "until=embed"))

@@ -190,6 +190,7 @@ def test_records_deleted_after_training_are_an_error(tmp_path):
         train._check_records(run_dir, 198, 3)
 
 
+@pytest.mark.slow
 def test_records_equal_a_plain_loop_that_keeps_every_logit(ray_cluster, tmp_path):
     """With one worker, every sample must also be recorded once an epoch."""
     overrides = ("train.num_workers=1", "train.cpus_per_worker=1", "train.batch_size=64")

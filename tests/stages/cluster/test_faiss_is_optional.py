@@ -47,6 +47,7 @@ for overrides in ([], ["cluster.method=temi"], ["cluster.num_neighbors=3"], ["cl
 """
 
 
+@pytest.mark.slow
 def test_a_plain_install_clusters_and_refuses_what_needs_faiss_before_work(tmp_path):
     (tmp_path / "path").mkdir()
     (tmp_path / "path" / "faiss.py").write_text("raise ImportError('no faiss here')")

@@ -61,6 +61,7 @@ def test_neighbours_equal_brute_force_for_any_number_of_tasks(ray_cluster, tmp_p
     np.testing.assert_array_equal(neighbors_in(run_dir), brute_force(rows, ids, rows, ids, 7).neighbor_ids)
 
 
+@pytest.mark.slow
 def test_the_inverted_file_reaches_the_requested_recall(ray_cluster, tmp_path):
     run_dir = RunDir(tmp_path)
     write_embedded(run_dir)

@@ -51,6 +51,7 @@ def test_the_hard_fraction_that_drops_the_wrong_pseudo_labels_is_found(searched)
         assert accuracies[0.6] > accuracies[0.0] + 0.2
 
 
+@pytest.mark.slow
 def test_the_coreset_is_that_of_the_hard_fraction_as_a_number(spoiled, searched):
     folder = Path(spoiled.uri)
     searched_for = contents(folder, "coreset", "coreset-0.4")
@@ -59,6 +60,7 @@ def test_the_coreset_is_that_of_the_hard_fraction_as_a_number(spoiled, searched)
     assert contents(folder, "coreset", "coreset-0.4") == searched_for
 
 
+@pytest.mark.slow
 def test_no_training_is_repeated_and_another_search_uses_none_of_them(spoiled, searched):
     folder = spoiled.path("select", "search")
     (identity,) = filesystem.list_dirs(folder)

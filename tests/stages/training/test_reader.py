@@ -84,7 +84,7 @@ def epoch_of(reader, epoch: int) -> tuple[list[list[int]], dict[int, bytes], dic
 @pytest.mark.parametrize("make", [in_memory, streamed])
 def test_any_number_of_workers_takes_the_same_global_batches(ray_cluster, run_dir, make):
     alone = None
-    for num_workers in (1, 2, 3):
+    for num_workers in (1, 2) if make is streamed else (1, 2, 3):  # each streamed reader starts a process
         parts = [epoch_of(make(run_dir, rank=rank, num_workers=num_workers), 3) for rank in range(num_workers)]
         batches = [sorted(chain(*step)) for step in zip(*(steps for steps, _, _ in parts), strict=True)]
         images = {sample_id: image for _, part, _ in parts for sample_id, image in part.items()}

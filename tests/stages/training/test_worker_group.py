@@ -58,6 +58,7 @@ def test_a_damaged_file_ends_training_after_its_retries_and_is_named(ray_cluster
     assert len(list(tmp_path.glob("try-*"))) == 2
 
 
+@pytest.mark.slow
 def test_any_other_value_error_ends_training_at_once(ray_cluster, tmp_path):
     def work(marks: Path) -> None:
         (marks / f"try-{len(list(marks.glob('try-*')))}").touch()
