@@ -50,7 +50,7 @@ def main() -> None:
     config = load_config(YAML, overrides)
     # Any other pool than that of the YAML is the user's: it must exist, and nothing is written there.
     is_demo_pool = config.pool.uri == load_config(YAML).pool.uri
-    pool = Path(config.pool.uri)
+    pool = Path(config.pool.uris[0])
     writes_digits = is_demo_pool and not (pool.exists() and pool.with_name("test.parquet").exists())
     if options:
         print(describe(config, PoolCount(NUM_POOL) if writes_digits else None))

@@ -153,7 +153,10 @@ def check_fields(config: Any) -> None:
             raise ConfigError(f"{key} is empty: {spec.metadata['help']}")
         if value == []:
             raise ConfigError(f"{key}=[] is an empty list: give at least one value")
-        for item in value if isinstance(value, list) else [value]:
+        items = value if isinstance(value, list) else [value]
+        if spec.metadata["is_path"] and not all(isinstance(item, str) and item for item in items):
+            raise ConfigError(f"bad value for {key}: {value!r}; must be a path or a list of paths")
+        for item in items:
             _check_value(key, item, spec.metadata["bounds"], spec.metadata["choices"])
 
 

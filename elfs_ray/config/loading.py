@@ -190,7 +190,8 @@ def _parse_override(override: str, kind: type) -> DictConfig:
         raise ConfigError(f"{override!r} is not an override: write key=value (--help lists the keys)")
     try:
         # A text is not parsed at all: YAML would refuse "a: b", "[1" or "*", which are names of files.
-        if _texts(kind).get(key) is False:
+        is_list = value.startswith("[") and value.endswith("]")
+        if _texts(kind).get(key) is False or (_texts(kind).get(key, True) is None and not is_list):
             return OmegaConf.create(_nested(key, None if value in ("", "null") else value))
         return _with_texts(OmegaConf.from_dotlist([override]), _nested(key, _typed(value)), kind)
     except Exception as error:
@@ -204,10 +205,12 @@ def _typed(text: str) -> Any:
 
 
 @lru_cache
-def _texts(kind: type) -> dict[str, bool]:
-    """Return the keys whose values are texts, with True for a list of texts and False for a single one."""
-    types = {key: spec.type for key, spec in fields_of(kind)}
-    return {key: type_ == list[str] for key, type_ in types.items() if type_ in (str, str | None, list[str])}
+def _texts(kind: type) -> dict[str, bool | None]:
+    """Return the keys whose values are texts: True for a list of texts, False for a single one, None for either."""
+    are_lists: dict[Any, bool] = {str: False, str | None: False, list[str]: True}
+    keys = list(fields_of(kind))
+    either: dict[str, bool | None] = {key: None for key, spec in keys if spec.type is Any and spec.metadata["is_path"]}
+    return either | {key: are_lists[spec.type] for key, spec in keys if spec.type in are_lists}
 
 
 def _nested(key: str, value: Any) -> Any:

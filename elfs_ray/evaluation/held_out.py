@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 
 from elfs_ray.config import ConfigError
-from elfs_ray.pool.listing import PoolColumns, Unit, find_units, list_unit
+from elfs_ray.pool.listing import PoolColumns, Remarks, Unit, check_listing, find_units, list_unit
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
@@ -15,7 +15,10 @@ def list_test_images(test_uri: str, test_format: str, columns: PoolColumns) -> p
     Raises ConfigError if there are no images, or one has no label.
     """
     try:
-        listed = pa.concat_tables([list_unit(unit, columns) for unit in find_units(test_uri, test_format)])
+        remarks = Remarks()
+        units = find_units(test_uri, test_format, remarks)
+        listed = pa.concat_tables([list_unit(unit, columns, remarks) for unit in units])
+        check_listing(test_uri, test_format, units, listed.num_rows, remarks)
     except (ValueError, OSError) as error:
         # The listing is the pool's, so its messages name pool.uri.
         raise ConfigError(f"test_uri: {str(error).replace('pool.uri', 'test_uri')}") from error
@@ -28,12 +31,12 @@ def list_test_images(test_uri: str, test_format: str, columns: PoolColumns) -> p
     return listed
 
 
-def refuse_shared_units(test_uri: str, pool_uri: str, pool_format: str) -> None:
+def refuse_shared_units(test_uri: str, pool_uri: str | list[str], pool_format: str) -> None:
     """Raise ConfigError if a folder or file belongs to both the pool and the test images.
 
     Compares the units that would be listed, as there is no index yet. `refuse_shared_images` later compares images.
     """
-    tested, pooled = (find_units(uri, pool_format) for uri in (test_uri, pool_uri))
+    tested, pooled = find_units(test_uri, pool_format), find_units(pool_uri, pool_format)
     shared = [*_inside(tested, pooled), *_inside(pooled, tested)]
     if shared:
         raise ConfigError(
@@ -44,7 +47,8 @@ def refuse_shared_units(test_uri: str, pool_uri: str, pool_format: str) -> None:
 
 def _inside(units: list[Unit], others: list[Unit]) -> list[str]:
     """Return the uris of the units that are among `others`, or below a folder among them."""
-    uris = {unit.uri for unit in others}
+    # Patterns may divide a folder's files without sharing any; `refuse_shared_images` knows.
+    uris = {unit.uri for unit in others if not unit.patterns}
     # With the slash: "pool/a" is not inside "pool/a-b".
     folders = tuple(f"{unit.uri.rstrip('/')}/" for unit in others if unit.format == "folder" and unit.recursive)
     return [unit.uri for unit in units if unit.uri in uris or unit.uri.startswith(folders)]

@@ -54,7 +54,7 @@ def read_labels(run_dir: RunDir) -> TrueLabels:
     return TrueLabels(of_id, tuple(index.label_names))
 
 
-def list_labels(run_dir: RunDir, pool_uri: str, pool_format: str, columns: PoolColumns) -> TrueLabels:
+def list_labels(run_dir: RunDir, pool_uri: str | list[str], pool_format: str, columns: PoolColumns) -> TrueLabels:
     """Read labels from the pool itself, for a run whose index has none; samples are matched by uri.
 
     Memory: the pool's uris twice. Raises ValueError if the pool no longer lists the images of the run's index.

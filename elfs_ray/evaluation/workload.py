@@ -85,7 +85,7 @@ class Workload:
     entries: tuple[Entry, ...]
     counts: tuple[int, ...]
     columns: PoolColumns
-    pool_uri: str
+    pool_uri: str | list[str]
     pool_format: str
 
 

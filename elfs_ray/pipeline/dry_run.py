@@ -2,6 +2,7 @@
 
 from elfs_ray.config import USES_HARD_FRACTION, Config
 from elfs_ray.pipeline.plan import PlannedStage, PoolCount, check, count_pool, is_done
+from elfs_ray.pool.files import describe_passed_over
 from elfs_ray.runtime.cluster import Devices, find_devices
 from elfs_ray.runtime.progress import count
 from elfs_ray.runtime.resources import check_request, describe_shortage
@@ -22,10 +23,14 @@ def describe_plan(config: Config, pool: PoolCount | None = None) -> str:
     pool = pool or count_pool(config, run_dir, plan)
     devices = find_devices(config.ray_address)
     images = count(pool.num_samples, "image")
+    where = f"{images} in {', '.join(config.pool.uris)}"
+    # A pool that the job itself will write has no format yet.
+    told = [f"pool.format={pool.format}"] if pool.format else []
+    told += filter(None, [describe_passed_over(pool.remarks.passed_over)])
+    told += [f"warning: {warning}" for warning in pool.remarks.shortened_warnings()]
     lines = [
-        f"pool      {images} in {config.pool.uri}"
-        if pool.is_exact
-        else f"pool      about {images} in {config.pool.uri}, an estimate from {pool.basis}",
+        f"pool      {where}" if pool.is_exact else f"pool      about {where}, an estimate from {pool.basis}",
+        *(f"{'':<10}{line}" for line in told),
         *(f"budget    {line}" for line in _describe_budgets_of(pool, config, run_dir, plan)),
         f"run_dir   {run_dir.uri}",
         f"devices   {devices.describe()}",

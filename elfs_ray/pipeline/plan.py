@@ -4,13 +4,15 @@ import json
 import secrets
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from itertools import accumulate
 
 from elfs_ray.config import Config, ConfigError, check_against_pool
 from elfs_ray.pipeline.replace import describe_obstacles, replaced_names
 from elfs_ray.pipeline.stages import stages_of
 from elfs_ray.pool.files import UNIT_NOUNS
-from elfs_ray.pool.listing import PoolColumns, count_unit, find_units
+from elfs_ray.pool.listing import PoolColumns, Remarks, Unit, check_listing, count_unit, find_units
 from elfs_ray.stages.index import IndexResult
 from elfs_ray.stages.stage import Result, Stage
 from elfs_ray.storage import filesystem
@@ -21,10 +23,15 @@ MIN_UNITS_COUNTED = 64  # of more than twice as many tars or folders, only every
 
 @dataclass(frozen=True)
 class PoolCount:
-    """The number of samples in a pool; `basis` says what it was estimated from, and is empty for an exact count."""
+    """The number of samples in a pool, its format, and the remarks of the listing.
+
+    `basis` says what the number was estimated from, and is empty for an exact count.
+    """
 
     num_samples: int
     basis: str = ""
+    format: str = ""
+    remarks: Remarks = field(default_factory=Remarks)
 
     @property
     def is_exact(self) -> bool:
@@ -72,9 +79,9 @@ def check(config: Config, run_dir: RunDir, pool: PoolCount | None = None) -> lis
 def _check_places(config: Config, run_dir: RunDir) -> None:
     if filesystem.exists(run_dir.uri) and not filesystem.is_dir(run_dir.uri):
         raise ConfigError(f"run_dir={config.run_dir} is a file: give a folder, which need not exist yet")
-    pool = filesystem.absolute(config.pool.uri)
-    # With the slashes, /data/pool-run is not in /data/pool.
-    if f"{run_dir.uri}/".startswith(f"{pool}/"):
+    folders = list(accumulate(run_dir.uri.split("/"), "{}/{}".format))
+    pools = [filesystem.absolute(uri) for uri in config.pool.uris]
+    if any(folder == pool or fnmatchcase(folder, pool) for folder in folders for pool in pools):
         raise ConfigError(
             f"run_dir={config.run_dir} is in the pool, pool.uri={config.pool.uri}: its tables would be listed as "
             "images by the next run. Give a folder outside of the pool"
@@ -152,19 +159,30 @@ def count_pool(config: Config, run_dir: RunDir, plan: list[PlannedStage]) -> Poo
     Memory: the listings of 16 tars or bucket folders at a time (see pool/listing.py), else almost none.
     """
     if is_done(IndexResult, plan):
-        return PoolCount(IndexResult.read(run_dir).rows)
-    units = find_units(config.pool.uri, config.pool.format)
+        index = IndexResult.read(run_dir)
+        return PoolCount(index.rows, "", index.format, index.remarks)
+    remarks = Remarks()
+    units = find_units(config.pool.uri, config.pool.format, remarks)
     columns = PoolColumns(config.pool.image_column, config.pool.label)
     kind = units[0].format
     # A Parquet file has its number of rows in its footer; a tar must be read and a folder listed, so these are sampled.
     step = 1 if kind == "parquet" else max(1, len(units) // MIN_UNITS_COUNTED)
     counted = units[::step]
+
+    def count(unit: Unit) -> tuple[int, Remarks]:
+        of_unit = Remarks()  # of its own, as a Counter is not safe for several threads
+        return count_unit(unit, columns, of_unit), of_unit
+
+    total = 0
     with ThreadPoolExecutor(16) as threads:  # which mostly wait for a disk or an object store
-        total = sum(threads.map(lambda unit: count_unit(unit, columns), counted))
+        for num_samples, of_unit in threads.map(count, counted):
+            total += num_samples
+            remarks.add(of_unit)
+    check_listing(config.pool.uri, config.pool.format, units, total, remarks)
     if step == 1:
-        return PoolCount(total)
+        return PoolCount(total, "", kind, remarks)
     basis = f"{len(counted):,} of its {len(units):,} {UNIT_NOUNS[kind]}s"
-    return PoolCount(round(total * len(units) / len(counted)), basis)
+    return PoolCount(round(total * len(units) / len(counted)), basis, kind, remarks)
 
 
 def _changes(present: Marker, wanted: Marker) -> tuple[str, ...]:

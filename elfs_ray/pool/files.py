@@ -3,15 +3,16 @@
 import errno
 import posixpath
 import re
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import lru_cache
 
-from elfs_ray.pool.images import BadImage
+from PIL import Image
+
+from elfs_ray.pool.images import BadImage, known_formats
 from elfs_ray.storage import filesystem
 
-IMAGE_EXTENSIONS = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".gif", ".webp"),
-    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif"),
-)
+HEIF_EXTENSIONS = (".heic", ".heics", ".heif", ".heifs", ".hif")
 # Errors that concern the file itself, so that its image is rejected. None is among them because Arrow sets no errno for
 # bytes that it cannot decode.
 _FILE_ERRNOS = (
@@ -28,22 +29,74 @@ _FILE_ERRNOS = (
 _STORE_ERROR = re.compile(r"AWS Error|google::cloud|HTTP status|curl", re.IGNORECASE)
 UNIT_EXTENSION = {"parquet": ".parquet", "webdataset": ".tar"}
 UNIT_NOUNS = {"folder": "folder", "parquet": "Parquet file", "webdataset": "tar"}
+# What is passed over for another reason than its extension.
+NO_EXTENSION, OTHER_EXTENSION = "no extension", "other extensions"
+HIDDEN, HIDDEN_FOLDERS, SPECIAL = "hidden files", "hidden folders", "pipes, sockets and devices"
+MAX_EXTENSION = 16  # characters; of longer ones, and of numbers, there may be as many as files
+MAX_SHOWN = 12
+MAX_WARNINGS = 20
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A part of a pool that one worker lists by itself. recursive: whether a folder's subfolders belong to it."""
+    """A part of a pool that one worker lists by itself.
+
+    recursive: whether a folder's subfolders belong to it.
+    patterns: glob patterns of the names of a folder's files that belong to it; none for all files.
+    """
 
     format: str
     uri: str
     recursive: bool = True
+    patterns: tuple[str, ...] = ()
+
+
+@dataclass
+class Remarks:
+    """What a listing tells beside its samples.
+
+    passed_over: the number of files that it did not list, by extension or by another reason.
+    warnings: what may be wrong with the files that it did list.
+    """
+
+    passed_over: Counter[str] = field(default_factory=Counter)
+    warnings: list[str] = field(default_factory=list)
+
+    def pass_over(self, name: str, kind: str = "") -> None:
+        """Count a file that is not listed because of its extension; `kind` follows the extension."""
+        extension = posixpath.splitext(name)[1].lower() or NO_EXTENSION
+        is_rare = extension != NO_EXTENSION and (len(extension) > MAX_EXTENSION or extension[1:].isdecimal())
+        self.passed_over[(OTHER_EXTENSION if is_rare else extension) + kind] += 1
+
+    def add(self, other: "Remarks") -> None:
+        """Add the remarks of another part of the pool."""
+        self.passed_over.update(other.passed_over)
+        self.warnings.extend(other.warnings)
+
+    def shortened_warnings(self) -> list[str]:
+        """Return the first warnings, and how many more there are."""
+        num_more = len(self.warnings) - MAX_WARNINGS
+        return [*self.warnings[:MAX_WARNINGS], *([f"{num_more:,} more warnings"] if num_more > 0 else [])]
+
+
+def describe_passed_over(passed_over: Counter[str]) -> str:
+    """Return what a listing passed over as text, the most frequent first; an empty text for nothing."""
+    ranked = sorted(passed_over.items(), key=lambda item: (-item[1], item[0]))
+    shown = [f"{number:,} {reason}" for reason, number in ranked]
+    if len(shown) > MAX_SHOWN:
+        shown[MAX_SHOWN:] = [f"{sum(number for _, number in ranked[MAX_SHOWN:]):,} others"]
+    extensions = {reason.partition(" ")[0] for reason in passed_over}
+    readable = [extension for extension in HEIF_EXTENSIONS if extension in extensions - image_extensions()]
+    hint = f" (to read {' '.join(readable)}, install the extra heif: pip install pillow-heif)" if readable else ""
+    return f"passed over {', '.join(shown)}{hint}" if shown else ""
 
 
 @dataclass(frozen=True)
 class PoolColumns:
     """The columns in which a pool keeps its images and labels.
 
-    image: a Parquet column of bytes, of Hugging Face image structs or of uris; None takes `image`, else `uri`.
+    image: a Parquet column of bytes, of Hugging Face image structs or of uris; None takes `image`, else `uri`. For
+        WebDataset the suffix of the members that are images, a glob pattern; None takes every known extension.
     label: a Parquet column of integers; "folder" for a folder tree, "cls" for WebDataset; None lists no labels.
     """
 
@@ -57,10 +110,13 @@ def is_hidden(name: str, is_dir: bool) -> bool:
     return name.startswith((".", "_") if is_dir else ".")
 
 
-def is_hidden_path(path: str) -> bool:
-    """Return whether a file is skipped, or a folder on its path."""
-    *folders, name = path.split("/")
-    return is_hidden(name, is_dir=False) or any(is_hidden(folder, is_dir=True) for folder in folders)
+def hidden_part(path: str) -> str | None:
+    """Return the path of a file that is skipped, or of the first folder on its path that is; None if neither is."""
+    names = path.split("/")
+    depths = range(1, len(names) + 1)
+    return next(
+        ("/".join(names[:depth]) for depth in depths if is_hidden(names[depth - 1], is_dir=depth < len(names))), None
+    )
 
 
 def is_image(name: str) -> bool:
@@ -68,10 +124,17 @@ def is_image(name: str) -> bool:
     return format_of_name(name) == "folder" and not is_hidden(name, is_dir=False)
 
 
+@lru_cache
+def image_extensions() -> frozenset[str]:
+    """Return the extensions of the images that the installed Pillow reads."""
+    formats = {*known_formats(), "MPO"}  # which Pillow opens as JPEG
+    return frozenset(extension for extension, name in Image.registered_extensions().items() if name in formats)
+
+
 def format_of_name(name: str) -> str | None:
     """Return the pool format that a file of this name belongs to, None for other files."""
     extension = posixpath.splitext(name)[1].lower()
-    if extension in IMAGE_EXTENSIONS:
+    if extension in image_extensions():
         return "folder"
     return next((pool_format for pool_format, known in UNIT_EXTENSION.items() if known == extension), None)
 

@@ -8,13 +8,14 @@ link whose target is missing is listed as a file, so that its image is rejected 
 import os
 import posixpath
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import PurePath
 
 import pyarrow as pa
 from pyarrow import fs
 
-from elfs_ray.pool.files import Unit, is_hidden, is_hidden_path, is_image
+from elfs_ray.pool.files import HIDDEN, HIDDEN_FOLDERS, SPECIAL, Remarks, Unit, hidden_part, is_hidden, is_image
 from elfs_ray.storage import filesystem, schema
 
 
@@ -26,42 +27,59 @@ class Folder:
         store, self._path = filesystem.resolve(uri)
         self._is_local = isinstance(store, fs.LocalFileSystem)
 
-    def entries(self) -> Iterator[tuple[str, bool]]:
+    def entries(self, remarks: Remarks | None = None) -> Iterator[tuple[str, bool]]:
         """Yield (name, whether it is a folder) of each direct entry, in no order; nothing if the folder does not exist.
+
+        Counts in `remarks` what is hidden or neither a file nor a folder.
 
         Memory: constant for a local folder; for a bucket the whole listing, about 1 KB a file (on gs:// also of all
         files below it). Raises ValueError for a local name that is not UTF-8.
         """
-        entries = self._local_entries() if self._is_local else iter(self._listed)
-        return ((name, is_dir) for name, is_dir in entries if not is_hidden(name, is_dir))
+        remarks = remarks or Remarks()
+        for name, is_dir in self._local_entries(remarks) if self._is_local else self._listed:
+            if not is_hidden(name, is_dir):
+                yield name, is_dir
+            else:
+                remarks.passed_over[HIDDEN_FOLDERS if is_dir else HIDDEN] += 1
 
     def child(self, name: str) -> "Folder":
         """Return the subfolder of this name."""
         return Folder(filesystem.join(self.uri, name))
 
-    def walk(self) -> Iterator[str]:
-        """Yield the relative names of all files in it and below it, in no order. Memory: as `entries`."""
+    def walk(self, remarks: Remarks | None = None) -> Iterator[str]:
+        """Yield the relative names of all files in it and below it, in no order. Memory and remarks: as `entries`."""
         # A bucket has no folders: one recursive listing takes far fewer requests than a walk.
         if not self._is_local:
-            for info in filesystem.list_files(self.uri, recursive=True):
-                name = posixpath.relpath(info.path, self._path)
-                if not is_hidden_path(name):
-                    yield name
+            yield from self._walk_bucket(remarks or Remarks())
             return
         pending = [("", self)]
         while pending:
             prefix, folder = pending.pop()
-            for name, is_dir in folder.entries():
+            for name, is_dir in folder.entries(remarks):
                 if is_dir:
                     pending.append((f"{prefix}{name}/", folder.child(name)))
                 else:
                     yield prefix + name
 
+    def _walk_bucket(self, remarks: Remarks) -> Iterator[str]:
+        hidden_folders = set()
+        for info in filesystem.list_files(self.uri, recursive=True):
+            name = posixpath.relpath(info.path, self._path)
+            hidden = hidden_part(name)
+            if hidden is None:
+                yield name
+            elif hidden == name:
+                remarks.passed_over[HIDDEN] += 1
+            else:
+                hidden_folders.add(hidden)
+        if hidden_folders:
+            remarks.passed_over[HIDDEN_FOLDERS] += len(hidden_folders)
+
     @cached_property
     def _listed(self) -> list[tuple[str, bool]]:
         return [(info.base_name, info.type == fs.FileType.Directory) for info in filesystem.list_folder(self.uri)]
 
-    def _local_entries(self) -> Iterator[tuple[str, bool]]:
+    def _local_entries(self, remarks: Remarks) -> Iterator[tuple[str, bool]]:
         try:
             scan = os.scandir(self._path)
         except FileNotFoundError:
@@ -72,7 +90,9 @@ class Folder:
                 kind = _kind(entry)
                 if kind is fs.FileType.Directory and entry.is_symlink() and self._is_loop(entry.path):
                     continue
-                if kind is not None:
+                if kind is None:
+                    remarks.passed_over[SPECIAL] += 1
+                else:
                     yield entry.name, kind is fs.FileType.Directory
 
     @cached_property
@@ -89,23 +109,32 @@ class Folder:
         return any(ancestor.is_relative_to(target) for ancestor in self._real_ancestors)
 
 
-def list_folder(unit: Unit, with_labels: bool) -> pa.Table:
+def list_folder(unit: Unit, with_labels: bool, remarks: Remarks) -> pa.Table:
     """List one folder as `listing.list_unit` does."""
-    uris = [filesystem.join(unit.uri, name) for name in sorted(_images(unit))]
+    uris = [filesystem.join(unit.uri, name) for name in sorted(_images(unit, remarks))]
     labels = [posixpath.basename(posixpath.dirname(uri)) if with_labels else None for uri in uris]
     return pa.table({schema.URI: pa.array(uris, pa.string()), schema.LABEL: pa.array(labels, pa.string())})
 
 
-def count_folder(unit: Unit) -> int:
+def count_folder(unit: Unit, remarks: Remarks) -> int:
     """Count the images in a folder. Memory: constant for a local folder, else as `Folder.entries`."""
-    return sum(1 for _ in _images(unit))
+    return sum(1 for _ in _images(unit, remarks))
 
 
-def _images(unit: Unit) -> Iterator[str]:
+def _images(unit: Unit, remarks: Remarks) -> Iterator[str]:
     """Yield the relative names of the images of a unit, in no order."""
     folder = Folder(unit.uri)
-    names = folder.walk() if unit.recursive else (name for name, is_dir in folder.entries() if not is_dir)
-    return (name for name in names if is_image(posixpath.basename(name)))
+    # What no pattern matches, the user did not ask for.
+    seen = None if unit.patterns else remarks
+    names = folder.walk(seen) if unit.recursive else (name for name, is_dir in folder.entries(seen) if not is_dir)
+    for name in names:
+        file_name = posixpath.basename(name)
+        if unit.patterns and not any(fnmatchcase(file_name, pattern) for pattern in unit.patterns):
+            continue
+        if is_image(file_name):
+            yield name
+        else:
+            remarks.pass_over(file_name)
 
 
 def _kind(entry: os.DirEntry) -> fs.FileType | None:

@@ -21,7 +21,7 @@ INTERPOLATIONS = {
 }
 # The only formats that Pillow may try. It has decoders for others that are old and little tested, and runs EPS files as
 # programs in Ghostscript: images of a pool need not be trustworthy.
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")
 LOSSLESS_MAX_SIZE = 64  # pixels of the short side: small images, as CIFAR's, keep every pixel and still take few bytes
 MAX_PROXY_ASPECT = 4.0
 STRIP_PIXELS = 1 << 20  # converted at a time by `_by_strips`
@@ -45,7 +45,7 @@ def decode_image(data: bytes, *, max_pixels: int, min_size: int = 1) -> Image.Im
         raise BadImage("empty file (0 bytes)")
     try:
         with _pillow_limit_and_warnings_off():
-            image = Image.open(io.BytesIO(data), formats=_known_formats())
+            image = Image.open(io.BytesIO(data), formats=known_formats())
             width, height = image.size
             # `open` has read the header alone: a bomb is refused before its pixels take memory.
             if width * height > max_pixels:
@@ -65,9 +65,14 @@ def decode_image(data: bytes, *, max_pixels: int, min_size: int = 1) -> Image.Im
 
 
 @lru_cache
-def _known_formats() -> tuple[str, ...]:
-    """Return the FORMATS that this build of Pillow supports."""
+def known_formats() -> tuple[str, ...]:
+    """Return the FORMATS that this build of Pillow supports, and HEIF where the extra heif is installed."""
     Image.init()  # Pillow registers most formats on demand; `open` raises KeyError for one that is not registered
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        # Without thumbnails, `draft` would decode one in place of the image. One thread, as for other formats.
+        pillow_heif.register_heif_opener(thumbnails=False, decode_threads=1)
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 

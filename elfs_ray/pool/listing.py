@@ -8,74 +8,129 @@ sample says where its bytes are:
     /pool/train-000.tar#cat/001.jpg?offset=512&size=9  a member of a tar, with the position of its bytes
 """
 
+import re
 from collections import deque
 from collections.abc import Iterator
 from itertools import groupby
 
 import pyarrow as pa
 
-from elfs_ray.pool.files import IMAGE_EXTENSIONS, UNIT_EXTENSION, PoolColumns, Unit, format_of_name, is_image, read_file
+from elfs_ray.pool.files import (
+    UNIT_EXTENSION,
+    UNIT_NOUNS,
+    PoolColumns,
+    Remarks,
+    Unit,
+    describe_passed_over,
+    format_of_name,
+    image_extensions,
+    is_image,
+    read_file,
+)
 from elfs_ray.pool.folder import Folder, count_folder, list_folder
 from elfs_ray.pool.images import BadImage
-from elfs_ray.pool.parquet import check_label_column, find_image_column, list_parquet, open_parquet
-from elfs_ray.pool.parquet_rows import ROW_URI, read_parquet_rows
-from elfs_ray.pool.tar import MEMBER_URI, list_tar, read_tar_members
-from elfs_ray.storage import filesystem, schema
+from elfs_ray.pool.parquet import ROW_URI, container_of, count_parquet, list_parquet
+from elfs_ray.pool.parquet_rows import read_parquet_rows
+from elfs_ray.pool.places import Places, find_places, refuse_overlaps
+from elfs_ray.pool.tar import list_tar, read_tar_members
+from elfs_ray.storage import filesystem
 
-__all__ = ["PoolColumns", "Unit", "count_unit", "find_units", "list_unit", "read_images"]
+__all__ = ["PoolColumns", "Remarks", "Unit", "check_listing", "count_unit", "find_units", "list_unit", "read_images"]
+
+# The splits of a data set in the names of files and folders. A digit or a sign ends a word: test2017, val_00.tar.
+_TRAINING = re.compile(r"(?<![a-z])train(ing)?(?![a-z])", re.IGNORECASE)
+_HELD_OUT = re.compile(r"(?<![a-z])(test(ing)?|val(id(ation)?)?|dev|eval)(?![a-z])", re.IGNORECASE)
 
 
-def find_units(pool_uri: str, pool_format: str = "auto") -> list[Unit]:
+def find_units(pool_uri: str | list[str], pool_format: str = "auto", remarks: Remarks | None = None) -> list[Unit]:
     """Return the units of a pool, sorted by uri.
 
-    Raises ValueError where the pool does not exist, its format cannot be detected, it holds nothing of that format, or
-    it also holds a benchmark's test images.
+    pool_uri: a path, a glob pattern of paths, or a list of these. A path that exists is no pattern.
+    remarks: told of the files that belong to no unit; those of a unit are counted when it is listed.
+
+    Raises ValueError where the pool does not exist, its format cannot be detected, it holds nothing of that format,
+    names a folder twice, or also holds a benchmark's test images.
     """
-    root = filesystem.absolute(pool_uri)
-    if not filesystem.exists(root):
-        raise ValueError(f"pool.uri={pool_uri!r} does not exist: give a folder of images, Parquet files or tars")
-    if filesystem.exists(filesystem.join(root, schema.DATASET_FILE)):
-        raise ValueError(
-            f"pool.uri={pool_uri!r} holds a benchmark's training and test images: give its subfolder train"
-        )
-    if not filesystem.is_dir(root):
-        units = _units_of_file(root, pool_format)
-    else:
+    remarks = remarks or Remarks()
+    places = find_places(pool_uri)
+    pool_format = _detect_format(places, pool_uri) if pool_format == "auto" else pool_format
+    names: dict[Unit, str] = {}
+    for root in places.folders:
         folder = Folder(root)
-        pool_format = _detect_format(folder) if pool_format == "auto" else pool_format
-        units = _folder_units(folder) if pool_format == "folder" else _file_units(folder, pool_format)
-    if not units:
-        raise ValueError(f"pool.uri={pool_uri!r} holds no {_describe(pool_format)}: check the path and pool.format")
-    return units
+        units = _folder_units(folder, remarks) if pool_format == "folder" else _file_units(folder, pool_format, remarks)
+        names |= {unit: unit.uri.removeprefix(root) for unit in units}
+    names |= {
+        Unit(pool_format, uri): filesystem.basename(uri)
+        for uri in places.containers
+        if format_of_name(uri) == pool_format
+    }
+    if pool_format == "folder":
+        refuse_overlaps(places, pool_uri)
+    for uri, matches in places.matches.items():
+        if pool_format == "folder" and matches.has_images:
+            names[Unit("folder", uri, recursive=False, patterns=tuple(matches.patterns))] = ""
+        else:
+            others = {
+                reason: n for reason, n in matches.seen.passed_over.items() if reason != UNIT_EXTENSION.get(pool_format)
+            }
+            remarks.passed_over.update(others)
+    if not names:
+        raise ValueError(f"pool.uri={pool_uri!r} holds no {_noun(pool_format, 0)}: check the path and pool.format")
+    _warn_of_held_out(list(names.values()), UNIT_NOUNS[pool_format], remarks)
+    return sorted(names, key=lambda unit: unit.uri)
 
 
-def list_unit(unit: Unit, columns: PoolColumns) -> pa.Table:
+def check_listing(pool_uri: str | list[str], pool_format: str, units: list[Unit], count: int, remarks: Remarks) -> None:
+    """Check the listing of a pool as a whole.
+
+    pool_format: as in the config. count: the number of samples.
+
+    Raises ValueError where the format was detected and the pool also holds files of another one, and where the pool
+    holds no images.
+    """
+    used = units[0].format
+    counts = {"folder": sum(remarks.passed_over[extension] for extension in image_extensions())}
+    counts |= {name: remarks.passed_over[extension] for name, extension in UNIT_EXTENSION.items()}
+    counts[used] = count if used == "folder" else len(units)
+    kinds = [f"{number:,} {_noun(name, number)}" for name, number in counts.items() if number]
+    if pool_format == "auto" and len(kinds) > 1:
+        formats = " or ".join(f"pool.format={name}" for name, number in counts.items() if number)
+        raise ValueError(
+            f"pool.uri={pool_uri!r} holds {' and '.join(kinds)}: give {formats}, or a pool.uri that names one kind, "
+            "such as data/train-*.parquet"
+        )
+    if not count and remarks.passed_over:
+        raise ValueError(
+            f"pool.uri={pool_uri!r} holds no images that are listed: {describe_passed_over(remarks.passed_over)}. "
+            "Check the path, pool.format and pool.image_column."
+        )
+
+
+def list_unit(unit: Unit, columns: PoolColumns, remarks: Remarks | None = None) -> pa.Table:
     """Return the samples of a unit in a table: uri string, and label int32 (in a folder tree the folder's name).
+
+    remarks: told of the files or members that are not listed, and of what is wrong with the unit.
 
     Labels are null where `columns` names none. Memory: the unit's uris, no images. Raises ValueError for a broken unit
     or a missing column.
     """
+    remarks = remarks or Remarks()
     if unit.format == "folder":
-        return list_folder(unit, with_labels=columns.label is not None)
-    if unit.format == "parquet":
-        return list_parquet(unit, columns)
-    return list_tar(unit, with_labels=columns.label is not None)
+        return list_folder(unit, columns.label is not None, remarks)
+    return (list_parquet if unit.format == "parquet" else list_tar)(unit, columns, remarks)
 
 
-def count_unit(unit: Unit, columns: PoolColumns) -> int:
-    """Return the number of samples in a unit.
+def count_unit(unit: Unit, columns: PoolColumns, remarks: Remarks | None = None) -> int:
+    """Return the number of samples in a unit; remarks as in `list_unit`.
 
     Memory: constant for Parquet, whose footer has the number, and for local folders; else the unit's listing.
     """
+    remarks = remarks or Remarks()
     if unit.format == "folder":
-        return count_folder(unit)
+        return count_folder(unit, remarks)
     if unit.format == "parquet":
-        with open_parquet(unit.uri) as file:
-            # Checked here as well, because a dry run only counts.
-            find_image_column(file.schema_arrow, unit.uri, columns.image)
-            check_label_column(file.schema_arrow, unit.uri, columns.label)
-            return file.metadata.num_rows
-    return list_unit(unit, columns).num_rows
+        return count_parquet(unit, columns, remarks)
+    return list_unit(unit, columns, remarks).num_rows
 
 
 def read_images(uris: list[str], columns: PoolColumns) -> Iterator[bytes | BadImage]:
@@ -85,7 +140,7 @@ def read_images(uris: list[str], columns: PoolColumns) -> Iterator[bytes | BadIm
     (see parquet_rows.py). Parquet rows that do not ascend are all held until the last consecutive one of that file is
     read.
     """
-    for container, group in groupby(uris, key=_container):
+    for container, group in groupby(uris, key=container_of):
         members = list(group)
         if container is None:
             yield from (read_file(uri) for uri in members)
@@ -95,8 +150,39 @@ def read_images(uris: list[str], columns: PoolColumns) -> Iterator[bytes | BadIm
             yield from read_tar_members(container, members)
 
 
-def _detect_format(root: Folder) -> str:
-    """Return the format of the first file whose extension is known, breadth first and by name."""
+def _warn_of_held_out(names: list[str], noun: str, remarks: Remarks) -> None:
+    """Warn where some names are those of test or validation data and others those of training data."""
+    training = [name for name in names if _TRAINING.search(name)]
+    held_out = [name for name in names if _HELD_OUT.search(name) and not _TRAINING.search(name)]
+    if training and held_out:
+        remarks.warnings.append(
+            f"{len(held_out):,} of {len(names):,} {noun}s look like test or validation data beside training data, such "
+            f"as {min(held_out).lstrip('/')}: to leave them out, give a pool.uri such as data/train-*"
+        )
+
+
+def _detect_format(places: Places, pool_uri: str | list[str]) -> str:
+    """Return the format of the first file whose extension is known."""
+    seen = Remarks()
+    for uri in places.folders:
+        if pool_format := _format_in(Folder(uri), seen):
+            return pool_format
+    if any(matches.has_images for matches in places.matches.values()):
+        return "folder"
+    for uri in places.containers:
+        if pool_format := format_of_name(uri):
+            return pool_format
+    for matches in places.matches.values():
+        seen.add(matches.seen)
+    raise ValueError(
+        f"pool.uri={pool_uri!r} holds no images, Parquet files or tars that are known by their extension: check the "
+        f"path (known extensions: {' '.join(sorted(image_extensions()))} .parquet .tar)"
+        + (f"; {describe_passed_over(seen.passed_over)}" if seen.passed_over else "")
+    )
+
+
+def _format_in(root: Folder, seen: Remarks) -> str | None:
+    """Return the format of the first file whose extension is known, breadth first and by name; count those before."""
     queue = deque([root])
     while queue:
         folder, dirs, first = queue.popleft(), [], ""
@@ -105,56 +191,45 @@ def _detect_format(root: Folder) -> str:
                 dirs.append(name)
             elif format_of_name(name):
                 first = min(first or name, name)
+            else:
+                seen.pass_over(name)
         if pool_format := format_of_name(first):
             return pool_format
         queue.extend(folder.child(name) for name in sorted(dirs))
-    return _unknown_format(root.uri)
+    return None
 
 
-def _unknown_format(root: str) -> str:
-    raise ValueError(
-        f"pool.uri={root!r} holds no images, Parquet files or tars that are known by their extension: "
-        f"check the path (known extensions: {' '.join(sorted(IMAGE_EXTENSIONS))} .parquet .tar)"
-    )
+def _noun(pool_format: str, number: int) -> str:
+    noun = {"folder": "image", "parquet": ".parquet file", "webdataset": ".tar file"}[pool_format]
+    return noun if number == 1 else f"{noun}s"
 
 
-def _describe(pool_format: str) -> str:
-    return {"folder": "images", "parquet": ".parquet files", "webdataset": ".tar files"}[pool_format]
-
-
-def _folder_units(folder: Folder) -> list[Unit]:
+def _folder_units(folder: Folder, remarks: Remarks) -> list[Unit]:
     """Return a unit for each folder at the first level that has several, and one for the files next to them."""
     # Going down to that level gives several units, which workers list in parallel, to a pool like data/images/train/.
     while True:
-        dirs, has_images = [], False
-        for name, is_dir in folder.entries():
+        dirs, has_images, seen = [], False, Remarks()
+        for name, is_dir in folder.entries(seen):
             if is_dir:
                 dirs.append(name)
+            elif is_image(name):
+                has_images = True
             else:
-                has_images = has_images or is_image(name)
+                seen.pass_over(name)
+        if not has_images:
+            remarks.add(seen)  # else they are counted when their unit is listed
         if len(dirs) == 1 and not has_images:
             folder = folder.child(dirs[0])
             continue
         units = [Unit("folder", filesystem.join(folder.uri, name)) for name in dirs]
-        if has_images:
-            units.append(Unit("folder", folder.uri, recursive=False))
-        return sorted(units, key=lambda unit: unit.uri)
+        return [*units, Unit("folder", folder.uri, recursive=False)] if has_images else units
 
 
-def _file_units(folder: Folder, pool_format: str) -> list[Unit]:
-    names = sorted(name for name in folder.walk() if name.lower().endswith(UNIT_EXTENSION[pool_format]))
-    return [Unit(pool_format, filesystem.join(folder.uri, name)) for name in names]
-
-
-def _units_of_file(root: str, pool_format: str) -> list[Unit]:
-    """Return the units of a pool that is one file."""
-    if pool_format == "auto":
-        pool_format = format_of_name(root) or _unknown_format(root)
-    if pool_format == "folder":
-        raise ValueError(f"pool.uri={root!r} is one file: give the folder that holds the images")
-    return [Unit(pool_format, root)] if root.lower().endswith(UNIT_EXTENSION[pool_format]) else []
-
-
-def _container(uri: str) -> str | None:
-    match = MEMBER_URI.fullmatch(uri) or ROW_URI.fullmatch(uri)
-    return match["container"] if match else None
+def _file_units(folder: Folder, pool_format: str, remarks: Remarks) -> list[Unit]:
+    units = []
+    for name in folder.walk(remarks):
+        if format_of_name(name) == pool_format:
+            units.append(Unit(pool_format, filesystem.join(folder.uri, name)))
+        else:
+            remarks.pass_over(name)
+    return units

@@ -11,20 +11,17 @@ pyarrow, 1 MiB from other writers), and 4 MiB of values, up to three times while
 """
 
 import posixpath
-import re
 from collections.abc import Iterator
 from itertools import groupby
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from elfs_ray.pool.files import PoolColumns, read_file, rejection
 from elfs_ray.pool.images import BadImage
-from elfs_ray.pool.parquet import against, find_image_column, open_parquet
+from elfs_ray.pool.parquet import against, column_bytes, find_image_column, open_parquet
 from elfs_ray.storage import filesystem
 
-ROW_URI = re.compile(r"(?P<container>.*)#row=(?P<row>\d+)", re.DOTALL)
 MAX_WHOLE_BYTES = 32 << 20  # of images in a row group that is read at once
 BUFFER_BYTES = 8 << 20  # of a request; a bucket does not answer smaller ones any faster
 BATCH_BYTES = 4 << 20  # of the values that are decoded at a time
@@ -64,7 +61,7 @@ class _RowReader:
         self._ends = np.cumsum([group.num_rows for group in groups])
         # Arrow buffers a whole row group by default, and only a file that is opened with a buffer size is read in
         # pieces. The footer is passed on: reading it again would cost another request.
-        if max((_column_bytes(group, self._column) for group in groups), default=0) > MAX_WHOLE_BYTES:
+        if max((column_bytes(group, self._column) for group in groups), default=0) > MAX_WHOLE_BYTES:
             self._file = open_parquet(container, BUFFER_BYTES, metadata)
         self._group: int | None = None
         self._first, self._values = 0, pa.nulls(0)
@@ -94,7 +91,7 @@ class _RowReader:
         while row >= self._first + len(self._values):
             self._first += len(self._values)
             try:
-                self._values = next(self._batches).column(0)
+                self._values = next(self._batches).column(self._column)
             except BaseException:
                 # The iterator of a failed group yields nothing more: the next row begins its group anew.
                 self._group = None
@@ -104,7 +101,7 @@ class _RowReader:
     def _begin(self, group: int) -> None:
         """Start at the first row of a group."""
         description = self._file.metadata.row_group(group)
-        row_bytes = _column_bytes(description, self._column) // description.num_rows
+        row_bytes = column_bytes(description, self._column) // description.num_rows
         batch_rows = min(MAX_BATCH_ROWS, max(1, BATCH_BYTES // max(1, row_bytes)))
         self._group = group
         self._first = int(self._ends[group]) - description.num_rows
@@ -135,13 +132,6 @@ def _version(container: str) -> tuple[int | None, int | None]:
     store, path = filesystem.resolve(container)
     info = store.get_file_info(path)
     return info.size, info.mtime_ns
-
-
-def _column_bytes(group: pq.RowGroupMetaData, column: str) -> int:
-    """Return the uncompressed bytes of a column in a row group."""
-    # The column of a struct is stored as one chunk for each of its fields, such as image.bytes and image.path.
-    chunks = (group.column(number) for number in range(group.num_columns))
-    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] == column)
 
 
 def _read_ascending_rows(reader: _RowReader, rows: list[int]) -> Iterator[bytes | BadImage]:

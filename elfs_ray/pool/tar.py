@@ -3,16 +3,19 @@
 import io
 import posixpath
 import re
+import sys
 import tarfile
-from collections.abc import Iterator
-from typing import BinaryIO, cast
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+from typing import BinaryIO, NoReturn, cast
 
 import pyarrow as pa
 
-from elfs_ray.pool.files import Unit, is_hidden_path, is_image, rejection
+from elfs_ray.pool.files import HIDDEN, MAX_SHOWN, PoolColumns, Remarks, Unit, hidden_part, is_image, rejection
 from elfs_ray.pool.images import BadImage
 from elfs_ray.storage import filesystem, schema
 
+MAX_END_BYTES = 1 << 20  # of zeros that a writer puts at the end: two blocks, and what fills its last record
 READ_AHEAD_BYTES = 1 << 20  # of a listing, which reads 512 bytes of header and seeks over each member
 # The container ends at the first ".tar#": a member's name may contain another one.
 MEMBER_URI = re.compile(
@@ -20,26 +23,59 @@ MEMBER_URI = re.compile(
 )
 
 
-def list_tar(unit: Unit, with_labels: bool) -> pa.Table:
+def list_tar(unit: Unit, columns: PoolColumns, remarks: Remarks) -> pa.Table:
     """List one tar as `listing.list_unit` does. A sample's class is in the .cls member of the same key."""
     uris, keys, classes = [], [], {}
+    suffixes: dict[str, str] = {}  # the first one of each key
+    ambiguous, others = None, set()
     store, tar_path = filesystem.resolve(unit.uri)
     with store.open_input_file(tar_path) as raw:
         file = cast(BinaryIO, io.BufferedReader(_Seekable(raw), READ_AHEAD_BYTES))
-        for member in _tar_members(unit.uri, file):
+        for member in _tar_members(unit.uri, file, raw.size(), remarks):
             path = posixpath.normpath(member.name)
-            if is_hidden_path(path):
+            if hidden_part(path) is not None:
+                remarks.passed_over[HIDDEN] += 1
                 continue
             folder, name = posixpath.split(path)
             # WebDataset's rule: members with the same path up to the first "." of their name are one sample.
-            key = posixpath.join(folder, name.partition(".")[0])
-            if with_labels and name.endswith(".cls"):
+            stem, _, suffix = name.partition(".")
+            suffix = suffix.lower()
+            key = posixpath.join(folder, stem)
+            if columns.label is not None and name.endswith(".cls"):
                 classes[key] = _read_class(file, member, unit.uri)
-            elif is_image(name):
+            elif not _is_wanted(name, suffix, columns.image):
+                remarks.pass_over(name, " members")
+            elif member.issparse():
+                remarks.passed_over["sparse files in tars"] += 1  # their bytes are not in one piece
+            else:
+                # A name that occurs twice is no fault: tars that were joined may share names.
+                if columns.image is None and suffixes.setdefault(key, sys.intern(suffix)) != suffix:
+                    ambiguous = ambiguous or key
+                    others.add(suffix)
                 uris.append(f"{unit.uri}#{member.name}?offset={member.offset_data}&size={member.size}")
                 keys.append(key)
+    if ambiguous is not None:
+        _refuse_several_images(ambiguous, {*suffixes.values(), *others}, unit.uri)
     labels = pa.array([classes.get(key) for key in keys], pa.int32())
     return pa.table({schema.URI: pa.array(uris, pa.string()), schema.LABEL: labels})
+
+
+def _is_wanted(name: str, suffix: str, wanted: str | None) -> bool:
+    """Return whether a member is an image of the pool; `wanted` is PoolColumns.image."""
+    if wanted is None:
+        return is_image(name)
+    # A suffix that is spelt out may be any, such as jpeg_image; a pattern would match labels and captions, too.
+    return suffix == wanted.lower() or (is_image(name) and fnmatchcase(suffix, wanted.lower()))
+
+
+def _refuse_several_images(key: str, suffixes: Iterable[str], uri: str) -> NoReturn:
+    first, *others = sorted(suffixes)
+    shown = ", ".join([first, *others[: MAX_SHOWN - 1], *(["…"] if len(others) >= MAX_SHOWN else [])])
+    raise ValueError(
+        f"{uri}: key {key!r} has several images; the suffixes of this tar are {shown}. One may be a mask of another: "
+        f"give pool.image_column={first} (or another) to take the members with that suffix alone, or "
+        "pool.image_column=* if each is a sample of its own."
+    )
 
 
 def read_tar_members(container: str, uris: list[str]) -> Iterator[bytes | BadImage]:
@@ -88,22 +124,70 @@ class _Seekable(io.RawIOBase):
         return num_bytes
 
 
-def _tar_members(uri: str, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """Yield the regular files of a tar. A truncated tar ends at its last header, whose bytes may be incomplete."""
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
-            while (member := archive.next()) is not None:
+def _tar_members(uri: str, file: BinaryIO, size: int, remarks: Remarks) -> Iterator[tarfile.TarInfo]:
+    """Yield the regular files of a tar of `size` bytes.
+
+    tarfile ends at whatever is no header. Here, a tar ends where only zeros follow. Behind zeros it goes on, as in
+    archives that were joined, and one that is cut short ends at its last header; `remarks` tells of both. Raises
+    ValueError for a file that is not an uncompressed tar, and for a damaged header, behind which images would be lost.
+    """
+    with _open_tar(uri, file) as archive:
+        while True:
+            is_cut = False
+            try:
+                member = archive.next()
+            except tarfile.ReadError as error:
+                # A header is damaged or cut off behind one that extends it. A cut anywhere else is found below.
+                member, is_cut = None, str(error) in ("empty header", "truncated header")
+            if member is not None:
                 # tarfile keeps all members, 400 bytes each, to resolve links, which are not followed here.
                 archive.members.clear()  # type: ignore[attr-defined]
                 if member.isfile():
                     yield member
+                elif not member.isdir():
+                    remarks.passed_over["links and devices in tars"] += 1
+                continue
+            offset = _skip_zeros(file, archive.offset)
+            if is_cut or archive.offset >= size or (offset is not None and size - offset < tarfile.BLOCKSIZE):
+                remarks.warnings.append(f"{uri} is cut short, or its end is not marked: images may be missing")
+                return
+            if offset is None:
+                if size - archive.offset > MAX_END_BYTES:
+                    remarks.warnings.append(
+                        f"{uri} holds only zeros from offset {archive.offset:,} to its end at {size:,}, as where a "
+                        "copy was broken off: images may be missing"
+                    )
+                return
+            if offset == archive.offset:
+                raise ValueError(
+                    f"{uri} has a damaged header at offset {offset:,}, behind which {size - offset:,} bytes follow. "
+                    "Repair it or move it out of the pool."
+                )
+            remarks.warnings.append(
+                f"{uri} holds only zeros from offset {archive.offset:,} to {offset:,}, as where archives were joined; "
+                "if it was not, images are missing"
+            )
+            archive.offset = offset
+
+
+def _open_tar(uri: str, file: BinaryIO) -> tarfile.TarFile:
+    try:
+        return tarfile.open(fileobj=file, mode="r:")
     except tarfile.ReadError as error:
-        # In a truncated tar only the last members are rejected, when they are read. Other errors mean a compressed tar
-        # or a file that is not a tar at all.
-        if "unexpected end of data" not in str(error):
-            raise ValueError(
-                f"{uri} cannot be read as an uncompressed tar: {error}. Repair it or move it out of the pool."
-            ) from error
+        raise ValueError(
+            f"{uri} cannot be read as an uncompressed tar: {error}. Repair it or move it out of the pool."
+        ) from error
+
+
+def _skip_zeros(file: BinaryIO, offset: int) -> int | None:
+    """Return the offset of the first block from `offset` on that holds other bytes than zeros; None if none does."""
+    file.seek(offset)
+    while chunk := file.read(READ_AHEAD_BYTES):
+        num_zeros = len(chunk) - len(chunk.lstrip(b"\0"))
+        if num_zeros < len(chunk):
+            return offset + num_zeros // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+        offset += num_zeros
+    return None
 
 
 def _read_class(file: BinaryIO, member: tarfile.TarInfo, uri: str) -> int | None:

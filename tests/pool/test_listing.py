@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shutil
 import tarfile
 import tracemalloc
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from elfs_ray.pool.images import decode_image
-from elfs_ray.pool.listing import PoolColumns, find_units, list_unit
+from elfs_ray.pool.listing import PoolColumns, Remarks, count_unit, find_units, list_unit, read_images
 from elfs_ray.pool.tar import READ_AHEAD_BYTES
 from elfs_ray.storage import filesystem
 from tests.pool.reading import listed, read
@@ -200,13 +201,113 @@ def test_the_uris_of_a_coreset_make_a_pool(digit_pools, tmp_path):
         assert read(chosen) == [read(uris)[i] for i in (70, 3, 119, 4, 55)]
 
 
-@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.string(), pa.large_string()])
-def test_large_binary_and_string_columns_are_read(tmp_path, kind):
-    write_files(tmp_path, "a.png")
-    is_uri = kind in (pa.string(), pa.large_string())
-    value = "a.png" if is_uri else b"a.png"
-    pq.write_table(pa.table({"uri" if is_uri else "image": pa.array([value], kind)}), tmp_path / "pool.parquet")
-    assert read(listed(tmp_path / "pool.parquet")[0]) == [b"a.png"]
+def test_file_uris_are_read_as_python_spark_and_people_write_them(tmp_path):
+    names = ["a b.png", "ü.png", "50%.png", "c%20d.png", "plain.png"]
+    write_files(tmp_path, *names)
+    paths = [tmp_path / name for name in names]
+    for number, form in enumerate(("file:{}", "file://{}", "file://localhost{}")):
+        written = [form.format(path) for path in paths]
+        escaped = [form.format(path.as_uri().removeprefix("file://")) for path in paths]
+        pq.write_table(pa.table({"uri": written + escaped}), tmp_path / f"{number}.parquet")
+        uris, _ = listed(tmp_path / f"{number}.parquet")
+        assert read(uris) == [name.encode() for name in names] * 2
+        structs = [{"bytes": None, "path": uri} for uri in written + escaped]
+        pq.write_table(pa.table({"image": structs}), tmp_path / f"structs{number}.parquet")
+        assert read(listed(tmp_path / f"structs{number}.parquet")[0]) == [name.encode() for name in names] * 2
+
+
+def test_a_file_uri_may_name_a_member_or_a_row(tmp_path):
+    write_tar(tmp_path / "a%20b.tar", {"x%20y.png": b"in a tar"})
+    pq.write_table(pa.table({"image": [b"in a table"]}), tmp_path / "c d.parquet")
+    uris = [f"file://{uri}" for name in ("a%20b.tar", "c d.parquet") for uri in listed(tmp_path / name)[0]]
+    pq.write_table(pa.table({"uri": uris}), tmp_path / "uris.parquet")
+    assert read(listed(tmp_path / "uris.parquet")[0]) == [b"in a tar", b"in a table"]
+
+
+TEXTS = [pa.string(), pa.large_string(), pa.string_view()]
+BYTES = [pa.binary(), pa.large_binary(), pa.binary_view(), pa.binary(5)]
+DICTIONARIES = [pa.dictionary(pa.int8(), kind) for kind in (pa.string(), pa.large_string(), pa.binary())]
+
+
+@pytest.mark.parametrize("kind", [*TEXTS, *BYTES, *DICTIONARIES], ids=str)
+def test_every_type_of_texts_and_bytes_is_read(tmp_path, kind):
+    write_files(tmp_path, "a.png", "b.png")
+    is_uri = any(kind == text or kind == pa.dictionary(pa.int8(), text) for text in TEXTS)
+    values = ["a.png", "b.png", None, "a.png"] if is_uri else [b"a.png", b"b.png", None, b"a.png"]
+    plain = pa.array(values, kind.value_type if pa.types.is_dictionary(kind) else kind)
+    column = plain.dictionary_encode().cast(kind) if pa.types.is_dictionary(kind) else plain
+    pq.write_table(pa.table({"image": column}), tmp_path / "pool.parquet")
+    is_dictionary = pa.types.is_dictionary(pq.read_schema(tmp_path / "pool.parquet").field("image").type)
+    assert is_dictionary == pa.types.is_dictionary(kind)
+    expected = [b"a.png", b"b.png", "null: the row holds no image", b"a.png"]
+    assert read(listed(tmp_path / "pool.parquet")[0]) == expected
+
+
+def test_labels_may_be_categories_of_integers(tmp_path):
+    labels = pa.array([3, None, 5, 3]).dictionary_encode()
+    pq.write_table(pa.table({"image": [b"x"] * 4, "y": labels}), tmp_path / "pool.parquet")
+    assert listed(tmp_path / "pool.parquet", PoolColumns(label="y"))[1] == [3, None, 5, 3]
+
+
+@pytest.mark.parametrize("twice", ["image", "y", "z"])
+def test_only_a_column_that_is_used_must_have_a_name_of_its_own(tmp_path, twice):
+    names = ["image", "y", "z", twice]
+    arrays = [pa.array([b"x"]), pa.array([1]), pa.array(["z"]), pa.array([b"twin"])]
+    pq.write_table(pa.Table.from_arrays(arrays, names), tmp_path / "pool.parquet")
+    if twice == "z":
+        uris, labels = listed(tmp_path / "pool.parquet", PoolColumns(label="y"))
+        assert read(uris) == [b"x"] and labels == [1]
+        return
+    with pytest.raises(ValueError, match=rf"pool\.parquet has 2 columns named '{twice}': rename them"):
+        listed(tmp_path / "pool.parquet", PoolColumns(label="y"))
+
+
+def test_a_dotted_name_beside_a_struct_is_not_mistaken_for_it(tmp_path):
+    for order in (1, -1):
+        columns = [("image.bytes", pa.array([b"flat"])), ("image", pa.array([{"bytes": b"of struct", "path": "p"}]))]
+        names, arrays = zip(*columns[::order], strict=True)
+        pq.write_table(pa.Table.from_arrays(list(arrays), list(names)), tmp_path / "pool.parquet")
+        uris, _ = listed(tmp_path / "pool.parquet")
+        for name, data in (("image", b"of struct"), ("image.bytes", b"flat")):
+            assert list(read_images(uris, PoolColumns(image=name))) == [data]
+        (tmp_path / "pool.parquet").rename(tmp_path / f"{order}.parquet")
+
+
+ELSEWHERE = {"bytes": None, "path": "/home/else/1.png"}
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        (
+            "uri",
+            ["gone/0.png", "gone/1.png"],
+            "none of the first 2 rows of column 'uri' leads to an image: .*gone/0.png does",
+        ),
+        ("uri", ["http://h/0.png"] * 20, "none of the first 8 rows .*'http://h/0.png' cannot be opened"),
+        ("uri", ["x" * 5000], "none of the first 1 rows"),
+        (
+            "uri",
+            pa.array([None, None], pa.string()),
+            "none of the first 2 rows of column 'uri' leads to an image: it is null",
+        ),
+        ("image", pa.array([None, None], pa.binary()), "every row of column 'image' is null"),
+        ("image", [ELSEWHERE, ELSEWHERE], "none of the first 2 rows .* /home/else/1.png does not exist"),
+        ("uri", ["gone.png", "here.png"], None),
+        ("image", [None, b"x"], None),
+        ("image", [{"bytes": b"x", "path": "gone.png"}, {"bytes": None, "path": "gone.png"}], None),
+        ("image", pa.array([], pa.binary()), None),
+    ],
+)
+def test_a_file_whose_rows_all_fail_alike_is_told_once(tmp_path, name, values, message):
+    write_files(tmp_path, "here.png")
+    pq.write_table(pa.table({name: values}), tmp_path / "pool.parquet")
+    units, remarks = find_units(str(tmp_path / "pool.parquet")), Remarks()
+    list_unit(units[0], PoolColumns(), remarks)
+    of_count = Remarks()
+    count_unit(units[0], PoolColumns(), of_count)
+    assert of_count == remarks and len(remarks.warnings) == (message is not None)
+    assert message is None or re.search(rf"pool\.parquet: {message}", remarks.warnings[0])
 
 
 def test_null_images_keep_their_rows(tmp_path):
@@ -223,6 +324,8 @@ def test_null_images_keep_their_rows(tmp_path):
         ({"picture": [b"x"]}, PoolColumns(), r"columns \['picture'\], none named image or uri: set pool.image_column"),
         ({"image": [b"x"]}, PoolColumns(image="img"), "none named img: set pool.image_column"),
         ({"image": [1.5]}, PoolColumns(), "column 'image' is double; it must hold image bytes"),
+        ({"image": [{"bytes": [1, 2], "path": "a.png"}]}, PoolColumns(), "column 'image' is struct.*; it must hold"),
+        ({"image": [{"path": "a.png"}]}, PoolColumns(), "column 'image' is struct.*; it must hold image bytes"),
         ({"image": [b"x"]}, PoolColumns(label="y"), "none named 'y': set pool.label"),
         ({"image": [b"x"], "y": ["cat"]}, PoolColumns(label="y"), "column 'y' is string; it must hold 32-bit integers"),
         ({"image": [b"x"], "y": [2**40]}, PoolColumns(label="y"), "column 'y' is int64; it must hold 32-bit integers"),
@@ -306,7 +409,7 @@ def test_members_of_a_tar_are_labelled_by_key_and_hidden_ones_skipped(tmp_path):
             "long/" + "n" * 300 + ".png": b"long",
         },
     )
-    uris, labels = listed(tmp_path / "pool.tar", PoolColumns(label="cls"))
+    uris, labels = listed(tmp_path / "pool.tar", PoolColumns(image="*", label="cls"))
     assert read(uris) == [b"cat 1", b"dog 1", b"left", b"right", b"no class", b"of a camera", b"long"]
     assert labels == [7, 12, 3, 3, None, None, None]
 

@@ -1,9 +1,11 @@
 """index: list the pool and give every image an id."""
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from elfs_ray.config import Config, check_against_pool
+from elfs_ray.pool.files import Remarks
 from elfs_ray.stages.stage import Result, Stage
 from elfs_ray.storage import schema
 from elfs_ray.storage.run_dir import RunDir
@@ -11,13 +13,23 @@ from elfs_ray.storage.run_dir import RunDir
 
 @dataclass(frozen=True)
 class IndexResult(Result):
-    """The number of images, the number of units (folders or files) that hold them, the format, the label names."""
+    """What index found.
+
+    rows, units: the number of images, and of the units (folders or files) that hold them.
+    passed_over, warnings: see pool/files.Remarks.
+    """
 
     stage: ClassVar[str] = "index"
     rows: int
     units: int
     format: str
     label_names: list[str]
+    passed_over: dict[str, int] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def remarks(self) -> Remarks:
+        return Remarks(Counter(self.passed_over), self.warnings)
 
 
 def _check_result(config: Config, run_dir: RunDir) -> None:

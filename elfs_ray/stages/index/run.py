@@ -17,9 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from elfs_ray.config import Config, check_against_pool
-from elfs_ray.pool.listing import PoolColumns, Unit, find_units, list_unit
+from elfs_ray.pool.files import describe_passed_over
+from elfs_ray.pool.listing import PoolColumns, Remarks, Unit, check_listing, find_units, list_unit
 from elfs_ray.runtime.cluster import run_tasks
-from elfs_ray.runtime.progress import Progress
+from elfs_ray.runtime.progress import Progress, count, say
 from elfs_ray.stages.index import IndexResult
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
@@ -30,18 +31,24 @@ UNITS_DIR = "_units"
 
 def run_index(config: Config, run_dir: RunDir) -> IndexResult:
     """List the pool. Raises ConfigError for a pool that is empty or too small for the config."""
-    units = find_units(config.pool.uri, config.pool.format)
+    remarks = Remarks()
+    units = find_units(config.pool.uri, config.pool.format, remarks)
     _remove_unfinished(run_dir)
     columns = PoolColumns(config.pool.image_column, config.pool.label)
     counts = np.zeros(len(units), dtype=np.int64)
     names: set[str] = set()
+    of_units = [Remarks()] * len(units)
     with Progress("index", len(units), "units listed") as progress:
         listings = [(run_dir, position, unit, columns) for position, unit in enumerate(units)]
-        for position, (count, unit_names) in run_tasks(_list_unit, listings):
-            counts[position] = count
+        for position, (rows, unit_names, of_units[position]) in run_tasks(_list_unit, listings):
+            counts[position] = rows
             names |= unit_names
             progress.advance(1, f"{counts.sum():,} images")
     num_samples = int(counts.sum())
+    # In the order of the units, not of the tasks: the result must not depend on which ends first.
+    for of_unit in of_units:
+        remarks.add(of_unit)
+    check_listing(config.pool.uri, config.pool.format, units, num_samples, remarks)
     check_against_pool(config, num_samples)
 
     # A second pass: a unit's ids depend on the units before it, and its label numbers on the names in all units.
@@ -53,7 +60,26 @@ def run_index(config: Config, run_dir: RunDir) -> IndexResult:
         for _, rows in run_tasks(_write_part, parts):
             progress.advance(rows)
     filesystem.delete(run_dir.path(schema.INDEX, UNITS_DIR))
-    return IndexResult(num_samples, len(units), units[0].format, label_names)
+    result = IndexResult(
+        num_samples,
+        len(units),
+        units[0].format,
+        label_names,
+        dict(sorted(remarks.passed_over.items())),
+        remarks.shortened_warnings(),
+    )
+    _say_what_was_listed(result)
+    return result
+
+
+def _say_what_was_listed(result: IndexResult) -> None:
+    passed_over = describe_passed_over(result.remarks.passed_over)
+    listed = f"{count(result.rows, 'image')}, pool.format={result.format}"
+    for line in (
+        *(f"warning: {warning}" for warning in result.warnings),
+        "; ".join(filter(None, (listed, passed_over))),
+    ):
+        say(f"index     {line}")
 
 
 def _remove_unfinished(run_dir: RunDir) -> None:
@@ -64,13 +90,14 @@ def _remove_unfinished(run_dir: RunDir) -> None:
         filesystem.delete(path)
 
 
-def _list_unit(run_dir: RunDir, position: int, unit: Unit, columns: PoolColumns) -> tuple[int, set[str]]:
-    """Write the listing of one unit to index/_units/. Returns its number of samples and its label names."""
-    listed = list_unit(unit, columns)
+def _list_unit(run_dir: RunDir, position: int, unit: Unit, columns: PoolColumns) -> tuple[int, set[str], Remarks]:
+    """Write the listing of one unit to index/_units/. Returns its number of samples, label names and remarks."""
+    remarks = Remarks()
+    listed = list_unit(unit, columns, remarks)
     filesystem.write_table(_unit_file(run_dir, position), listed)
     labels = listed[schema.LABEL]
     names = set(pc.unique(labels.drop_null()).to_pylist()) if pa.types.is_string(labels.type) else set()
-    return listed.num_rows, names
+    return listed.num_rows, names, remarks
 
 
 def _write_part(run_dir: RunDir, first: int, end: int, ends: np.ndarray, label_names: list[str]) -> int:

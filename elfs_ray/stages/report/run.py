@@ -59,7 +59,7 @@ def _metrics(config: Config, run_dir: RunDir) -> dict[str, Any]:
         optional["pseudo_label_sizes"] = _sizes_before_and_after(run_dir)
     return {
         "elfs_ray": __version__,
-        "pool": config.pool.uri,
+        "pool": ", ".join(config.pool.uris),
         "budget": config.budget,
         "counts": {
             "pool": IndexResult.read(run_dir).rows,
