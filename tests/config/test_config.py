@@ -2,6 +2,7 @@
 
 import contextlib
 import operator
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,6 +88,30 @@ def test_null_is_the_only_value_that_is_not_a_text(tmp_path):
     ):
         assert config.pool.label is None
     assert "bad value for run_dir" in message_of("run_dir=null")
+
+
+@pytest.mark.parametrize(
+    ("typed", "uri"),
+    [
+        ("007", "007"),
+        ("[1", "[1"),
+        ("data/train-*", "data/train-*"),
+        ("[007, no,~/x]", ["007", "no", os.path.expanduser("~/x")]),
+        ("a [b]/*", "a [b]/*"),
+    ],
+)
+def test_the_pool_is_a_path_a_pattern_or_a_list_of_them(tmp_path, typed, uri):
+    config = load_config(None, [*REQUIRED, f"pool.uri={typed}"])
+    assert config.pool.uri == uri and config.pool.uris == (uri if isinstance(uri, list) else [uri])
+    if typed != "[1":
+        (tmp_path / "job.yaml").write_text(f"pool:\n  uri: {typed}\n")
+        assert load_config(tmp_path / "job.yaml", [*REQUIRED[:1], *REQUIRED[2:]]).pool.uri == uri
+
+
+@pytest.mark.parametrize("typed", ["null", "", "[]", "[a,null]", "[a,{b: c}]", "[[a]]"])
+def test_a_pool_of_anything_else_is_refused(typed):
+    with pytest.raises(ConfigError, match=r"pool\.uri"):
+        load_config(None, [*REQUIRED, f"pool.uri={typed}"])
 
 
 def test_texts_in_a_list_are_taken_as_typed():

@@ -21,7 +21,7 @@ LABEL = {"folder": "folder", "bytes": "label", "struct": "label", "uri": "label"
 UNIT_ROWS = (70_000, 0, 1, 61_071, 1, 65_536, 10)  # parts end within, at the end and at the start of a unit
 
 
-def run(pool: Path, folder: Path, *overrides: str) -> tuple[pa.Table, dict]:
+def run(pool: Path | str, folder: Path, *overrides: str) -> tuple[pa.Table, dict]:
     """Return the index of a pool, and the result of the stage."""
     run_dir = RunDir(folder)
     result = index.run_index(digits_config(folder, f"pool.uri={pool}", *overrides), run_dir)
@@ -53,6 +53,23 @@ def test_ids_are_dense_in_the_order_of_the_listing_with_labels(ray_cluster, digi
     assert result.format == {"folder": "folder", "webdataset": "webdataset"}.get(kind, "parquet")
     assert result.label_names == ([str(digit) for digit in range(10)] if kind == "folder" else [])
     assert [path.name for path in (tmp_path / "index").iterdir()] == [schema.range_file(0, 119)]
+
+
+def test_what_is_passed_over_is_in_the_closing_line_and_the_result(ray_cluster, tmp_path, capsys):
+    for name in ("train/1.png", "test/2.png", "test/3.png", "test/e.jxl", "e.jxl", "README.md", "train/0123"):
+        (tmp_path / "pool" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pool" / name).write_bytes(b"x")
+    pools = f"[{tmp_path}/pool,{tmp_path}/p*2]"
+    (tmp_path / "pool2").mkdir()
+    (tmp_path / "pool2" / "4.png").write_bytes(b"x")
+    _, result = run(pools, tmp_path / "run", "cluster.num_clusters=2", "budget=2", "select.hard_fraction=0")
+    *_, warning, line = capsys.readouterr().err.splitlines()
+    assert line == "index     4 images, pool.format=folder; passed over 2 .jxl, 1 .md, 1 no extension"
+    assert warning.startswith("index     warning: 1 of 3 folders look like test or validation data")
+    assert result.passed_over == {".jxl": 2, ".md": 1, "no extension": 1} and len(result.warnings) == 1
+    pq.write_table(pa.table({"image": [b"x"]}), tmp_path / "pool" / "test" / "more.parquet")
+    with pytest.raises(ValueError, match=r"holds 4 images and 1 \.parquet file: give pool\.format=folder or"):
+        run(pools, tmp_path / "other", "cluster.num_clusters=2")
 
 
 def test_labels_are_null_unless_requested(ray_cluster, digit_pools, tmp_path):

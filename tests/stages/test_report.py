@@ -11,6 +11,7 @@ import pytest
 
 from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.stages.copy import CopyResult
+from elfs_ray.stages.index import IndexResult
 from elfs_ray.stages.neighbors import NeighborsResult
 from elfs_ray.stages.pretrain import PretrainResult
 from elfs_ray.stages.report.run import run_report
@@ -78,6 +79,17 @@ def test_the_page_refers_to_nothing_outside_itself(ray_cluster, tmp_path):
     assert page.links and all(link.startswith("data:image/") for link in page.links)
     assert "script" not in page.tags
     assert not re.search(r"https?://", (tmp_path / "report.html").read_text())
+
+
+def test_what_the_listing_passed_over_and_warned_of_is_shown(ray_cluster, tmp_path):
+    write_run(RunDir(tmp_path))
+    num_samples = IndexResult.read(RunDir(tmp_path)).rows
+    told = {"passed_over": {".jxl": 10, ".heic": 5000}, "warnings": ["a.tar is <cut> short"]}
+    mark(RunDir(tmp_path), IndexResult(num_samples, 1, "folder", [], **told))
+    _, metrics = select_and_report(tmp_path, "pool.uri=[/a,/b]")
+    page = (tmp_path / "report.html").read_text()
+    assert "not listed as images: 5,000 .heic, 10 .jxl." in page and "a.tar is &lt;cut&gt; short" in page
+    assert {name: metrics["stages"]["index"][name] for name in told} == told and metrics["pool"] == "/a, /b"
 
 
 def test_each_group_has_the_configured_number_of_images(ray_cluster, tmp_path):
