@@ -212,12 +212,12 @@ def _folder_units(folder: Folder, remarks: Remarks) -> list[Unit]:
         for name, is_dir in folder.entries(seen):
             if is_dir:
                 dirs.append(name)
-            elif is_image(name):
-                has_images = True
+            elif has_images or is_image(name):
+                has_images = True  # the others are counted when the unit is listed
             else:
                 seen.pass_over(name)
         if not has_images:
-            remarks.add(seen)  # else they are counted when their unit is listed
+            remarks.add(seen)
         if len(dirs) == 1 and not has_images:
             folder = folder.child(dirs[0])
             continue
