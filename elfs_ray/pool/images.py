@@ -8,11 +8,14 @@ parquet_rows.py (a damaged container) and stages/embed/run.py (an unusable embed
 import contextlib
 import io
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile
+
+from elfs_ray.pool.metadata import drop_metadata, drop_tiff_metadata, orientation
+from elfs_ray.pool.rgb import BadImage, to_rgb
 
 INTERPOLATIONS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -22,13 +25,18 @@ INTERPOLATIONS = {
 # The only formats that Pillow may try. It has decoders for others that are old and little tested, and runs EPS files as
 # programs in Ghostscript: images of a pool need not be trustworthy.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")
+# What turns an image upright, by its orientation in EXIF.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 LOSSLESS_MAX_SIZE = 64  # pixels of the short side: small images, as CIFAR's, keep every pixel and still take few bytes
 MAX_PROXY_ASPECT = 4.0
-STRIP_PIXELS = 1 << 20  # converted at a time by `_by_strips`
-
-
-class BadImage(ValueError):
-    """An image that cannot be used. The message is the reason in rejected/."""
 
 
 def decode_image(data: bytes, *, max_pixels: int, min_size: int = 1) -> Image.Image:
@@ -43,31 +51,53 @@ def decode_image(data: bytes, *, max_pixels: int, min_size: int = 1) -> Image.Im
     """
     if not data:
         raise BadImage("empty file (0 bytes)")
+    data, exif = drop_metadata(data)
     try:
         with _pillow_limit_and_warnings_off():
-            image = Image.open(io.BytesIO(data), formats=known_formats())
-            width, height = image.size
-            # `open` has read the header alone: a bomb is refused before its pixels take memory.
-            if width * height > max_pixels:
-                raise BadImage(f"{width}x{height} pixels, more than embed.max_image_pixels={max_pixels}")
-            # libjpeg scales while it decodes, which is much faster than decoding every pixel; twice the size leaves
-            # enough of them for a good resize. Other formats ignore this.
-            image.draft(None, (2 * min_size, 2 * min_size))
-            ImageOps.exif_transpose(image, in_place=True)  # in place: otherwise it copies even upright images
-            return _to_rgb(image)
+            try:
+                return _decode(data, exif, max_pixels, min_size)
+            except Exception as error:
+                if isinstance(error, BadImage) or not data.startswith((b"II", b"MM")):
+                    raise
+                # Only now: the copy would take as much memory as uncompressed pixels.
+                return _decode(drop_tiff_metadata(data), exif, max_pixels, min_size)
     except BadImage:
         raise
-    except Image.UnidentifiedImageError as error:
-        raise BadImage(f"not an image that Pillow can read ({len(data)} bytes)") from error
     # Pillow's decoders raise OSError, SyntaxError, struct.error and more on broken files.
     except Exception as error:
         raise BadImage(f"{type(error).__name__}: {error}") from error
 
 
+def _decode(data: bytes, exif: bytes, max_pixels: int, min_size: int) -> Image.Image:
+    image = _open(data)
+    width, height = image.size
+    # Only the header has been read: a bomb is refused before its pixels take memory.
+    if width * height > max_pixels:
+        raise BadImage(f"{width}x{height} pixels, more than embed.max_image_pixels={max_pixels}")
+    # libjpeg scales while it decodes, which is much faster than decoding every pixel; twice the size leaves enough of
+    # them for a good resize. Other formats ignore this.
+    image.draft(None, (2 * min_size, 2 * min_size))
+    turn = TURNS.get(orientation(image.info.get("exif", exif)))
+    rgb = to_rgb(image, data)
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def _open(data: bytes) -> ImageFile.ImageFile:
+    """Open an image by the format with whose signature it begins. Raises Pillow's error, which `Image.open` hides."""
+    for name in known_formats():
+        open_format, accept = Image.OPEN[name]
+        accepted = accept is not None and accept(data[:16].ljust(16, b"\0"))
+        if isinstance(accepted, str):  # this build of Pillow cannot decode it
+            raise BadImage(accepted)
+        if accepted:
+            return open_format(io.BytesIO(data), "")
+    raise BadImage(f"not an image that Pillow can read ({len(data)} bytes)")
+
+
 @lru_cache
 def known_formats() -> tuple[str, ...]:
     """Return the FORMATS that this build of Pillow supports, and HEIF where the extra heif is installed."""
-    Image.init()  # Pillow registers most formats on demand; `open` raises KeyError for one that is not registered
+    Image.init()  # Pillow registers most formats on demand
     with contextlib.suppress(ImportError):
         import pillow_heif
 
@@ -152,43 +182,3 @@ def _pillow_limit_and_warnings_off() -> Iterator[None]:
             yield
     finally:
         Image.MAX_IMAGE_PIXELS = limit
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    # An RGB image can have a transparent colour, too, in its `info`.
-    if image.mode == "RGB" and "transparency" not in image.info:
-        image.load()
-        return image
-    if image.mode.startswith("I"):
-        # Pillow's own convert would clip 16-bit values at 255 instead of scaling them.
-        return _by_strips(image, _scale_grey)
-    if image.mode == "F":
-        raise BadImage("floating-point pixels have no defined white; convert the image to 8 or 16 bits")
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        return _by_strips(image, _put_on_white)
-    return image.convert("RGB")
-
-
-def _by_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """Convert an image to RGB by a function of its pixels, some rows at a time to save memory."""
-    width, height = image.size
-    rows = max(1, STRIP_PIXELS // width)
-    converted = Image.new("RGB", image.size)
-    for top in range(0, height, rows):
-        strip = image.crop((0, top, width, min(top + rows, height)))
-        converted.paste(convert(strip), (0, top))
-    return converted
-
-
-def _scale_grey(image: Image.Image) -> Image.Image:
-    """Return 16-bit grey as 8-bit RGB."""
-    values = np.asarray(image)
-    if values.min() < 0 or values.max() > 65535:
-        raise BadImage(f"{image.mode} pixels outside 0..65535 have no defined white; convert the image to 8 or 16 bits")
-    # 65535 = 255 * 257: white stays white, and black black.
-    return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
-
-
-def _put_on_white(image: Image.Image) -> Image.Image:
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

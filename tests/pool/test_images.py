@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from elfs_ray.pool import images
+from elfs_ray.pool import rgb
 from elfs_ray.pool.images import BadImage, decode_image, decode_proxy_image, encode_proxy_image, resize_center_crop
 from tests.image_files import encode, grey_png
 
@@ -273,7 +273,7 @@ def test_a_proxy_image_has_no_colour_profile(photographs):
 
 @pytest.mark.parametrize("rows", [1, 7, 1000])
 def test_conversion_to_rgb_in_strips_equals_conversion_at_once(photographs, monkeypatch, rows):
-    monkeypatch.setattr(images, "STRIP_PIXELS", rows * 640)
+    monkeypatch.setattr(rgb, "STRIP_PIXELS", rows * 640)
     opaque = photographs[0].resize((640, 100))
     alpha = Image.linear_gradient("L").resize(opaque.size)
     transparent = opaque.copy()
