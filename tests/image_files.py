@@ -4,6 +4,7 @@ import io
 import struct
 import zlib
 
+import numpy as np
 from PIL import Image
 
 
@@ -20,3 +21,52 @@ def grey_png(width: int, height: int, compressed_rows: bytes) -> bytes:
     for kind, content in ((b"IHDR", header), (b"IDAT", compressed_rows), (b"IEND", b"")):
         data += struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
     return data
+
+
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png_of(samples: np.ndarray, bits: int, colour: int, *chunks: bytes) -> bytes:
+    """Return a PNG of samples, (h, bytes a row) or (h, w[, bands]), with further chunks after its header."""
+    width = samples.shape[1] * 8 // bits if bits < 8 else samples.shape[1]
+    header = struct.pack(">IIBBBBB", width, len(samples), bits, colour, 0, 0, 0)
+    big_endian = samples.astype(">u2") if bits == 16 else samples.astype(np.uint8)
+    rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in big_endian))
+    parts = [png_chunk(b"IHDR", header), *chunks, png_chunk(b"IDAT", rows), png_chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def tiff_of(samples: np.ndarray, photometric: int, tags: dict[int, tuple[int, list[int]]] | None = None) -> bytes:
+    """Return an uncompressed TIFF of samples (h, w[, bands]), in their byte order; `tags` has (type, values) by tag."""
+    height, width, *bands = samples.shape
+    num_bands, bits, order = (bands or [1])[0], 8 * samples.itemsize, ">" if samples.dtype.str[0] == ">" else "<"
+    entries = {
+        256: (4, [width]),
+        257: (4, [height]),
+        258: (3, [bits] * num_bands),
+        259: (3, [1]),
+        262: (3, [photometric]),
+        273: (4, [8]),
+        277: (3, [num_bands]),
+        278: (4, [height]),
+        279: (4, [samples.nbytes]),
+        339: (3, [2 if samples.dtype.kind == "i" else 1] * num_bands),
+        **(tags or {}),
+    }
+    if entries.get(284) == (3, [2]):  # one band after another
+        size = samples.nbytes // num_bands
+        entries |= {273: (4, [8 + size * band for band in range(num_bands)]), 279: (4, [size] * num_bands)}
+        samples = np.moveaxis(samples, -1, 0)
+    pixels = samples.tobytes() + b"\0" * (samples.nbytes % 2)
+    directory, values, start = b"", b"", 8 + len(pixels) + 2 + 12 * len(entries) + 4
+    for tag, (kind, numbers) in sorted(entries.items()):
+        value = b"".join(struct.pack(order + {1: "B", 2: "B", 3: "H", 4: "L", 7: "B"}[kind], n) for n in numbers)
+        if len(value) > 4:
+            place = struct.pack(order + "L", start + len(values))
+            values += value + b"\0" * (len(value) % 2)
+        else:
+            place = value.ljust(4, b"\0")
+        directory += struct.pack(order + "HHL", tag, kind, len(numbers)) + place
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "L", 8 + len(pixels))
+    return head + pixels + struct.pack(order + "H", len(entries)) + directory + b"\0" * 4 + values

@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageFile
 
-from elfs_ray.pool.metadata import drop_metadata, drop_tiff_metadata, orientation
+from elfs_ray.pool.metadata import PNG_SIGNATURE, drop_metadata, orientation
 from elfs_ray.pool.rgb import BadImage, to_rgb
 
 INTERPOLATIONS = {
@@ -51,16 +51,18 @@ def decode_image(data: bytes, *, max_pixels: int, min_size: int = 1) -> Image.Im
     """
     if not data:
         raise BadImage("empty file (0 bytes)")
-    data, exif = drop_metadata(data)
     try:
         with _pillow_limit_and_warnings_off():
+            # Pillow takes text chunks of a PNG for settings; elsewhere metadata can do no more than make it fail. Other
+            # formats lose theirs only then: it costs time and, for TIFF, as much memory as uncompressed pixels.
+            if data.startswith(PNG_SIGNATURE):
+                return _decode(*drop_metadata(data), max_pixels, min_size)
             try:
-                return _decode(data, exif, max_pixels, min_size)
-            except Exception as error:
-                if isinstance(error, BadImage) or not data.startswith((b"II", b"MM")):
-                    raise
-                # Only now: the copy would take as much memory as uncompressed pixels.
-                return _decode(drop_tiff_metadata(data), exif, max_pixels, min_size)
+                return _decode(data, b"", max_pixels, min_size)
+            except BadImage:
+                raise
+            except Exception:
+                return _decode(*drop_metadata(data), max_pixels, min_size)
     except BadImage:
         raise
     # Pillow's decoders raise OSError, SyntaxError, struct.error and more on broken files.
@@ -77,7 +79,8 @@ def _decode(data: bytes, exif: bytes, max_pixels: int, min_size: int) -> Image.I
     # libjpeg scales while it decodes, which is much faster than decoding every pixel; twice the size leaves enough of
     # them for a good resize. Other formats ignore this.
     image.draft(None, (2 * min_size, 2 * min_size))
-    turn = TURNS.get(orientation(image.info.get("exif", exif)))
+    exif = image.info.get("exif", exif)
+    turn = TURNS.get(orientation(exif)) if exif else None
     rgb = to_rgb(image, data)
     return rgb if turn is None else rgb.transpose(turn)
 
@@ -122,8 +125,16 @@ def resize_center_crop(image: Image.Image, *, resize: int, crop: int, interpolat
 def encode_proxy_image(image: Image.Image, *, short_side: int, jpeg_quality: int) -> bytes:
     """Resize the short side to `short_side` and encode: as lossless PNG up to 64 pixels, as JPEG above.
 
-    The long side is cropped about its centre to at most four times the short one.
+    The long side is cropped about its centre to at most four times the short one. Raises BadImage for an image that
+    cannot be encoded.
     """
+    try:
+        return _encode_copy(image, short_side, jpeg_quality)
+    except Exception as error:  # an encoder's limits, too little memory
+        raise BadImage(f"its proxy image cannot be encoded: {type(error).__name__}: {error}") from error
+
+
+def _encode_copy(image: Image.Image, short_side: int, jpeg_quality: int) -> bytes:
     width, height = image.size
     short = min(width, height)
     limit = short * MAX_PROXY_ASPECT

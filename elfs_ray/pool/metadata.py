@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import ExifTags, Image
 
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _EXIF = b"Exif\0\0"
 # Markers of JPEG
 _SOF0, _RST0, _EOI, _SOS, _COM, _FILL = 0xC0, 0xD0, 0xD9, 0xDA, 0xFE, 0xFF
@@ -27,16 +28,18 @@ _TIFF_PIXELS = {
 
 
 def drop_metadata(data: bytes) -> tuple[bytes, bytes]:
-    """Return an image file without metadata, and its EXIF data; both only as far as the metadata could do harm.
+    """Return an image file without the metadata on which Pillow may fail, and its EXIF data if they are dropped.
 
-    Takes JPEG, PNG and AVIF, and returns others as they are: their decoders skip what they do not need.
+    Pillow reads no more than pixels and EXIF data of formats other than JPEG, PNG, TIFF and AVIF.
     """
     if data.startswith(b"\xff\xd8"):
         return _drop_from_jpeg(data)
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+    if data.startswith(PNG_SIGNATURE):
         return _drop_from_png(data)
+    if data.startswith((b"II", b"MM")):
+        return _drop_from_tiff(data), b""
     if data[4:8] == b"ftyp":
-        # The orientation of an AVIF image is a property of its own, and Pillow rejects images with broken EXIF data.
+        # The orientation of an AVIF image is a property of its own, beside its EXIF data.
         boxes, pixels, rest = data.partition(b"mdat")
         return boxes.replace(b"Exif", b"skip") + pixels + rest, b""
     return data, b""
@@ -95,7 +98,7 @@ def _drop_from_png(data: bytes) -> tuple[bytes, bytes]:
     return b"".join((*kept, data[position:])), exif
 
 
-def drop_tiff_metadata(data: bytes) -> bytes:
+def _drop_from_tiff(data: bytes) -> bytes:
     """Return a TIFF file with its first image alone and the tags that its pixels need; one without tags as it is."""
     order = "<" if data.startswith(b"II") else ">"
     count, entry, place, header = ("Q", "HHQ8s", "Q", 8) if 43 in data[2:4] else ("H", "HHL4s", "L", 4)

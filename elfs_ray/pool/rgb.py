@@ -34,6 +34,11 @@ class BadImage(ValueError):
 
 def to_rgb(image: ImageFile.ImageFile, data: bytes) -> Image.Image:
     """Decode an image opened from `data` to 8-bit RGB, without its `info`. Raises BadImage and errors of Pillow's."""
+    if image.format in ("JPEG", "MPO"):  # there is nothing to mend, and no time to lose
+        image.load()
+        rgb = image if image.mode == "RGB" else image.convert("RGB")
+        rgb.info = {}
+        return rgb
     declared, frame = _declared_white(image, data), _first_frame(image, data)
     rawmode = _mend_tiles(image)
     _mend_palette(image)
@@ -98,9 +103,16 @@ def _first_frame(image: ImageFile.ImageFile, data: bytes) -> tuple[int, int, int
     frame = None
     if image.format == "GIF":
         frame = image.tile[0].extents
-    elif image.format == "WEBP" and (at := data.find(b"ANMF")) > 0:
-        left, top, width, height = (int.from_bytes(data[at + i : at + i + 3], "little") for i in (8, 11, 14, 17))
-        frame = (2 * left, 2 * top, 2 * left + width + 1, 2 * top + height + 1)
+    elif image.format == "WEBP":
+        at = 12
+        while at + 24 <= len(data) and frame is None:
+            kind, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
+            if kind == b"ANMF":
+                left, top, width, height = (
+                    int.from_bytes(data[at + i : at + i + 3], "little") for i in (8, 11, 14, 17)
+                )
+                frame = (2 * left, 2 * top, 2 * left + width + 1, 2 * top + height + 1)
+            at += 8 + size + size % 2
     return None if frame == (0, 0, *image.size) else frame
 
 

@@ -52,12 +52,9 @@ def _num_rows(path: str) -> int:
 
 def copies_of(config: Config, run_dir: RunDir, sample_ids: np.ndarray) -> dict[int, bytes]:
     """Return the encoded copies of some images by sample_id, made anew; images that cannot be used are left out."""
-    embed = config.embed
-    return {
-        sample_id: encode_proxy_image(image, short_side=embed.proxy_image_size, jpeg_quality=embed.proxy_jpeg_quality)
-        for sample_id, _, image in _decode_images(config, run_dir, sample_ids, embed.proxy_image_size)
-        if not isinstance(image, BadImage)
-    }
+    images = _decode_images(config, run_dir, sample_ids, config.embed.proxy_image_size)
+    copies = {sample_id: _encode_copy(config, image) for sample_id, _, image in images}
+    return {sample_id: copy for sample_id, copy in copies.items() if isinstance(copy, bytes)}
 
 
 def copy_images(
@@ -77,16 +74,25 @@ def copy_images(
     Appends a row to `rejected`, in the name of `stage`, for each image that cannot be used. `min_size` is the smallest
     short side, in pixels, to which a JPEG may be scaled while it is decoded; it is raised to that of the copy.
     """
-    embed = config.embed
-    min_size = max(min_size, embed.proxy_image_size)
+    min_size = max(min_size, config.embed.proxy_image_size)
     for sample_id, uri, image in _decode_images(config, run_dir, np.arange(first, last + 1), min_size):
-        if isinstance(image, BadImage):
-            rejected.append({"sample_id": sample_id, "uri": uri, "stage": stage, "reason": str(image)})
+        copy = _encode_copy(config, image) if config.keeps_copies else b""
+        if isinstance(image, BadImage) or isinstance(copy, BadImage):
+            reason = str(image if isinstance(image, BadImage) else copy)
+            rejected.append({"sample_id": sample_id, "uri": uri, "stage": stage, "reason": reason})
             continue
-        copy = b""
-        if config.keeps_copies:
-            copy = encode_proxy_image(image, short_side=embed.proxy_image_size, jpeg_quality=embed.proxy_jpeg_quality)
         yield sample_id, image, copy
+
+
+def _encode_copy(config: Config, image: Image.Image | BadImage) -> bytes | BadImage:
+    """Return the encoded copy of an image, or why there is none."""
+    if isinstance(image, BadImage):
+        return image
+    embed = config.embed
+    try:
+        return encode_proxy_image(image, short_side=embed.proxy_image_size, jpeg_quality=embed.proxy_jpeg_quality)
+    except BadImage as error:
+        return error
 
 
 def _decode_images(
