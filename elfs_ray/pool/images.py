@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from elfs_ray.pool.metadata import PNG_SIGNATURE, drop_metadata, orientation
-from elfs_ray.pool.rgb import BadImage, to_rgb
+from elfs_ray.pool.rgb import OWN_RANGE, BadImage, to_rgb
 
 INTERPOLATIONS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -107,6 +107,11 @@ def known_formats() -> tuple[str, ...]:
         # Without thumbnails, `draft` would decode one in place of the image. One thread, as for other formats.
         pillow_heif.register_heif_opener(thumbnails=False, decode_threads=1)
     return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def has_own_range(image: Image.Image) -> bool:
+    """Return whether a decoded image did not say which of its samples is white, and the brightest one was taken."""
+    return OWN_RANGE in image.info
 
 
 def resize_center_crop(image: Image.Image, *, resize: int, crop: int, interpolation: str) -> np.ndarray:

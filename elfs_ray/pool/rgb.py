@@ -14,6 +14,7 @@ from PIL import Image, ImageFile, ImagePalette, TiffImagePlugin
 
 STRIP_PIXELS = 1 << 20  # converted at a time
 FULL = 65535
+OWN_RANGE = "shown in its own range"
 _BITS, _PHOTOMETRIC, _MAX_SAMPLE, _COLOUR_MAP, _SAMPLE_FORMAT = 258, 262, 281, 320, 339  # tags of TIFF
 # Pillow decodes the upper byte of such samples. With the other byte order in its place, it decodes the lower byte.
 _OTHER_BYTE = {
@@ -33,7 +34,10 @@ class BadImage(ValueError):
 
 
 def to_rgb(image: ImageFile.ImageFile, data: bytes) -> Image.Image:
-    """Decode an image opened from `data` to 8-bit RGB, without its `info`. Raises BadImage and errors of Pillow's."""
+    """Decode an image opened from `data` to 8-bit RGB. Raises BadImage and errors of Pillow's.
+
+    Its `info` holds nothing, or OWN_RANGE where its darkest sample is black and its brightest white.
+    """
     if image.format in ("JPEG", "MPO"):  # there is nothing to mend, and no time to lose
         image.load()
         rgb = image if image.mode == "RGB" else image.convert("RGB")
@@ -46,7 +50,7 @@ def to_rgb(image: ImageFile.ImageFile, data: bytes) -> Image.Image:
     if image.format == "PNG" and image.mode == "L" and "transparency" in image.info:
         image.info["transparency"] *= 255 // (2 ** data[24] - 1)  # Pillow scales the samples of 2 and 4 bits alone
     rgb = _convert(image, data, rawmode, declared)
-    rgb.info = {}
+    rgb.info = {key: value for key, value in rgb.info.items() if key == OWN_RANGE}
     if frame is not None:
         # What the first frame of an animation leaves free is transparent; Pillow gives it the palette's first colour.
         canvas = Image.new("RGB", rgb.size, "white")
@@ -183,7 +187,7 @@ def _scale_colours(upper: Image.Image, lower: Image.Image, declared: int | None)
     lowest, highest = np.min([low for low, _ in extremes], axis=0), np.max([high for _, high in extremes], axis=0)
     black, white = _range(int(lowest[:3].min()), int(highest[:3].max()), declared, FULL)
     _, opaque = _range(0, int(highest[-1]), declared, FULL)
-    return _by_strips(convert, upper, lower)
+    return _by_strips(convert, upper, lower, own_range=not declared and white < FULL)
 
 
 def _scale_grey(image: ImageFile.ImageFile, declared: int | None) -> Image.Image:
@@ -211,7 +215,7 @@ def _scale_grey(image: ImageFile.ImageFile, declared: int | None) -> Image.Image
     if low < 0 or high > FULL:
         raise BadImage(f"{image.mode} pixels outside 0..65535 have no defined white; convert the image to 8 or 16 bits")
     black, white = _range(low, high, declared, full)
-    return _by_strips(convert, image)
+    return _by_strips(convert, image, own_range=not declared and white < full)
 
 
 def _range(low: int, high: int, declared: int | None, full: int) -> tuple[int, int]:
@@ -234,13 +238,15 @@ def _put_on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def _by_strips(convert: Callable[..., Image.Image], *images: Image.Image) -> Image.Image:
+def _by_strips(convert: Callable[..., Image.Image], *images: Image.Image, own_range: bool = False) -> Image.Image:
     """Return images of one size as one RGB image, by a function of their pixels."""
     converted = Image.new("RGB", images[0].size)
     top = 0
     for strips in _strips(*images):
         converted.paste(convert(*strips), (0, top))
         top += strips[0].height
+    if own_range:
+        converted.info[OWN_RANGE] = True
     return converted
 
 

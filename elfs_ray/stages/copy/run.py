@@ -10,6 +10,7 @@ without pretraining has no stage copy, and embed writes proxy_images/ while it d
 from typing import Any
 
 from elfs_ray.config import Config
+from elfs_ray.pool.images import has_own_range
 from elfs_ray.runtime.cluster import run_tasks
 from elfs_ray.runtime.metrics import report_rejected
 from elfs_ray.runtime.progress import Progress
@@ -19,6 +20,7 @@ from elfs_ray.stages.embed.blocks import (
     plan_blocks,
     rejected_by_copy,
     rows_by_file,
+    say_own_range,
     write_proxy_images,
     write_rejected,
 )
@@ -40,28 +42,32 @@ def run_copy(config: Config, run_dir: RunDir) -> CopyResult:
     ]
     num_done = num_samples - sum(last - first + 1 for first, last in pending)
     with Progress("copy", num_samples, "images", done=num_done) as progress:
-        num_rejected = 0
-        for position, added in run_tasks(_copy_block, [(config, run_dir, *block) for block in pending]):
+        num_rejected = num_own_range = 0
+        for position, (added, own_range) in run_tasks(_copy_block, [(config, run_dir, *block) for block in pending]):
             first, last = pending[position]
             num_rejected += added
+            num_own_range += own_range
             report_rejected(num_rejected)
             progress.advance(last - first + 1, f"{num_rejected:,} rejected" if num_rejected else "")
+    say_own_range("copy", num_own_range)
     return _count_copies(run_dir, num_samples)
 
 
-def _copy_block(config: Config, run_dir: RunDir, first: int, last: int) -> int:
-    """Write the copies of one block. Returns the number of rejected images."""
+def _copy_block(config: Config, run_dir: RunDir, first: int, last: int) -> tuple[int, int]:
+    """Write the copies of one block. Return the number of images rejected, and of those shown in their own range."""
     name = schema.range_file(first, last)
     sample_ids: list[int] = []
     copies: list[bytes] = []
     rejected: list[dict[str, Any]] = []
-    for sample_id, _, copy in copy_images(config, run_dir, first, last, stage="copy", rejected=rejected):
+    own_range = 0
+    for sample_id, image, copy in copy_images(config, run_dir, first, last, stage="copy", rejected=rejected):
         sample_ids.append(sample_id)
         copies.append(copy)
+        own_range += has_own_range(image)
     write_rejected(rejected_by_copy(run_dir, name), rejected)
     # Last: a file in proxy_images/ means that its block is done.
     write_proxy_images(run_dir, name, sample_ids, copies)
-    return len(rejected)
+    return len(rejected), own_range
 
 
 def _count_copies(run_dir: RunDir, num_samples: int) -> CopyResult:

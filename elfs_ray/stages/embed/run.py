@@ -34,7 +34,7 @@ from elfs_ray.methods.encoders.encoder import (
     load_encoder,
     to_unit_float16,
 )
-from elfs_ray.pool.images import describe_bad_copy, open_proxy_image, resize_center_crop
+from elfs_ray.pool.images import describe_bad_copy, has_own_range, open_proxy_image, resize_center_crop
 from elfs_ray.runtime.cluster import devices_of_cluster
 from elfs_ray.runtime.metrics import report_rejected
 from elfs_ray.runtime.progress import Progress, say
@@ -45,6 +45,7 @@ from elfs_ray.stages.embed.blocks import (
     plan_blocks,
     rejected_by_copy,
     rows_by_file,
+    say_own_range,
     write_proxy_images,
     write_rejected,
 )
@@ -84,12 +85,14 @@ def run_embed(config: Config, run_dir: RunDir) -> EmbedResult:
         with _weights(config, run_dir) as weights:
             # On the driver first: a failed download is one clear error there, and one from each encoder otherwise.
             fetch_weights(config.embed.encoder, weights)
-    rejected = 0
+    rejected = own_range = 0
     with Progress("embed", num_samples, "images", done=num_done) as progress:
         for summary in _stream(job, pending) if pending else ():
             rejected += summary["rejected"]
+            own_range += summary["own_range"]
             report_rejected(rejected)
             progress.advance(summary["rows"], f"{rejected:,} rejected" if rejected else "")
+    say_own_range("embed", own_range)
     return _count_embeddings(config, run_dir, num_samples)
 
 
@@ -182,14 +185,16 @@ def _decode_block(batch: dict[str, Any], job: EmbedJob) -> dict[str, Any]:
     shape = job.shape
     sample_ids, pixels, copies = [], [], []
     rejected: list[dict[str, Any]] = []
+    own_range = 0
     images = copy_images(job.config, job.run_dir, first, last, stage="embed", rejected=rejected, min_size=shape.resize)
     for sample_id, image, copy in images:
         sample_ids.append(sample_id)
         pixels.append(_pixels(image, shape))
         copies.append(copy)
+        own_range += has_own_range(image)
     if job.config.keeps_copies:
         write_proxy_images(job.run_dir, schema.range_file(first, last), sample_ids, copies)
-    return _pack(first, last, shape.crop, sample_ids, pixels, rejected)
+    return _pack(first, last, shape.crop, sample_ids, pixels, rejected, own_range)
 
 
 def _read_copies(batch: dict[str, Any], job: EmbedJob) -> dict[str, Any]:
@@ -223,7 +228,13 @@ def _read_block(batch: dict[str, Any], job: EmbedJob) -> dict[str, Any]:
 
 
 def _pack(
-    first: int, last: int, side: int, sample_ids: list[int], pixels: list[np.ndarray], rejected: list[dict[str, Any]]
+    first: int,
+    last: int,
+    side: int,
+    sample_ids: list[int],
+    pixels: list[np.ndarray],
+    rejected: list[dict[str, Any]],
+    own_range: int = 0,
 ) -> dict[str, Any]:
     """Return a block as one row of bytes and JSON, which has the same schema for every block."""
     images = np.stack(pixels) if pixels else np.empty((0, side, side, 3), np.uint8)
@@ -234,6 +245,7 @@ def _pack(
         "side": [side],
         "pixels": [images.tobytes()],
         "rejected": [json.dumps(rejected)],
+        "own_range": [own_range],
     }
 
 
@@ -276,7 +288,7 @@ class _EncodeBlock:
         write_rejected(run_dir.path(schema.REJECTED, name), rejected)
         # Last of the block's files: a file in embeddings/ means that the block is done.
         _write_embeddings(run_dir.path(schema.EMBEDDINGS, name), sample_ids[usable], embeddings[usable])
-        return {"rows": [last - first + 1], "rejected": [len(rejected)]}
+        return {"rows": [last - first + 1], "rejected": [len(rejected)], "own_range": batch["own_range"]}
 
 
 class _DecodeAndEncodeBlock(_EncodeBlock):
