@@ -43,8 +43,9 @@ def to_rgb(image: ImageFile.ImageFile, data: bytes) -> Image.Image:
         rgb = image if image.mode == "RGB" else image.convert("RGB")
         rgb.info = {}
         return rgb
-    declared, frame = _declared_white(image, data), _first_frame(image, data)
-    rawmode = _mend_tiles(image)
+    rawmode, frame = _mend_tiles(image), _first_frame(image, data)
+    is_deep = image.mode.startswith("I") or rawmode in _OTHER_BYTE
+    declared = _declared_white(image, data) if is_deep else None
     _mend_palette(image)
     image.load()
     if image.format == "PNG" and image.mode == "L" and "transparency" in image.info:
