@@ -47,7 +47,7 @@ def decode_image(data: bytes, *, max_pixels: int, min_size: int = 1) -> Image.Im
     BadImage, also for an image of more than `max_pixels`.
 
     Memory in bytes per decoded pixel: 4 for the RGB image. While decoding and turning it upright at most 9, but 10 for
-    progressive JPEG and AVIF, 16 for WEBP and 25 for JPEG 2000.
+    progressive JPEG and AVIF, 16 for WEBP, 18 for dark 16-bit colours and 25 for JPEG 2000.
     """
     if not data:
         raise BadImage("empty file (0 bytes)")
