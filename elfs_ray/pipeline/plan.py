@@ -1,6 +1,7 @@
 """Decide for each stage whether a run skips, resumes, runs or replaces it, and check all that can be checked before."""
 
 import json
+import posixpath
 import secrets
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -80,11 +81,36 @@ def _check_places(config: Config, run_dir: RunDir) -> None:
     if filesystem.exists(run_dir.uri) and not filesystem.is_dir(run_dir.uri):
         raise ConfigError(f"run_dir={config.run_dir} is a file: give a folder, which need not exist yet")
     folders = list(accumulate(run_dir.uri.split("/"), "{}/{}".format))
-    pools = [filesystem.absolute(uri) for uri in config.pool.uris]
-    if any(folder == pool or fnmatchcase(folder, pool) for folder in folders for pool in pools):
+    if any(
+        filesystem.is_within(run_dir.uri, pool)
+        or any(fnmatchcase(folder, filesystem.absolute(pool)) for folder in folders)
+        for pool in config.pool.uris
+    ):
         raise ConfigError(
             f"run_dir={config.run_dir} is in the pool, pool.uri={config.pool.uri}: its tables would be listed as "
             "images by the next run. Give a folder outside of the pool"
+        )
+    # A pool beside the tables is fine, but a stage deletes its own folders before it runs again.
+    written = {name for stage in stages_of(config) for name in (stage.name, *stage.outputs(config))}
+    for name in sorted(written):
+        if any(filesystem.is_within(pool, run_dir.path(name)) for pool in config.pool.uris):
+            raise ConfigError(
+                f"pool.uri={config.pool.uri} is in {run_dir.path(name)}, which this run writes: give another run_dir"
+            )
+
+
+def _refuse_listed_tables(config: Config, run_dir: RunDir, units: list[Unit]) -> None:
+    """Raise ConfigError for a pool that leads into the run directory through a link."""
+    # The parents of files, as there are far fewer of them than files.
+    folders = {unit.uri if unit.format == "folder" else posixpath.dirname(unit.uri) for unit in units}
+    trees = {unit.uri for unit in units if unit.format == "folder" and unit.recursive}
+    inside = [folder for folder in folders if filesystem.is_within(folder, run_dir.uri)]
+    inside += [folder for folder in trees if filesystem.is_within(run_dir.uri, folder)]
+    # A pool that lies beside the tables in the run directory itself is found there without a link.
+    if inside and not any(filesystem.is_within(pool, run_dir.uri) for pool in config.pool.uris):
+        raise ConfigError(
+            f"run_dir={config.run_dir} is in the pool, pool.uri={config.pool.uri}, through the link {min(inside)}: its "
+            "tables would be listed as images. Remove the link, or give a folder outside of the pool"
         )
 
 
@@ -163,6 +189,7 @@ def count_pool(config: Config, run_dir: RunDir, plan: list[PlannedStage]) -> Poo
         return PoolCount(index.rows, "", index.format, index.remarks)
     remarks = Remarks()
     units = find_units(config.pool.uri, config.pool.format, remarks)
+    _refuse_listed_tables(config, run_dir, units)
     columns = PoolColumns(config.pool.image_column, config.pool.label)
     kind = units[0].format
     # A Parquet file has its number of rows in its footer; a tar must be read and a folder listed, so these are sampled.

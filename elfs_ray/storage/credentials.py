@@ -2,6 +2,8 @@
 
 import re
 
+# Also with a single slash: the message that refuses s3:/bucket shows what was given.
+_START = re.compile(r"^(?!file:)[^/]*://?|://", re.IGNORECASE)
 # Query parameters of pyarrow's URIs and of presigned links to S3 and Google Cloud Storage.
 _SECRET = re.compile(
     r"[?&#;](access_key|secret_key|(session_|access_)?token|sig|signature|awsaccesskeyid|x-(amz|goog)-[a-z-]+)=",
@@ -11,9 +13,10 @@ _SECRET = re.compile(
 
 def holds_credentials(uri: str) -> bool:
     """Return whether a URI contains a user, a password, a key or a token."""
-    _, separator, rest = uri.partition("://")
+    start = _START.search(uri)
+    rest = uri[start.end() :] if start else ""
     # An @ is a letter like any other in a path, but before the first slash it ends "user:password".
-    return bool(separator) and ("@" in rest.split("/", 1)[0] or _SECRET.search(rest) is not None)
+    return "@" in rest.split("/", 1)[0] or _SECRET.search(rest) is not None
 
 
 def refuse_credentials(uri: str, what: str) -> None:

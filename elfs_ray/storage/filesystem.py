@@ -15,16 +15,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
 from elfs_ray.storage.credentials import refuse_credentials
-from elfs_ray.storage.object_store import explained, open_store, upload
+from elfs_ray.storage.object_store import BUCKET_SCHEMES, explained, open_store, upload
 
 ROWS_PER_GROUP = 1 << 16
 THREADS = 32  # requests at a time; the threads only wait, so there may be many more than CPUs
+# A scheme has two letters or more, as C:/ is a drive. Only at the start: names may contain colons.
+_URI = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):(?P<slashes>/{0,2})(?P<rest>.*)", re.DOTALL)
 _HALF_WRITTEN = re.compile(r".*\.[0-9a-f]{32}\.tmp")  # the temporary names of `open_atomic`
 
 T = TypeVar("T")
@@ -33,15 +36,15 @@ T = TypeVar("T")
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     """Return the file system of a local path or URI (s3://, gs://, file://) and the path within it.
 
-    Raises ValueError for a scheme that pyarrow does not know, for a missing bucket, and for a URI with credentials.
+    Raises ValueError as `absolute` does, for a scheme that pyarrow does not know, for a missing bucket, and for a URI
+    with credentials.
     """
     # Not pyarrow's FileSystem.from_uri for a whole URI: it would parse ?, # and % in the names of files.
-    if "://" not in uri:
-        return fs.LocalFileSystem(), os.path.abspath(uri)
-    scheme, rest = uri.split("://", 1)
-    if scheme == "file":
-        return fs.LocalFileSystem(), "/" + rest.lstrip("/")
-    refuse_credentials(uri, "a place to read or write")
+    place = absolute(uri)
+    if not is_uri(place):
+        return fs.LocalFileSystem(), place
+    refuse_credentials(place, "a place to read or write")
+    scheme, rest = place.split("://", 1)
     bucket, _, path = rest.partition("/")
     try:
         store, root = open_store(scheme, bucket)
@@ -52,9 +55,54 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     return store, posixpath.join(root, path).rstrip("/")
 
 
+def is_uri(place: str) -> bool:
+    """Return whether a place is a URI, such as s3://bucket/path, and not a local path."""
+    match = _URI.match(place)
+    return match is not None and match["slashes"] == "//"
+
+
 def absolute(uri: str) -> str:
-    """Return a path that means the same in every process: local paths become absolute, URIs stay."""
-    return uri.rstrip("/") if "://" in uri else os.path.abspath(uri)
+    """Return a path or URI that means the same in every process.
+
+    Local paths become absolute, file: URIs local paths (in which %20 is a space), and schemes lower case.
+
+    Raises ValueError for a URI that lacks a slash, which would otherwise be taken for a local folder, for a file: URI
+    of another machine, and for . or .. in a bucket, which has no such folders.
+    """
+    match = _URI.fullmatch(uri)
+    if match is None:
+        return os.path.abspath(uri)
+    scheme, slashes, rest = match["scheme"].lower(), match["slashes"], match["rest"]
+    if scheme == "file" and slashes:
+        host, _, path = rest.partition("/") if slashes == "//" else ("", "", rest)
+        if host not in ("", "localhost"):
+            raise ValueError(f"{uri!r} names the machine {host!r}: give a path on this one, as in file:///folder")
+        return os.path.abspath("/" + unquote(path).lstrip("/"))
+    if slashes != "//":
+        if not slashes and scheme not in (*BUCKET_SCHEMES, "file"):
+            return os.path.abspath(uri)
+        raise ValueError(
+            f"{uri!r} is no URI, as it lacks a slash: give {scheme}://{'/' if scheme == 'file' else ''}{rest}, or "
+            f"./{uri} for a local folder of that name"
+        )
+    if not {".", ".."}.isdisjoint(rest.split("/")):
+        raise ValueError(f"{uri!r} has . or .. in it, which mean nothing in a bucket: give the place without them")
+    return f"{scheme}://{rest.rstrip('/')}"
+
+
+def is_within(uri: str, folder: str) -> bool:
+    """Return whether a place is a folder or lies below it, wherever links on the way to either of them lead.
+
+    Neither of the two need exist.
+    """
+    # With the slashes, /data/pool-run is not in /data/pool.
+    return f"{_real(uri)}/".startswith(f"{_real(folder).rstrip('/')}/")
+
+
+def _real(uri: str) -> str:
+    place = absolute(uri)
+    # gcs:// is another name of gs://.
+    return re.sub("^gcs://", "gs://", place) if is_uri(place) else os.path.realpath(place)
 
 
 def join(uri: str, *parts: str) -> str:

@@ -1,6 +1,7 @@
 """Atomic writes, the same bytes for the same table, and files with names of any characters."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -135,6 +136,62 @@ def test_an_absolute_path_stays_the_same_in_another_folder(tmp_path, monkeypatch
     filesystem.write_bytes(filesystem.join("file://" + uri, "x"), b"1")
     assert (tmp_path / "runs/first/x").read_bytes() == b"1"
     assert filesystem.absolute("s3://bucket/run/") == "s3://bucket/run"
+
+
+@pytest.mark.parametrize("uri", ["file:{}", "file://{}", "FILE://localhost{}", "file:///{}/", "{}/x/.."])
+def test_every_spelling_of_a_local_place_is_one_path(tmp_path, uri):
+    place = tmp_path / "a b"
+    spelled = uri.format(place.as_uri().removeprefix("file://") if "file" in uri.lower() else place)
+    assert filesystem.absolute(spelled) == str(place)
+    filesystem.write_bytes(filesystem.join(spelled, "ä.bin"), b"1")
+    assert (place / "ä.bin").read_bytes() == b"1"
+
+
+@pytest.mark.parametrize("name", ["a:b", "2024:01/x", "C:/x", "folder/s3:/x", "./s3:/x"])
+def test_a_colon_alone_makes_no_uri(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert filesystem.absolute(name) == os.path.join(tmp_path, os.path.normpath(name))
+
+
+def test_schemes_are_read_in_either_case(s3_bucket):
+    filesystem.write_bytes(f"{s3_bucket}/a", b"1")
+    assert filesystem.read_bytes(s3_bucket.replace("s3://", "S3://") + "/a") == b"1"
+    assert filesystem.absolute("GS://Bucket/A//") == "gs://Bucket/A"
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        *(
+            (f"{scheme}/b/r", f"give {scheme.lower()}//b/r, or ./{scheme}/b/r")
+            for scheme in ("s3:", "S3:", "gs:", "gcs:")
+        ),
+        ("s3:b/r", "give s3://b/r"),
+        ("http:/b/r", "give http://b/r"),
+        ("file:r", "give file:///r"),
+        ("file://data/r", "names the machine 'data'"),
+        ("s3://b/pool/../run", "mean nothing in a bucket"),
+        ("gs://b/./run", "mean nothing in a bucket"),
+    ],
+)
+def test_a_uri_that_would_become_another_place_is_refused(uri, message):
+    for function in (filesystem.absolute, filesystem.exists):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            function(uri)
+
+
+def test_a_place_is_within_a_folder_by_whatever_way_it_is_named(tmp_path):
+    pool = tmp_path / "pool"
+    (pool / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(pool)
+    (tmp_path / "deep").symlink_to(pool / "deep")
+    for folder in (pool, tmp_path / "link", f"file:{pool}", f"{pool}/"):
+        for place in (pool, pool / "new/run", tmp_path / "link/run", tmp_path / "deep/run", f"file://{pool}/run"):
+            assert filesystem.is_within(str(place), str(folder)), (place, folder)
+        for place in (tmp_path, tmp_path / "pool-run", f"{pool}/../run", "s3://pool/run"):
+            assert not filesystem.is_within(str(place), str(folder)), (place, folder)
+    assert filesystem.is_within("gcs://b/pool/run", "GS://b/pool/") and filesystem.is_within("/run", "/")
+    assert not filesystem.is_within("s3://b/pool-run", "s3://b/pool")
 
 
 def test_an_unknown_scheme_is_an_error_that_names_the_known_ones():

@@ -19,6 +19,7 @@ SECRET = "wJalrXUtnFEMI"
 WITH_CREDENTIALS = (
     f"s3://AKIAEXAMPLE:{SECRET}@bucket/run",
     f"s3://{SECRET}@bucket",
+    f"s3:/AKIAEXAMPLE:{SECRET}@bucket/run",
     f"s3://bucket/run?access_key=AKIAEXAMPLE&secret_key={SECRET}",
     f"gs://bucket/run?access_token={SECRET}",
     f"https://host/a.jpg?X-Amz-Credential={SECRET}",
