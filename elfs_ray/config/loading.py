@@ -8,8 +8,9 @@ import dataclasses
 import difflib
 import operator
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,8 +22,10 @@ from elfs_ray.config.checks import check_fields, check_relations
 from elfs_ray.config.declaration import ConfigError, fields_of
 from elfs_ray.config.run import Config
 from elfs_ray.config.select import USES_HARD_FRACTION, HardFraction, uses_clusters
+from elfs_ray.storage import filesystem
 from elfs_ray.storage.credentials import refuse_credentials
 
+_NUMBER = re.compile(r"[-+]?\.?[0-9]")  # how a number begins; float() also takes nan and infinity
 Keys = TypeVar("Keys")  # a dataclass of options
 
 
@@ -93,6 +96,11 @@ def _expand_paths(config: Any) -> None:
         if spec.metadata["is_path"] and value is not None:
             section, _, name = key.rpartition(".")
             expanded = [*map(expand_home, value)] if isinstance(value, list) else expand_home(value)
+            for place in expanded if isinstance(value, list) else [expanded]:
+                try:
+                    filesystem.absolute(place)
+                except ValueError as error:
+                    raise ConfigError(f"{key}={place}: {error}") from error
             setattr(operator.attrgetter(section)(config) if section else config, name, expanded)
 
 
@@ -169,9 +177,8 @@ def deciding_keys(section: Any) -> dict[str, Any]:
 
 def _load_yaml(path: str | Path, kind: type) -> DictConfig:
     try:
-        loaded = OmegaConf.load(path)
-        if isinstance(loaded, DictConfig):
-            loaded = _with_texts(loaded, _typed(Path(path).read_text("utf-8")), kind)
+        read = _read_yaml(Path(path).read_text("utf-8"))
+        loaded = None if isinstance(read, list) else OmegaConf.create(_typed(read or {}, kind))
     # Broken files raise errors of many kinds: YAML's, OmegaConf's, OSError, UnicodeDecodeError, RecursionError.
     except Exception as error:
         raise ConfigError(f"config file {str(path)!r} cannot be read: {error}") from error
@@ -193,15 +200,45 @@ def _parse_override(override: str, kind: type) -> DictConfig:
         is_list = value.startswith("[") and value.endswith("]")
         if _texts(kind).get(key) is False or (_texts(kind).get(key, True) is None and not is_list):
             return OmegaConf.create(_nested(key, None if value in ("", "null") else value))
-        return _with_texts(OmegaConf.from_dotlist([override]), _nested(key, _typed(value)), kind)
+        return OmegaConf.create(_typed(_nested(key, _read_yaml(value)), kind))
     except Exception as error:
         raise ConfigError(f"{override!r} cannot be read: {error}. Quote values with spaces or colons.") from error
 
 
-def _typed(text: str) -> Any:
-    """Return what YAML text holds, with every scalar as the text that was typed."""
-    # BaseLoader resolves no types and no tags, so that !!python/object makes no object.
-    return yaml.BaseLoader(text).get_single_data()
+class _Plain(str):
+    """A value without quotes in YAML, as it was typed."""
+
+
+class _Loader(yaml.SafeLoader):
+    """A reader of YAML that leaves values without quotes to `_typed`, and refuses keys that occur twice.
+
+    By itself PyYAML reads them as YAML 1.1 does: 010 is 8, 1:30 is 90, and no is false.
+    """
+
+    # Only << keeps its meaning.
+    yaml_implicit_resolvers = {
+        "<": [pair for pair in yaml.SafeLoader.yaml_implicit_resolvers["<"] if pair[0].endswith(":merge")]
+    }
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+        text = super().construct_scalar(node)
+        return text if node.style else _Plain(text)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [name.value for name, _ in node.value]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"{min(twice)} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_scalar)
+
+
+def _read_yaml(text: str) -> Any:
+    """Return what YAML text holds; values without quotes become `_Plain`."""
+    # A subclass of SafeLoader, so that !!python/object makes no object.
+    return yaml.load(text, _Loader)
 
 
 @lru_cache
@@ -219,28 +256,37 @@ def _nested(key: str, value: Any) -> Any:
     return value
 
 
-def _with_texts(read: DictConfig, typed: Any, kind: type) -> DictConfig:
-    """Return what YAML read, but with every text as it was typed.
+def _typed(value: Any, kind: type, key: str = "") -> Any:
+    """Return what `_read_yaml` read with the type that each value without quotes stands for.
 
-    YAML turns 007 into 7, 2024_01_15 into 20240115 and no into false. For a key whose type is str that is damage: a
-    folder may have any of these names. So such values are taken from `typed`, the same YAML read without types.
+    For a key whose type is str that is the text itself: a folder may be named 007, 2024_01_15 or no.
     """
-    texts = _texts(kind)
+    if isinstance(value, dict):
+        return {
+            str(name): _typed(nested, kind, f"{key}.{name}" if key else str(name)) for name, nested in value.items()
+        }
+    if isinstance(value, list):
+        return [_typed(item, kind, key) for item in value]
+    if not isinstance(value, _Plain):
+        return value
+    if value in ("", "~", "null", "Null", "NULL"):
+        return None
+    return str(value) if key in _texts(kind) else _number_or_word(value)
 
-    def restore(value: Any, text: Any, key: str) -> Any:
-        if isinstance(value, dict) and isinstance(text, dict):
-            restored = {}
-            for name, nested in value.items():
-                nested_key = f"{key}.{name}" if key else str(name)
-                restored[name] = restore(nested, text.get(name, nested), nested_key)
-            return restored
-        if key in texts and isinstance(value, list) and isinstance(text, list):
-            return [restore(*pair, key) for pair in zip(value, text, strict=True)]
-        is_text = key in texts and isinstance(text, str)
-        # null stays null, also for a key of type str.
-        return text if is_text and value is not None else value
 
-    return OmegaConf.create(restore(OmegaConf.to_container(read), typed, ""))
+def _number_or_word(text: str) -> int | float | bool | str:
+    """Return what a value means, as in YAML 1.2: numbers are decimal unless they begin with 0x or 0o.
+
+    Words other than true and false stay words; OmegaConf takes yes, no, on and off for a flag, too.
+    """
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if _NUMBER.match(text):
+        # The first reads 010 as 10, the second knows prefixes.
+        for read in (int, partial(int, base=0), float):
+            with contextlib.suppress(ValueError):
+                return read(text)
+    return str(text)
 
 
 def _refuse_credentials(key: str, value: Any) -> None:
@@ -248,6 +294,9 @@ def _refuse_credentials(key: str, value: Any) -> None:
     if isinstance(value, dict):
         for name, nested in value.items():
             _refuse_credentials(f"{key}.{name}" if key else str(name), nested)
+    elif isinstance(value, list):
+        for item in value:
+            _refuse_credentials(key, item)
     elif isinstance(value, str):
         try:
             refuse_credentials(value, key)

@@ -80,6 +80,68 @@ def test_a_text_is_taken_as_typed(tmp_path, typed):
             assert (config.run_dir, config.pool.label) == (typed, typed)
 
 
+def values_of(folder: Path, key: str, typed: str) -> list[object]:
+    """Return what a key is set to by an override and by a YAML file, or "refused" with the key's name in the message."""
+    section, _, name = key.rpartition(".")
+    (folder / "job.yaml").write_text(f"{section}: {{{name}: {typed}}}" if section else f"{name}: {typed}")
+    others = [override for override in REQUIRED if not override.startswith(f"{key}=")]
+    values: list[object] = []
+    for yaml, override in ((None, [f"{key}={typed}"]), (folder / "job.yaml", [])):
+        try:
+            values.append(operator.attrgetter(key)(load_config(yaml, [*others, *override])))
+        except ConfigError as error:
+            assert key in str(error) and str(error).count("\n") == 0
+            values.append("refused")
+    return values
+
+
+NUMBERS = {
+    **{"010": 10, "08": 8, "+5": 5, "1_000": 1000, "0x10": 16, "0o10": 8},
+    **dict.fromkeys(["1:30", "1:30:00", "2024-01-15", "yes", "no", "on", "off", "y", "true", "12e", "1 0", ".inf"]),
+}
+FRACTIONS = {".5": 0.5, "1e-1": 0.1, "0.10": 0.1, "00.5": 0.5, "5.e-1": 0.5, "1_0e-2": 0.1, "190:20:30.15": None}
+
+
+@pytest.mark.parametrize("key", ["seed", "budget", "train.lr", "train.epochs", "cluster.num_clusters"])
+def test_a_number_is_read_as_people_write_it(tmp_path, key):
+    """PyYAML by itself reads 010 as 8, 1:30 as 90 and no as false."""
+    cases = NUMBERS | (FRACTIONS if key in ("budget", "train.lr") else {"1e3": None, ".5": None})
+    for typed, value in cases.items():
+        values = values_of(tmp_path, key, typed)
+        assert values == ["refused" if value is None else value] * 2, (typed, values)
+    # 1 is one image and 1.0 the whole pool, so the types matter.
+    assert [type(value) for value in values_of(tmp_path, "budget", "010")] == [int, int]
+
+
+@pytest.mark.parametrize(
+    ("key", "typed", "value"),
+    [
+        *(("cluster.spherical", typed, True) for typed in ("true", "True", "yes", "on", "1")),
+        *(("cluster.spherical", typed, False) for typed in ("false", "FALSE", "no", "off", "0")),
+        *(("cluster.num_neighbors", typed, None) for typed in ("null", "~", "Null")),
+        ("cluster.num_neighbors", "012", 12),
+        *(("budget", "[010, 0.50]", [10, 0.5]), ("budget", "[1:30]", "refused")),
+        *(("train.std", "[.5, 1e0, 010]", [0.5, 1.0, 10.0]), ("train.std", "[1, 1, 1:30]", "refused")),
+        *(("select.hard_fraction", ".5", 0.5), ("select.hard_fraction", "auto", "auto")),
+        *(("train.num_workers", "01", 1), ("train.num_workers", "1-4", "1-4"), ("train.num_workers", "1:4", "refused")),
+        *(("select.method", "no", "refused"), ("pool.label", "010", "010"), ("pool.label", "1:30", "1:30")),
+    ],
+)
+def test_every_type_of_key_reads_an_override_as_a_yaml_file(tmp_path, key, typed, value):
+    assert values_of(tmp_path, key, typed) == [value, value]
+
+
+def test_yaml_files_may_reuse_values_but_not_repeat_keys(tmp_path):
+    yaml = tmp_path / "job.yaml"
+    yaml.write_text("train: &train {momentum: .5}\npretrain: {<<: *train}\n")
+    assert load_config(yaml, REQUIRED).pretrain.momentum == 0.5
+    yaml.write_text("seed: &seed 010\ntrain: {epochs: *seed}\n")
+    assert load_config(yaml, REQUIRED).train.epochs == 10
+    yaml.write_text("train: {epochs: 3, lr: 0.1, epochs: 4}\n")
+    with pytest.raises(ConfigError, match="epochs is given twice"):
+        load_config(yaml, REQUIRED)
+
+
 def test_null_is_the_only_value_that_is_not_a_text(tmp_path):
     (tmp_path / "job.yaml").write_text("pool: {label: null}\n")
     for config in (
