@@ -24,7 +24,7 @@ from elfs_ray.config.pretrain import PretrainConfig
 from elfs_ray.config.report import ReportConfig
 from elfs_ray.config.run import Budget, Config
 from elfs_ray.config.select import BY_COVERAGE, FIND_HARD_FRACTION, USES_HARD_FRACTION, HardFraction, SelectConfig
-from elfs_ray.config.temi import TemiConfig
+from elfs_ray.config.temi import PCA_SAMPLES, TemiConfig
 from elfs_ray.config.train import LINEAR, TrainConfig
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "LINEAR",
     "LINEAR_PROBE",
     "NEIGHBOR_KEYS",
+    "PCA_SAMPLES",
     "SELF_SUPERVISED",
     "USES_HARD_FRACTION",
     "Bounds",

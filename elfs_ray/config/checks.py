@@ -8,10 +8,11 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+from elfs_ray.config.cluster import ClusterConfig
 from elfs_ray.config.declaration import Bounds, ConfigError, fields_of
 from elfs_ray.config.run import Config
 from elfs_ray.config.select import BY_COVERAGE
-from elfs_ray.config.temi import TEMI_NEIGHBORS
+from elfs_ray.config.temi import PCA_SAMPLES, TEMI_NEIGHBORS
 from elfs_ray.config.train import LINEAR, TrainConfig
 
 # For keys without an upper limit of their own: a typo is refused here and does not overflow somewhere in a stage.
@@ -94,12 +95,40 @@ def _check_size(config: Config, num_samples: int) -> None:
             f"cluster.num_clusters={config.cluster.num_clusters} is more than the pool's {num_samples} samples: "
             "give fewer clusters"
         )
+    if fits_clusters:
+        _check_auto_and_temi(config.cluster, num_samples)
+    if config.select.method == "d2" and config.select.d2_neighbors >= num_samples:
+        raise ConfigError(
+            f"select.d2_neighbors={config.select.d2_neighbors} with a pool of {num_samples} samples: must be less than "
+            "the number of samples"
+        )
+    if config.select.method == "zcore" and num_samples < 2:
+        raise ConfigError(f"pool.uri={config.pool.uri!r} holds one image: select.method=zcore needs at least 2")
     if config.needs_neighbors and (config.cluster.num_neighbors or 0) >= num_samples:
         raise ConfigError(
             f"cluster.num_neighbors={config.cluster.num_neighbors} with a pool of {num_samples} samples: must be less "
             "than the number of samples"
         )
     check_budgets(config, num_samples)
+
+
+def _check_auto_and_temi(cluster: ClusterConfig, num_samples: int) -> None:
+    if cluster.num_clusters == "auto":
+        from elfs_ray.methods.kmeans.num_clusters import MIN_ROWS_PER_CLUSTER
+
+        if num_samples < 2 * MIN_ROWS_PER_CLUSTER:
+            raise ConfigError(
+                f"cluster.num_clusters=auto with a pool of {num_samples} samples: needs at least "
+                f"{2 * MIN_ROWS_PER_CLUSTER} to estimate it; give a number"
+            )
+    if cluster.method != "temi":
+        return
+    for key, limit in (("pca_dim", min(num_samples, PCA_SAMPLES)), ("num_workers", num_samples)):
+        value = getattr(cluster.temi, key)
+        if value is not None and value > limit:
+            raise ConfigError(
+                f"cluster.temi.{key}={value} with a pool of {num_samples} samples: give {limit} at most, or null"
+            )
 
 
 def check_balance(config: Config, num_clusters: int) -> None:
@@ -122,6 +151,11 @@ def check_budgets(config: Config, num_samples: int) -> None:
             count = budget_count(budget, num_samples)
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        if hard_fraction == "search" and count < 2:
+            raise ConfigError(
+                f"budget={budget} keeps 1 of {num_samples:,} samples, and select.hard_fraction=search trains on the "
+                "coreset: give a budget of 2 at least, or select.hard_fraction=auto"
+            )
         try:
             # `auto` and `search` only ever choose fractions that fit, so they are checked as 0.
             window_start(num_samples, count, _as_number(hard_fraction))

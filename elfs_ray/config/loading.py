@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -216,7 +216,7 @@ class _Loader(yaml.SafeLoader):
     """
 
     # Only << keeps its meaning.
-    yaml_implicit_resolvers = {
+    yaml_implicit_resolvers: ClassVar = {
         "<": [pair for pair in yaml.SafeLoader.yaml_implicit_resolvers["<"] if pair[0].endswith(":merge")]
     }
 

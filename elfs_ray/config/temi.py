@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from elfs_ray.config.declaration import BATCH, POSITIVE, WIDTH, Bounds, max_failures_option, option, precision_option
 
+PCA_SAMPLES = 20_000  # of the pool, on which the principal components are fitted
 TEMI_NEIGHBORS = 50  # nearest neighbours of each sample that TEMI learns from, as in the paper
 
 
@@ -47,7 +48,8 @@ class TemiConfig:
     bottleneck_dim: int | None = option(None, "width of the bottleneck (256)", bounds=WIDTH)
     pca_dim: int | None = option(
         None,
-        "number of principal components that the heads see (paper none, cpu 128); 0 means the embeddings themselves",
+        "number of principal components that the heads see (paper none, cpu 128, fewer in a small pool); 0 means the "
+        "embeddings themselves",
         bounds=Bounds(at_least=0),
     )
     precision: str = precision_option()

@@ -165,11 +165,23 @@ def _check_size(config: Config, run_dir: RunDir, plan: list[PlannedStage], pool:
     for planned in plan:
         if planned.action == "done":
             planned.stage.check_result(config, run_dir)
-    if not is_done(IndexResult, plan):
+    if is_done(IndexResult, plan):
+        check_listed(config, run_dir, plan)
+    else:
         pool = pool or count_pool(config, run_dir, plan)
         # On an estimate nobody is refused: stage index checks the exact count once it has it.
         if pool.is_exact:
             check_against_pool(config, pool.num_samples)
+
+
+def check_listed(config: Config, run_dir: RunDir, plan: list[PlannedStage]) -> None:
+    """Check the stages that are to run against the samples in index/. Raises ConfigError."""
+    for planned in plan:
+        if planned.action != "done":
+            try:
+                planned.stage.check_listed(config, run_dir)
+            except ValueError as error:
+                raise ConfigError(str(error)) from error
 
 
 def is_done(result: type[Result], plan: list[PlannedStage]) -> bool:

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from importlib.metadata import version
 
 from elfs_ray.config import Config, ConfigError
-from elfs_ray.pipeline.plan import PlannedStage, check, make_plan, refuse_differences
+from elfs_ray.pipeline.plan import PlannedStage, check, check_listed, make_plan, refuse_differences
 from elfs_ray.pipeline.replace import remove_stage
 from elfs_ray.runtime.progress import count, format_duration, listen, say
+from elfs_ray.stages.index import IndexResult
 from elfs_ray.storage import filesystem
 from elfs_ray.storage.run_dir import RunDir
 from elfs_ray.storage.run_lock import RunDirInUse, RunLock
@@ -48,6 +49,8 @@ def run(config: Config) -> RunDir:
             _run_stage(planned, config, run_dir)
             # A budget that fits the listing may be too large once embed has rejected images. Later stages take hours.
             planned.stage.check_result(config, run_dir)
+            if planned.stage.result is IndexResult:
+                check_listed(config, run_dir, plan)
     return run_dir
 
 

@@ -59,6 +59,7 @@ class Stage:
                    can be none
     advice         lines to print before the stage starts, such as a warning that it will take days
     check          raises ConfigError, before any work, for a config that the stage cannot run
+    check_listed   raises ValueError, before any image is read, for a config that does not fit the samples in index/
     check_result   raises ConfigError for a config that does not fit the counts of the complete stage
     epoch_gauges   the metrics that it reports to Ray after each epoch, with their meanings
     """
@@ -76,6 +77,7 @@ class Stage:
     requests: "Callable[[Config, Devices], list[Request]]" = lambda config, devices: []
     advice: "Callable[[Config, Devices], list[str]]" = lambda config, devices: []
     check: Callable[[Config], None] = lambda config: None
+    check_listed: Callable[[Config, RunDir], None] = lambda config, run_dir: None
     check_result: Callable[[Config, RunDir], None] = lambda config, run_dir: None
     epoch_gauges: Mapping[str, str] = field(default_factory=dict)
 

@@ -38,6 +38,7 @@ REQUIRED = [
     "select.hard_fraction=0.3",
 ]
 
+TEMI = ("cluster.method=temi", "cluster.temi.profile=cpu")
 SELF_SUPERVISED = "embed.encoder=self_supervised"
 SELECT_INPUTS = ("index", "embed", "cluster", "train")
 INPUTS = {name: Marker(name, {}, {}, run_id=f"{name} made once") for name in SELECT_INPUTS}
@@ -81,7 +82,7 @@ def test_a_text_is_taken_as_typed(tmp_path, typed):
 
 
 def values_of(folder: Path, key: str, typed: str) -> list[object]:
-    """Return what a key is set to by an override and by a YAML file, or "refused" with the key's name in the message."""
+    """Return what a key is set to by an override and by a YAML file; "refused" for an error that names the key."""
     section, _, name = key.rpartition(".")
     (folder / "job.yaml").write_text(f"{section}: {{{name}: {typed}}}" if section else f"{name}: {typed}")
     others = [override for override in REQUIRED if not override.startswith(f"{key}=")]
@@ -96,7 +97,7 @@ def values_of(folder: Path, key: str, typed: str) -> list[object]:
 
 
 NUMBERS = {
-    **{"010": 10, "08": 8, "+5": 5, "1_000": 1000, "0x10": 16, "0o10": 8},
+    **dict(zip(("010", "08", "+5", "1_000", "0x10", "0o10"), (10, 8, 5, 1000, 16, 8), strict=True)),
     **dict.fromkeys(["1:30", "1:30:00", "2024-01-15", "yes", "no", "on", "off", "y", "true", "12e", "1 0", ".inf"]),
 }
 FRACTIONS = {".5": 0.5, "1e-1": 0.1, "0.10": 0.1, "00.5": 0.5, "5.e-1": 0.5, "1_0e-2": 0.1, "190:20:30.15": None}
@@ -271,6 +272,18 @@ def test_values_next_to_the_refused_ones_are_accepted(overrides):
     [
         ([], 0, "holds no images"),
         (["budget=1", "cluster.num_clusters=2"], 1, "holds one image: a selection needs at least 2"),
+        (["cluster.num_clusters=auto"], 39, "num_clusters=auto with a pool of 39 samples: needs at least 40"),
+        (["select.method=auto", "cluster.num_clusters=auto"], 33, "num_clusters=auto with a pool of 33"),
+        (
+            [*TEMI, "cluster.temi.pca_dim=34"],
+            33,
+            r"cluster\.temi\.pca_dim=34 with a pool of 33 samples: give 33 at most",
+        ),
+        ([*TEMI, "cluster.temi.pca_dim=20001"], 10**6, "give 20000 at most, or null"),
+        ([*TEMI, "cluster.temi.num_workers=64", "cluster.temi.batch_size=64"], 33, r"cluster\.temi\.num_workers=64"),
+        ([*TEMI, "select.method=d2"], 10, "select.d2_neighbors=10 with a pool of 10 samples: must be less"),
+        (["select.method=zcore", "budget=1"], 1, "zcore needs at least 2"),
+        (["budget=1", "select.hard_fraction=search"], 100, "search trains on the coreset: give a budget of 2"),
         (["cluster.num_clusters=11"], 10, "more than the pool's 10 samples"),
         (["budget=101"], 100, "budget"),
         (["budget=0.001"], 100, "rounds down to no sample"),
@@ -282,6 +295,22 @@ def test_a_config_that_does_not_fit_the_pool_is_refused(overrides, num_samples, 
     config = load_config(None, [*REQUIRED, *overrides])
     with pytest.raises(ConfigError, match=message):
         check_against_pool(config, num_samples)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "num_samples"),
+    [
+        (["cluster.num_clusters=auto"], 40),
+        ([*TEMI, "cluster.temi.profile=cpu"], 33),
+        ([*TEMI, "cluster.temi.pca_dim=33"], 33),
+        ([*TEMI, "cluster.temi.pca_dim=0"], 33),
+        (["select.method=coverage", "cluster.num_clusters=auto", "cluster.temi.pca_dim=99", "budget=2"], 2),
+        (["cluster.method=file", "cluster.labels_uri=/x", "cluster.num_clusters=auto"], 33),
+        ([*TEMI, "select.method=d2"], 11),
+    ],
+)
+def test_a_config_that_just_fits_the_pool_is_accepted(overrides, num_samples):
+    check_against_pool(load_config(None, [*REQUIRED, *overrides]), num_samples)
 
 
 def test_too_many_clusters_of_a_file_to_balance_over_are_refused(tmp_path):

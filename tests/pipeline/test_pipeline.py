@@ -181,6 +181,13 @@ def test_a_run_directory_that_is_a_file_or_in_the_pool_is_refused(pool, tmp_path
         assert not (place / "index").exists()
 
 
+def test_a_file_that_does_not_fit_the_pool_ends_the_run_before_embed(pool, tmp_path):
+    (tmp_path / "labelled.txt").write_text("/not/in/the/pool.png\n")
+    with pytest.raises(ConfigError, match=r"not in the pool: /not/in/the/pool\.png"):
+        run(pool, tmp_path / "new", "select.method=auto", f"select.labelled={tmp_path}/labelled.txt")
+    assert RunDir(tmp_path / "new").success_marker("index") and not (tmp_path / "new/embeddings").exists()
+
+
 @pytest.mark.slow
 def test_weights_that_cannot_be_downloaded_end_a_job_in_one_line(pool, tmp_path):
     offline = {

@@ -5,7 +5,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from elfs_ray.config import NEIGHBOR_KEYS, ClusterConfig, Config, ConfigError, check_balance, deciding_keys
+from elfs_ray.config import (
+    NEIGHBOR_KEYS,
+    ClusterConfig,
+    Config,
+    ConfigError,
+    check_balance,
+    check_temi_workers,
+    deciding_keys,
+)
 from elfs_ray.methods.numeric.faiss_build import check_faiss
 from elfs_ray.runtime.progress import count
 from elfs_ray.runtime.resources import Request, request_workers
@@ -53,7 +61,11 @@ def _requests(config: Config, devices: "Devices") -> list[Request]:
     _check_faiss(config, devices.resolve(cluster.device, "cluster.device"))
     requests = [request_shards(cluster, devices)]
     if cluster.method == "temi":
+        from elfs_ray.methods.temi.heads import CPU_PROFILE, TemiSettings
+
         requests.append(request_temi_workers(cluster, devices))
+        profile = CPU_PROFILE["batch_size"] if cluster.temi.profile == "cpu" else TemiSettings.batch_size
+        check_temi_workers(cluster.temi.batch_size or profile, requests[-1].most)
     return requests
 
 
@@ -99,6 +111,13 @@ def _check(config: Config) -> None:
         raise ConfigError(f"cluster.labels_uri={config.cluster.labels_uri!r} does not exist")
 
 
+def _check_listed(config: Config, run_dir: RunDir) -> None:
+    if config.cluster.method == "file":
+        from elfs_ray.stages.cluster.external_labels import read_external_labels
+
+        read_external_labels(config.cluster, run_dir)
+
+
 def _check_result(config: Config, run_dir: RunDir) -> None:
     check_balance(config, ClusterResult.read(run_dir).num_clusters)
 
@@ -113,5 +132,6 @@ STAGE = Stage(
     describe=_describe,
     requests=_requests,
     check=_check,
+    check_listed=_check_listed,
     check_result=_check_result,
 )

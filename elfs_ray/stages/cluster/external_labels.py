@@ -19,23 +19,29 @@ MAX_NAMED = 5
 MIN_LABEL_ROOM = 1 << 16
 
 
-def write_external_labels(config: ClusterConfig, run_dir: RunDir) -> int:
-    """Match the pseudo-labels of a file to the embedded samples by sample_id or uri. Returns the number of clusters.
+def read_external_labels(config: ClusterConfig, run_dir: RunDir) -> np.ndarray:
+    """Match the pseudo-labels of a file to the listed samples by sample_id or uri; return the label of each (N,) int32.
 
-    Samples with the same uri share its label. Raises ValueError for a missing file or column or one of another type,
-    labels that are negative or far above the number of samples, samples without a label or with two, and ids or uris
-    that are not in the pool. Driver memory, measured with 2 million samples: 100 bytes a sample by sample_id, 560 by
-    uris of 54 bytes.
+    The label is -1 for samples that have none. Samples with the same uri share its label. Raises ValueError for a
+    missing file or column or one of another type, labels that are negative or far above the number of samples, samples
+    with two labels, and ids or uris that are not in the pool. Driver memory, measured with 2 million samples: 100 bytes
+    a sample by sample_id, 560 by uris of 54 bytes.
     """
     assert config.labels_uri is not None
     table = _read(config.labels_uri)
     num_samples = IndexResult.read(run_dir).rows
     labels = _checked_labels(table[schema.PSEUDO_LABEL], config.labels_uri, max(num_samples, MIN_LABEL_ROOM))
     if schema.SAMPLE_ID in table.column_names:
-        label_of = _by_id(table[schema.SAMPLE_ID], labels, num_samples, config.labels_uri)
-    else:
-        label_of = _by_uri(table[schema.URI], labels, run_dir, config.labels_uri)
+        return _by_id(table[schema.SAMPLE_ID], labels, num_samples, config.labels_uri)
+    return _by_uri(table[schema.URI], labels, run_dir, config.labels_uri)
 
+
+def write_external_labels(config: ClusterConfig, run_dir: RunDir) -> int:
+    """Write the pseudo-labels of the embedded samples. Returns the number of clusters.
+
+    Raises ValueError as `read_external_labels` does, and for embedded samples without a label.
+    """
+    label_of = read_external_labels(config, run_dir)
     files = run_dir.table_files(schema.EMBEDDINGS)
     ids_by_file = [filesystem.read_table(path, [schema.SAMPLE_ID])[schema.SAMPLE_ID].to_numpy() for path in files]
     embedded = np.concatenate(ids_by_file)

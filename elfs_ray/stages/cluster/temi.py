@@ -18,7 +18,7 @@ import numpy as np
 import ray
 import torch
 
-from elfs_ray.config import Config, TemiConfig, check_temi_workers
+from elfs_ray.config import PCA_SAMPLES, Config, TemiConfig, check_temi_workers
 from elfs_ray.methods.clustering_metrics import head_agreement
 from elfs_ray.methods.numeric.hashing import hash_uint64
 from elfs_ray.methods.numeric.pca import fit_pca, project
@@ -43,7 +43,6 @@ from elfs_ray.storage.run_dir import RunDir
 
 CHECKPOINTS_DIR = "temi"
 RESULT_FILE = "result.json"
-PCA_SAMPLES = 20_000
 AGREEMENT_SAMPLES = 20_000
 ASSIGN_ROWS = 8192  # bounds the memory of the logits of all heads
 _PCA_STREAM = 0x706361  # keeps these random numbers apart from others of the same seed
@@ -64,13 +63,16 @@ class _Job:
 def temi_settings(config: TemiConfig, num_clusters: int, num_samples: int, num_workers: int) -> TemiSettings:
     """Return the hyperparameters: those of the config, else of the profile, else of the paper.
 
-    For a pool smaller than a batch, the batch is the largest that the workers can share evenly. Raises ConfigError for
-    a batch of the config that they cannot share evenly.
+    For a pool smaller than a batch, the batch is the largest that the workers can share evenly, and the profile's
+    projection has no more components than the samples span. Raises ConfigError for a batch that the workers cannot
+    share evenly.
     """
     profile = CPU_PROFILE if config.profile == "cpu" else {}
     names = {spec.name for spec in dataclasses.fields(TemiSettings)} - {"num_clusters"}
     from_config = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     chosen = {**profile, **from_config}
+    if "pca_dim" in profile and config.pca_dim is None:
+        chosen["pca_dim"] = min(chosen["pca_dim"], num_samples - 1)
     chosen["pca_dim"] = chosen.get("pca_dim") or None  # 0 is the config's word for no projection
     settings = TemiSettings(num_clusters=num_clusters, **chosen)
     check_temi_workers(settings.batch_size, num_workers)

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from elfs_ray.config import Config, ConfigError
 from elfs_ray.runtime.resources import Request, request_gpu_tasks
+from elfs_ray.stages.index import IndexResult
 from elfs_ray.stages.stage import Result, Stage
 from elfs_ray.storage import filesystem, schema
+from elfs_ray.storage.run_dir import RunDir
 
 if TYPE_CHECKING:
     from elfs_ray.runtime.cluster import Devices
@@ -96,6 +98,22 @@ def _check(config: Config) -> None:
         raise ConfigError(f"select.labelled={config.select.labelled!r} does not exist")
 
 
+def _check_listed(config: Config, run_dir: RunDir) -> None:
+    if config.select.labelled is None:
+        return
+    from elfs_ray.methods.selection.pruning import budget_count
+    from elfs_ray.stages.select.labelled import read_labelled
+
+    num_samples = IndexResult.read(run_dir).rows
+    num_left = num_samples - len(read_labelled(config.select.labelled, run_dir))
+    for budget in config.budgets:
+        if budget_count(budget, num_samples) > num_left:
+            raise ConfigError(
+                f"budget={budget} of {num_samples:,} samples, but only {num_left:,} are not in "
+                f"select.labelled={config.select.labelled!r} yet: give a smaller budget"
+            )
+
+
 STAGE = Stage(
     result=SelectResult,
     section="select",
@@ -106,4 +124,5 @@ STAGE = Stage(
     describe=_describe,
     requests=_requests,
     check=_check,
+    check_listed=_check_listed,
 )

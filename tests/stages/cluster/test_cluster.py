@@ -14,6 +14,9 @@ from sklearn.cluster import KMeans
 
 from elfs_ray.config import ConfigError
 from elfs_ray.methods.clustering_metrics import contingency_table, matched_accuracy
+from elfs_ray.methods.numeric.pca import fit_pca
+from elfs_ray.runtime.cluster import Devices
+from elfs_ray.stages.cluster import STAGE
 from elfs_ray.stages.cluster import run as cluster
 from elfs_ray.stages.cluster import shards as cluster_shards
 from elfs_ray.stages.cluster import temi as cluster_temi
@@ -172,6 +175,23 @@ def test_a_pool_smaller_than_a_batch_of_temi_is_one_even_batch():
     assert temi_settings(config, 10, num_samples=5000, num_workers=4).batch_size == 1024
     with pytest.raises(ConfigError, match=r"batch_size=1024 .* give a multiple of 3"):
         temi_settings(config, 10, num_samples=5000, num_workers=3)
+
+
+def test_the_projection_of_the_cpu_profile_fits_a_small_pool(tmp_path):
+    config = digits_config(tmp_path, "cluster.method=temi", "cluster.temi.profile=cpu").cluster.temi
+    assert [temi_settings(config, 2, n, num_workers=1).pca_dim for n in (2, 33, 129, 5000)] == [1, 32, 128, 128]
+    sample = np.random.default_rng(0).normal(size=(33, 200))
+    fit_pca(sample, temi_settings(config, 2, 33, num_workers=1).pca_dim)
+    config.pca_dim = 7
+    assert temi_settings(config, 2, 33, num_workers=1).pca_dim == 7
+
+
+@pytest.mark.parametrize(("profile", "num_workers"), [("cpu", 3), ("paper", 3), ("cpu", 7)])
+def test_workers_that_cannot_share_the_profiles_batch_are_refused_first(tmp_path, profile, num_workers):
+    keys = ("cluster.method=temi", f"cluster.temi.profile={profile}", f"cluster.temi.num_workers={num_workers}")
+    with pytest.raises(ConfigError, match=f"does not divide evenly among {num_workers} workers"):
+        STAGE.requests(digits_config(tmp_path, *keys), Devices(8, 0, "here", 8))
+    assert STAGE.requests(digits_config(tmp_path, *keys[:2]), Devices(8, 0, "here", 8))
 
 
 def test_temi_labels_every_sample_by_its_best_head(ray_cluster, tmp_path):

@@ -13,6 +13,7 @@ from elfs_ray.config import ConfigError
 from elfs_ray.evaluation.methods import METHODS
 from elfs_ray.methods.selection import greedi
 from elfs_ray.methods.selection.coverage import facility_location
+from elfs_ray.stages.select import STAGE
 from elfs_ray.stages.select import run as select
 from elfs_ray.stages.select.labelled import read_labelled
 from elfs_ray.storage.run_dir import RunDir
@@ -132,3 +133,14 @@ def test_baselines_of_a_run_with_labelled_images_do_not_know_them(tmp_path):
     for name in ("random", "d2", "aum_hardest"):
         keys = METHODS[name].select_keys
         assert digits_config(tmp_path, *run, *keys, "cluster.num_neighbors=10").select.labelled is None
+
+
+def test_a_budget_above_what_is_left_is_refused_before_images_are_read(run_dir, tmp_path):
+    labelled = write_text(tmp_path / "most.txt", [f"/digits/{i}.png" for i in range(1000)])
+    for budget in ("3", "0.002"):
+        STAGE.check_listed(digits_config(tmp_path, "select.method=auto", labelled, f"budget={budget}"), run_dir)
+    for budget in ("4", "[1,0.004]", "1.0"):
+        with pytest.raises(
+            ConfigError, match=r"but only 3 are not in select\.labelled='.*/most\.txt' yet: give a smal"
+        ):
+            STAGE.check_listed(digits_config(tmp_path, "select.method=auto", labelled, f"budget={budget}"), run_dir)
