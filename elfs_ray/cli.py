@@ -1,16 +1,18 @@
 """The command line that all jobs share: key=value overrides, --help, --dry-run, and one message for an error."""
 
+import io
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from elfs_ray.config import Config, ConfigError, describe_keys, load_config
 from elfs_ray.pipeline.stages import STAGES
-from elfs_ray.runtime.progress import count, say
+from elfs_ray.runtime.progress import count, discard, say
 from elfs_ray.stages.report import ReportResult
 from elfs_ray.stages.select import CoresetResult, SelectResult
 from elfs_ray.storage import schema
@@ -34,15 +36,12 @@ def run_job(description: str, yaml_path: str | Path, arguments: list[str] | None
 
 def report_errors(job: Callable[[], None]) -> int:
     """Call `job`; turn its errors, Ctrl-C and SIGTERM into one message and an exit code."""
+    _make_streams_hold_any_text()
     on_sigterm = _OnSigterm()
     signal.signal(signal.SIGTERM, on_sigterm)
     try:
         job()
         sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader of a pipe has closed it, as `head` does; that is no failure. Without a new stdout, Python's flush
-        # at exit would print a traceback.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ConfigError, BadMarkerError) as error:
         say(f"error: {error}")
         return EXIT_BAD_CONFIG
@@ -51,6 +50,11 @@ def report_errors(job: Callable[[], None]) -> int:
         _say_what_is_kept(stop, how)
         return code
     except Exception as error:
+        # The reader of a pipe has closed it, as `head` does: no failure, as results are printed when all work is done.
+        # The connections that work needs may break in the same way.
+        if isinstance(error, BrokenPipeError) and _is_closed(sys.stdout):
+            discard(sys.stdout)
+            return EXIT_OK
         if os.environ.get("ELFS_RAY_TRACEBACK"):
             raise
         say(
@@ -59,6 +63,25 @@ def report_errors(job: Callable[[], None]) -> int:
         )
         return EXIT_FAILED
     return EXIT_OK
+
+
+def _make_streams_hold_any_text() -> None:
+    """Let stdout and stderr print any path, with escapes for what their encoding lacks, also where one is closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            # Python has no stream for a closed descriptor, which the next file to be opened would get.
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # it stays open until the process ends
+            setattr(sys, name, stream)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _is_closed(stream: TextIO) -> bool:
+    """Return whether a stream is a pipe whose reader is gone."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 class _OnSigterm:

@@ -1,9 +1,11 @@
 """Show progress: in a terminal one line that is rewritten in place, in a log file a line every ten seconds."""
 
+import os
 import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
+from typing import TextIO
 
 TERMINAL_INTERVAL_S = 0.2
 LOG_INTERVAL_S = 10.0
@@ -65,7 +67,7 @@ class Progress:
             self._print(end="\n")
         elif error is not None and self._in_terminal:
             # The message of the error must not be written behind the progress.
-            sys.stderr.write("\n")
+            _write("\n")
         self._tell(running=False)
 
     def _tell(self, running: bool) -> None:
@@ -93,14 +95,26 @@ class Progress:
             line += f"  starting, {format_duration(self._printed_s - self._start_s)}"
         line += f"  {self._note}" if self._note else ""
         # \r and ESC[2K: go to the start of the line and erase it, as the new one may be shorter.
-        sys.stderr.write(f"\r\x1b[2K{line}{end}" if self._in_terminal else f"{line}{end}")
-        sys.stderr.flush()
+        _write(f"\r\x1b[2K{line}{end}" if self._in_terminal else f"{line}{end}")
 
 
 def say(line: str) -> None:
     """Print one line to stderr, where progress goes; stdout is for results."""
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
+    _write(line + "\n")
+
+
+def _write(text: str) -> None:
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except OSError:
+        # Whoever read the log is gone, or its disk is full: no reason to end a run of hours.
+        discard(sys.stderr)
+
+
+def discard(stream: TextIO) -> None:
+    """Send what is written to a stream from now on nowhere, also what Python flushes at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def format_duration(seconds: float) -> str:

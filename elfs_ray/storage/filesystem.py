@@ -67,8 +67,12 @@ def absolute(uri: str) -> str:
     Local paths become absolute, file: URIs local paths (in which %20 is a space), and schemes lower case.
 
     Raises ValueError for a URI that lacks a slash, which would otherwise be taken for a local folder, for a file: URI
-    of another machine, and for . or .. in a bucket, which has no such folders.
+    of another machine, for . or .. in a bucket, which has no such folders, and for a path that is not UTF-8.
     """
+    try:
+        uri.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the path {os.fsencode(uri)!r} is not UTF-8, which paths must be: rename it") from error
     match = _URI.fullmatch(uri)
     if match is None:
         return os.path.abspath(uri)

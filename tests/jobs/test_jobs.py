@@ -53,6 +53,59 @@ def test_every_yaml_holds_the_settings_of_the_paper(name):
     assert (evaluate.iterations, evaluate.batch_size) == (300_000 if imagenet else 40_000, 256)
 
 
+PRINTS = """
+import sys
+from elfs_ray.cli import report_errors
+from elfs_ray.runtime.progress import Progress, say
+
+def job():
+    for number in range(3):
+        say(f"stage {number} of /päth/猫/\\udcff")
+        with Progress("embed", 10, "images") as progress:
+            progress.advance(10, "猫")
+    open(sys.argv[1], "w").close()
+    print("coreset  /päth/猫/\\udcff")
+
+sys.exit(report_errors(job))
+"""
+
+
+@pytest.mark.parametrize(
+    ("stdout", "stderr", "encoding", "unbuffered"),
+    [
+        *(("", "2>err", encoding, "") for encoding in ("ascii", "latin-1", "utf-8", None)),
+        *(("| true", "2>err", "ascii", unbuffered) for unbuffered in ("", "1")),
+        *(("", stderr, "ascii", "") for stderr in ("2> >(true)", "2>&-", "2>/dev/full")),
+        *((">&-", stderr, "ascii", "") for stderr in ("2>err", "2>&-")),
+        ("2>&1 | true", "", "ascii", ""),
+    ],
+)
+def test_a_job_ends_well_wherever_its_output_goes(tmp_path, stdout, stderr, encoding, unbuffered):
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG", "PYTHONIO"))}
+    env |= {"LC_ALL": "C", "PYTHONPATH": str(JOBS.parent), "PYTHONUNBUFFERED": unbuffered}
+    env |= {"PYTHONIOENCODING": encoding} if encoding else {}
+    # The reader of a pipe is gone before the job prints.
+    command = f'(sleep 0.2; "$0" "$@" {stderr}) {stdout}; exit ${{PIPESTATUS[0]}}'
+    done = tmp_path / "done"
+    job = ["bash", "-c", command, sys.executable, "-c", PRINTS, str(done)]
+    end = subprocess.run(job, cwd=tmp_path, env=env, stdout=subprocess.PIPE, timeout=100)
+    assert (end.returncode, done.exists()) == (0, True), (tmp_path / "err").read_text()
+    if not stdout:
+        assert end.stdout.startswith(b"coreset  /p") and end.stdout.endswith(b"/\\udcff\n")
+    if stderr == "2>err":
+        assert (tmp_path / "err").read_bytes().count(b"embed") == 3
+
+
+@pytest.mark.parametrize("error", ["BrokenPipeError('a store')", "OSError('disk')"])
+def test_a_broken_connection_is_no_closed_pipe(error):
+    script = (
+        f"import sys; from elfs_ray.cli import report_errors\ndef job(): raise {error}\nsys.exit(report_errors(job))"
+    )
+    env = os.environ | {"PYTHONPATH": str(JOBS.parent)}
+    end = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, timeout=100)
+    assert end.returncode == 1 and end.stderr.startswith("failed: ")
+
+
 def test_the_rates_in_the_comment_of_cifar100_are_those_of_the_paper():
     rates = [line[1:].split() for line in (JOBS / "cifar100.yaml").read_text().splitlines() if "budget=[" in line]
     config = load_config(JOBS / "cifar100.yaml", ["run_dir=/run", "pool.uri=/pool", *rates[0]])

@@ -170,6 +170,7 @@ def test_schemes_are_read_in_either_case(s3_bucket):
         ("http:/b/r", "give http://b/r"),
         ("file:r", "give file:///r"),
         ("file://data/r", "names the machine 'data'"),
+        ("/data/\udcff", r"b'/data/\xff' is not UTF-8, which paths must be: rename it"),
         ("s3://b/pool/../run", "mean nothing in a bucket"),
         ("gs://b/./run", "mean nothing in a bucket"),
     ],
