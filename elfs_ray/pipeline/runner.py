@@ -80,10 +80,7 @@ def _connect(config: Config) -> None:
     from elfs_ray.runtime.cluster import connect
     from elfs_ray.runtime.metrics import report_progress
 
-    try:
-        connect(config.ray_address, show_worker_logs=config.ray_logs)
-    except ConnectionError as error:
-        raise ConfigError(f"no Ray cluster answers at ray_address={config.ray_address}: {error}") from error
+    connect(config.ray_address, show_worker_logs=config.ray_logs)
     listen(report_progress)
 
 

@@ -5,6 +5,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ _ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THR
 # Each step of a network on a CPU allocates its activations anew. In huge pages that costs a fortieth of the page
 # faults and takes a seventh less time. C libraries other than glibc ignore the variable.
 _HUGE_PAGES = {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")}
+CONNECT_TIMEOUT_S = 10
 # One runs and one waits on each CPU, so that no CPU is idle while the driver handles a result.
 TASKS_PER_CPU = 2
 # Ray by itself retries a task that was killed for lack of memory for ever. Pauses double: 7 retries take two minutes.
@@ -33,27 +35,59 @@ def connect(address: str | None, *, show_worker_logs: bool = False, **init_optio
     """Connect to a Ray cluster, or start one on this machine; do nothing if this process is connected already.
 
     address: as ray_address in the config. init_options: further options of ray.init.
+
+    Raises ConfigError if no cluster answers at the address, or if none can be started.
     """
     if ray.is_initialized():
         return
+    key, given = ("ray_address", address) if address else ("RAY_ADDRESS", os.environ.get("RAY_ADDRESS", ""))
+    _refuse_if_nothing_listens(key, given)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_task_oom_retries", str(OUT_OF_MEMORY_RETRIES))
     # Ray's warnings and notes go to its log files alone: in the terminal they would bury the progress.
     for name in ("ray", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    ray.init(
-        address=address,
-        log_to_driver=show_worker_logs,
-        logging_level=logging.ERROR,
-        runtime_env={"env_vars": _ONE_THREAD | _HUGE_PAGES},
-        **init_options,
-    )
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=show_worker_logs,
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": _ONE_THREAD | _HUGE_PAGES},
+            **init_options,
+        )
+    except ConnectionError as error:
+        raise ConfigError(_no_answer(key, given, error)) from error
+    # Ray raises errors of many kinds, and few of them say what to do.
+    except Exception as error:
+        raise ConfigError(
+            f"Ray cannot be started or joined: {type(error).__name__}: {error}. It needs a HOME that can be written, "
+            "for its token, and a folder for its files that can be written and has a path of at most 40 characters: "
+            "set HOME, or RAY_TMPDIR=/tmp"
+        ) from error
     if threading.current_thread() is threading.main_thread():
         # ray.init replaces the C-level handler of SIGTERM by one that aborts the process. Setting Python's handler
         # again restores it. `ray job stop` and batch schedulers send SIGTERM, and the job must then say what it has
         # kept.
         signal.signal(signal.SIGTERM, on_sigterm if callable(on_sigterm) else signal.getsignal(signal.SIGTERM))
+
+
+def _refuse_if_nothing_listens(key: str, address: str) -> None:
+    """Raise ConfigError for an address host:port to which nobody can connect; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdecimal()):  # such as auto and local
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(_no_answer(key, address, error)) from error
+
+
+def _no_answer(key: str, address: str, error: Exception) -> str:
+    return (
+        f"no Ray cluster answers at {key}={address}: {error}. Correct the address, start the cluster, or give "
+        "ray_address=local for a Ray on this machine"
+    )
 
 
 @dataclass(frozen=True)
@@ -93,19 +127,15 @@ def find_devices(address: str | None) -> Devices:
     Without either, or for "local", return those of this machine. Start no cluster, so that a dry run is quick. Raises
     ConfigError if no cluster answers.
     """
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
     if ray.is_initialized():
         return devices_of_cluster()
-    if address == "local":
+    if (address or os.environ.get("RAY_ADDRESS") or "local") == "local":
         import torch
 
         # The CPUs that this process may use, which in a container or a batch job are fewer than the machine's.
         num_cpus = len(os.sched_getaffinity(0))
         return Devices(num_cpus, torch.cuda.device_count(), "on this machine", num_cpus)
-    try:
-        connect(address)
-    except ConnectionError as error:
-        raise ConfigError(f"no Ray cluster answers at ray_address={address}: {error}") from error
+    connect(address)
     return devices_of_cluster()
 
 
