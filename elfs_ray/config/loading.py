@@ -95,13 +95,14 @@ def _expand_paths(config: Any) -> None:
         value = operator.attrgetter(key)(config)
         if spec.metadata["is_path"] and value is not None:
             section, _, name = key.rpartition(".")
-            expanded = [*map(expand_home, value)] if isinstance(value, list) else expand_home(value)
-            for place in expanded if isinstance(value, list) else [expanded]:
-                try:
+            places = [expand_home(place) for place in (value if isinstance(value, list) else [value])]
+            try:
+                for place in places:
                     filesystem.absolute(place)
-                except ValueError as error:
-                    raise ConfigError(f"{key}={place}: {error}") from error
-            setattr(operator.attrgetter(section)(config) if section else config, name, expanded)
+            except ValueError as error:
+                raise ConfigError(f"{key}: {error}") from error
+            owner = operator.attrgetter(section)(config) if section else config
+            setattr(owner, name, places if isinstance(value, list) else places[0])
 
 
 def _as_float(value: HardFraction) -> HardFraction:
