@@ -55,10 +55,11 @@ def test_every_key_refuses_values_of_other_kinds(kind):
     keys, values = WRONG_FOR[kind]
     values = values if kind == "a text" else [*WRONG_FOR_ALL_BUT_TEXTS, *values]
     assert keys
-    for key in sorted(keys):
+    for number, key in enumerate(sorted(keys)):
         # "key=" means null, which is a good value for some keys.
         empty = [] if "None" in str(KEYS[key].type) else [""]
-        for value in [*WRONG_FOR_ALL, *values, *empty]:
+        # A third of the values for each key, as reading a config takes some 20 ms.
+        for value in [*WRONG_FOR_ALL, *values, *empty][number % 3 :: 3]:
             with pytest.raises(ConfigError) as caught:
                 load_config(None, [f"{key}={value}"], base=BASE)
             message = str(caught.value)
@@ -133,7 +134,7 @@ VALUES = st.one_of(
 ELSEWHERE = {"ray_address", "embed.encoder", "run_dir", "pool.uri", "embed.weights", "cluster.labels_uri"}
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example(key="train.batch_size", value="999999")
 @example(key="cluster.num_neighbors", value="2")
 @given(key=st.sampled_from(sorted(set(KEYS) - ELSEWHERE)) | st.text(max_size=12), value=VALUES)

@@ -426,7 +426,7 @@ VALUES = st.one_of(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(key=st.sampled_from(KEYS) | st.text(max_size=15), value=VALUES)
 def test_any_input_gives_a_config_or_a_config_error(key, value):
     try:
