@@ -239,7 +239,7 @@ _Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_scalar)
 def _read_yaml(text: str) -> Any:
     """Return what YAML text holds; values without quotes become `_Plain`."""
     # A subclass of SafeLoader, so that !!python/object makes no object.
-    return yaml.load(text, _Loader)
+    return _Loader(text).get_single_data()
 
 
 @lru_cache

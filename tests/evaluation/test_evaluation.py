@@ -100,6 +100,7 @@ def judged(finished, tmp_path_factory) -> tuple[Path, Results]:
     return out, evaluation.run(load(keys(finished, out)))
 
 
+@pytest.mark.slow
 def test_every_selection_is_trained_on_for_the_same_number_of_steps(judged):
     """Each method is trained at each budget with each seed; the table shows mean and spread over the seeds."""
     out, results = judged
@@ -118,6 +119,7 @@ def test_every_selection_is_trained_on_for_the_same_number_of_steps(judged):
             assert cell.best_mean >= cell.mean
 
 
+@pytest.mark.slow
 def test_each_method_selects_its_samples_from_the_tables_of_the_run(finished, judged):
     config = load(keys(finished, judged[0]))
     chosen = select_without_labels(config, make_workload(config), RunDir(judged[0]))
@@ -138,6 +140,7 @@ def test_each_method_selects_its_samples_from_the_tables_of_the_run(finished, ju
     assert np.bincount(labels).tolist() == [10] * 10
 
 
+@pytest.mark.slow
 def test_test_images_never_reach_a_selection(finished, judged, tmp_path, monkeypatch):
     out, _ = judged
     images, labels = digit_images(NUM_POOL + NUM_TEST)
@@ -163,6 +166,7 @@ def test_test_images_never_reach_a_selection(finished, judged, tmp_path, monkeyp
         evaluation.run(config)
 
 
+@pytest.mark.slow
 def test_badge_looks_only_at_labels_that_it_has_bought(finished, judged, tmp_path):
     run_dir = RunDir(finished / "run")
     config = load(keys(finished, tmp_path))
@@ -181,6 +185,7 @@ def test_badge_looks_only_at_labels_that_it_has_bought(finished, judged, tmp_pat
     assert np.array_equal(buy_labels(job, labels, str(tmp_path / "a"), TrialPlace()), bought)
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_lost_some_files_ends_with_the_same_bytes(finished, judged):
     out, results = judged
     before = contents(out, ".")
@@ -192,6 +197,7 @@ def test_an_evaluation_that_lost_some_files_ends_with_the_same_bytes(finished, j
     assert contents(out, ".") == before
 
 
+@pytest.mark.slow
 def test_existing_trainings_count_as_done_from_the_start(finished, judged, monkeypatch):
     """The state of a training that was killed after it wrote its result is removed, too."""
     out, results = judged
@@ -208,6 +214,7 @@ def test_existing_trainings_count_as_done_from_the_start(finished, judged, monke
     assert not unfinished.exists()
 
 
+@pytest.mark.slow
 def test_more_methods_and_seeds_repeat_no_training(finished, judged, tmp_path):
     shutil.copytree(judged[0], tmp_path / "out")
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out" / "trials").iterdir()}
@@ -216,6 +223,7 @@ def test_more_methods_and_seeds_repeat_no_training(finished, judged, tmp_path):
     assert now.items() >= kept.items() and len(now) == len(kept) + 2 + 6
 
 
+@pytest.mark.slow
 def test_the_runs_are_left_as_they_were(finished, judged):
     assert not {path.name for path in (finished / "run").iterdir()} & {"badge", "trials", "selections", "_LOCK.json"}
     assert sorted(path.name for path in (finished / "run").glob("coreset*")) == [
@@ -223,6 +231,7 @@ def test_the_runs_are_left_as_they_were(finished, judged):
     ]
 
 
+@pytest.mark.slow
 def test_published_numbers_have_marked_rows_next_to_the_measured_ones(finished, judged):
     out, results = judged
     config = load(keys(finished, out, "published=cifar10"))
@@ -242,6 +251,7 @@ def test_published_numbers_have_marked_rows_next_to_the_measured_ones(finished, 
     assert "dc:date" not in chart and chart == draw_chart(config, workload, results.lines).decode()
 
 
+@pytest.mark.slow
 def test_without_matplotlib_the_tables_are_still_written(finished, judged, monkeypatch, capfd):
     out, results = judged
     before = contents(out, ".")
@@ -255,6 +265,7 @@ def test_without_matplotlib_the_tables_are_still_written(finished, judged, monke
     assert contents(out, ".") == before
 
 
+@pytest.mark.slow
 def test_the_closing_lines_have_every_selection_and_the_quality_of_the_run(judged):
     _, results = judged
     _, head, *lines = closing_lines(results).splitlines()

@@ -399,6 +399,7 @@ def test_an_uneven_clustering_is_no_collapse(sizes: list[int]) -> None:
     check_clustering_collapse(np.array(sizes))
 
 
+@pytest.mark.slow
 def test_temi_finds_the_ten_digits_better_than_k_means_on_average() -> None:
     pixels, digits = load_digits(return_X_y=True)
     embeddings = pixels - pixels.mean(axis=0)

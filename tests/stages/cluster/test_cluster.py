@@ -125,6 +125,7 @@ def test_a_killed_driver_resumes_at_its_last_iteration_to_the_same_bytes(ray_clu
     assert len(calls) == 2 * num_calls + 1, "what was lost is the assignment under way"
 
 
+@pytest.mark.slow
 def test_fewer_distinct_embeddings_than_clusters_are_refused(ray_cluster, tmp_path):
     run_dir = RunDir(tmp_path)
     write_embedded(run_dir)
@@ -194,6 +195,7 @@ def test_workers_that_cannot_share_the_profiles_batch_are_refused_first(tmp_path
     assert STAGE.requests(digits_config(tmp_path, *keys[:2]), Devices(8, 0, "here", 8))
 
 
+@pytest.mark.slow
 def test_temi_labels_every_sample_by_its_best_head(ray_cluster, tmp_path):
     """Its worker gets every CPU of the cluster, also those that k-means held."""
     _, result = run(tmp_path, *TEMI, "cluster.temi.num_epochs=2", "cluster.num_workers=1")

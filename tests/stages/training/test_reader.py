@@ -81,10 +81,10 @@ def epoch_of(reader, epoch: int) -> tuple[list[list[int]], dict[int, bytes], dic
     return steps, images, targets
 
 
-@pytest.mark.parametrize("make", [in_memory, streamed])
+@pytest.mark.parametrize("make", [in_memory, pytest.param(streamed, marks=pytest.mark.slow)])
 def test_any_number_of_workers_takes_the_same_global_batches(ray_cluster, run_dir, make):
     alone = None
-    for num_workers in (1, 2) if make is streamed else (1, 2, 3):  # each streamed reader starts a process
+    for num_workers in (1, 2, 3):
         parts = [epoch_of(make(run_dir, rank=rank, num_workers=num_workers), 3) for rank in range(num_workers)]
         batches = [sorted(chain(*step)) for step in zip(*(steps for steps, _, _ in parts), strict=True)]
         images = {sample_id: image for _, part, _ in parts for sample_id, image in part.items()}
@@ -116,6 +116,7 @@ def test_every_epoch_and_seed_has_an_order_and_crops_of_its_own(ray_cluster, run
         assert sum(other[1][i] != first[1][i] for i in EMBEDDED.tolist()) > 500
 
 
+@pytest.mark.slow
 def test_photographs_of_any_shape_are_cropped_as_wholes(ray_cluster, tmp_path, photographs):
     """Every crop equals that of the whole photograph alone, so pixels outside the centre square are seen."""
     write_clustered(RunDir(str(tmp_path)), 60)
