@@ -42,10 +42,13 @@ _token = _folder / "token"
 _token.write_text(secrets.token_hex(32))
 # Set before anything imports ray, and inherited by the jobs that tests start.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(_token), "RAY_USAGE_STATS_ENABLED": "0"}
-# Of every second worker that Ray would start, the tests use none; the watcher waits for notices of spot machines.
+# By default Ray starts a worker for each CPU before any is needed, and Ray Train one that waits for notices of spot
+# machines.
 os.environ |= {"RAY_prestart_worker_first_driver": "0", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 # By default Ray's workers are nice, and would wait for the tests that run beside them.
 os.environ |= {"RAY_worker_niceness": "0"}
+# Idle workers are kept for later tasks, which saves them their imports.
+os.environ |= {"RAY_idle_worker_killing_time_threshold_ms": "120000", "RAY_num_workers_soft_limit": "16"}
 os.environ |= s3.environment() | gcs.environment()
 for _name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):
     os.environ.pop(_name, None)

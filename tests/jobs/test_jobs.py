@@ -16,6 +16,15 @@ JOBS = Path(__file__).parent.parent.parent / "jobs"
 PIPELINE_JOBS = ("imagenet", "cifar10", "cifar100", "stl10", "cinic10")
 
 
+def run_job_here(name: str, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Run a job's script in this process, as starting one takes seconds. Return its exit code."""
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(JOBS / f"{name}.py"), run_name="__main__")
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
 def type_job(
     name: str, *arguments: str, env: dict[str, str] | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess:
@@ -114,11 +123,11 @@ def test_the_rates_in_the_comment_of_cifar100_are_those_of_the_paper():
 
 
 @pytest.mark.parametrize("name", [*PIPELINE_JOBS, "photos", "quickstart"])
-def test_help_lists_every_key_with_its_default(name):
-    result = type_job(name, "--help")
-    assert result.returncode == 0
-    assert all(key in result.stdout for key, _, _ in describe_keys())
-    assert "default: required" in result.stdout or name == "quickstart"
+def test_help_lists_every_key_with_its_default(name, monkeypatch, capsys):
+    assert run_job_here(name, "--help", monkeypatch=monkeypatch) == 0
+    said = capsys.readouterr().out
+    assert all(key in said for key, _, _ in describe_keys())
+    assert "default: required" in said or name == "quickstart"
 
 
 def test_dry_run_prints_the_plan_and_does_nothing(pool, tmp_path):
@@ -189,10 +198,6 @@ def test_help_piped_into_head_is_no_error():
     ],
 )
 def test_a_bad_command_ends_with_one_message_and_exit_code_2(arguments, needed, monkeypatch, capsys):
-    """In this process, as starting one takes seconds."""
-    monkeypatch.setattr(sys, "argv", ["cifar10.py", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(JOBS / "cifar10.py"), run_name="__main__")
+    assert run_job_here("cifar10", *arguments, monkeypatch=monkeypatch) == 2
     said = capsys.readouterr().err
-    assert ended.value.code == 2
     assert needed in said and "Traceback" not in said

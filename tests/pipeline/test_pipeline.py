@@ -101,6 +101,7 @@ def test_on_change_rerun_replaces_only_what_depends_on_a_changed_key(finished, p
     assert contents(run_dir, "coreset") != contents(finished, "coreset")
 
 
+@pytest.mark.slow
 def test_a_reselection_does_not_collide_with_the_runs_other_budgets(ray_cluster, finished, pool, tmp_path):
     run_dir = RunDir(shutil.copytree(finished, tmp_path / "run"))
     reselect.run(*reselect.load([f"run_dir={run_dir.uri}", "name=0.3", "budget=0.5"]))

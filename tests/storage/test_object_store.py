@@ -79,6 +79,7 @@ def test_a_large_object_survives_a_round_trip_and_half_an_upload_is_none(s3_serv
     assert filesystem.read_bytes(uri) == data
 
 
+@pytest.mark.slow
 def test_a_thousand_objects_cost_two_requests_to_list(s3_server, s3_bucket):
     uris = [filesystem.join(s3_bucket, "many", f"{number:04d}") for number in range(1001)]
     with ThreadPoolExecutor(8) as threads:

@@ -11,7 +11,7 @@ from elfs_ray.stages.cluster.external_labels import write_external_labels
 from elfs_ray.stages.cluster.run import run_cluster
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
-from tests.tables import contents, digit_images, digits_config, write_embedded
+from tests.tables import digit_images, digits_config, write_embedded
 
 URIS = [f"/digits/{i}.png" for i in range(1003)]
 
@@ -36,17 +36,18 @@ def test_labels_from_a_file_are_matched_by_uri_or_id(ray_cluster, tmp_path):
     table = pa.table({"uri": URIS, "pseudo_label": labels})
     pq.write_table(table.take(np.random.default_rng(0).permutation(1003)), tmp_path / "by_uri.parquet")
     pq.write_table(pa.table({"sample_id": np.arange(1003), "pseudo_label": labels}), tmp_path / "by_id.parquet")
-    tables = []
-    for name in ("by_uri", "by_id"):
-        run_dir = RunDir(tmp_path / name)
-        write_embedded(run_dir)
-        by = ("cluster.method=file", f"cluster.labels_uri={tmp_path}/{name}.parquet")
-        run_cluster(digits_config(tmp_path, *by), run_dir)
-        tables.append(contents(tmp_path / name, "clusters"))
-        ids = run_dir.read_column("embeddings", column="sample_id")
-        written = run_dir.read_column("clusters", "pseudo_labels", column="pseudo_label")
-        np.testing.assert_array_equal(written, labels[ids])
-    assert tables[0] == tables[1]
+    by_id = RunDir(tmp_path / "by_id")
+    write_embedded(by_id)
+    config = digits_config(tmp_path, "cluster.method=file", f"cluster.labels_uri={tmp_path}/by_id.parquet")
+    write_external_labels(config.cluster, by_id)
+    run_dir = RunDir(tmp_path / "by_uri")
+    write_embedded(run_dir)
+    run_cluster(
+        digits_config(tmp_path, "cluster.method=file", f"cluster.labels_uri={tmp_path}/by_uri.parquet"), run_dir
+    )
+    ids = run_dir.read_column("embeddings", column="sample_id")
+    np.testing.assert_array_equal(run_dir.read_column("clusters", "pseudo_labels", column="pseudo_label"), labels[ids])
+    np.testing.assert_array_equal(by_id.read_column("cluster", "labels", column="pseudo_label"), labels[ids])
 
 
 @pytest.mark.parametrize("repeated", [False, True])
