@@ -55,4 +55,6 @@ def test_the_run_says_how_many_images_are_shown_in_their_own_range(capsys):
     say_own_range("embed", 0)
     assert capsys.readouterr().err == ""
     say_own_range("embed", 1200)
-    assert capsys.readouterr().err.startswith("embed     1,200 images of more than 8 bits do not say what is white")
+    assert capsys.readouterr().err.startswith(
+        "embed     1,200 images of more than 8 bits: the file does not say what is white"
+    )

@@ -14,7 +14,7 @@ from PIL import Image
 from elfs_ray.config import Config
 from elfs_ray.pool.images import BadImage, decode_image, encode_proxy_image
 from elfs_ray.pool.listing import PoolColumns, read_images
-from elfs_ray.runtime.progress import say
+from elfs_ray.runtime.progress import count, say
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
@@ -119,8 +119,8 @@ def say_own_range(stage: str, num_images: int) -> None:
     """Say how many images were shown in their own range, if any were."""
     if num_images:
         say(
-            f"{stage:<10}{num_images:,} images of more than 8 bits do not say what is white: "
-            "their darkest sample is black and their brightest white"
+            f"{stage:<10}{count(num_images, 'image')} of more than 8 bits: the file does not say what is white, so its "
+            "darkest sample is black and its brightest white"
         )
 
 
