@@ -38,7 +38,10 @@ def png_of(samples: np.ndarray, bits: int, colour: int, *chunks: bytes) -> bytes
 
 
 def tiff_of(samples: np.ndarray, photometric: int, tags: dict[int, tuple[int, list[int]]] | None = None) -> bytes:
-    """Return an uncompressed TIFF of samples (h, w[, bands]), in their byte order; `tags` has (type, values) by tag."""
+    """Return a TIFF of samples (h, w[, bands]), in their byte order; `tags` has (type, values) by tag.
+
+    It is uncompressed unless tag 259 is 8.
+    """
     height, width, *bands = samples.shape
     num_bands, bits, order = (bands or [1])[0], 8 * samples.itemsize, ">" if samples.dtype.str[0] == ">" else "<"
     entries = {
@@ -47,18 +50,19 @@ def tiff_of(samples: np.ndarray, photometric: int, tags: dict[int, tuple[int, li
         258: (3, [bits] * num_bands),
         259: (3, [1]),
         262: (3, [photometric]),
-        273: (4, [8]),
         277: (3, [num_bands]),
         278: (4, [height]),
-        279: (4, [samples.nbytes]),
         339: (3, [2 if samples.dtype.kind == "i" else 1] * num_bands),
         **(tags or {}),
     }
-    if entries.get(284) == (3, [2]):  # one band after another
-        size = samples.nbytes // num_bands
-        entries |= {273: (4, [8 + size * band for band in range(num_bands)]), 279: (4, [size] * num_bands)}
-        samples = np.moveaxis(samples, -1, 0)
-    pixels = samples.tobytes() + b"\0" * (samples.nbytes % 2)
+    planes = np.moveaxis(samples, -1, 0) if entries.get(284) == (3, [2]) else [samples]  # one band after another
+    strips = [plane.tobytes() for plane in planes]
+    if entries[259] == (3, [8]):
+        strips = [zlib.compress(strip) for strip in strips]
+    starts = [8 + sum(map(len, strips[:number])) for number in range(len(strips))]
+    entries |= {273: (4, starts), 279: (4, [len(strip) for strip in strips])}
+    pixels = b"".join(strips)
+    pixels += b"\0" * (len(pixels) % 2)
     directory, values, start = b"", b"", 8 + len(pixels) + 2 + 12 * len(entries) + 4
     for tag, (kind, numbers) in sorted(entries.items()):
         value = b"".join(struct.pack(order + {1: "B", 2: "B", 3: "H", 4: "L", 7: "B"}[kind], n) for n in numbers)

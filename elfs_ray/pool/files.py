@@ -4,6 +4,7 @@ import errno
 import posixpath
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -35,6 +36,9 @@ HIDDEN, HIDDEN_FOLDERS, SPECIAL = "hidden files", "hidden folders", "pipes, sock
 MAX_EXTENSION = 16  # characters; of longer ones, and of numbers, there may be as many as files
 MAX_SHOWN = 12
 MAX_WARNINGS = 20
+# The splits of a data set in the names of files and folders. A digit or a sign ends a word: test2017, val_00.tar.
+_TRAINING = re.compile(r"(?<![a-z])train(ing)?(?![a-z])", re.IGNORECASE)
+_HELD_OUT = re.compile(r"(?<![a-z])(test(ing)?|val(id(ation)?)?|dev|eval)(?![a-z])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -57,10 +61,13 @@ class Remarks:
 
     passed_over: the number of files that it did not list, by extension or by another reason.
     warnings: what may be wrong with the files that it did list.
+    training_folders, held_out_folders: of each, the first folder of images below a unit whose name is that of a split.
     """
 
     passed_over: Counter[str] = field(default_factory=Counter)
     warnings: list[str] = field(default_factory=list)
+    training_folders: set[str] = field(default_factory=set)
+    held_out_folders: set[str] = field(default_factory=set)
 
     def pass_over(self, name: str, kind: str = "") -> None:
         """Count a file that is not listed because of its extension; `kind` follows the extension."""
@@ -72,6 +79,8 @@ class Remarks:
         """Add the remarks of another part of the pool."""
         self.passed_over.update(other.passed_over)
         self.warnings.extend(other.warnings)
+        self.training_folders |= other.training_folders
+        self.held_out_folders |= other.held_out_folders
 
     def shortened_warnings(self) -> list[str]:
         """Return the first warnings, and how many more there are."""
@@ -122,6 +131,13 @@ def hidden_part(path: str) -> str | None:
 def is_image(name: str) -> bool:
     """Return whether a file's name makes it an image."""
     return format_of_name(name) == "folder" and not is_hidden(name, is_dir=False)
+
+
+def split_names(names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Return the names that look like those of training data, and those that look like test or validation data."""
+    names = list(names)
+    training = [name for name in names if _TRAINING.search(name)]
+    return training, [name for name in names if _HELD_OUT.search(name) and not _TRAINING.search(name)]
 
 
 @lru_cache

@@ -15,7 +15,17 @@ from pathlib import PurePath
 import pyarrow as pa
 from pyarrow import fs
 
-from elfs_ray.pool.files import HIDDEN, HIDDEN_FOLDERS, SPECIAL, Remarks, Unit, hidden_part, is_hidden, is_image
+from elfs_ray.pool.files import (
+    HIDDEN,
+    HIDDEN_FOLDERS,
+    SPECIAL,
+    Remarks,
+    Unit,
+    hidden_part,
+    is_hidden,
+    is_image,
+    split_names,
+)
 from elfs_ray.storage import filesystem, schema
 
 
@@ -127,14 +137,19 @@ def _images(unit: Unit, remarks: Remarks) -> Iterator[str]:
     # What no pattern matches, the user did not ask for.
     seen = None if unit.patterns else remarks
     names = folder.walk(seen) if unit.recursive else (name for name, is_dir in folder.entries(seen) if not is_dir)
+    folders = set()
     for name in names:
         file_name = posixpath.basename(name)
         if unit.patterns and not any(fnmatchcase(file_name, pattern) for pattern in unit.patterns):
             continue
         if is_image(file_name):
+            folders.add(name[: -len(file_name)])
             yield name
         else:
             remarks.pass_over(file_name)
+    training, held_out = split_names(folders)
+    remarks.training_folders.update(filesystem.join(unit.uri, name) for name in sorted(training)[:1])
+    remarks.held_out_folders.update(filesystem.join(unit.uri, name) for name in sorted(held_out)[:1])
 
 
 def _kind(entry: os.DirEntry) -> fs.FileType | None:

@@ -72,6 +72,7 @@ def decode_image(data: bytes, *, max_pixels: int, min_size: int = 1) -> Image.Im
 
 def _decode(data: bytes, exif: bytes, max_pixels: int, min_size: int) -> Image.Image:
     image = _open(data)
+    image.info.pop("xmp", None)  # Pillow would turn a TIFF by it
     width, height = image.size
     # Only the header has been read: a bomb is refused before its pixels take memory.
     if width * height > max_pixels:

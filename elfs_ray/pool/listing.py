@@ -8,7 +8,7 @@ sample says where its bytes are:
     /pool/train-000.tar#cat/001.jpg?offset=512&size=9  a member of a tar, with the position of its bytes
 """
 
-import re
+import posixpath
 from collections import deque
 from collections.abc import Iterator
 from itertools import groupby
@@ -26,6 +26,7 @@ from elfs_ray.pool.files import (
     image_extensions,
     is_image,
     read_file,
+    split_names,
 )
 from elfs_ray.pool.folder import Folder, count_folder, list_folder
 from elfs_ray.pool.images import BadImage
@@ -36,10 +37,6 @@ from elfs_ray.pool.tar import list_tar, read_tar_members
 from elfs_ray.storage import filesystem
 
 __all__ = ["PoolColumns", "Remarks", "Unit", "check_listing", "count_unit", "find_units", "list_unit", "read_images"]
-
-# The splits of a data set in the names of files and folders. A digit or a sign ends a word: test2017, val_00.tar.
-_TRAINING = re.compile(r"(?<![a-z])train(ing)?(?![a-z])", re.IGNORECASE)
-_HELD_OUT = re.compile(r"(?<![a-z])(test(ing)?|val(id(ation)?)?|dev|eval)(?![a-z])", re.IGNORECASE)
 
 
 def find_units(pool_uri: str | list[str], pool_format: str = "auto", remarks: Remarks | None = None) -> list[Unit]:
@@ -54,34 +51,33 @@ def find_units(pool_uri: str | list[str], pool_format: str = "auto", remarks: Re
     remarks = remarks or Remarks()
     places = find_places(pool_uri)
     pool_format = _detect_format(places, pool_uri) if pool_format == "auto" else pool_format
-    names: dict[Unit, str] = {}
+    found: list[Unit] = []
     for root in places.folders:
         folder = Folder(root)
         units = _folder_units(folder, remarks) if pool_format == "folder" else _file_units(folder, pool_format, remarks)
-        names |= {unit: unit.uri.removeprefix(root) for unit in units}
-    names |= {
-        Unit(pool_format, uri): filesystem.basename(uri)
-        for uri in places.containers
-        if format_of_name(uri) == pool_format
-    }
+        found += units
+    found += [Unit(pool_format, uri) for uri in places.containers if format_of_name(uri) == pool_format]
     if pool_format == "folder":
         refuse_overlaps(places, pool_uri)
     for uri, matches in places.matches.items():
         if pool_format == "folder" and matches.has_images:
-            names[Unit("folder", uri, recursive=False, patterns=tuple(matches.patterns))] = ""
+            found.append(Unit("folder", uri, recursive=False, patterns=tuple(matches.patterns)))
         else:
             others = {
                 reason: n for reason, n in matches.seen.passed_over.items() if reason != UNIT_EXTENSION.get(pool_format)
             }
             remarks.passed_over.update(others)
-    if not names:
+    if not found:
         raise ValueError(f"pool.uri={pool_uri!r} holds no {_noun(pool_format, 0)}: check the path and pool.format")
-    _warn_of_held_out(list(names.values()), UNIT_NOUNS[pool_format], remarks)
-    return sorted(names, key=lambda unit: unit.uri)
+    units = sorted(set(found), key=lambda unit: unit.uri)
+    # What all uris begin with says nothing of splits: a pool may be in /data/test.
+    shared = posixpath.commonprefix([unit.uri for unit in units]).rpartition("/")[0]
+    _warn_of_held_out([unit.uri.removeprefix(shared) for unit in units], UNIT_NOUNS[pool_format], remarks)
+    return units
 
 
 def check_listing(pool_uri: str | list[str], pool_format: str, units: list[Unit], count: int, remarks: Remarks) -> None:
-    """Check the listing of a pool as a whole.
+    """Check the listing of a pool as a whole, and warn of test data deeper in its folders.
 
     pool_format: as in the config. count: the number of samples.
 
@@ -98,6 +94,11 @@ def check_listing(pool_uri: str | list[str], pool_format: str, units: list[Unit]
         raise ValueError(
             f"pool.uri={pool_uri!r} holds {' and '.join(kinds)}: give {formats}, or a pool.uri that names one kind, "
             "such as data/train-*.parquet"
+        )
+    if remarks.training_folders and remarks.held_out_folders:
+        remarks.warnings.append(
+            f"{min(remarks.held_out_folders)} looks like test or validation data beside "
+            f"{min(remarks.training_folders)}: to leave it out, give a pool.uri such as images/train"
         )
     if not count and remarks.passed_over:
         raise ValueError(
@@ -152,8 +153,7 @@ def read_images(uris: list[str], columns: PoolColumns) -> Iterator[bytes | BadIm
 
 def _warn_of_held_out(names: list[str], noun: str, remarks: Remarks) -> None:
     """Warn where some names are those of test or validation data and others those of training data."""
-    training = [name for name in names if _TRAINING.search(name)]
-    held_out = [name for name in names if _HELD_OUT.search(name) and not _TRAINING.search(name)]
+    training, held_out = split_names(names)
     if training and held_out:
         remarks.warnings.append(
             f"{len(held_out):,} of {len(names):,} {noun}s look like test or validation data beside training data, such "

@@ -15,7 +15,8 @@ from PIL import Image, ImageFile, ImagePalette, TiffImagePlugin
 STRIP_PIXELS = 1 << 20  # converted at a time
 FULL = 65535
 OWN_RANGE = "shown in its own range"
-_BITS, _PHOTOMETRIC, _MAX_SAMPLE, _COLOUR_MAP, _SAMPLE_FORMAT = 258, 262, 281, 320, 339  # tags of TIFF
+# Tags of TIFF
+_BITS, _COMPRESSION, _PHOTOMETRIC, _MAX_SAMPLE, _PLANAR, _COLOUR_MAP, _SAMPLE_FORMAT = 258, 259, 262, 281, 284, 320, 339
 # Pillow decodes the upper byte of such samples. With the other byte order in its place, it decodes the lower byte.
 _OTHER_BYTE = {
     f"{bands};16{order}": f"{bands};16{other}"
@@ -23,7 +24,7 @@ _OTHER_BYTE = {
     for order, other in (("B", "L"), ("L", "B"), ("N", "B"))
 } | {"LA;16B": "RGBA"}  # with two bytes a sample: R and G are a grey value, B and A its alpha
 
-_BANDS = ("R", "G", "B", "A", "X")
+_BANDS = ("R", "G", "B", "A", "X", "C", "M", "Y", "K")
 
 # Pillow knows 16-bit grey whose zero is white in little-endian files alone.
 TiffImagePlugin.OPEN_INFO.setdefault((b"MM", 0, (1,), 1, (16,), ()), ("I;16B", "I;16B"))
@@ -44,7 +45,7 @@ def to_rgb(image: ImageFile.ImageFile, data: bytes) -> Image.Image:
         rgb.info = {}
         return rgb
     rawmode, frame = _mend_tiles(image), _first_frame(image, data)
-    is_deep = image.mode.startswith("I") or rawmode in _OTHER_BYTE
+    is_deep = image.mode.startswith("I") or ";16" in rawmode
     declared = _declared_white(image, data) if is_deep else None
     _mend_palette(image)
     image.load()
@@ -61,10 +62,17 @@ def to_rgb(image: ImageFile.ImageFile, data: bytes) -> Image.Image:
 
 
 def _convert(image: ImageFile.ImageFile, data: bytes, rawmode: str, declared: int | None) -> Image.Image:
-    if rawmode in _OTHER_BYTE and image.mode in ("RGB", "RGBA"):
+    if ";16" in rawmode and not image.mode.startswith("I"):
         # What fills 16 bits is left to Pillow: its upper bytes are enough.
-        is_dark = max(_highest(image, band) for band in "RGB") < 64
+        is_dark = max(_highest(image, band) for band in image.getbands() if band in "RGBCMYK") < 64
+        # Colours that are multiplied by alpha have been divided by it, and are bright even if both are dark.
+        is_dark |= rawmode.startswith("RGBa") and _highest(image, "A") < 64
         if is_dark or declared or "transparency" in image.info:
+            if rawmode not in _OTHER_BYTE or image.mode not in ("RGB", "RGBA") or _is_in_compressed_bands(image):
+                raise BadImage(
+                    f"8 of 16 bits are too few for these {image.mode} pixels, and Pillow reads no more of them; "
+                    "convert the image to 8 bits"
+                )
             return _scale_colours(image, _lower_bytes(image, data, rawmode), declared)
     # An RGB image can have a transparent colour, too, in its `info`.
     if image.mode == "RGB" and "transparency" not in image.info:
@@ -79,6 +87,13 @@ def _convert(image: ImageFile.ImageFile, data: bytes, rawmode: str, declared: in
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         return _by_strips(_put_on_white, image)
     return image.convert("RGB")
+
+
+def _is_in_compressed_bands(image: ImageFile.ImageFile) -> bool:
+    """Return whether libtiff decodes bands that are stored one after another, of which it gives the upper bytes."""
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return False
+    return image.tag_v2.get(_PLANAR) == 2 and image.tag_v2.get(_COMPRESSION, 1) != 1
 
 
 def _highest(image: Image.Image, band: str) -> Any:
@@ -129,6 +144,8 @@ def _mend_tiles(image: ImageFile.ImageFile) -> str:
     if image.format == "PPM" and first.codec_name == "ppm" and first.args == ("RGB", FULL):
         image.tile = [first._replace(codec_name="raw", args=("RGB;16B", 0, 1))]  # Pillow's decoder would round
     elif isinstance(image, TiffImagePlugin.TiffImageFile) and _args(first)[0] in _BANDS and image.tag_v2[_BITS][0] > 8:
+        if image.mode == "CMYK":
+            raise BadImage("Pillow cannot read 16-bit CMYK stored band by band; convert the image to 8 bits")
         # Bands that are stored one after another: Pillow forgets that each sample has two bytes.
         suffix = ";16L" if image.tag_v2.prefix == b"II" else ";16B"
         image.tile = [_with_rawmode(tile, _args(tile)[0] + suffix) for tile in image.tile]

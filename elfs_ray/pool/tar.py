@@ -15,7 +15,8 @@ from elfs_ray.pool.files import HIDDEN, MAX_SHOWN, PoolColumns, Remarks, Unit, h
 from elfs_ray.pool.images import BadImage
 from elfs_ray.storage import filesystem, schema
 
-MAX_END_BYTES = 1 << 20  # of zeros that a writer puts at the end: two blocks, and what fills its last record
+# Of zeros that writers put at the end: two blocks, and what fills the last record. More of them could be members.
+MAX_END_BYTES = 2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE
 READ_AHEAD_BYTES = 1 << 20  # of a listing, which reads 512 bytes of header and seeks over each member
 # The container ends at the first ".tar#": a member's name may contain another one.
 MEMBER_URI = re.compile(
@@ -57,15 +58,19 @@ def list_tar(unit: Unit, columns: PoolColumns, remarks: Remarks) -> pa.Table:
     if ambiguous is not None:
         _refuse_several_images(ambiguous, {*suffixes.values(), *others}, unit.uri)
     labels = pa.array([classes.get(key) for key in keys], pa.int32())
-    return pa.table({schema.URI: pa.array(uris, pa.string()), schema.LABEL: labels})
+    try:
+        return pa.table({schema.URI: pa.array(uris, pa.string()), schema.LABEL: labels})
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the name of a member is not UTF-8, which names must be: rename {error.object!r}") from error
 
 
 def _is_wanted(name: str, suffix: str, wanted: str | None) -> bool:
     """Return whether a member is an image of the pool; `wanted` is PoolColumns.image."""
     if wanted is None:
         return is_image(name)
+    wanted = wanted.lower().removeprefix(".")
     # A suffix that is spelt out may be any, such as jpeg_image; a pattern would match labels and captions, too.
-    return suffix == wanted.lower() or (is_image(name) and fnmatchcase(suffix, wanted.lower()))
+    return suffix == wanted or (is_image(name) and fnmatchcase(suffix, wanted))
 
 
 def _refuse_several_images(key: str, suffixes: Iterable[str], uri: str) -> NoReturn:

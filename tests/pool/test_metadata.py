@@ -114,11 +114,11 @@ def test_no_chunk_but_those_of_pixels_matters_in_a_png(name):
     "tags",
     [
         {282: (2, list(b"72\0\0")), 283: (2, list(b"72\0\0")), 296: (3, [3])},
-        {700: (2, list(b"<x tiff:Orientation='6'>\0"))},
+        {700: (1, list(b'<x tiff:Orientation="6"/>'))},
         {34665: (4, [3]), 34853: (4, [2**32 - 1])},
         {34675: (7, [1] * 9), 270: (7, list(b"\xff\xfe\0"))},
     ],
-    ids=["text for a number", "XMP as text", "directories at nowhere", "broken profile"],
+    ids=["text for a number", "XMP that turns", "directories at nowhere", "broken profile"],
 )
 def test_no_tag_but_those_of_pixels_matters_in_a_tiff(tags):
     np.testing.assert_array_equal(decode(tiff_of(PIXELS, 2, tags)), PIXELS)

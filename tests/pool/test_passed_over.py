@@ -186,6 +186,9 @@ def test_a_folder_of_several_kinds_is_refused_with_their_counts(tmp_path, names,
         (["train/1.png", "test/2.png", "val2017/3.png"], 2),
         (["photos/train/1.png", "photos/test/2.png"], 1),
         (["bus/1.png", "train/2.png"], 0),
+        (["labels/train/1.png", "images/train/1.png", "images/val/2.png"], 1),
+        (["a/train/x/1.png", "b/test/x/2.png", "b/test/y/3.png"], 1),
+        (["cat/train/1.png", "cat/test/2.png"], 1),
     ],
 )
 def test_test_files_beside_training_files_are_told(tmp_path, names, held_out):
@@ -193,7 +196,8 @@ def test_test_files_beside_training_files_are_told(tmp_path, names, held_out):
         (write_parquet if name.endswith(".parquet") else lambda path: write(path.parent, path.name))(tmp_path / name)
     warnings = remarks_of(tmp_path).warnings
     assert len(warnings) == (held_out > 0)
-    assert not held_out or (warnings[0].startswith(f"{held_out} of {len(names)} ") and "pool.uri" in warnings[0])
+    told = f"{held_out} of {len(names)} ", f"{tmp_path}/"  # at the first level, or below it
+    assert not held_out or (warnings[0].startswith(told) and "pool.uri" in warnings[0])
 
 
 # Patterns and lists
@@ -323,12 +327,25 @@ def test_a_tar_that_is_cut_short_is_told(tmp_path, length):
     assert "is cut short" in remarks_of(tmp_path).warnings[0]
 
 
-@pytest.mark.parametrize("num_zeros", [512, 1024, 10_240, 1 << 20, (1 << 20) + 512])
-def test_zeros_end_a_tar_unless_they_are_very_many(tmp_path, num_zeros):
+@pytest.mark.parametrize("num_zeros", [512, 1024, 10_240, 1024 + 10_240, 512 + 1024 + 10_240, 1 << 20])
+def test_zeros_end_a_tar_unless_members_could_have_been_there(tmp_path, num_zeros):
     members = tar_of("1.png").rstrip(b"\0")
     members += bytes(-len(members) % 512)
     (tmp_path / "pool.tar").write_bytes(members + bytes(num_zeros))
-    assert len(remarks_of(tmp_path).warnings) == (num_zeros > 1 << 20)
+    assert len(remarks_of(tmp_path).warnings) == (num_zeros > 1024 + 10_240)
+
+
+def test_a_member_whose_name_is_not_utf_8_is_an_error_that_names_its_tar(tmp_path):
+    (tmp_path / "pool.tar").write_bytes(tar_of("caf\udce9.png"))
+    with pytest.raises(ValueError, match=r"name of a member is not UTF-8.*pool\.tar#caf"):
+        remarks_of(tmp_path)
+
+
+def test_test_files_that_a_pattern_of_folders_matches_are_told(tmp_path):
+    for name in ("train/0.parquet", "test/0.parquet"):
+        write_parquet(tmp_path / name)
+    for pattern in ("*/*.parquet", "t*"):
+        assert len(remarks_of(tmp_path / pattern).warnings) == 1, pattern
 
 
 def test_a_sparse_member_of_a_tar_is_passed_over_and_told(tmp_path):

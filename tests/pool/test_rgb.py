@@ -144,6 +144,30 @@ def test_bands_stored_one_after_another_are_put_together(bits):
     assert_shows(tiff_of(samples, 2, {284: (3, [2])}), COLOURS)
 
 
+DEFLATE, PLANAR, PREMULTIPLIED = {259: (3, [8])}, {284: (3, [2])}, {338: (3, [1])}
+
+
+@pytest.mark.parametrize("tags", [{}, DEFLATE, DEFLATE | PLANAR])
+def test_cmyk_that_fills_16_bits_is_shown(tags):
+    ink = np.dstack([255 - COLOURS, COLOURS[..., :1] * 0]).astype("<u2") * 257
+    assert_shows(tiff_of(ink, 5, tags), COLOURS, tolerance=2)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        tiff_of((COLOURS * 16).astype("<u2"), 2, DEFLATE | PLANAR),
+        tiff_of((COLOURS * 257).astype("<u2"), 2, DEFLATE | PLANAR | {281: (3, [4095] * 3)}),
+        tiff_of(np.dstack([COLOURS, COLOURS[..., :1]]).astype("<u2") * 16, 5),
+        tiff_of(np.dstack([COLOURS, COLOURS[..., :1]]).astype("<u2") * 257, 5, PLANAR),
+        tiff_of(np.dstack([COLOURS, COLOURS[..., :1] * 0 + 255]).astype("<u2") * 16, 2, PREMULTIPLIED),
+    ],
+)
+def test_colours_whose_lower_bytes_pillow_cannot_read_are_refused(data):
+    with pytest.raises(BadImage, match="convert the image to 8 bits"):
+        decode(data)
+
+
 @pytest.mark.parametrize("scale", [1, 257])
 def test_a_colour_map_may_hold_8_or_16_bits(scale):
     colour_map = [level * scale for level in (*range(256), *range(255, -1, -1), *[40] * 256)]
