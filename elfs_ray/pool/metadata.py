@@ -18,7 +18,8 @@ _SOF0, _RST0, _EOI, _SOS, _COM, _FILL = 0xC0, 0xD0, 0xD9, 0xDA, 0xFE, 0xFF
 _APP0, _APP1, _APP14, _APP15 = 0xE0, 0xE1, 0xEE, 0xEF
 _PNG_PIXELS = (b"IHDR", b"PLTE", b"IDAT")
 _PNG_CHECKED = (b"tRNS", b"sBIT", b"eXIf")
-_TRNS_BYTES = {0: 2, 2: 6}  # by colour type; in palettes any number, in others there is none
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+_TRNS_BYTES = {0: 2, 2: 6}  # by colour type; in palettes up to 256, in others there is none
 # The tags that say how the strips or tiles of an image become pixels, and which side is up. Fax and JPEG tables, the
 # subsampling of YCbCr, and the bounds of samples are among them.
 _TIFF_PIXELS = {
@@ -83,19 +84,21 @@ def _drop_from_png(data: bytes) -> tuple[bytes, bytes]:
     while position + 12 <= len(data):
         size, kind = struct.unpack_from(">I4s", data, position)
         chunk, position = data[position : position + 12 + size], position + 12 + size
-        if position > len(data):  # cut short, which Pillow will say
-            return b"".join((*kept, chunk)), exif
+        if position > len(data):
+            # Cut short: Pillow says so of pixels, and nobody misses the rest.
+            return b"".join((*kept, chunk if kind in _PNG_PIXELS else _PNG_END)), exif
         is_whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:]) if kind in _PNG_CHECKED else True
         if kind in _PNG_PIXELS:
-            kept.append(chunk)
+            if kind != b"PLTE" or data[25] == 3:  # elsewhere it is a hint for old screens
+                kept.append(chunk)
         elif kind == b"eXIf" and is_whole:
             exif = _EXIF + chunk[8:-4]
         elif kind in (b"sBIT", b"tRNS"):
-            if is_whole and (kind == b"sBIT" or size == _TRNS_BYTES.get(data[25], size)):
+            if is_whole and (kind == b"sBIT" or size == _TRNS_BYTES.get(data[25], min(size, 256))):
                 kept.append(chunk)
         elif kind == b"IEND" or not kind.isalpha():
-            return b"".join((*kept, b"\0\0\0\0IEND\xaeB`\x82")), exif
-    return b"".join((*kept, data[position:])), exif
+            return b"".join((*kept, _PNG_END)), exif
+    return b"".join((*kept, _PNG_END)), exif
 
 
 def _drop_from_tiff(data: bytes) -> bytes:

@@ -110,6 +110,24 @@ def test_no_chunk_but_those_of_pixels_matters_in_a_png(name):
     np.testing.assert_array_equal(decode(png_with(before_end=CHUNKS[name])), PIXELS)
 
 
+@pytest.mark.parametrize("cut", [13, 500, 1015])
+def test_a_png_cut_short_behind_its_pixels_is_whole(cut):
+    np.testing.assert_array_equal(decode(png_with(before_end=png_chunk(b"tEXt", b"x" * 1000))[:-cut]), PIXELS)
+
+
+def test_a_broken_palette_that_colours_do_not_use_costs_no_png():
+    palette = png_chunk(b"PLTE", bytes(range(30)))[:-1] + b"\0"
+    np.testing.assert_array_equal(decode(png_with(palette)), PIXELS)
+
+
+def test_more_transparencies_than_a_palette_can_have_are_none():
+    drawing = PHOTO.quantize(16)
+    whole = encode(drawing)
+    at = whole.index(b"IDAT") - 4
+    shown = decode(whole[:at] + png_chunk(b"tRNS", bytes(300)) + whole[at:])
+    np.testing.assert_array_equal(shown, np.asarray(drawing.convert("RGB")))
+
+
 @pytest.mark.parametrize(
     "tags",
     [
