@@ -45,6 +45,8 @@ def to_rgb(image: ImageFile.ImageFile, data: bytes) -> Image.Image:
         rgb.info = {}
         return rgb
     rawmode, frame = _mend_tiles(image), _first_frame(image, data)
+    if (image.mode == "LA" and _is_in_compressed_bands(image)) or (image.mode == "LAB" and _is_in_bands(image)):
+        raise BadImage(f"Pillow reads {image.mode} stored band by band wrong; convert the image to RGB")
     is_deep = image.mode.startswith("I") or ";16" in rawmode
     declared = _declared_white(image, data) if is_deep else None
     _mend_palette(image)
@@ -89,11 +91,14 @@ def _convert(image: ImageFile.ImageFile, data: bytes, rawmode: str, declared: in
     return image.convert("RGB")
 
 
+def _is_in_bands(image: ImageFile.ImageFile) -> bool:
+    """Return whether the bands of a TIFF are stored one after another."""
+    return isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(_PLANAR) == 2
+
+
 def _is_in_compressed_bands(image: ImageFile.ImageFile) -> bool:
     """Return whether libtiff decodes bands that are stored one after another, of which it gives the upper bytes."""
-    if not isinstance(image, TiffImagePlugin.TiffImageFile):
-        return False
-    return image.tag_v2.get(_PLANAR) == 2 and image.tag_v2.get(_COMPRESSION, 1) != 1
+    return _is_in_bands(image) and image.tag_v2.get(_COMPRESSION, 1) != 1  # type: ignore[attr-defined]
 
 
 def _highest(image: Image.Image, band: str) -> Any:

@@ -168,6 +168,19 @@ def test_colours_whose_lower_bytes_pillow_cannot_read_are_refused(data):
         decode(data)
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        tiff_of(COLOURS[..., :2].astype("u1"), 1, DEFLATE | PLANAR | {338: (3, [2])}),
+        tiff_of(COLOURS.astype("u1"), 8, PLANAR),
+        tiff_of(COLOURS.astype("u1"), 8, DEFLATE | PLANAR),
+    ],
+)
+def test_bands_that_pillow_reads_wrong_are_refused(data):
+    with pytest.raises(BadImage, match="convert the image to RGB"):
+        decode(data)
+
+
 @pytest.mark.parametrize("scale", [1, 257])
 def test_a_colour_map_may_hold_8_or_16_bits(scale):
     colour_map = [level * scale for level in (*range(256), *range(255, -1, -1), *[40] * 256)]
