@@ -33,7 +33,7 @@ def pool(tmp_path_factory) -> Path:
 
 def config_for(pool, run_dir, *more):
     keys = [f"pool.uri={pool}", f"run_dir={run_dir}", "budget=30", "embed.encoder=pixels", "embed.image_size=8"]
-    return load_config(None, [*keys, "embed.proxy_image_size=8", *more])
+    return load_config(None, [*keys, "embed.proxy_image_size=8", "embed.num_workers=1", *more])
 
 
 @pytest.fixture(scope="module")

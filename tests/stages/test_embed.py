@@ -205,6 +205,7 @@ def test_more_encoders_give_the_same_bytes(undisturbed, pool, tmp_path, num_work
     assert contents(tmp_path, *TABLES) == contents(undisturbed, *TABLES)
 
 
+@pytest.mark.slow
 def test_a_network_embeds_one_colour_and_rejects_the_same_other_images(undisturbed):
     ids = ids_by_name(undisturbed)
     assert ids["white.bmp"] in rows(undisturbed, "embeddings")["sample_id"].to_pylist()
@@ -254,6 +255,7 @@ def index_and_embed_here(pool: Path, folder: Path) -> None:
     embed_in_this_process(config, run_dir)
 
 
+@pytest.mark.slow
 def test_every_format_of_the_same_pool_gives_the_same_bytes(ray_cluster, digit_pools, tmp_path):
     tables = {}
     for kind, uri in digit_pools.uris.items():

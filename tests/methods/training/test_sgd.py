@@ -94,6 +94,7 @@ def train(model: nn.Module, plan: BatchPlan, images: torch.Tensor, targets: torc
             update(optimizer, make_grad_scaler("fp32", CPU))
 
 
+@pytest.mark.slow
 def test_two_processes_with_micro_batches_learn_the_weights_of_one(tmp_path: Path):
     torch.multiprocessing.spawn(train_rank, args=(2, str(tmp_path)), nprocs=2)
     alone, images, targets = make_problem()

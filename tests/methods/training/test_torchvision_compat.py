@@ -15,6 +15,7 @@ def test_operators_are_found_under_the_name_of_every_version(tmp_path, name):
     assert [path.name for path in find_extensions(tmp_path)] == [name]
 
 
+@pytest.mark.slow
 def test_torchvision_is_importable_with_or_without_its_operators():
     """In a process of its own, as an operator that is declared twice ends it."""
     code = "from elfs_ray.methods.training import torchvision_compat; import torchvision; torchvision.models.resnet18()"

@@ -243,6 +243,7 @@ def test_temi_killed_in_an_epoch_and_resumed_equals_undisturbed(ray_cluster, tmp
     assert first["temi"] == second["temi"]
 
 
+@pytest.mark.slow
 def test_an_estimated_number_of_clusters_says_from_how_many_embeddings(ray_cluster, tmp_path):
     _, result = run(tmp_path, "cluster.num_clusters=auto")
     assert 5 <= result.num_clusters <= 30

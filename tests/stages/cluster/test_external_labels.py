@@ -31,23 +31,25 @@ def matched(tmp_path) -> tuple[np.ndarray, np.ndarray]:
     return tuple(run_dir.read_column("cluster", "labels", column=name) for name in ("sample_id", "pseudo_label"))
 
 
-def test_labels_from_a_file_are_matched_by_uri_or_id(ray_cluster, tmp_path):
+def test_labels_from_a_file_are_matched_by_uri_or_id(tmp_path):
     _, labels = digit_images(1003)
-    table = pa.table({"uri": URIS, "pseudo_label": labels})
-    pq.write_table(table.take(np.random.default_rng(0).permutation(1003)), tmp_path / "by_uri.parquet")
-    pq.write_table(pa.table({"sample_id": np.arange(1003), "pseudo_label": labels}), tmp_path / "by_id.parquet")
-    by_id = RunDir(tmp_path / "by_id")
-    write_embedded(by_id)
-    config = digits_config(tmp_path, "cluster.method=file", f"cluster.labels_uri={tmp_path}/by_id.parquet")
-    write_external_labels(config.cluster, by_id)
-    run_dir = RunDir(tmp_path / "by_uri")
+    order = np.random.default_rng(0).permutation(1003)
+    for column, values in (("uri", np.array(URIS)), ("sample_id", np.arange(1003))):
+        assert match(tmp_path, {column: values[order], "pseudo_label": labels[order]}) == 10
+        sample_ids, pseudo_labels = matched(tmp_path)
+        np.testing.assert_array_equal(pseudo_labels, labels[sample_ids])
+
+
+@pytest.mark.slow
+def test_labels_from_a_file_become_the_clusters(ray_cluster, tmp_path):
+    run_dir = RunDir(tmp_path)
     write_embedded(run_dir)
-    run_cluster(
-        digits_config(tmp_path, "cluster.method=file", f"cluster.labels_uri={tmp_path}/by_uri.parquet"), run_dir
-    )
+    _, labels = digit_images(1003)
+    pq.write_table(pa.table({"uri": URIS, "pseudo_label": labels}), tmp_path / "labels.parquet")
+    config = digits_config(tmp_path, "cluster.method=file", f"cluster.labels_uri={tmp_path}/labels.parquet")
+    run_cluster(config, run_dir)
     ids = run_dir.read_column("embeddings", column="sample_id")
     np.testing.assert_array_equal(run_dir.read_column("clusters", "pseudo_labels", column="pseudo_label"), labels[ids])
-    np.testing.assert_array_equal(by_id.read_column("cluster", "labels", column="pseudo_label"), labels[ids])
 
 
 @pytest.mark.parametrize("repeated", [False, True])

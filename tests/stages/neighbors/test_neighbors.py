@@ -127,6 +127,7 @@ def test_as_many_neighbours_as_samples_are_refused(ray_cluster, tmp_path):
         search(run_dir, 1000)
 
 
+@pytest.mark.slow
 def test_every_file_of_a_bucket_is_counted_once(ray_cluster, s3_server, s3_bucket):
     run_dir, rows = RunDir(f"{s3_bucket}/run"), uneven_pool()[:600]
     write_embeddings(run_dir, rows)

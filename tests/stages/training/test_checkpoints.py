@@ -71,6 +71,7 @@ def _end_epochs(rank: int, folder: str) -> None:
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_workers_agree_when_to_report_and_rank_0_alone_saves(tmp_path):
     spawn(_end_epochs, args=(str(tmp_path),), nprocs=2)
     answers = [Path(tmp_path, str(rank)).read_text() for rank in range(2)]
