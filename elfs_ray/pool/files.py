@@ -57,7 +57,7 @@ class Unit:
 
 @dataclass
 class Remarks:
-    """What a listing tells beside its samples.
+    """Warnings and counts of a listing, besides its samples.
 
     passed_over: the number of files that it did not list, by extension or by another reason.
     warnings: what may be wrong with the files that it did list.

@@ -127,7 +127,7 @@ def list_folder(unit: Unit, with_labels: bool, remarks: Remarks) -> pa.Table:
 
 
 def count_folder(unit: Unit, remarks: Remarks) -> int:
-    """Count the images in a folder. Memory: constant for a local folder, else as `Folder.entries`."""
+    """Count the images in a folder. Memory: the names of its folders, and for a bucket as `Folder.entries`."""
     return sum(1 for _ in _images(unit, remarks))
 
 

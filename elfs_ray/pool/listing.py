@@ -51,25 +51,26 @@ def find_units(pool_uri: str | list[str], pool_format: str = "auto", remarks: Re
     remarks = remarks or Remarks()
     places = find_places(pool_uri)
     pool_format = _detect_format(places, pool_uri) if pool_format == "auto" else pool_format
-    found: list[Unit] = []
+    units: list[Unit] = []
     for root in places.folders:
         folder = Folder(root)
-        units = _folder_units(folder, remarks) if pool_format == "folder" else _file_units(folder, pool_format, remarks)
-        found += units
-    found += [Unit(pool_format, uri) for uri in places.containers if format_of_name(uri) == pool_format]
+        units += (
+            _folder_units(folder, remarks) if pool_format == "folder" else _file_units(folder, pool_format, remarks)
+        )
+    units += [Unit(pool_format, uri) for uri in places.containers if format_of_name(uri) == pool_format]
     if pool_format == "folder":
         refuse_overlaps(places, pool_uri)
     for uri, matches in places.matches.items():
         if pool_format == "folder" and matches.has_images:
-            found.append(Unit("folder", uri, recursive=False, patterns=tuple(matches.patterns)))
+            units.append(Unit("folder", uri, recursive=False, patterns=tuple(matches.patterns)))
         else:
             others = {
                 reason: n for reason, n in matches.seen.passed_over.items() if reason != UNIT_EXTENSION.get(pool_format)
             }
             remarks.passed_over.update(others)
-    if not found:
+    if not units:
         raise ValueError(f"pool.uri={pool_uri!r} holds no {_noun(pool_format, 0)}: check the path and pool.format")
-    units = sorted(set(found), key=lambda unit: unit.uri)
+    units = sorted(set(units), key=lambda unit: unit.uri)
     # What all uris begin with says nothing of splits: a pool may be in /data/test.
     shared = posixpath.commonprefix([unit.uri for unit in units]).rpartition("/")[0]
     _warn_of_held_out([unit.uri.removeprefix(shared) for unit in units], UNIT_NOUNS[pool_format], remarks)

@@ -40,8 +40,8 @@ def connect(address: str | None, *, show_worker_logs: bool = False, **init_optio
     """
     if ray.is_initialized():
         return
-    key, given = ("ray_address", address) if address else ("RAY_ADDRESS", os.environ.get("RAY_ADDRESS", ""))
-    _refuse_if_nothing_listens(key, given)
+    key, value = ("ray_address", address) if address else ("RAY_ADDRESS", os.environ.get("RAY_ADDRESS", ""))
+    _refuse_if_nothing_listens(key, value)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_task_oom_retries", str(OUT_OF_MEMORY_RETRIES))
     # Ray's warnings and notes go to its log files alone: in the terminal they would bury the progress.
@@ -57,7 +57,7 @@ def connect(address: str | None, *, show_worker_logs: bool = False, **init_optio
             **init_options,
         )
     except ConnectionError as error:
-        raise ConfigError(_no_answer(key, given, error)) from error
+        raise ConfigError(_no_answer(key, value, error)) from error
     # Ray raises errors of many kinds, and few of them say what to do.
     except Exception as error:
         raise ConfigError(

@@ -13,7 +13,7 @@ from elfs_ray.storage.run_dir import RunDir
 
 @dataclass(frozen=True)
 class IndexResult(Result):
-    """What index found.
+    """The listing of a pool in numbers.
 
     rows, units: the number of images, and of the units (folders or files) that hold them.
     passed_over, warnings: see pool/files.Remarks.
