@@ -7,7 +7,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := elfs_ray jobs benchmarks tests
+SOURCES := elfs_ray jobs benchmarks tests docs
 
 .PHONY: demo test docs test-slow test-gpu chaos audit format clean
 
