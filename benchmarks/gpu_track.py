@@ -3,9 +3,9 @@
     until python benchmarks/gpu_track.py --data pools/cifar10 --weights dino.safetensors; do [ $? = 3 ] || break; done
     python benchmarks/gpu_track.py --quick
 
---data has train/ and test/ as jobs/prepare.py writes them, or train.parquet and test.parquet (image, label). --weights
-is the file of DINO ViT-B/16's weights; without it they come from the Hugging Face hub. The settings are those of
-jobs/cifar10.yaml: ResNet-18, 200 epochs of the proxy, TEMI with 50 heads; then 40,000 steps of 256 images on every
+--data has train/ and test/ as `elfs-ray prepare` writes them, or train.parquet and test.parquet (image, label). Without
+--weights, the file of DINO ViT-B/16, its weights come from the Hugging Face hub. The settings are those of
+the preset cifar10: ResNet-18, 200 epochs of the proxy, TEMI with 50 heads; then 40,000 steps of 256 images on every
 selection, four trainings at once on the GPU. A part ends with exit code 3 after --minutes. Its results are kept, up to
 the last epoch of the proxy or the last minute of a training, and the same command resumes. Exit code 0 means that the
 table is complete. --quick runs every part on 1,000 digits with a small network, and also works on CPUs.
@@ -30,7 +30,7 @@ CIFAR10 = Track(
     METHODS,
     ("train.num_workers=1", "select.hard_fraction=[0.4,auto,auto,auto,auto]"),  # the paper's value at 10% is 0.4
     ("published=cifar10", "gpus_per_training=0.25"),
-    yaml="cifar10.yaml",
+    preset="cifar10",
 )
 QUICK = Track(
     "digits",
@@ -45,7 +45,7 @@ QUICK = Track(
         *("published=cifar10", "network=small_cnn", "iterations=20", "batch_size=32", "lr=0.05", "badge.rounds=1"),
         "ray_address=local",
     ),
-    yaml="cifar10.yaml",
+    preset="cifar10",
 )
 
 

@@ -5,13 +5,13 @@
 Given a pool of unlabelled images and a budget, it selects the images that are worth labelling.
 
     import elfs_ray
-    config = elfs_ray.load_config("jobs/cifar10.yaml", ["pool.uri=/data/cifar10", "run_dir=/data/run"])
+    config = elfs_ray.load_config(elfs_ray.preset("photos"), ["pool.uri=photos", "run_dir=runs/photos", "budget=200"])
     elfs_ray.run(config)
 """
 
 from elfs_ray.version import __version__
 
-__all__ = ["__version__", "load_config", "run"]
+__all__ = ["__version__", "load_config", "preset", "run"]
 
 
 def __getattr__(name: str):
@@ -24,4 +24,8 @@ def __getattr__(name: str):
         from elfs_ray.config import load_config
 
         return load_config
+    if name == "preset":
+        from elfs_ray.presets import preset
+
+        return preset
     raise AttributeError(f"module 'elfs_ray' has no attribute '{name}'")

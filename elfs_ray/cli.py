@@ -1,17 +1,18 @@
-"""The command line that all jobs share: key=value overrides, --help, --dry-run, and one message for an error."""
+"""What all commands share: arguments, --help, --dry-run, one message for an error, the last lines of a run."""
 
 import io
 import os
+import re
 import select
 import signal
 import sys
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
 from types import FrameType
 from typing import TYPE_CHECKING, TextIO
 
-from elfs_ray.config import Config, ConfigError, describe_keys, load_config
-from elfs_ray.pipeline.stages import STAGES
+from elfs_ray.config import Config, ConfigError
 from elfs_ray.runtime.progress import count, discard, say
 from elfs_ray.stages.report import ReportResult
 from elfs_ray.stages.select import CoresetResult, SelectResult
@@ -22,20 +23,14 @@ if TYPE_CHECKING:
     from elfs_ray.evaluation.report import Results
 
 EXIT_OK, EXIT_FAILED, EXIT_BAD_CONFIG, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 130, 143
-
-
-def run_job(description: str, yaml_path: str | Path, arguments: list[str] | None = None) -> int:
-    """Run a job: the pipeline, and the evaluation if the config has one; return the exit code.
-
-    The config is that of `yaml_path` with the overrides of the command line. Exit codes: 0 done, 1 a failure,
-    2 a config that cannot be run (no work was started), 130 Ctrl-C, 143 SIGTERM.
-    """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    return report_errors(lambda: _run(description, yaml_path, arguments))
+_OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")  # anything else with an equals sign in it is the name of a file
 
 
 def report_errors(job: Callable[[], None]) -> int:
-    """Call `job`; turn its errors, Ctrl-C and SIGTERM into one message and an exit code."""
+    """Call `job`; turn its errors, Ctrl-C and SIGTERM into one message and an exit code.
+
+    Exit codes: 0 done, 1 a failure, 2 a config that cannot be run (no work was started), 130 Ctrl-C, 143 SIGTERM.
+    """
     _make_streams_hold_any_text()
     on_sigterm = _OnSigterm()
     signal.signal(signal.SIGTERM, on_sigterm)
@@ -109,23 +104,9 @@ def _say_what_is_kept(stop: KeyboardInterrupt, how: str) -> None:
     say(f"\n{line}" if sys.stderr.isatty() else line)
 
 
-def _run(description: str, yaml_path: str | Path, arguments: list[str]) -> None:
-    if asks_for_help(arguments):
-        print(help_text(description, yaml_path))
-        return
-    options, overrides = split_arguments(arguments)
-    config = load_config(yaml_path, overrides)
-    # These imports load Ray, which takes seconds, and --help should not wait for it.
-    if options:
-        from elfs_ray.evaluation.job import describe
-
-        print(describe(config))
-        return
-    run_config(config)
-
-
 def run_config(config: Config) -> None:
     """Run the pipeline, and the evaluation if the config has one; print the results and where everything is."""
+    # This import loads Ray, which takes seconds, and --help should not wait for it.
     from elfs_ray.evaluation.job import keys_of_job, run_with_results
 
     run_dir, results = run_with_results(config)
@@ -144,22 +125,56 @@ def print_results(results: "Results", out: RunDir) -> None:
         print(f"{name:<9}{path}")
 
 
-def asks_for_help(arguments: Iterable[str]) -> bool:
-    """Return whether --help or -h is among the arguments."""
-    return not {"--help", "-h"}.isdisjoint(arguments)
+@dataclass(frozen=True)
+class Arguments:
+    """The arguments of a command: `key=value` overrides, whether to only print the plan, and the help asked for.
 
-
-def split_arguments(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Return (options, overrides): --dry-run or nothing, and all other arguments. Raises ConfigError for other options.
-
-    An argument is an option if it begins with "-".
+    help: "" for none, "short" for --help, "all" for --help-all.
     """
-    arguments = list(arguments)
-    options = [argument for argument in arguments if argument.startswith("-")]
-    unknown = sorted(set(options) - {"--dry-run"})
-    if unknown:
-        raise ConfigError(f"unknown option {' '.join(unknown)}: use --help, --dry-run and key=value")
-    return options, [argument for argument in arguments if argument not in options]
+
+    overrides: list[str]
+    dry_run: bool
+    help: str
+
+    def take(self, key: str) -> str | None:
+        """Remove a key that the config does not have from the overrides; return its last value, None without any."""
+        values = [value for name, _, value in (text.partition("=") for text in self.overrides) if name == key]
+        self.overrides[:] = [text for text in self.overrides if text.partition("=")[0] != key]
+        return values[-1] if values else None
+
+
+def read_arguments(arguments: Sequence[str], keys: Collection[str], positional: str) -> Arguments:
+    """Return the arguments of a command.
+
+    keys: those that can also be written as --key value, with - for _. positional: the key of an argument without a key.
+
+    Raises ConfigError for an unknown option, an option without its value, and a second argument without a key.
+    """
+    rest = list(arguments)
+    overrides: list[str] = []
+    flags = set()
+    while rest:
+        argument = rest.pop(0)
+        if argument in ("--dry-run", "--help", "-h", "--help-all"):
+            flags.add(argument)
+        elif argument.startswith("-"):
+            option, equals, value = argument.partition("=")
+            key = option.removeprefix("--").replace("-", "_")
+            if key not in keys:
+                close = get_close_matches(key, keys, n=1)
+                hint = f", did you mean --{close[0]}?" if close else ": use --help, --help-all, --dry-run and key=value"
+                raise ConfigError(f"unknown option {option}{hint}")
+            if not equals and not rest:
+                raise ConfigError(f"{option} has no value: give {option} VALUE or {key}=VALUE")
+            overrides.append(f"{key}={value if equals else rest.pop(0)}")
+        elif _OVERRIDE.match(argument):
+            overrides.append(argument)
+        elif any(text.startswith(f"{positional}=") for text in overrides):
+            raise ConfigError(f"{argument!r}: {positional} is set already; write key=value (--help lists the keys)")
+        else:
+            overrides.append(f"{positional}={argument}")
+    asked = "all" if "--help-all" in flags else "short" if flags & {"--help", "-h"} else ""
+    return Arguments(overrides, "--dry-run" in flags, asked)
 
 
 def coreset_lines(run_dir: RunDir, table: str, coreset: CoresetResult) -> list[str]:
@@ -183,22 +198,6 @@ def closing_lines(config: Config, run_dir: RunDir) -> str:
     if run_dir.success_marker(ReportResult.stage):
         lines.append(f"report   {run_dir.path(schema.REPORT_FILE)}")
     return "\n".join(lines) or f"complete up to {config.until} in {run_dir.uri}"
-
-
-def help_text(description: str, yaml_path: str | Path) -> str:
-    """Return the text of --help: usage, options, and every key with the default that a YAML file gives it."""
-    job = Path(sys.argv[0]).name
-    lines = [
-        description,
-        "",
-        f"usage: python jobs/{job} [--dry-run] [--help] key=value ...",
-        "",
-        "--dry-run  check everything and print the plan, with counts and resources, without running it",
-        f"until=...  stop after a stage: {', '.join(stage.name for stage in STAGES)}",
-        f"The defaults below are those of {Path(yaml_path).name}.",
-        "",
-    ]
-    return "\n".join([*lines, *key_lines(describe_keys(yaml_path))])
 
 
 def key_lines(keys: Iterable[tuple[str, str, str]]) -> list[str]:

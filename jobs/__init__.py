@@ -1,1 +1,1 @@
-"""Entry points for `python jobs/<name>.py` and `ray job submit`, each with its settings in a YAML file of its name."""
+"""Entry points for `ray job submit`: photos.py is `elfs-ray select`, the others name other presets or commands."""

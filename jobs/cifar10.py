@@ -1,9 +1,8 @@
 """Choose a coreset of CIFAR10 with the paper's settings."""
 
 import sys
-from pathlib import Path
 
-from elfs_ray.cli import run_job
+from elfs_ray.commands import main
 
 if __name__ == "__main__":
-    sys.exit(run_job(__doc__, Path(__file__).with_suffix(".yaml")))
+    sys.exit(main(["select", "--preset=cifar10", *sys.argv[1:]]))

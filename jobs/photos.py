@@ -1,9 +1,8 @@
-"""Choose which of your own images to label: minutes on CPUs, without training and without a download."""
+"""Choose which of your own images to label: `elfs-ray select`, for `ray job submit`."""
 
 import sys
-from pathlib import Path
 
-from elfs_ray.cli import run_job
+from elfs_ray.commands import main
 
 if __name__ == "__main__":
-    sys.exit(run_job(__doc__, Path(__file__).with_suffix(".yaml")))
+    sys.exit(main(["select", "--preset=photos", *sys.argv[1:]]))

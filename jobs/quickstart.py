@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from elfs_ray.cli import asks_for_help, help_text, report_errors, run_config, split_arguments
-from elfs_ray.config import load_config
+from elfs_ray.cli import key_lines, read_arguments, report_errors, run_config
+from elfs_ray.config import Config, describe_keys, fields_of, load_config
 from elfs_ray.evaluation.job import describe
 from elfs_ray.pipeline.plan import PoolCount
 from elfs_ray.pool.images import encode_png
@@ -43,16 +43,16 @@ def write_digits(folder: Path) -> None:
 
 
 def main() -> None:
-    if asks_for_help(sys.argv[1:]):
-        print(help_text(str(__doc__), YAML))
+    typed = read_arguments(sys.argv[1:], {key for key, _ in fields_of(Config)}, positional="pool.uri")
+    if typed.help:
+        print("\n".join([str(__doc__), *key_lines(describe_keys(YAML))]))
         return
-    options, overrides = split_arguments(sys.argv[1:])
-    config = load_config(YAML, overrides)
+    config = load_config(YAML, typed.overrides)
     # Any other pool than that of the YAML is the user's: it must exist, and nothing is written there.
     is_demo_pool = config.pool.uri == load_config(YAML).pool.uri
     pool = Path(config.pool.uris[0])
     writes_digits = is_demo_pool and not (pool.exists() and pool.with_name("test.parquet").exists())
-    if options:
+    if typed.dry_run:
         print(describe(config, PoolCount(NUM_POOL) if writes_digits else None))
         return
     if writes_digits:

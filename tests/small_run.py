@@ -5,9 +5,10 @@ from pathlib import Path
 
 from elfs_ray.config import Config, load_config
 from elfs_ray.pipeline.runner import run
+from elfs_ray.presets import preset
 from tests.tables import digit_images, png
 
-YAML = Path(__file__).parents[1] / "jobs" / "cifar10.yaml"
+YAML = preset("cifar10")
 
 
 @dataclass(frozen=True)

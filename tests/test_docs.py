@@ -2,28 +2,45 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from elfs_ray.config import load_config
+from elfs_ray.cli import read_arguments
+from elfs_ray.commands import prepare, select
+from elfs_ray.config import Config, fields_of
+from elfs_ray.evaluation.keys import EvaluateRunsConfig
+from elfs_ray.pipeline import reselect, rewrite_report
+from elfs_ray.presets import NAMES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
+ACCEPTED = {
+    "reselect": {"name", *(key for key, _ in fields_of(Config) if key in reselect.KEYS or key.startswith("select."))},
+    "evaluate": {key for key, _ in fields_of(EvaluateRunsConfig)},
+    "report": set(rewrite_report.KEYS),
+    "prepare": set(prepare.KEYS),
+}
+
 
 def commands(page: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield (name of the job, its arguments) of every `python jobs/<name>.py ...` in the code blocks of a page."""
+    """Yield (command, its arguments) of every `elfs-ray COMMAND ...` and `python jobs/NAME.py ...` in a page's blocks.
+
+    The script of a preset is the command select.
+    """
     for block in re.findall(r"^```shell\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             for position, word in enumerate(words[1:], start=1):
                 match = re.fullmatch(r"jobs/(\w+)\.py", word)
                 if match and words[position - 1] == "python":
-                    yield match[1], words[position + 1 :]
+                    is_preset = match[1] in NAMES
+                    command = ["select", f"--preset={match[1]}"] if is_preset else [match[1]]
+                    yield command[0], [*command[1:], *words[position + 1 :]]
+                elif words[position - 1] == "elfs-ray" and not word.startswith("-"):
+                    yield word, words[position + 1 :]
 
 
 def broken_links(page: str, folder: Path) -> list[str]:
@@ -55,23 +72,20 @@ def test_a_broken_link_and_a_missing_file_are_detected():
 
 
 def test_commands_of_the_pages_can_be_run():
-    shown = {(job, *arguments) for page in PAGES for job, arguments in commands(page.read_text())}
-    assert {job for job, *_ in shown} >= {"imagenet", "cifar10", "prepare", "reselect", "evaluate"}
-    known_keys: dict[str, set[str]] = {}
-    for job, *arguments in sorted(shown):
-        overrides = [argument for argument in arguments if argument not in ("--help", "--dry-run")]
-        if (ROOT / f"jobs/{job}.yaml").exists():
-            if overrides:
-                load_config(ROOT / f"jobs/{job}.yaml", overrides)
+    shown = {(command, *arguments) for page in PAGES for command, arguments in commands(page.read_text())}
+    assert {command for command, *_ in shown} >= {"select", "prepare", "reselect", "evaluate"}
+    for command, *arguments in sorted(shown):
+        if command == "select":
+            typed = read_arguments(arguments, select.KEYS, "pool.uri")
+            if not typed.help:
+                select.load(typed)
             continue
-        if job not in known_keys:
-            command = [sys.executable, f"jobs/{job}.py", "--help"]
-            help_text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-            known_keys[job] = {line.split()[0] for line in help_text.splitlines() if line.strip()}
-        # These jobs have no YAML of their own; their --help lists every key that they accept.
-        assert {override.partition("=")[0] for override in overrides} <= known_keys[job], (job, overrides)
+        keys = ACCEPTED[command]
+        typed = read_arguments(arguments, keys, "run_dir")
+        assert {override.partition("=")[0] for override in typed.overrides} <= {*keys, "run_dir"}, (command, arguments)
 
 
 def test_a_command_of_a_page_is_read_as_a_shell_reads_it():
-    page = "```shell\npython jobs/a.py x=1 \\\n  y='2 3'  # why\nray job submit -- python jobs/b.py z=1\n```\n"
-    assert list(commands(page)) == [("a", ["x=1", "y=2 3"]), ("b", ["z=1"])]
+    page = "```shell\npython jobs/a.py x=1 \\\n  y='2 3'  # why\nray job submit -- elfs-ray b z=1\n```\n"
+    page += "```shell\nelfs-ray --help\npython jobs/photos.py pool\n```\n"
+    assert list(commands(page)) == [("a", ["x=1", "y=2 3"]), ("b", ["z=1"]), ("select", ["--preset=photos", "pool"])]

@@ -18,6 +18,7 @@ from elfs_ray.evaluation import run
 from elfs_ray.evaluation.report import ALL, Line, closing_lines
 from elfs_ray.evaluation.workload import load
 from elfs_ray.pipeline import runner as pipeline
+from elfs_ray.presets import preset
 from elfs_ray.storage import filesystem
 from helpers.reporting import command_line, emit
 
@@ -33,14 +34,14 @@ Measure = Callable[[Work, Path, Path, Path, int], None]  # pool, test images, fo
 
 @dataclass(frozen=True)
 class Track:
-    """A dataset, its budgets and methods, and the keys of its pipeline (over a YAML of jobs/) and its evaluation."""
+    """A dataset, its budgets and methods, and the keys of its pipeline (over a preset) and its evaluation."""
 
     name: str
     budgets: tuple[float, ...]
     methods: tuple[str, ...]
     pipeline: tuple[str, ...]
     evaluation: tuple[str, ...]
-    yaml: str | None = None
+    preset: str | None = None
 
 
 def run_sets(doc: str | None, sets: Mapping[str, Work], quick: Work, measure: Measure[Work]) -> None:
@@ -86,7 +87,7 @@ def emit_comparison(name: str, line: Line, baselines: Sequence[Line], seeds: int
 def run_pipeline(track: Track, pool: Path, run_dir: Path, keys: Sequence[str] = ()) -> None:
     """Complete a track's pipeline, with `keys` over those of the track."""
     places = [f"pool.uri={pool}", "pool.label=label", f"run_dir={run_dir}", f"budget={list(track.budgets)}"]
-    pipeline.run(load_config(track.yaml and ROOT / "jobs" / track.yaml, [*track.pipeline, *keys, *places]))
+    pipeline.run(load_config(track.preset and preset(track.preset), [*track.pipeline, *keys, *places]))
 
 
 def run_for(minutes: float, measure: Callable[[], None]) -> int:
@@ -103,7 +104,7 @@ def run_for(minutes: float, measure: Callable[[], None]) -> int:
 
 
 def parts_of(folder: Path) -> tuple[Path, Path]:
-    """Return the images to choose from and those to test on: train/ and test/ of jobs/prepare.py, or .parquet files."""
+    """Return the images to choose from and those to test on: train and test, folders or .parquet files."""
     train, test = (folder / part if (folder / part).is_dir() else folder / f"{part}.parquet" for part in PARTS)
     return train, test
 

@@ -96,7 +96,7 @@ def check(config: Config, *, images_are_there: bool = True) -> None:
             list_test_images(evaluate.test_uri, config.pool.format, columns)
             refuse_shared_units(evaluate.test_uri, config.pool.uri, config.pool.format)
     except ConfigError as error:
-        # These messages begin with the key as jobs/evaluate.py names it, without the section.
+        # These messages begin with the key as `elfs-ray evaluate` names it, without the section.
         raise ConfigError(f"evaluate.{error}") from error
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error

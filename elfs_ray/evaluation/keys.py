@@ -1,4 +1,4 @@
-"""The keys of jobs/evaluate.py: those of the section `evaluate`, plus the runs to compare and where to write."""
+"""The keys of `elfs-ray evaluate`: those of the section `evaluate`, plus the runs to compare and where to write."""
 
 from dataclasses import dataclass, field
 from typing import Any

@@ -90,7 +90,7 @@ class Workload:
 
 
 def load(overrides: list[str]) -> EvaluateRunsConfig:
-    """Return the keys of jobs/evaluate.py, each checked on its own. Raises ConfigError."""
+    """Return the keys of `elfs-ray evaluate`, each checked on its own. Raises ConfigError."""
     config = load_keys(EvaluateRunsConfig, overrides=overrides)
     for name in ("runs", "methods", "budgets"):
         refuse_duplicates(name, getattr(config, name))

@@ -46,7 +46,7 @@ def run(config: Config) -> RunDir:
             if planned.action == "done":
                 say(f"{planned.stage.name:<9} complete, skipped")
                 continue
-            _run_stage(planned, config, run_dir)
+            run_stage(planned, config, run_dir)
             # A budget that fits the listing may be too large once embed has rejected images. Later stages take hours.
             planned.stage.check_result(config, run_dir)
             if planned.stage.result is IndexResult:
@@ -106,7 +106,8 @@ def _announce_requests(plan: list[PlannedStage], config: Config) -> None:
             say(f"{stage.name:<9} {line}")
 
 
-def _run_stage(planned: PlannedStage, config: Config, run_dir: RunDir) -> None:
+def run_stage(planned: PlannedStage, config: Config, run_dir: RunDir) -> None:
+    """Run one stage of a plan, with its markers before and after. The caller holds the lock."""
     stage, marker = planned.stage, planned.marker
     if planned.action == "rerun":
         remove_stage(stage, marker, run_dir)

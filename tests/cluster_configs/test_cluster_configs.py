@@ -12,6 +12,8 @@ from jsonschema import ValidationError, validate
 from ray._private.runtime_env.packaging import create_package
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from elfs_ray.cli import read_arguments
+from elfs_ray.commands import select
 from elfs_ray.version import __version__
 from tests.cluster_configs.kuberay_schema import RAY_JOB
 
@@ -190,11 +192,10 @@ def test_the_rayjobs_gpus_are_requested_by_stages_and_released_after(ray_job: di
 
 
 def test_the_rayjob_runs_an_existing_job_with_keys_that_exist(ray_job: dict[str, Any]):
-    from elfs_ray.config import load_config
-
-    python, option, module, *overrides = ray_job["spec"]["entrypoint"].split()
-    assert (python, option) == ("python", "-m")
-    assert load_config(ROOT / f"{module.replace('.', '/')}.yaml", overrides).pool.uri.startswith("gs://")
+    script, command, *arguments = ray_job["spec"]["entrypoint"].split()
+    assert (script, command) == ("elfs-ray", "select")
+    config = select.load(read_arguments(arguments, select.KEYS, "pool.uri"))
+    assert config.pool.uri.startswith("gs://") and config.train.network == "resnet34"
 
 
 def test_the_versions_are_those_of_the_constraints_file(ray_cluster_spec: dict[str, Any]):

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from elfs_ray import cli
+from elfs_ray.commands import main
 from elfs_ray.config import Config, ConfigError, fields_of, load_config
+from elfs_ray.presets import preset
 from tests.tables import digit_images, png
 
-JOBS = Path(__file__).parents[2] / "jobs"
-YAML = JOBS / "cifar10.yaml"
+YAML = preset("cifar10")
 BASE = {
     "run_dir": "/run",
     "budget": 0.1,
@@ -41,7 +41,7 @@ def run_the_job(*arguments: str) -> tuple[int, str]:
     """Run the job as its script does; return its exit code and what it prints."""
     output = io.StringIO()
     with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
-        code = cli.run_job("a job", YAML, list(arguments))
+        code = main(["select", "--preset=cifar10", *arguments])
     return code, output.getvalue()
 
 

@@ -93,7 +93,7 @@ def test_imagenets_archives_are_those_that_torchvision_knows():
 
 
 def test_torchvision_is_not_imported_before_an_archive_is_opened():
-    """`python jobs/prepare.py --help` and --dry-run must not wait for it."""
+    """`elfs-ray prepare --help` and --dry-run must not wait for it."""
     heavy = "{'ray', 'torch', 'torchvision'}"
     script = f"import sys, elfs_ray.datasets.prepare; print(sorted({heavy}.intersection(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200, check=True)

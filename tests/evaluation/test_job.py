@@ -15,10 +15,10 @@ from elfs_ray.evaluation import job
 from elfs_ray.evaluation.keys import keys_of_job
 from elfs_ray.methods.training.linear_probe import L2_PENALTY
 from elfs_ray.methods.training.networks import EMBEDDING_LENGTH
+from elfs_ray.presets import preset
 from elfs_ray.storage.run_dir import RunDir
 from tests.tables import digit_images, embeddings_of, png
 
-JOBS = Path(__file__).parent.parent.parent / "jobs"
 NUM_POOL, NUM_TEST = 300, 100
 SETTINGS = ("evaluate.network=small_cnn", "evaluate.iterations=12", "evaluate.batch_size=32", "evaluate.num_seeds=2")
 
@@ -36,7 +36,7 @@ def digits(tmp_path_factory) -> Path:
 
 def config_of(digits: Path, run_dir: Path, *overrides: str, name: str = "cifar10") -> Config:
     return load_config(
-        JOBS / f"{name}.yaml",
+        preset(name),
         [
             *(f"pool.uri={digits / 'pool.parquet'}", "pool.label=label", f"run_dir={run_dir}", "ray_address=local"),
             *(

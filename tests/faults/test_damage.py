@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from elfs_ray import cli
+from elfs_ray.commands import main
 from elfs_ray.config import ConfigError
 from elfs_ray.pipeline.plan import check
 from elfs_ray.pipeline.runner import run as run_pipeline
@@ -20,6 +20,12 @@ from tests.faults.chaos import Fault, Run
 from tests.faults.chaos_places import Place
 from tests.small_run import YAML, config_of, overrides
 from tests.tables import contents
+
+
+def select(arguments: list[str]) -> int:
+    """Run `elfs-ray select` in this process; return its exit code."""
+    return main(["select", "--preset=cifar10", *arguments])
+
 
 TABLES = ("index", "embeddings", "proxy_images", "rejected", "clusters", "dynamics", "scores", "coreset")
 STAGES = ("index", "embed", "cluster", "train", "select", "report")
@@ -95,7 +101,7 @@ def test_a_marker_that_cannot_be_read_is_refused_by_name(pool, copy, content, ma
     path.write_bytes(changes[content] if isinstance(content, str) else content)
     message = refusal(pool, copy)
     assert f"{path} cannot be read: " in message and "Restore it, or " in message and "delete " in message
-    assert cli.run_job("a job", YAML, ["--dry-run", *overrides(pool, copy)]) == 2
+    assert select(["--dry-run", *overrides(pool, copy)]) == 2
     assert "Traceback" not in capsys.readouterr().err
 
 
@@ -184,17 +190,17 @@ def test_one_driver_at_a_time(pool, copy, capsys):
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(copy)], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        assert cli.run_job("a job", YAML, ["--dry-run", *overrides(pool, copy)]) == 0
-        assert cli.run_job("a job", YAML, overrides(pool, copy)) == 0
+        assert select(["--dry-run", *overrides(pool, copy)]) == 0
+        assert select(overrides(pool, copy)) == 0
         (copy / "report.html").unlink()
         message = refusal(pool, copy, "on_change=rerun")
         assert f"{copy} is being written by another driver: pid {holder.pid} of " in message
-        assert cli.run_job("a job", YAML, overrides(pool, copy, "on_change=rerun")) == 2
+        assert select(overrides(pool, copy, "on_change=rerun")) == 2
     finally:
         holder.kill()
         holder.wait()
     capsys.readouterr()
-    assert cli.run_job("a job", YAML, overrides(pool, copy, "on_change=rerun")) == 0
+    assert select(overrides(pool, copy, "on_change=rerun")) == 0
     said = capsys.readouterr().err
     assert f"is gone (pid {holder.pid} of " in said and "watching" not in said, (
         "it does not wait for the lock to expire"
@@ -224,7 +230,7 @@ def test_a_disk_that_fills_up_repeatedly_changes_no_byte(ray_cluster, pool, fini
     stopped_in = set()
     for kilobytes in (64, 110, 170, 260, 400, 600, 900, 1400, 2200, 4000, 8000, 16_000):
         remount(small_disk, f"size={kilobytes}k")
-        code = cli.run_job("a job", YAML, overrides(pool, small_disk / "run", "train.max_failures=0"))
+        code = select(overrides(pool, small_disk / "run", "train.max_failures=0"))
         said = capsys.readouterr().err
         if code == 0:
             break
@@ -245,7 +251,7 @@ def test_a_directory_that_cannot_be_written_is_refused_before_any_work(ray_clust
     shutil.copytree(copy, small_disk / "run")
     remount(small_disk, "ro")
     run_pipeline(config_of(pool, small_disk / "run"))
-    assert cli.run_job("a job", YAML, ["--dry-run", *overrides(pool, small_disk / "run")]) == 0
+    assert select(["--dry-run", *overrides(pool, small_disk / "run")]) == 0
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""jobs/evaluate.py on the command line; tests/evaluation has what it does."""
+"""`elfs-ray evaluate` on the command line; tests/evaluation has what it does."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ def type_job(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_help_lists_every_key_and_method():
-    result = type_job("--help")
+    result = type_job("--help-all")
     assert result.returncode == 0, result.stderr
     assert all(key in result.stdout for key, _, _ in describe_keys(kind=EvaluateRunsConfig))
     assert all(method in result.stdout for method in METHODS)

@@ -15,6 +15,7 @@ import pytest
 
 from elfs_ray.config import load_config
 from elfs_ray.pipeline.runner import run
+from elfs_ray.presets import preset
 from elfs_ray.storage.run_dir import RunDir
 from tests.tables import contents, digit_images, png
 
@@ -144,5 +145,5 @@ def test_a_stopped_and_resubmitted_job_equals_an_undisturbed_run(head, ray_clust
     )
     assert f"coreset  {tmp_path / 'run' / 'coreset.txt'}" in finished.stdout
 
-    run(load_config(ROOT / "jobs" / "cifar10.yaml", [*overrides, f"run_dir={tmp_path / 'undisturbed'}"]))
+    run(load_config(preset("cifar10"), [*overrides, f"run_dir={tmp_path / 'undisturbed'}"]))
     assert contents(tmp_path / "run", *TABLES) == contents(tmp_path / "undisturbed", *TABLES)

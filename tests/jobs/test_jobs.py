@@ -1,6 +1,8 @@
-"""Jobs on the command line: --help, --dry-run, errors and exit codes."""
+"""Commands and jobs on the command line: --help, --dry-run, errors and exit codes."""
 
+import operator
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -9,11 +11,15 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from elfs_ray.config import describe_keys, load_config
+from elfs_ray.cli import read_arguments
+from elfs_ray.commands import COMMANDS, main, select
+from elfs_ray.config import Config, describe_keys, fields_of, load_config
+from elfs_ray.evaluation.keys import EvaluateRunsConfig
+from elfs_ray.presets import NAMES, preset
 from tests.tables import digit_images, png
 
 JOBS = Path(__file__).parent.parent.parent / "jobs"
-PIPELINE_JOBS = ("imagenet", "cifar10", "cifar100", "stl10", "cinic10")
+PAPERS = tuple(name for name in NAMES if name != "photos")
 
 
 def run_job_here(name: str, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -32,6 +38,13 @@ def type_job(
     return subprocess.run(command, capture_output=True, text=True, timeout=100, env=env, cwd=cwd)
 
 
+def type_command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    """Run `python -m elfs_ray` in a process of its own."""
+    command = [sys.executable, "-m", "elfs_ray", *arguments]
+    env = os.environ | {"PYTHONPATH": str(JOBS.parent)}
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, env=env, cwd=cwd)
+
+
 @pytest.fixture
 def pool(tmp_path) -> Path:
     images, _ = digit_images(40)
@@ -41,9 +54,9 @@ def pool(tmp_path) -> Path:
     return tmp_path / "pool"
 
 
-@pytest.mark.parametrize("name", PIPELINE_JOBS)
+@pytest.mark.parametrize("name", PAPERS)
 def test_every_yaml_holds_the_settings_of_the_paper(name):
-    config = load_config(JOBS / f"{name}.yaml", ["run_dir=/run", "pool.uri=/pool"])
+    config = load_config(preset(name), ["run_dir=/run", "pool.uri=/pool"])
     imagenet = name == "imagenet"
     train, embed, evaluate = config.train, config.embed, config.evaluate
     assert train.network == evaluate.network == ("resnet34" if imagenet else "resnet18")
@@ -117,17 +130,63 @@ def test_a_broken_connection_is_no_closed_pipe(error):
 
 
 def test_the_rates_in_the_comment_of_cifar100_are_those_of_the_paper():
-    rates = [line[1:].split() for line in (JOBS / "cifar100.yaml").read_text().splitlines() if "budget=[" in line]
-    config = load_config(JOBS / "cifar100.yaml", ["run_dir=/run", "pool.uri=/pool", *rates[0]])
+    rates = [line[1:].split() for line in preset("cifar100").read_text().splitlines() if "budget=[" in line]
+    config = load_config(preset("cifar100"), ["run_dir=/run", "pool.uri=/pool", *rates[0]])
     assert (config.budgets, config.hard_fractions) == ([0.7, 0.5, 0.3, 0.2, 0.1], [0.1, 0.2, 0.4, 0.5, 0.7])
 
 
-@pytest.mark.parametrize("name", [*PIPELINE_JOBS, "photos", "quickstart"])
-def test_help_lists_every_key_with_its_default(name, monkeypatch, capsys):
-    assert run_job_here(name, "--help", monkeypatch=monkeypatch) == 0
+@pytest.mark.parametrize("name", [*NAMES, "quickstart"])
+def test_help_all_lists_every_key_with_its_default(name, monkeypatch, capsys):
+    assert run_job_here(name, "--help-all", monkeypatch=monkeypatch) == 0
     said = capsys.readouterr().out
     assert all(key in said for key, _, _ in describe_keys())
     assert "default: required" in said or name == "quickstart"
+
+
+@pytest.mark.parametrize("command", ["select", "reselect", "evaluate", "report", "prepare"])
+def test_help_fits_a_screen_and_names_keys_that_exist(command, capsys):
+    assert main([command, "--help"]) == 0
+    said = capsys.readouterr().out
+    assert len(said.splitlines()) <= 30
+    assert max(map(len, said.splitlines())) <= 120 or command == "prepare"
+    keys = {key for kind in (Config, EvaluateRunsConfig) for key, _ in fields_of(kind)} | {"name", "source"}
+    named = {line.split("=")[0] for line in said.splitlines() if re.match(r"[a-z_.]+=", line)}
+    assert named <= keys, named - keys
+
+
+def test_the_commands_are_listed(capsys):
+    assert main([]) == main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(said.count(summary) == 2 for summary in COMMANDS.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "value"),
+    [
+        (["photos", "--budget", "200"], "budget", 200),
+        (["--budget=0.5", "photos"], "budget", 0.5),
+        (["photos", "--budget", "200", "budget=7"], "budget", 7),
+        (["x/a=b", "--budget", "1"], "pool.uri", "x/a=b"),
+        (["photos", "--budget", "1"], "run_dir", "elfs-ray/photos"),
+        (["photos/", "--budget", "1", "--run-dir", "x"], "run_dir", "x"),
+        (["photos", "--budget", "1", "--embed.encoder", "pixels"], "embed.encoder", "pixels"),
+        (["photos", "budget=1", "preset=imagenet"], "train.network", "resnet34"),
+        (["photos", "--preset", "cifar10"], "budget", 0.1),
+    ],
+)
+def test_arguments_become_keys(arguments, key, value):
+    config = select.load(read_arguments(arguments, select.KEYS, "pool.uri"))
+    assert operator.attrgetter(key)(config) == value
+
+
+def test_the_run_directory_is_named_after_the_pool(tmp_path, monkeypatch):
+    (tmp_path / "rows.parquet").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    assert select.default_run_dir("rows.parquet") == select.default_run_dir("../deep/rows/") == "elfs-ray/rows"
+    for pool in ("s3://bucket/photos", "[a,b]", "photos/*"):
+        assert select.default_run_dir(pool) is None
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert select.default_run_dir("photos") is None
 
 
 def test_dry_run_prints_the_plan_and_does_nothing(pool, tmp_path):
@@ -192,8 +251,13 @@ def test_help_piped_into_head_is_no_error():
     [
         (["train.epoch=3"], "did you mean train.epochs"),
         (["--fast"], "unknown option --fast"),
-        ([], "no value for pool.uri, run_dir"),
-        (["pool.uri=/tmp", "run_dir=/none", "embed.encoder=swav_resnet50"], "embed.encoder=swav_resnet50: "),
+        (["--budgt", "3"], "unknown option --budgt, did you mean --budget?"),
+        (["--budget"], "--budget has no value"),
+        (["photos", "pictures"], "'pictures': pool.uri is set already"),
+        (["preset=imagnet"], "no preset named 'imagnet', did you mean imagenet?"),
+        ([], "no value for pool.uri, run_dir: give pool.uri=... run_dir=..., such as `elfs-ray select photos"),
+        (["s3://bucket/photos"], "no value for run_dir"),
+        (["/tmp", "run_dir=/none", "embed.encoder=swav_resnet50"], "embed.encoder=swav_resnet50: "),
         (["pool.uri=/no/such/place", "run_dir=/none", "embed.encoder=pixels"], "does not exist"),
     ],
 )

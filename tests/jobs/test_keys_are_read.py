@@ -26,9 +26,9 @@ from elfs_ray.evaluation.keys import EvaluateRunsConfig
 from elfs_ray.methods.simclr.training import SimclrSettings, ViewSettings
 from elfs_ray.methods.temi.heads import TemiSettings
 from elfs_ray.pipeline import reselect
+from elfs_ray.presets import NAMES
 
 ROOT = Path(__file__).parent.parent.parent
-PIPELINE_JOBS = ("imagenet", "cifar10", "cifar100", "stl10", "cinic10")
 # Keys of these sections become the fields of the same names of the classes.
 HANDED_OVER = {PretrainConfig: (SimclrSettings, ViewSettings), TemiConfig: (TemiSettings,)}
 KEY_NAMES = {name.rpartition(".")[2] for kind in (Config, EvaluateRunsConfig) for name, _ in fields_of(kind)}
@@ -117,8 +117,8 @@ def unread(kind: type, packages: tuple[str, ...], prefix: str = "") -> list[str]
     return missing
 
 
-RUN = ("cli", "pipeline", "runtime", "stages")
-EVALUATION = ("cli", "evaluation")
+RUN = ("commands", "cli", "pipeline", "runtime", "stages")
+EVALUATION = ("commands", "cli", "evaluation")
 
 
 @pytest.mark.timeout(600)
@@ -148,14 +148,14 @@ def test_a_key_that_nobody_reads_is_found():
             attributes.add(read)
 
 
-@pytest.mark.parametrize("name", [*PIPELINE_JOBS, "photos"])
-def test_the_job_of_each_benchmark_calls_only_run_job(name):
+@pytest.mark.parametrize("name", NAMES)
+def test_the_job_of_each_preset_is_the_command_select(name):
     """So the job reads every key that a run reads."""
     tree = ast.parse((ROOT / "jobs" / f"{name}.py").read_text())
     main = tree.body[-1]
     assert isinstance(main, ast.If)
     assert [ast.unparse(line) for line in main.body] == [
-        "sys.exit(run_job(__doc__, Path(__file__).with_suffix('.yaml')))"
+        f"sys.exit(main(['select', '--preset={name}', *sys.argv[1:]]))"
     ]
 
 

@@ -21,9 +21,10 @@ from ray.autoscaler._private import fake_multi_node
 
 from elfs_ray.config import ConfigError, load_config
 from elfs_ray.pipeline import runner as pipeline
+from elfs_ray.presets import preset
 from elfs_ray.runtime.cluster import connect, devices_of_cluster
 
-JOB = Path(__file__).parents[2] / "jobs" / "cifar10.yaml"
+JOB = preset("cifar10")
 HEAD_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
 LAUNCHER = {
     "cluster_name": "elfs",

@@ -18,9 +18,10 @@ from ray.cluster_utils import Cluster
 
 from elfs_ray.config import Config, load_config
 from elfs_ray.pipeline import runner as pipeline
+from elfs_ray.presets import preset
 from elfs_ray.runtime.cluster import connect
 
-JOB = Path(__file__).parents[2] / "jobs" / "cifar10.yaml"
+JOB = preset("cifar10")
 NODE_CPUS = 4
 STAGES = ("index", "embed", "cluster", "train", "select", "report")
 # Files that show that a stage is at work. The marker of its start is not enough: it is written before any work.

@@ -10,6 +10,7 @@ import pytest
 
 from elfs_ray.config import load_config
 from elfs_ray.pipeline.runner import run
+from elfs_ray.presets import preset
 from tests.tables import contents, digit_images, png
 
 SCRIPT = Path(__file__).with_name("autoscaling_run.py")
@@ -67,5 +68,5 @@ def test_a_cluster_grows_for_embed_shrinks_and_grows_again(folder, ray_cluster):
     assert "workers 0" in after and has_grown(after)
     assert output[-1] == "workers 0"
 
-    run(load_config(SCRIPT.parents[2] / "jobs" / "cifar10.yaml", [*overrides, f"run_dir={folder / 'local'}"]))
+    run(load_config(preset("cifar10"), [*overrides, f"run_dir={folder / 'local'}"]))
     assert contents(folder / "run", *TABLES) == contents(folder / "local", *TABLES)
