@@ -86,6 +86,30 @@ def _decode(data: bytes, exif: bytes, max_pixels: int, min_size: int) -> Image.I
     return rgb if turn is None else rgb.transpose(turn)
 
 
+def read_header(data: bytes) -> tuple[str, int, int]:
+    """Return the format of an image file, as Pillow calls it, and its width and height in pixels when upright.
+
+    Raises BadImage where the header cannot be read; the pixels are not read.
+    """
+    try:
+        with _pillow_limit_and_warnings_off():
+            try:
+                image, exif = _open(data), b""
+            except BadImage:
+                raise
+            except Exception:  # by its metadata, perhaps
+                data, exif = drop_metadata(data)
+                image = _open(data)
+            exif = image.info.get("exif", exif)
+            width, height = image.size
+            swaps_sides = bool(exif) and orientation(exif) in (5, 6, 7, 8)
+            return str(image.format), *((height, width) if swaps_sides else (width, height))
+    except BadImage:
+        raise
+    except Exception as error:
+        raise BadImage(f"{type(error).__name__}: {error}") from error
+
+
 def _open(data: bytes) -> ImageFile.ImageFile:
     """Open an image by the format with whose signature it begins. Raises Pillow's error, which `Image.open` hides."""
     for name in known_formats():
