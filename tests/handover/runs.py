@@ -1,6 +1,6 @@
 """Run directories with a coreset of real images, as a finished run leaves them, without Ray."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -21,21 +21,30 @@ def list_pool(uri: str) -> list[str]:
     return [uri for unit in find_units(str(uri)) for uri in list_unit(unit, columns)[schema.URI].to_pylist()]
 
 
-def write_run(run_dir: RunDir, uris: Sequence[str], ids: Sequence[int] = IDS, *, clusters: bool = True) -> list[str]:
-    """Write index/, embeddings/ and coreset/; return the uris of the coreset in its order."""
+def write_run(
+    run_dir: RunDir,
+    uris: Sequence[str],
+    ids: Sequence[int] = IDS,
+    *,
+    clusters: bool = True,
+    pool: Mapping[str, str] | None = None,
+) -> None:
+    """Write index/, embeddings/ and coreset/ with the samples `ids`; the embeddings lie on an arc.
+
+    pool: keys of section pool with which the images were listed.
+    """
     num_samples = len(uris)
     sample_ids = np.arange(num_samples)
     name = schema.range_file(0, num_samples - 1)
     index = pa.table([sample_ids, list(uris), pa.nulls(num_samples, pa.int32())], schema=schema.INDEX_SCHEMA)
     filesystem.write_table(run_dir.path(schema.INDEX, name), index)
-    run_dir.mark_complete(Marker("index", {"pool.uri": "-"}, {}, IndexResult(num_samples, 1, "folder", []).to_json()))
+    run_dir.mark_complete(Marker("index", pool or {}, {}, IndexResult(num_samples, 1, "folder", []).to_json()))
     angles = sample_ids / num_samples
     vectors = np.column_stack([np.cos(angles), np.sin(angles)]).astype(np.float16)
     embeddings = pa.table([sample_ids, schema.matrix_column(vectors)], schema=schema.embeddings_schema(2))
     filesystem.write_table(run_dir.path(schema.EMBEDDINGS, name), embeddings)
     run_dir.mark_complete(Marker("embed", {}, {}, EmbedResult(num_samples, 0, 2).to_json()))
     write_coreset(run_dir, uris, ids, clusters=clusters)
-    return [uris[i] for i in ids]
 
 
 def write_coreset(folder: RunDir, uris: Sequence[str], ids: Sequence[int], *, clusters: bool = True) -> None:

@@ -65,7 +65,8 @@ def _annotated(tasks: object, path: str) -> list[str]:
     for task in tasks:
         if task.get("annotations", True):  # JSON-MIN lists only annotated tasks, and no annotations
             data = task.get("data", task)
-            values = [data[name] for name in ("image", "uri", "img") if isinstance(data.get(name), str)]
+            # Exports of a coreset have its uri beside `image`, which says where Label Studio reads it.
+            values = [data[name] for name in ("uri", "image", "img") if isinstance(data.get(name), str)]
             if not values:
                 raise ValueError(f"select.labelled={path!r}: the task {task.get('id')} has no data.image")
             uris.append(_local_path(values[0]))
