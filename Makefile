@@ -1,6 +1,7 @@
 # make demo   run the whole pipeline on real images, then evaluate the coreset vs. random samples
 # make test   check style and types, build the documentation, run the tests
 # make docs   build the documentation only, in site/
+# make test-export  import exports with Label Studio, CVAT's SDK, FiftyOne, datasets and webdataset themselves
 # make chaos  strike the pipeline with faults and compare its bytes with those of an undisturbed run
 # make audit  list known vulnerabilities of the dependencies
 # Each creates .venv first, and again when pyproject.toml or constraints.txt is newer.
@@ -9,7 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := elfs_ray jobs benchmarks tests docs
 
-.PHONY: demo test docs test-slow test-gpu chaos audit format clean
+.PHONY: demo test docs test-slow test-gpu test-export chaos audit format clean
 
 demo: .venv/ready
 	$(BIN)/python jobs/quickstart.py
@@ -29,6 +30,13 @@ test-slow: .venv/ready
 
 test-gpu: .venv/ready
 	$(BIN)/pytest -m gpu
+
+# --group is known to pip 25.1 and newer.
+test-export: .venv/ready
+	$(BIN)/python -m venv .venv/export
+	.venv/export/bin/pip install --quiet --upgrade 'pip>=25.1'
+	.venv/export/bin/pip install --quiet --group test-export
+	$(BIN)/pytest -m exporters tests/handover
 
 chaos: .venv/ready
 	$(BIN)/python -m tests.faults.chaos
