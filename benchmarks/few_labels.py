@@ -25,14 +25,13 @@ from helpers.tracks import write_digits
 from PIL import Image
 
 from elfs_ray.methods.clustering_metrics import contingency_table, matched_accuracy
-from elfs_ray.methods.clustering_trust import estimate_trust
+from elfs_ray.methods.clustering_trust import LEAST_TRUST, estimate_trust
 from elfs_ray.methods.encoders.encoder import load_encoder, to_unit_float16
 from elfs_ray.methods.kmeans.assignment import nearest_centroids
 from elfs_ray.methods.kmeans.lloyd import kmeans
 from elfs_ray.methods.kmeans.points import ArrayPoints
 from elfs_ray.methods.selection.coverage import facility_location
 from elfs_ray.methods.training.linear_probe import fit_linear_probe
-from elfs_ray.stages.select.coverage import LEAST_TRUST
 
 IMAGES_A_CLASS = (1, 2, 5, 10, 25, 50)
 NUM_POOL, NUM_TEST, NUM_DRAWS = 10_000, 3_000, 5

@@ -25,12 +25,15 @@ MAY_IMPORT = {
     "pipeline": ("config", "methods", "pipeline", "pool", "runtime", "stages", "storage"),
     "evaluation": ("config", "evaluation", "methods", "pipeline", "pool", "runtime", "stages", "storage"),
     "presets": ("config",),
+    "handover": ("config", "handover", "methods", "pool", "runtime", "stages", "storage"),
+    "api": ("config", "evaluation", "handover", "pool", "runtime", "stages", "storage"),
     "cli": ("config", "evaluation", "pipeline", "runtime", "stages", "storage"),
     "commands": (
-        *("cli", "config", "datasets", "evaluation", "pipeline", "presets", "runtime", "stages", "storage", "version"),
+        *("cli", "config", "datasets", "evaluation", "handover", "pipeline", "presets", "runtime", "stages", "storage"),
+        "version",
     ),
     "__main__": ("commands",),
-    "__init__": ("config", "evaluation", "presets", "version"),
+    "__init__": ("version",),
 }
 # Packages that are imported in some places alone.
 IMPORTED_BY = {

@@ -41,6 +41,10 @@ class Coreset:
             {name: _short(row[name]) for name in METADATA if row[name] is not None} for row in self.rows.to_pylist()
         ]
 
+    def first(self, num_images: int) -> "Coreset":
+        """Return the beginning of the coreset, which is one as well."""
+        return replace(self, rows=self.rows.slice(0, num_images), places=self.places[:num_images])
+
     def at(self, places: tuple[str, ...]) -> "Coreset":
         """Return the coreset with its images in other places."""
         return replace(self, places=places)

@@ -2,6 +2,7 @@
 
 import posixpath
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 from elfs_ray.handover.coreset import Coreset
@@ -32,18 +33,19 @@ class Original(NamedTuple):
     extension: str
 
 
-def read_originals(coreset: Coreset) -> Iterator[Original]:
+def read_originals(coreset: Coreset, *, show_progress: bool = True) -> Iterator[Original]:
     """Yield every image in the order of the coreset. Memory: 64 images and what is read ahead of a Parquet file.
 
     Raises ValueError for an image that can no longer be read.
     """
-    with Progress("export", coreset.rows.num_rows, "images") as progress:
+    with Progress("export", coreset.rows.num_rows, "images") if show_progress else nullcontext() as progress:
         for start in range(0, coreset.rows.num_rows, CHUNK):
             rows = coreset.rows.slice(start, CHUNK).to_pylist()
             images = _read_chunk([(row[schema.SAMPLE_ID], row[schema.URI]) for row in rows], coreset)
             for row in rows:
                 yield _original(row, images[row[schema.SAMPLE_ID]])
-            progress.advance(len(rows))
+            if progress:
+                progress.advance(len(rows))
 
 
 def _read_chunk(samples: list[tuple[int, str]], coreset: Coreset) -> dict[int, bytes | BadImage]:

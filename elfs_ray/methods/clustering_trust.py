@@ -18,6 +18,7 @@ from elfs_ray.methods.kmeans.num_clusters import count_distinct
 from elfs_ray.methods.kmeans.points import ArrayPoints
 
 TRUST_ROWS = 20_000
+LEAST_TRUST = 0.6  # share of right pseudo-labels below which `auto` covers the whole pool at once
 NEIGHBORS = 10
 MIN_ROWS_PER_CLUSTER = 10
 _QUERIES = 4_000  # rows whose neighbours are looked up; the standard error is then below 0.01

@@ -10,10 +10,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from elfs_ray.methods.selection.coverage import facility_location
+from elfs_ray.methods.numeric.hashing import hash_uint64
+from elfs_ray.methods.selection.coverage import SIMILARITY_ONE, facility_location
 
 PARTITION_ROWS = 20_000  # 0.8 GB of similarities; a pool of up to so many samples is a single partition
+MEASURED_ROWS = 4_000  # samples on which coverage is measured; its standard error is then below 0.002
 SAMPLE_ROWS = 40_000  # of the pool, to be covered by the merged choice: 1.6 GB of similarities to the nominees
+_SAMPLE_STREAM = 11
 
 
 class Rows(NamedTuple):
@@ -54,6 +57,21 @@ class Merged(NamedTuple):
     gains: np.ndarray
 
 
+def samples_of(sample_ids: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids, ascending, of the samples that a merged choice covers and of those to measure coverage on.
+
+    sample_ids: the pool (n,). The second sample comes from the other end of a random order, so that the coverage of a
+    large pool is measured on other samples than those that were covered.
+    """
+    by_hash = sample_ids[np.argsort(hash_uint64(seed, _SAMPLE_STREAM, sample_ids), kind="stable")]
+    return np.sort(by_hash[:SAMPLE_ROWS]), np.sort(by_hash[-MEASURED_ROWS:])
+
+
+def scores_of(gains: np.ndarray, num_points: int, num_samples: int) -> np.ndarray:
+    """Return gains (b,) int64 over some points as (b,) float32: what they add to the sum of similarities of a pool."""
+    return (gains / (SIMILARITY_ONE * num_points) * num_samples).astype(np.float32)
+
+
 def partitions(num_samples: int) -> list[range]:
     """Divide the positions of a pool's samples, in the order of their ids, into the fewest equal ranges that fit."""
     parts = -(-num_samples // PARTITION_ROWS)
@@ -68,6 +86,22 @@ def num_candidates(num_partitions: int) -> int:
     for a larger one.
     """
     return -(-PARTITION_ROWS // num_partitions)
+
+
+def share_of(sample_ids: np.ndarray, left_ids: np.ndarray, budget: int) -> int:
+    """Return how many samples each partition of a pool must nominate, so that all together nominate the budget.
+
+    sample_ids: those of the pool (n,), ascending; left_ids: those that may be selected (m,), ascending, m >= budget.
+    Partitions in which fewer are left nominate these, and the others share the rest.
+    """
+    starts = [sample_ids[part.start] for part in partitions(len(sample_ids))]
+    sizes = np.sort(np.diff([*np.searchsorted(left_ids, starts), len(left_ids)]))
+    for number, size in enumerate(sizes.tolist()):
+        share = -(-budget // (len(sizes) - number))
+        if size >= share:
+            return share
+        budget -= size
+    raise AssertionError(f"{budget} samples more than are left")
 
 
 def select(rows: Rows, budget: int, labelled: Rows | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -93,7 +127,7 @@ def select(rows: Rows, budget: int, labelled: Rows | None = None) -> tuple[np.nd
 
 
 def nominate(rows: Rows, num_candidates: int, share: int, labelled: Rows | None = None) -> Nominees:
-    """Select from a partition, ascending by id; `share` is its share of the budget, rounded up.
+    """Select from a partition, ascending by id; `share` is its share of the budget, by `share_of`.
 
     Memory: 2·n² bytes, and those of `facility_location`.
     """

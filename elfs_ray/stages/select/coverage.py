@@ -21,7 +21,7 @@ import pyarrow as pa
 import ray
 import torch
 
-from elfs_ray.methods.numeric.hashing import hash_uint64
+from elfs_ray.methods.clustering_trust import LEAST_TRUST
 from elfs_ray.methods.selection import greedi
 from elfs_ray.methods.selection.coverage import SIMILARITY_ONE, highest_similarity
 from elfs_ray.methods.selection.pruning import random_selection
@@ -34,10 +34,7 @@ from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
 COVERAGE = "coverage"
-MEASURED_ROWS = 4_000  # samples on which coverage is measured; its standard error is then below 0.002
 UNRANKED = 2**31 - 1
-LEAST_TRUST = 0.6  # share of right pseudo-labels below which `auto` covers the whole pool at once
-_SAMPLE_STREAM = 11
 
 
 class Slice(NamedTuple):
@@ -85,7 +82,7 @@ def score_by_coverage(
     """
     files = run_dir.counted_files(schema.EMBEDDINGS)
     sample_ids = np.concatenate([_column(path, schema.SAMPLE_ID) for path in pool.files])
-    by_hash = sample_ids[np.argsort(hash_uint64(seed, _SAMPLE_STREAM, sample_ids), kind="stable")]
+    point_ids, measured_ids = greedi.samples_of(sample_ids, seed)
     labels = (schema.CLUSTERS, schema.PSEUDO_LABELS_DIR)  # in files as those of the embeddings
     label_files = [run_dir.path(*labels, filesystem.basename(path)) if inside_classes else None for path, _ in files]
     parts = [_slices(files, label_files, part) for part in greedi.partitions(len(sample_ids))]
@@ -96,21 +93,19 @@ def score_by_coverage(
             f"budget is {max(counts)}, but only {num_left} images are not in select.labelled={labelled!r} yet: give a "
             "smaller budget"
         )
-    to_cover = greedi.SAMPLE_ROWS if len(parts) > 1 else 0
-    # From the other end, so that a large pool's coverage is measured on other samples than those that were covered.
-    measured_ids = np.sort(by_hash[-MEASURED_ROWS:])
+    labelled_ids = np.empty(0, np.int64) if covered is None else covered.sample_ids
+    others = np.setdiff1d(sample_ids, labelled_ids, assume_unique=True)
+    share = greedi.share_of(sample_ids, others, max(counts))
     with Progress("select", len(parts) + 1, "parts selected") as progress:
         if len(parts) == 1:
             ids, gains, measured = _select_at_once(parts[0], covered, measured_ids, max(counts))
             num_points = len(sample_ids)
         else:
             ids, gains, measured, num_points = _select_in_parts(
-                parts, covered, np.sort(by_hash[:to_cover]), measured_ids, max(counts), progress
+                parts, covered, point_ids, measured_ids, max(counts), share, progress
             )
         progress.update(len(parts) + 1)
-    scores = (gains / (SIMILARITY_ONE * num_points) * len(sample_ids)).astype(np.float32)
-    labelled_ids = np.empty(0, np.int64) if covered is None else covered.sample_ids
-    others = np.setdiff1d(sample_ids, labelled_ids, assume_unique=True)
+    scores = greedi.scores_of(gains, num_points, len(sample_ids))
     random_ids = others[random_selection(others, max(counts), seed)]
     coverages = _measure(parts, measured, ids, random_ids, labelled_ids, counts)
     return _write(run_dir, pool, ids, scores), coverages
@@ -150,13 +145,14 @@ def _select_in_parts(
     point_ids: np.ndarray,
     measured_ids: np.ndarray,
     count: int,
+    share: int,
     progress: Progress,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """Return what `_select_at_once` does, and the number of points that the choice was made to cover."""
     nominees: dict[int, greedi.Nominees] = {}
     points: dict[int, greedi.Rows] = {}
     measured: dict[int, np.ndarray] = {}
-    num_candidates, share = greedi.num_candidates(len(parts)), -(-count // len(parts))
+    num_candidates = greedi.num_candidates(len(parts))
     # Stored once, not once for each task.
     shared = ray.put(point_ids), ray.put(measured_ids), ray.put(labelled)
     tasks = [(slices, *shared, num_candidates, share) for slices in parts]

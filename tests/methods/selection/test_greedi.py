@@ -81,3 +81,15 @@ def test_equal_samples_are_selected_by_their_rank_in_their_partition_and_then_by
     # Partitions 0-2, 3-5 and 6-9. The first sample covers all; the others follow, first all of rank 0.
     assert order.tolist() == [0, 3, 6, 1, 4, 7, 2, 5, 8, 9]
     assert gains[1:].tolist() == [0] * 9
+
+
+@pytest.mark.parametrize(
+    ("left", "budget", "share"),
+    [([4, 4, 4], 6, 2), ([4, 4, 4], 7, 3), ([1, 4, 4], 6, 3), ([0, 4, 1], 5, 4), ([0, 0, 2], 1, 1), ([4, 4, 4], 12, 4)],
+)
+def test_a_share_of_the_budget_makes_up_for_partitions_with_few_left(monkeypatch, left, budget, share):
+    monkeypatch.setattr(greedi, "PARTITION_ROWS", 4)
+    sample_ids = 10 + np.arange(12)
+    left_ids = np.concatenate([sample_ids[4 * part : 4 * part + size] for part, size in enumerate(left)])
+    assert greedi.share_of(sample_ids, left_ids, budget) == share
+    assert sum(min(share, size) for size in left) >= budget

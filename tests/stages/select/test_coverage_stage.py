@@ -7,6 +7,7 @@ import signal
 import numpy as np
 import pytest
 
+import elfs_ray
 from elfs_ray.methods.selection import greedi, pruning
 from elfs_ray.methods.selection.coverage import SIMILARITY_ONE, facility_location, highest_similarity
 from elfs_ray.runtime import cluster
@@ -44,6 +45,7 @@ def test_the_coreset_is_the_greedy_selection_in_its_order(ray_cluster, tmp_path,
         coverage = result.coresets[table].coverage
         for name, chosen in (("coreset", embeddings[expected.order[:budget]]), ("random", random)):
             assert coverage[name] == pytest.approx(highest_similarity(embeddings, chosen).mean() / SIMILARITY_ONE)
+        assert_equal_in_memory(elfs_ray.select(embeddings, budget, ids=ids), rows, coverage)
     assert not (tmp_path / "scores").exists()
 
 
@@ -53,6 +55,13 @@ def test_a_pool_that_has_clusters_passes_their_labels_on(ray_cluster, tmp_path):
     select.run_select(digits_config(tmp_path, *COVERAGE, "budget=30"), run_dir)
     rows = read(run_dir, "coreset")
     np.testing.assert_array_equal(rows["pseudo_label"], digit_images(1003)[1][rows["sample_id"]])
+
+
+def assert_equal_in_memory(selection, rows, coverage):
+    """Check that `elfs_ray.select` chose what the stage did: the same samples, in the same order."""
+    np.testing.assert_array_equal(selection.ids, rows["sample_id"])
+    np.testing.assert_array_equal(selection.scores, rows["score"])
+    assert (selection.coverage, selection.random_coverage) == (coverage["coreset"], coverage["random"])
 
 
 def write_clusters(run_dir, right):
@@ -73,6 +82,9 @@ def test_auto_covers_each_pseudo_class_unless_few_pseudo_labels_look_right(ray_c
     coverage = result.coresets["coreset"].coverage
     assert coverage["random"] < coverage["coreset"]
     assert f"covering {place}" in "".join(capsys.readouterr())
+    selection = elfs_ray.select(embeddings_of(run_dir), 40, ids=ids, pseudo_labels=groups)
+    assert_equal_in_memory(selection, read(run_dir, "coreset"), coverage)
+    assert selection.inside_classes == (right > 0.5)
 
 
 @pytest.mark.slow
@@ -110,8 +122,11 @@ def test_a_budget_of_the_whole_pool_selects_everything(ray_cluster, tmp_path, mo
     monkeypatch.setattr(greedi, "SAMPLE_ROWS", 600)
     run_dir = RunDir(tmp_path)
     ids = write_embedded(run_dir)
-    select.run_select(digits_config(tmp_path, *COVERAGE, "budget=1.0"), run_dir)
-    np.testing.assert_array_equal(np.sort(read(run_dir, "coreset")["sample_id"]), ids)
+    result = select.run_select(digits_config(tmp_path, *COVERAGE, "budget=1.0"), run_dir)
+    rows = read(run_dir, "coreset")
+    np.testing.assert_array_equal(np.sort(rows["sample_id"]), ids)
+    coverage = result.coresets["coreset"].coverage
+    assert_equal_in_memory(elfs_ray.select(embeddings_of(run_dir), 1.0, ids=ids), rows, coverage)
 
 
 def test_a_pool_of_one_image_is_its_own_coreset(ray_cluster, tmp_path):
