@@ -15,6 +15,7 @@ COMMANDS = {
     "select": "choose which images of a pool to label",
     "reselect": "choose again from a finished run, in seconds",
     "evaluate": "train on coresets with their true labels, beside random images and other baselines",
+    "export": "hand a coreset over to a labelling tool: Label Studio, CVAT, FiftyOne and others",
     "report": "write the report page of a finished run again",
     "prepare": "turn a published benchmark into pools",
 }

@@ -36,5 +36,5 @@ FORMAT = Format(
     target="manifest.jsonl",
     meaning="a dataset manifest of CVAT (JSON Lines)",
     write=write_cvat,
-    root="the top of CVAT's share, or s3://BUCKET of its cloud storage; by default the folder that holds all images",
+    root="the top of CVAT's share, or s3://BUCKET of its cloud storage; default: the folder of all images",
 )

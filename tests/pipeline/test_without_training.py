@@ -1,13 +1,17 @@
 """A run that selects from embeddings alone: no clusters, no training, no copies of images."""
 
+import shutil
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 import elfs_ray
 from elfs_ray.config import ConfigError, load_config
 from elfs_ray.pipeline import reselect
 from elfs_ray.pipeline.dry_run import describe_plan
+from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 from tests.tables import contents, digit_images, png
 
@@ -50,6 +54,35 @@ def test_it_has_neither_clusters_nor_training_nor_copies_and_its_plan_says_so(co
     plan = describe_plan(config_for(pool, tmp_path, "select.method=coverage"))
     assert [line.split()[0] for line in plan.split("\n\n")[1].splitlines()] == ["index", "embed", "select", "report"]
     assert "pixels, no copies" in plan and "coverage without training" in plan
+
+
+def test_a_run_is_a_table_with_paths_and_says_what_happened(covered, pool):
+    run = elfs_ray.run(config_for(pool, covered, "select.method=coverage"))
+    assert isinstance(run, elfs_ray.Run) and run.uri == str(covered)
+    assert run.coreset.column_names == ["sample_id", "uri", "pseudo_label", "score", "rank"]
+    assert run.coreset["rank"].to_pylist() == list(range(30)) and list(run.coresets) == ["coreset"]
+    assert Path(run.coreset_text).read_text().splitlines() == run.coreset["uri"].to_pylist()
+    assert Path(run.report).exists()
+    first, coreset, text, report = repr(run).splitlines()
+    assert first == f"Run in {covered}"
+    assert coreset.startswith("  coreset  30 of 150 images by coverage, covering the whole pool: mean similarity 0.")
+    assert (text, report) == (f"  text     {run.coreset_text}", f"  report   {run.report}")
+    page = run._repr_html_()
+    assert page.count("<img ") == 12 and "30 of 150 images" in page
+    embeddings = np.concatenate([schema.matrix_of(table, "embedding") for table in run.read_table("embeddings")])
+    assert elfs_ray.select(embeddings, 30).ids.tolist() == run.coreset["sample_id"].to_pylist()
+
+
+def test_a_run_without_a_coreset_says_so_and_one_without_images_shows_none(covered, tmp_path):
+    assert repr(elfs_ray.Run(tmp_path)) == f"Run in {tmp_path}, which has no coreset yet"
+    assert "no coreset yet" in elfs_ray.Run(tmp_path)._repr_html_()
+    moved = shutil.copytree(covered, tmp_path / "moved")
+    index = next((moved / "coreset").glob("*.parquet"))
+    table = filesystem.read_table(str(index))
+    gone = pa.array([f"/gone/{i}.png" for i in range(table.num_rows)])
+    filesystem.write_table(str(index), table.set_column(table.column_names.index("uri"), "uri", gone))
+    assert elfs_ray.Run(moved)._repr_html_().startswith("<pre>Run in ")
+    assert "<img" not in elfs_ray.Run(moved)._repr_html_()
 
 
 def test_its_report_shows_the_chosen_images_and_how_well_they_cover_the_pool(covered):

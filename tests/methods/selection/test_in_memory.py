@@ -1,4 +1,4 @@
-"""elfs_ray.select: the greedy selection from an array, and what it refuses. test_coverage_stage.py compares it to runs."""
+"""elfs_ray.select: the greedy selection from an array, and what it refuses. Others compare it to runs."""
 
 import subprocess
 import sys
