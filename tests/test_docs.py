@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from elfs_ray.cli import read_arguments
-from elfs_ray.commands import prepare, select
+from elfs_ray.commands import export, prepare, select
 from elfs_ray.config import Config, fields_of
 from elfs_ray.evaluation.keys import EvaluateRunsConfig
 from elfs_ray.pipeline import reselect, rewrite_report
@@ -19,6 +19,7 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 ACCEPTED = {
     "reselect": {"name", *(key for key, _ in fields_of(Config) if key in reselect.KEYS or key.startswith("select."))},
+    "export": set(export.KEYS),
     "evaluate": {key for key, _ in fields_of(EvaluateRunsConfig)},
     "report": set(rewrite_report.KEYS),
     "prepare": set(prepare.KEYS),
