@@ -13,7 +13,8 @@ class EmbedConfig:
 
     encoder: str = option(
         "timm/vit_base_patch16_224.dino",
-        "pixels, efficientnet_lite0, swav_resnet50, torchvision/<model>, timm/<model>, file, or self_supervised (an "
+        "auto (the best one whose weights are on this machine), pixels, efficientnet_lite0, swav_resnet50, "
+        "torchvision/<model>, timm/<model>, file, or self_supervised (an "
         "encoder trained on the pool itself, see pretrain)",
     )
     weights: str | None = option(

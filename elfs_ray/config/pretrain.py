@@ -18,7 +18,11 @@ from elfs_ray.config.declaration import (
 class PretrainConfig:
     """SimCLR pretraining of the encoder on the pool, for encoder=self_supervised; null means the profile's value."""
 
-    profile: str = option("gpu", "gpu: the published settings; cpu: half an hour on 2 cores", choices=("gpu", "cpu"))
+    profile: str = option(
+        "gpu",
+        "gpu: the published settings; cpu: half an hour on 2 cores; auto: by whether there are GPUs",
+        choices=("auto", "gpu", "cpu"),
+    )
     network: str | None = option(
         None,
         "architecture of the encoder: resnet18 (3x3 stem), resnet18_imagenet, resnet34, resnet50 or small_cnn (gpu "

@@ -12,7 +12,11 @@ TEMI_NEIGHBORS = 50  # nearest neighbours of each sample that TEMI learns from, 
 class TemiConfig:
     """Deep clustering by TEMI; null means the profile's value, shown in brackets."""
 
-    profile: str = option("paper", "paper: the published settings; cpu: minutes on 2 cores", choices=("paper", "cpu"))
+    profile: str = option(
+        "paper",
+        "paper: the published settings; cpu: minutes on 2 cores; auto: by whether there are GPUs",
+        choices=("auto", "paper", "cpu"),
+    )
     num_heads: int | None = option(
         None, "number of heads trained in parallel (paper 50, cpu 8)", unit="heads", bounds=WIDTH
     )

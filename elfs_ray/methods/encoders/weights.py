@@ -1,4 +1,4 @@
-"""Weights files of image encoders: download, check, read and load them."""
+"""Weights files of image encoders: check, read and load them."""
 
 import argparse
 import dataclasses
@@ -11,7 +11,6 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import torch
 from torch import nn
@@ -39,44 +38,6 @@ def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file, 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def download(url: str) -> Path:
-    """Download a file into torch.hub's folder unless it is there, check the hash in its name, and return its path.
-
-    Raises ConnectionError where the network fails, ValueError where the hash differs.
-    """
-    path = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(url).path).name)
-    match = re.search(r"-([0-9a-f]{8,64})\.", path.name)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path), match and match[1], progress=False)
-        except OSError as error:
-            raise _unreachable(url, error) from error
-        except RuntimeError as error:  # torch.hub's report of a wrong hash, after which it keeps no file
-            raise ValueError(f"The file downloaded from {url} is damaged: {error}. Try again.") from error
-    if match:  # also for a file that was there before: an earlier program may have been killed while it wrote
-        check_sha256(path, match[1])
-    return path
-
-
-def download_from_hugging_face(repo_id: str) -> Path:
-    """Download a model's `model.safetensors` into the Hugging Face cache unless it is there, and check its hash.
-
-    Raises ConnectionError where the network fails, ValueError where the hash differs.
-    """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        path = Path(hf_hub_download(repo_id, "model.safetensors"))
-    except (OSError, HfHubHTTPError) as error:
-        raise _unreachable(f"{repo_id} on the Hugging Face hub", error) from error
-    # The cache stores a large file under its SHA-256 and links to it.
-    if re.fullmatch("[0-9a-f]{64}", path.resolve().name):
-        check_sha256(path, path.resolve().name)
-    return path
 
 
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
@@ -197,10 +158,3 @@ def _read_pickle(path: Path) -> object:
         ) from error
     except (RuntimeError, EOFError) as error:
         raise ValueError(f"{path} cannot be read as a checkpoint: {str(error)[:300]}. Download it again.") from error
-
-
-def _unreachable(source: str, error: Exception) -> ConnectionError:
-    return ConnectionError(
-        f"Could not download the encoder's weights from {source} ({str(error)[:300]}). Without a network, download the "
-        "file elsewhere and give its path as embed.weights."
-    )

@@ -57,17 +57,19 @@ def request_encoders(config: Config, devices: "Devices") -> Request:
 
 
 def _check(config: Config) -> None:
-    """Raise ConfigError for an encoder or weights that cannot be loaded. Fetches weights that are in a bucket."""
+    """Raise ConfigError for an encoder that cannot be loaded, or weights out of reach. Fetches those in a bucket."""
     if config.pretrains:  # this run has yet to train the weights
         return
-    from elfs_ray.methods.encoders.encoder import check_encoder, encoder_input
+    from elfs_ray.methods.encoders.encoder import check_encoder, encoder_input, reach_weights
 
     embed = config.embed
     file = embed.weights_file
     with filesystem.local_file(file) if file is not None else nullcontext(embed.weights) as weights:
         try:
             check_encoder(embed.encoder, weights, embed.weights_sha256)
-        except ValueError as error:
+            if weights is None:
+                reach_weights(embed.encoder)
+        except (ValueError, ConnectionError) as error:
             keys = f"embed.encoder={embed.encoder}" + (f", embed.weights={embed.weights}" if embed.weights else "")
             raise ConfigError(f"{keys}: {error}") from error
         if embed.encoder == SELF_SUPERVISED and embed.image_size is not None:

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from elfs_ray.methods.encoders.downloads import Web
 from elfs_ray.methods.encoders.encoder import EncoderInput, check_encoder, encoder_input, load_encoder, to_unit_float16
-from elfs_ray.methods.encoders.weights import download
 from elfs_ray.methods.training import torchvision_compat  # noqa: F401  before torchvision, and timm which imports it
 
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
@@ -361,20 +361,20 @@ def test_new_and_old_downloads_are_checked_against_the_hash_in_the_name(tmp_path
     good.write_bytes(b"weights")
     bad = tmp_path / "net-00000000.pth"
     bad.write_bytes(b"weights")
-    path = download(good.as_uri())
+    path = Web(good.as_uri()).fetch()
     assert path.read_bytes() == b"weights" and path != good
     path.write_bytes(b"damaged")
     with pytest.raises(ValueError, match="has SHA-256"):
-        download(good.as_uri())
+        Web(good.as_uri()).fetch()
     with pytest.raises(ValueError, match="damaged"):
-        download(bad.as_uri())
+        Web(bad.as_uri()).fetch()
     assert not path.with_name(bad.name).exists()
 
 
 def test_a_download_that_fails_says_to_give_a_path(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     with pytest.raises(ConnectionError, match=r"give its path as embed\.weights"):
-        download((tmp_path / "missing.pth").as_uri())
+        Web((tmp_path / "missing.pth").as_uri()).fetch()
 
 
 def test_unit_rows_are_the_formula_and_bad_rows_are_zero_and_marked():
