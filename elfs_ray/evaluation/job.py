@@ -20,7 +20,7 @@ from elfs_ray.evaluation.workload import (
     selection_config,
 )
 from elfs_ray.pipeline import runner
-from elfs_ray.pipeline.dry_run import describe_plan
+from elfs_ray.pipeline.dry_run import describe_plan, describe_time, look
 from elfs_ray.pipeline.plan import PoolCount
 from elfs_ray.pipeline.stages import stages_of
 from elfs_ray.pool.listing import PoolColumns
@@ -34,18 +34,20 @@ if TYPE_CHECKING:
 
 
 def describe(config: Config, pool: PoolCount | None = None) -> str:
-    """Describe what `run` would do, with counts and resources, after the same checks. Raises ConfigError.
+    """Describe what `run` would do, with counts, resources and time, after the same checks. Raises ConfigError.
 
     pool: the size of a pool that the job writes itself, together with the test images, before it runs.
     """
     check(config, images_are_there=pool is None)
-    lines = [describe_plan(config, pool)]
+    known = look(config, pool)
+    lines = [describe_plan(known)]
     if config.evaluate.test_uri is not None:
         methods = [parse_method(text)[0] for text in config.evaluate.methods]
         trainings = describe_trainings(
             config.evaluate, config.ray_address, config.keeps_copies, methods, len(config.budgets)
         )
         lines.append(_why_not(config) or f"{trainings}; on {', '.join(config.evaluate.methods)}")
+    lines.append(describe_time(known))
     return "\n".join(lines)
 
 

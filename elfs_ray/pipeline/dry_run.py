@@ -1,6 +1,9 @@
 """Describe the plan of a run, for --dry-run: what each stage would do, with counts and resources."""
 
+from dataclasses import dataclass
+
 from elfs_ray.config import USES_HARD_FRACTION, Config
+from elfs_ray.pipeline.estimates import describe_estimates
 from elfs_ray.pipeline.plan import PlannedStage, PoolCount, check, count_pool, is_done
 from elfs_ray.pipeline.settle import settle
 from elfs_ray.pool.files import describe_passed_over
@@ -12,8 +15,20 @@ from elfs_ray.stages.stage import Stage
 from elfs_ray.storage.run_dir import RunDir
 
 
-def describe_plan(config: Config, pool: PoolCount | None = None) -> str:
-    """Return what a run would do, with counts and resources, after the same checks as a run.
+@dataclass(frozen=True)
+class Look:
+    """What is known about a run before it starts; decisions: lines about what `auto` stands for."""
+
+    config: Config
+    run_dir: RunDir
+    plan: list[PlannedStage]
+    pool: PoolCount
+    devices: Devices
+    decisions: list[str]
+
+
+def look(config: Config, pool: PoolCount | None = None) -> Look:
+    """Return what is known about a run, after the same checks as a run.
 
     pool: the size of the pool, where the job itself will write it and it cannot be counted yet.
 
@@ -23,7 +38,18 @@ def describe_plan(config: Config, pool: PoolCount | None = None) -> str:
     config, decisions = settle(config, run_dir)
     plan = check(config, run_dir, pool)
     pool = pool or count_pool(config, run_dir, plan)
-    devices = find_devices(config.ray_address)
+    return Look(config, run_dir, plan, pool, find_devices(config.ray_address), decisions)
+
+
+def describe_time(known: Look) -> str:
+    """Return the time and memory of the stages that take more than seconds, measured for some ten seconds."""
+    arguments = known.config, known.run_dir, known.plan, known.pool.num_samples, known.devices
+    return "\n".join(describe_estimates(*arguments))
+
+
+def describe_plan(known: Look) -> str:
+    """Return what a run would do, with counts and resources. Raises ConfigError."""
+    config, run_dir, plan, pool, devices = known.config, known.run_dir, known.plan, known.pool, known.devices
     images = count(pool.num_samples, "image")
     where = f"{images} in {', '.join(config.pool.uris)}"
     # A pool that the job itself will write has no format yet.
@@ -36,7 +62,7 @@ def describe_plan(config: Config, pool: PoolCount | None = None) -> str:
         *(f"budget    {line}" for line in _describe_budgets_of(pool, config, run_dir, plan)),
         f"run_dir   {run_dir.uri}",
         f"devices   {devices.describe()}",
-        *decisions,
+        *known.decisions,
         "",
     ]
     for planned in plan:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 
 from elfs_ray.config import Config, ConfigError
+from elfs_ray.pipeline.estimates import estimate_stages, may_take_days, warn_of_days
 from elfs_ray.pipeline.plan import PlannedStage, check, check_listed, make_plan, refuse_differences
 from elfs_ray.pipeline.replace import remove_stage
 from elfs_ray.pipeline.settle import settle
@@ -55,6 +56,7 @@ def run(config: Config) -> RunDir:
             planned.stage.check_result(config, run_dir)
             if planned.stage.result is IndexResult:
                 check_listed(config, run_dir, plan)
+                _warn_of_days(config, run_dir, plan)
     return run_dir
 
 
@@ -108,6 +110,17 @@ def _announce_requests(plan: list[PlannedStage], config: Config) -> None:
             say(f"{stage.name:<9} will wait for nodes: {shortage}")
         for line in stage.advice(config, devices):
             say(f"{stage.name:<9} {line}")
+
+
+def _warn_of_days(config: Config, run_dir: RunDir, plan: list[PlannedStage]) -> None:
+    """Say that a run would take more than a day, before its long stages start."""
+    from elfs_ray.runtime.cluster import devices_of_cluster
+
+    num_samples, devices = IndexResult.read(run_dir).rows, devices_of_cluster()
+    if may_take_days(config, plan, num_samples, devices):
+        say("time      may be long: measuring for some seconds")
+        for line in warn_of_days(estimate_stages(config, run_dir, plan, num_samples, devices)[1]):
+            say(f"time      {line}")
 
 
 def run_stage(planned: PlannedStage, config: Config, run_dir: RunDir) -> None:

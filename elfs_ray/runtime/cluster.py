@@ -24,6 +24,7 @@ _ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THR
 # Each step of a network on a CPU allocates its activations anew. In huge pages that costs a fortieth of the page
 # faults and takes a seventh less time. C libraries other than glibc ignore the variable.
 _HUGE_PAGES = {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")}
+WORKER_ENVIRONMENT = _ONE_THREAD | _HUGE_PAGES
 CONNECT_TIMEOUT_S = 10
 # One runs and one waits on each CPU, so that no CPU is idle while the driver handles a result.
 TASKS_PER_CPU = 2
@@ -53,7 +54,7 @@ def connect(address: str | None, *, show_worker_logs: bool = False, **init_optio
             address=address,
             log_to_driver=show_worker_logs,
             logging_level=logging.ERROR,
-            runtime_env={"env_vars": _ONE_THREAD | _HUGE_PAGES},
+            runtime_env={"env_vars": WORKER_ENVIRONMENT},
             **init_options,
         )
     except ConnectionError as error:

@@ -61,6 +61,7 @@ class Stage:
     check          raises ConfigError, before any work, for a config that the stage cannot run
     check_listed   raises ValueError, before any image is read, for a config that does not fit the samples in index/
     check_result   raises ConfigError for a config that does not fit the counts of the complete stage
+    is_estimated   True if its time and memory are worth an estimate, by an estimate.py beside its run.py
     epoch_gauges   the metrics that it reports to Ray after each epoch, with their meanings
     """
 
@@ -74,6 +75,7 @@ class Stage:
     global_keys: tuple[str, ...] = ("seed",)
     section_keys: tuple[str, ...] | None = None
     is_on_driver: bool = False
+    is_estimated: bool = False
     requests: "Callable[[Config, Devices], list[Request]]" = lambda config, devices: []
     advice: "Callable[[Config, Devices], list[str]]" = lambda config, devices: []
     check: Callable[[Config], None] = lambda config: None
@@ -94,6 +96,15 @@ class Stage:
     def outputs(self, config: Config) -> tuple[str, ...]:
         """Return every table and file that it writes."""
         return (*self.tables(config), *self.files(config))
+
+    def estimate(self, work: Any) -> Any:
+        """Return the Estimate of a `Work`: call `estimate` of the stage's estimate.py; None for a stage of seconds.
+
+        Raises RuntimeError or ValueError where it cannot be estimated.
+        """
+        if not self.is_estimated:
+            return None
+        return importlib.import_module(f"elfs_ray.stages.{self.name}.estimate").estimate(work)
 
     def run(self, config: Config, run_dir: RunDir) -> Result:
         """Do the work: call `run_<name>` of the stage's run.py."""

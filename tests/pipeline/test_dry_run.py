@@ -14,7 +14,7 @@ FITTING = ("cluster.num_clusters=2", "budget=2", "select.hard_fraction=0")
 
 
 def describe(pool: Path | str, run_dir: Path, *more: str) -> str:
-    return describe_plan(config_of(pool, run_dir, *FITTING, *more))
+    return describe_plan(look(config_of(pool, run_dir, *FITTING, *more))
 
 
 def write(folder: Path, *names: str) -> None:

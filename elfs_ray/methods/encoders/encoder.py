@@ -218,6 +218,12 @@ def fetch_weights(name: str, weights: str | None = None) -> None:
     _path_or_seed(source, model, weights)
 
 
+def is_fetched(name: str) -> bool:
+    """Return whether the library's weights are on this machine; True for an encoder without weights."""
+    source, model = find_source(name)
+    return not source.takes_weights or source.origin(model).is_here()
+
+
 def reach_weights(name: str) -> None:
     """Raise ConnectionError if the library's weights are not on this machine and their server does not answer.
 

@@ -12,6 +12,7 @@ from elfs_ray.methods.numeric.exact_arithmetic import squared_norms
 
 ESTIMATE_ROWS = 20_000
 MIN_ROWS_PER_CLUSTER = 20
+MAX_CLUSTERS = 1000  # that are tried
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class ClusterEstimate:
     evidence: tuple[dict[str, float], ...]
 
 
-def estimate_num_clusters(rows: torch.Tensor, *, seed: int, max_clusters: int = 1000) -> ClusterEstimate:
+def estimate_num_clusters(rows: torch.Tensor, *, seed: int, max_clusters: int = MAX_CLUSTERS) -> ClusterEstimate:
     """Return the number of clusters with the highest simplified silhouette, for rows (m, d) float16 of unit length.
 
     The silhouette (b - a) / max(a, b) of a row compares its distances a to its centroid and b to the next one. The mean

@@ -127,6 +127,7 @@ STAGE = Stage(
     section="cluster",
     section_keys=tuple(key for key in deciding_keys(ClusterConfig()) if key not in NEIGHBOR_KEYS),
     is_part_of=lambda config: config.needs_clusters,
+    is_estimated=True,
     inputs=lambda config: ("embed", "neighbors") if config.needs_neighbors else ("embed",),
     tables=lambda config: (schema.CLUSTERS,),
     describe=_describe,

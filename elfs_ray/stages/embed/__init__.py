@@ -91,6 +91,7 @@ STAGE = Stage(
     result=EmbedResult,
     section="embed",
     global_keys=(),
+    is_estimated=True,
     inputs=lambda config: ("index", "copy", "pretrain") if config.pretrains else ("index",),
     tables=_tables,
     describe=_describe,

@@ -58,6 +58,7 @@ STAGE = Stage(
     # The method alone says how many are kept where the config gives no number.
     section_keys=("method", *NEIGHBOR_KEYS),
     is_part_of=lambda config: config.needs_neighbors,
+    is_estimated=True,
     inputs=lambda config: ("embed",),
     tables=lambda config: (schema.NEIGHBORS,),
     describe=_describe,

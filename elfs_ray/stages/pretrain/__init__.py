@@ -70,6 +70,7 @@ STAGE = Stage(
     result=PretrainResult,
     section="pretrain",
     is_part_of=lambda config: config.pretrains,
+    is_estimated=True,
     inputs=lambda config: ("index", "copy"),
     files=lambda config: (f"pretrain/{schema.ENCODER_FILE}",),
     describe=_describe,

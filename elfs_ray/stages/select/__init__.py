@@ -118,6 +118,7 @@ STAGE = Stage(
     result=SelectResult,
     section="select",
     global_keys=("seed", "budget"),
+    is_estimated=True,
     inputs=_inputs,
     tables=_tables,
     files=_files,

@@ -61,6 +61,7 @@ STAGE = Stage(
     result=TrainResult,
     section="train",
     is_part_of=lambda config: config.needs_dynamics,
+    is_estimated=True,
     inputs=lambda config: ("embed", "cluster"),
     tables=lambda config: (schema.DYNAMICS,),
     describe=_describe,
