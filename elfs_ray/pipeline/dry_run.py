@@ -106,12 +106,26 @@ def describe_budgets(config: Config, num_samples: int, about: str = "") -> list[
             line += f", after dropping the hardest (how many: {count(trials, 'training')} of {steps})"
         elif hard_fraction == "auto":
             line += ", after dropping the hardest (how many: estimated from the training dynamics)"
+            line += _warn_of_small_clusters(config, kept)
         elif config.select.method in USES_HARD_FRACTION:
             assert not isinstance(hard_fraction, str)
             hard = window_start(num_samples, kept, hard_fraction)
             line += f", after dropping the {about}{hard:,} hardest"
         lines.append(line)
     return lines
+
+
+def _warn_of_small_clusters(config: Config, kept: int) -> str:
+    """Return what select.hard_fraction=auto would say about a budget with too few images for its clusters."""
+    from elfs_ray.methods.selection.hard_fraction import MIN_SAMPLES_PER_CLASS
+
+    clusters = config.cluster.num_clusters
+    if isinstance(clusters, str) or kept >= MIN_SAMPLES_PER_CLASS * clusters:
+        return ""
+    return (
+        f"; {kept / clusters:.1f} a cluster are too few for auto, which needs about {MIN_SAMPLES_PER_CLASS}: give a "
+        "number, or search"
+    )
 
 
 def _describe_requests(stage: Stage, config: Config, devices: Devices) -> str:

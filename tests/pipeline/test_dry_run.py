@@ -7,14 +7,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from elfs_ray.config import ConfigError
-from elfs_ray.pipeline.dry_run import describe_plan
+from elfs_ray.pipeline.dry_run import describe_plan, look
 from tests.small_run import config_of
 
 FITTING = ("cluster.num_clusters=2", "budget=2", "select.hard_fraction=0")
 
 
 def describe(pool: Path | str, run_dir: Path, *more: str) -> str:
-    return describe_plan(look(config_of(pool, run_dir, *FITTING, *more))
+    return describe_plan(look(config_of(pool, run_dir, *FITTING, *more)))
 
 
 def write(folder: Path, *names: str) -> None:
@@ -47,3 +47,14 @@ def test_a_run_directory_in_any_folder_of_the_pool_is_refused(tmp_path, uri):
             describe(uri.format(tmp_path), tmp_path / run_dir)
     if uri != "{0}/*":
         describe(uri.format(tmp_path), tmp_path / "b-run")
+
+
+def test_the_plan_says_how_many_images_a_cluster_has(tmp_path):
+    write(tmp_path / "pool", *(f"{number}.png" for number in range(60)))
+    keys = ("cluster.num_clusters=40", "budget=20", "select.method=double_end", "select.hard_fraction=auto")
+    plan = describe(tmp_path / "pool", tmp_path / "run", *keys)
+    assert "40 clusters of 1.5 images on average" in plan
+    assert "0.5 a cluster are too few for auto, which needs about 10: give a number, or search" in plan
+    plan = describe(tmp_path / "pool", tmp_path / "run", "cluster.num_clusters=auto", "select.method=auto")
+    assert "2 to 3 clusters, as the embeddings suggest" in plan
+    assert "covers each pseudo-class by its members if 60% of the pseudo-labels look right" in plan

@@ -16,7 +16,7 @@ import pytest
 import elfs_ray
 from elfs_ray.config import ConfigError
 from elfs_ray.pipeline import reselect
-from elfs_ray.pipeline.dry_run import describe_plan
+from elfs_ray.pipeline.dry_run import describe_plan, look
 from elfs_ray.stages.select import SelectResult
 from elfs_ray.stages.train import TrainResult
 from elfs_ray.storage import filesystem
@@ -214,7 +214,7 @@ def test_no_budget_is_refused_because_of_an_estimate(tmp_path, sizes, budget):
             (folder / f"{name}.png").write_bytes(image)
     for requested, fits in ((budget, True), (1, True), (5000, False)):
         config = config_of(tmp_path / "pool", tmp_path / "run", f"budget={requested}")
-        plan = describe_plan(config)
+        plan = describe_plan(look(config))
         assert f"in {tmp_path / 'pool'}, an estimate from 65 of its 130 folders" in plan
         if not fits:
             assert "budget    5000 does not fit the estimate; stage index counts every image" in plan
@@ -233,7 +233,7 @@ def test_a_budget_above_the_usable_images_is_refused_after_embed(ray_cluster, tm
             run(tmp_path / "pool", tmp_path / "run", *keys)
         assert (tmp_path / "run" / "embed" / "_SUCCESS.json").exists() and not (tmp_path / "run" / "cluster").exists()
     config = config_of(tmp_path / "pool", tmp_path / "run", *keys, "budget=0.5")
-    plan = describe_plan(config)
+    plan = describe_plan(look(config))
     assert "pool      12 images" in plan and "budget    5 images" in plan
 
 

@@ -10,7 +10,7 @@ import pytest
 import elfs_ray
 from elfs_ray.config import ConfigError, load_config
 from elfs_ray.pipeline import reselect
-from elfs_ray.pipeline.dry_run import describe_plan
+from elfs_ray.pipeline.dry_run import describe_plan, look
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 from tests.tables import contents, digit_images, png
@@ -51,7 +51,7 @@ def test_it_has_neither_clusters_nor_training_nor_copies_and_its_plan_says_so(co
     assert not {"clusters", "dynamics", "scores", "proxy_images", "cluster", "train"} & {
         path.name for path in covered.iterdir()
     }
-    plan = describe_plan(config_for(pool, tmp_path, "select.method=coverage"))
+    plan = describe_plan(look(config_for(pool, tmp_path, "select.method=coverage")))
     assert [line.split()[0] for line in plan.split("\n\n")[1].splitlines()] == ["index", "embed", "select", "report"]
     assert "pixels, no copies" in plan and "coverage without training" in plan
 
@@ -128,7 +128,7 @@ def test_a_random_coreset_and_another_budget_are_selected_from_it(covered):
 def test_a_selection_that_needs_no_copies_runs_where_they_are(ray_cluster, pool, tmp_path):
     """A run may keep more than the next one needs."""
     elfs_ray.run(config_for(pool, tmp_path, *CLUSTERS_AND_NETWORK, "until=embed"))
-    plan = describe_plan(config_for(pool, tmp_path, "select.method=coverage"))
+    plan = describe_plan(look(config_for(pool, tmp_path, "select.method=coverage")))
     assert "embed     done" in plan
 
 

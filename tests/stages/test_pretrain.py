@@ -23,7 +23,7 @@ from elfs_ray.methods.encoders.encoder import load_encoder
 from elfs_ray.methods.encoders.weights import read_trained_encoder
 from elfs_ray.methods.simclr.training import SimclrTrainer, simclr_settings
 from elfs_ray.methods.training.dynamics import BatchPlan
-from elfs_ray.pipeline.dry_run import describe_plan
+from elfs_ray.pipeline.dry_run import describe_plan, look
 from elfs_ray.stages.embed import EmbedResult
 from elfs_ray.stages.pretrain import PretrainResult
 from elfs_ray.stages.pretrain.worker import TwoViews, pool_hash, real_views
@@ -206,7 +206,7 @@ def test_images_much_larger_than_those_that_it_was_trained_on_are_refused(undist
 @pytest.mark.slow
 def test_only_a_run_that_trains_an_encoder_has_two_more_stages(undisturbed, pool, tmp_path):
     def planned(*overrides: str) -> list[str]:
-        lines = describe_plan(config_of(pool, tmp_path, *overrides)).split("\n\n")[1].splitlines()
+        lines = describe_plan(look(config_of(pool, tmp_path, *overrides))).split("\n\n")[1].splitlines()
         return [line.split()[0] for line in lines]
 
     others = ["index", "embed", "cluster", "train", "select", "report"]
@@ -218,10 +218,10 @@ def test_only_a_run_that_trains_an_encoder_has_two_more_stages(undisturbed, pool
 def test_days_of_work_on_cpus_are_announced(ray_cluster, pool, tmp_path, capsys):
     slow = ["pretrain.profile=gpu", "pretrain.network=null", "pretrain.epochs=null", "pretrain.device=cpu"]
     advice = "will take days on CPUs with pretrain.profile=gpu: pretrain.profile=cpu takes half an hour"
-    plan = describe_plan(config_of(pool, tmp_path, *slow))
+    plan = describe_plan(look(config_of(pool, tmp_path, *slow)))
     assert "SimCLR, resnet18, 400 epochs" in plan and advice in plan
     for quick in (slow[1:], [*slow, "pretrain.epochs=2"]):
-        assert advice not in describe_plan(config_of(pool, tmp_path, *quick))
+        assert advice not in describe_plan(look(config_of(pool, tmp_path, *quick)))
     with RunLock(str(tmp_path), print), pytest.raises(ConfigError, match="written by another driver"):
         run(pool, tmp_path, *slow)
     assert f"pretrain  {advice}" in capsys.readouterr().err

@@ -52,7 +52,15 @@ def _describe(config: Config, num_samples: int) -> str:
     if cluster.method == "file":
         return f"pseudo-labels from {cluster.labels_uri}"
     tries = count(cluster.num_tries, "try", "tries")
-    clustering = f"{cluster.num_clusters} clusters, {tries} of up to {count(cluster.max_iterations, 'iteration')}"
+    if cluster.num_clusters == "auto":
+        from elfs_ray.methods.kmeans.num_clusters import MAX_CLUSTERS, MIN_ROWS_PER_CLUSTER
+
+        most = max(2, min(MAX_CLUSTERS, num_samples // MIN_ROWS_PER_CLUSTER))
+        number = f"2 to {count(most, 'cluster')}, as the embeddings suggest"
+    else:
+        each = num_samples / int(cluster.num_clusters)
+        number = f"{count(int(cluster.num_clusters), 'cluster')} of {each:,.{int(each < 10)}f} images on average"
+    clustering = f"{number}, {tries} of up to {count(cluster.max_iterations, 'iteration')}"
     return clustering + (f", then TEMI, {cluster.temi.profile} profile" if cluster.method == "temi" else "")
 
 

@@ -76,6 +76,13 @@ def _describe(config: Config, num_samples: int) -> str:
     select = config.select
     balanced = ", balanced over pseudo-labels" if select.balance else ""
     source = f"by {select.score}" if select.uses_dynamics else "without training"
+    if select.method == "auto":
+        from elfs_ray.methods.clustering_trust import LEAST_TRUST
+
+        source += (
+            f": covers each pseudo-class by its members if {LEAST_TRUST:.0%} of the pseudo-labels look right, else the "
+            "pool at once"
+        )
     return f"{select.method} {source}{balanced}"
 
 

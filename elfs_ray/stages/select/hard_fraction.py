@@ -10,7 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from elfs_ray.config import Config
-from elfs_ray.methods.selection.hard_fraction import count_difficulty, estimate_risks, least_risk
+from elfs_ray.methods.selection.hard_fraction import (
+    MIN_SAMPLES_PER_CLASS,
+    count_difficulty,
+    estimate_risks,
+    least_risk,
+)
 from elfs_ray.methods.selection.pruning import budget_count
 from elfs_ray.runtime.progress import say
 from elfs_ray.stages.cluster import ClusterResult
@@ -21,7 +26,6 @@ from elfs_ray.storage.run_dir import RunDir
 
 PROBABILITY = "dual_mean_prob"
 SHOWN_EVERY = 5  # of the risks, which are estimated at every 0.01: the report shows every 0.05
-MIN_SAMPLES_PER_CLASS = 10  # with fewer, the estimate is poor (measured, BENCHMARKS.md)
 
 
 class Choice(NamedTuple):

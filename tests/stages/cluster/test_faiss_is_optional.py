@@ -26,7 +26,7 @@ from elfs_ray.config import ConfigError
 from elfs_ray.methods.kmeans.lloyd import kmeans
 from elfs_ray.methods.kmeans.points import ArrayPoints
 from elfs_ray.methods.neighbors.exact import nearest_neighbors
-from elfs_ray.pipeline.dry_run import describe_plan
+from elfs_ray.pipeline.dry_run import describe_plan, look
 import elfs_ray.stages.cluster.run
 from tests.tables import digits_config
 
@@ -43,7 +43,8 @@ def message(call, *arguments):
 print(message(nearest_neighbors, rows, ids, [(rows, ids)], 2))
 for overrides in ([], ["cluster.method=temi"], ["cluster.num_neighbors=3"], ["cluster.engine=faiss"]):
     pool = [f"pool.uri={sys.argv[1]}/pool", "budget=0.5", "cluster.num_clusters=2", "cluster.device=cpu"]
-    print(message(describe_plan, digits_config(Path(sys.argv[1]) / "run", *pool, *overrides)))
+    config = digits_config(Path(sys.argv[1]) / "run", *pool, *overrides)
+    print(message(lambda: describe_plan(look(config))))
 """
 
 
