@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> None:
         print(describe(config))
         return
     if not any(text.startswith("run_dir=") for text in typed.overrides):
-        say(f"run_dir   {config.run_dir}, as run_dir=... names no other")
+        say(f"run_dir   {config.run_dir} (run_dir=... sets another)")
     run_config(config)
 
 

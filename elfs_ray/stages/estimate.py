@@ -27,7 +27,7 @@ MEASURE_S = 2.0
 TIMEOUT_S = 120
 # Matrix products a second of one CPU core and of one GPU, as measured for k-means, TEMI and neighbours (BENCHMARKS.md).
 CPU_FLOPS, GPU_FLOPS = 60e9, 87e12
-STATED = "from stated rates"
+STATED = "arithmetic alone, at stated rates"
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def test_the_time_of_every_long_stage_is_stated(pool, tmp_path):
     lines = describe_time(replace(known, pool=PoolCount(100_000))).splitlines()[1:]
     assert [line.split()[0] for line in lines] == ["embed", "cluster", "train", "select", "time"]
     assert "measured here: " in lines[0] and " GiB a worker" in lines[0]
-    assert all("from stated rates" in line for line in lines[1:-1])
+    assert all("at stated rates" in line for line in lines[1:-1])
     shutil.rmtree(pool)
     lines = describe_time(replace(known, pool=PoolCount(100_000))).splitlines()
     assert lines[1].startswith("embed     time not estimated: ") and "does not exist" in lines[1]

@@ -27,4 +27,4 @@ def estimate(work: Work) -> Estimate:
         flops = 2 * PASSES * weights * settings.num_epochs * n
         seconds += flops / (GPU_FLOPS * request.most if request.gpus else work.flops)
         memory = max(memory, 2 * n * dim + 20 * weights + GIB)
-    return Estimate(seconds, memory, f"at most, {STATED}")
+    return Estimate(seconds, memory, f"at most; {STATED}")
