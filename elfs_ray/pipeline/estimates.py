@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from elfs_ray.config import LINEAR, Config
 from elfs_ray.pipeline.plan import PlannedStage
-from elfs_ray.runtime.progress import format_duration
+from elfs_ray.runtime.progress import count, format_duration
 from elfs_ray.stages.embed import EmbedResult
 from elfs_ray.stages.stage import Stage
 from elfs_ray.storage.run_dir import RunDir
@@ -16,7 +16,8 @@ if TYPE_CHECKING:  # importing them imports torch and Ray
     from elfs_ray.stages.estimate import Work
 
 DAY_S = 86_400
-FEW = 300  # images of 224 pixels, which take minutes at most with any encoder
+RAY_START_S, WORKERS_START_S = 15.0, 14.0  # of Ray, and of the workers of a stage
+FEW = 1_000  # images of 224 pixels, which take minutes with any encoder
 ENCODER_SIDE = 224  # pixels, of most encoders
 SHORT_CPU, SHORT_GPU = 20_000, 2_000_000  # images of 224 pixels of which a core, a GPU surely sees more in a day
 
@@ -24,19 +25,22 @@ SHORT_CPU, SHORT_GPU = 20_000, 2_000_000  # images of 224 pixels of which a core
 def estimate_stages(
     config: Config, run_dir: RunDir, plan: Sequence[PlannedStage], num_samples: int, devices: "Devices"
 ) -> tuple[dict[str, str], float]:
-    """Return a line for each stage that is to run and takes more than seconds, and the seconds of all of them."""
+    """Return a line for each stage that is to run and takes more than seconds, and the seconds of the run.
+
+    These include the start of Ray and of the workers of each stage.
+    """
     from elfs_ray.stages.estimate import Work
 
     embedded = run_dir.success_marker(EmbedResult.stage)
     dim = EmbedResult.from_json(embedded.result).dim if embedded else 0
     work = Work(config, run_dir, num_samples, devices, dim)
     lines: dict[str, str] = {}
-    total_s = 0.0
+    total_s = RAY_START_S
     for planned in plan:
         if planned.action == "done":
             continue
         line, seconds, dim = _estimate(planned.stage, work)
-        total_s += seconds
+        total_s += seconds + (WORKERS_START_S if line else 0)
         work = dataclasses.replace(work, dim=dim or work.dim)
         lines |= {planned.stage.name: line} if line else {}
     return lines, total_s
@@ -57,14 +61,14 @@ def describe_estimates(
 ) -> list[str]:
     """Return the lines of `estimate_stages`, one about the whole run, and a warning for one of more than a day."""
     if _passes(config) * num_samples <= FEW:
-        return [f"\ntime      minutes at most: {num_samples:,} images are too few to measure"]
+        return [f"\ntime      minutes at most for {count(num_samples, 'image')}"]
     lines, total_s = estimate_stages(config, run_dir, plan, num_samples, devices)
     unknown = [name for name, line in lines.items() if line.startswith("time not")]
     besides = f", besides {' and '.join(unknown)}" if unknown else ""
     return [
         "",
         *(f"{name:<9} {line}" for name, line in lines.items()),
-        f"time      about {format_duration(total_s)} in all{besides}",
+        f"time      about {format_duration(total_s)} in all, with the start of Ray and of workers{besides}",
         *warn_of_days(total_s),
     ]
 

@@ -9,7 +9,7 @@ import pytest
 
 from elfs_ray.pipeline import estimates
 from elfs_ray.pipeline.dry_run import describe_time, look
-from elfs_ray.pipeline.estimates import DAY_S, may_take_days, warn_of_days
+from elfs_ray.pipeline.estimates import DAY_S, RAY_START_S, WORKERS_START_S, may_take_days, warn_of_days
 from elfs_ray.pipeline.plan import PoolCount
 from elfs_ray.runtime.cluster import Devices
 from elfs_ray.stages.estimate import Estimate, in_worker, rate_of
@@ -34,7 +34,7 @@ def test_the_time_of_every_long_stage_is_stated(pool, tmp_path):
     """A linear proxy on pixels: so the only thing that takes seconds to measure is the encoder."""
     config = config_of(pool, tmp_path / "run", "train.network=linear", "embed.image_size=32", "train.epochs=9")
     known = look(config)
-    assert describe_time(known) == "\ntime      minutes at most: 30 images are too few to measure"
+    assert describe_time(known) == "\ntime      minutes at most for 30 images"
     lines = describe_time(replace(known, pool=PoolCount(100_000))).splitlines()[1:]
     assert [line.split()[0] for line in lines] == ["embed", "cluster", "train", "select", "time"]
     assert "measured here: " in lines[0] and " GiB a worker" in lines[0]
@@ -42,7 +42,7 @@ def test_the_time_of_every_long_stage_is_stated(pool, tmp_path):
     shutil.rmtree(pool)
     lines = describe_time(replace(known, pool=PoolCount(100_000))).splitlines()
     assert lines[1].startswith("embed     time not estimated: ") and "does not exist" in lines[1]
-    assert lines[-1].endswith("in all, besides embed")
+    assert lines[-1].endswith("of workers, besides embed")
 
 
 def test_a_run_of_days_is_worth_a_warning(pool, tmp_path):
@@ -65,9 +65,11 @@ def test_the_seconds_of_all_stages_add_up(pool, tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(plan[0].stage), "estimate", estimate)
     lines, total_s = estimates.estimate_stages(config, RunDir(tmp_path / "run"), plan, 100, TWO_CPUS)
-    assert total_s == 10 * len(lines) and set(lines.values()) == {"about 10.0 s, 1.0 GiB a worker; measured"}
+    assert total_s == RAY_START_S + (10 + WORKERS_START_S) * len(lines) and set(lines.values()) == {
+        "about 10.0 s, 1.0 GiB a worker; measured"
+    }
     done = [replace(planned, action="done") for planned in plan]
-    assert estimates.estimate_stages(config, RunDir(tmp_path / "run"), done, 100, TWO_CPUS) == ({}, 0.0)
+    assert estimates.estimate_stages(config, RunDir(tmp_path / "run"), done, 100, TWO_CPUS) == ({}, RAY_START_S)
 
 
 def test_a_rate_is_that_of_its_calls():

@@ -73,7 +73,7 @@ def measure(config: Config, images: list[bytes], device: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     embed = config.embed
     shape: EncoderInput = encoder_input(embed.encoder, embed.image_size, embed.resize, embed.weights_file)
-    pixels = []
+    pixels: list[np.ndarray] = []
 
     def decode() -> int:
         pixels.clear()
