@@ -60,15 +60,27 @@ class Estimate:
         return f"about {format_duration(self.seconds)}, {self.memory_bytes / GIB:.1f} GiB a worker; {self.basis}"
 
 
-def rate_of(work: Callable[[], int]) -> float:
-    """Return the units a second of calls that return their units: of about two seconds after a first call."""
+def rate_of(work: Callable[[int], object], most: int) -> float:
+    """Return the items a second of calls that are given a number of items, of about two seconds altogether.
+
+    The number grows from 2 to `most` until a call takes long enough, as few items at once take longer each.
+    """
+    number, seconds = 2, _time(work, 2)
+    if seconds < MEASURE_S:  # else this first call counts, though it warms up
+        seconds = _time(work, number)
+        while seconds < MEASURE_S / 8 and number < most:
+            number = min(4 * number, most)
+            seconds = _time(work, number)
+    done, spent_s = number, seconds
+    while spent_s < MEASURE_S:
+        done, spent_s = done + number, spent_s + _time(work, number)
+    return done / spent_s
+
+
+def _time(work: Callable[[int], object], number: int) -> float:
     start_s = time.perf_counter()
-    units = work()
-    if time.perf_counter() - start_s < MEASURE_S:  # a first call that is slow enough counts, though it warms up
-        start_s, units = time.perf_counter(), 0
-        while time.perf_counter() - start_s < MEASURE_S:
-            units += work()
-    return units / (time.perf_counter() - start_s)
+    work(number)
+    return time.perf_counter() - start_s
 
 
 def in_worker(function: Callable[..., Any], *arguments: Any) -> Any:

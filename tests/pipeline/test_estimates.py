@@ -73,12 +73,16 @@ def test_the_seconds_of_all_stages_add_up(pool, tmp_path, monkeypatch):
 
 
 def test_a_rate_is_that_of_its_calls():
-    def work() -> int:
-        time.sleep(0.1)
-        return 5
+    numbers = []
 
-    # No upper bound, as a busy machine sleeps longer.
-    assert 0 < rate_of(work) <= 50
+    def work(number: int) -> None:
+        numbers.append(number)
+        time.sleep(0.02 * number)
+
+    # A busy machine sleeps longer, but never less.
+    assert 0 < rate_of(work, 100) <= 50
+    assert numbers[:2] == [2, 2] and max(numbers) > 2
+    assert 0 < rate_of(lambda number: time.sleep(0.5 * number), 100) <= 2
 
 
 def test_what_fails_in_a_worker_is_told_in_a_line():

@@ -1,6 +1,7 @@
 """Estimate stage embed: decode and encode a few of the pool's images for about two seconds each."""
 
 import resource
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from elfs_ray.stages.embed import request_encoders
 from elfs_ray.stages.embed.blocks import BLOCK_PIXEL_BYTES
 from elfs_ray.stages.estimate import Estimate, Work, in_worker, rate_of, require_local_gpus
 from elfs_ray.stages.training.estimate import measure_training
-from elfs_ray.storage import schema
+from elfs_ray.storage import filesystem, schema
 
 NUM_SAMPLED = 16  # images, as many as an encoder sees at once here
 STEP_PASSES = 3  # forward passes take as long as one step of training
@@ -72,38 +73,33 @@ def measure(config: Config, images: list[bytes], device: str) -> dict[str, Any]:
     """Return decoded and encoded images a second of one thread or GPU, the embedding's dimension and peak memory."""
     torch.set_num_threads(1)
     embed = config.embed
-    shape: EncoderInput = encoder_input(embed.encoder, embed.image_size, embed.resize, embed.weights_file)
-    pixels: list[np.ndarray] = []
-
-    def decode() -> int:
-        pixels.clear()
-        for data in images:
-            try:
-                image = decode_image(data, max_pixels=embed.max_image_pixels, min_size=shape.resize)
-                view = resize_center_crop(
-                    image, resize=shape.resize, crop=shape.crop, interpolation=shape.interpolation
-                )
-                if config.keeps_copies:
-                    side, quality = embed.proxy_image_size, embed.proxy_jpeg_quality
-                    encode_proxy_image(image, short_side=side, jpeg_quality=quality)
-            except BadImage:
-                continue
-            pixels.append(view)
-        return len(images)
-
-    decode_rate = rate_of(decode)
-    if not pixels:
-        raise RuntimeError("none of the first images can be decoded")
     # An untrained network takes as long as a trained one, and needs no download.
     weights = embed.weights if embed.weights is not None or is_fetched(embed.encoder) else "random:0"
-    encoder = load_encoder(embed.encoder, weights=weights, image_size=embed.image_size, device=device)
-    batch_size = embed.batch_size if device == "cuda" else NUM_SAMPLED
-    batch = np.stack([pixels[position % len(pixels)] for position in range(batch_size)])
+    file = embed.weights_file
+    with filesystem.local_file(file) if file is not None else nullcontext(weights) as weights:
+        shape = encoder_input(embed.encoder, embed.image_size, embed.resize, weights)
+        encoder = load_encoder(embed.encoder, weights=weights, image_size=embed.image_size, device=device)
+    pixels: list[np.ndarray] = []
 
-    def encode() -> int:
-        encoder.encode(batch)
-        return len(batch)
+    def decode(number: int) -> None:
+        pixels[:] = [view for data in images[:number] if (view := _decode(config, shape, data)) is not None]
 
-    encode_rate = rate_of(encode)
+    decode_rate = rate_of(decode, len(images))
+    if not pixels:
+        raise RuntimeError("none of the first images can be decoded")
+    batch = np.stack([pixels[position % len(pixels)] for position in range(embed.batch_size)])
+    encode_rate = rate_of(lambda number: encoder.encode(batch[:number]), embed.batch_size)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"decode": decode_rate, "encode": encode_rate, "dim": encoder.dim, "peak_bytes": peak}
+
+
+def _decode(config: Config, shape: EncoderInput, data: bytes) -> np.ndarray | None:
+    """Return the encoder's view of an image, and make its copy where the run keeps one; None for a bad image."""
+    embed = config.embed
+    try:
+        image = decode_image(data, max_pixels=embed.max_image_pixels, min_size=shape.resize)
+        if config.keeps_copies:
+            encode_proxy_image(image, short_side=embed.proxy_image_size, jpeg_quality=embed.proxy_jpeg_quality)
+    except BadImage:
+        return None
+    return resize_center_crop(image, resize=shape.resize, crop=shape.crop, interpolation=shape.interpolation)

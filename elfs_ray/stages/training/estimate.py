@@ -8,7 +8,7 @@ from elfs_ray.methods.training.networks import build_proxy_model
 from elfs_ray.runtime.resources import Request
 from elfs_ray.stages.estimate import in_worker, rate_of, require_local_gpus
 
-BATCH = 16
+MAX_BATCH = 256
 NUM_CLASSES = 10  # of the measured network; the last layer takes next to nothing of the time
 
 
@@ -26,21 +26,19 @@ def measure_training(request: Request, network: str, image_size: int) -> tuple[f
 def train_steps(network: str, image_size: int, num_threads: int, device: str) -> tuple[float, float]:
     """Train on random images for about two seconds; return images a second and the peak memory of this process."""
     torch.set_num_threads(num_threads)
-    batch = BATCH if device == "cpu" else 16 * BATCH
-    images = torch.rand(batch, 3, image_size, image_size, device=device).to(memory_format=torch.channels_last)
     model = build_proxy_model(network, NUM_CLASSES)
     model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    targets = torch.zeros(batch, dtype=torch.long, device=device)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
 
-    def step() -> int:
+    def step(number: int) -> None:
+        images = torch.rand(number, 3, image_size, image_size, device=device).to(memory_format=torch.channels_last)
+        targets = torch.zeros(number, dtype=torch.long, device=device)
         with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
             loss = torch.nn.functional.cross_entropy(model(images), targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss.item()  # waits for a GPU
-        return batch
 
-    rate = rate_of(step)
+    rate = rate_of(step, MAX_BATCH)
     return rate, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
