@@ -20,7 +20,10 @@ def load(overrides: Sequence[str]) -> Config:
         raise ConfigError("no value for run_dir: give the run directory of a finished run")
     if others := sorted(values.keys() - set(KEYS)):
         raise ConfigError(f"{', '.join(others)} cannot be set here: a report takes {', '.join(KEYS)}")
-    return load_config(None, overrides, base=_keys_of(RunDir(expand_home(values["run_dir"]))))
+    run_dir = RunDir(expand_home(values["run_dir"]))
+    if run_dir.success_marker(STAGES[0].name) is None:
+        raise ConfigError(f"{run_dir.uri} has no complete stage {STAGES[0].name}: give the folder of a finished run")
+    return load_config(None, overrides, base=_keys_of(run_dir))
 
 
 def _keys_of(run_dir: RunDir) -> dict[str, Any]:
