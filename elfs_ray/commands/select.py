@@ -1,6 +1,7 @@
 """Choose which images of a pool to label: run the pipeline, and the evaluation if the config has one."""
 
 import os
+import re
 from pathlib import Path
 
 from elfs_ray.cli import Arguments, key_lines, read_arguments, run_config
@@ -66,10 +67,12 @@ def yaml_of(typed: Arguments) -> Path:
 def load(typed: Arguments) -> Config:
     """Return the config; a pool on this machine needs no run_dir. Raises ConfigError."""
     yaml = yaml_of(typed)
-    pools = [value for key, _, value in (text.partition("=") for text in typed.overrides) if key == "pool.uri"]
+    # A shell completes a folder's name with a slash, and photos/ must resume the run of photos.
+    overrides = [text.rstrip("/") if re.fullmatch(r"pool\.uri=.*[^:/]/+", text) else text for text in typed.overrides]
+    pools = [value for key, _, value in (text.partition("=") for text in overrides) if key == "pool.uri"]
     run_dir = default_run_dir(pools[-1]) if pools else None
     try:
-        return load_config(yaml, typed.overrides, base={"run_dir": run_dir} if run_dir else None)
+        return load_config(yaml, overrides, base={"run_dir": run_dir} if run_dir else None)
     except ConfigError as error:
         if pools or not str(error).startswith("no value for "):
             raise

@@ -169,6 +169,8 @@ def test_the_commands_are_listed(capsys):
         (["x/a=b", "--budget", "1"], "pool.uri", "x/a=b"),
         (["photos", "--budget", "1"], "run_dir", "elfs-ray/photos"),
         (["photos/", "--budget", "1", "--run-dir", "x"], "run_dir", "x"),
+        (["photos/", "--budget", "1"], "pool.uri", "photos"),
+        (["/", "--budget", "1", "run_dir=x"], "pool.uri", "/"),
         (["photos", "--budget", "1", "--embed.encoder", "pixels"], "embed.encoder", "pixels"),
         (["photos", "budget=1", "preset=imagenet"], "train.network", "resnet34"),
         (["photos", "--preset", "cifar10"], "budget", 0.1),
