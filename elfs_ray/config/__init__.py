@@ -18,6 +18,7 @@ from elfs_ray.config.cluster import NEIGHBOR_KEYS, ClusterConfig
 from elfs_ray.config.declaration import Bounds, ConfigError, fields_of, option
 from elfs_ray.config.embed import SELF_SUPERVISED, EmbedConfig
 from elfs_ray.config.evaluate import EVALUATED_METHODS, LINEAR_PROBE, EvaluateConfig
+from elfs_ray.config.files import DIGEST, digests_of_files
 from elfs_ray.config.loading import deciding_keys, describe_keys, expand_home, load_config, load_keys
 from elfs_ray.config.pool import PoolConfig
 from elfs_ray.config.pretrain import PretrainConfig
@@ -29,6 +30,7 @@ from elfs_ray.config.train import LINEAR, TrainConfig
 
 __all__ = [
     "BY_COVERAGE",
+    "DIGEST",
     "EVALUATED_METHODS",
     "FIND_HARD_FRACTION",
     "LINEAR",
@@ -58,6 +60,7 @@ __all__ = [
     "check_temi_workers",
     "deciding_keys",
     "describe_keys",
+    "digests_of_files",
     "expand_home",
     "fields_of",
     "load_config",

@@ -247,11 +247,6 @@ def _check_selection(config: Config) -> None:
             f"select.method=d2 needs select.d2_neighbors={num_neighbors} nearest neighbours: give "
             f"cluster.num_neighbors={num_neighbors}"
         )
-    if config.select.labelled is not None and config.select.method not in BY_COVERAGE:
-        raise ConfigError(
-            f"select.labelled with select.method={config.select.method}, which cannot take labelled images into "
-            "account: give select.method=auto"
-        )
     if config.select.method in BY_COVERAGE and config.select.balance:
         raise ConfigError(
             f"select.balance=true with select.method={config.select.method}, which covers every kind of image anyway: "

@@ -45,15 +45,18 @@ def option(
     bounds: Bounds | None = None,
     decides: bool | Callable[[Any], bool] = True,
     is_path: bool = False,
+    is_file: bool = False,
 ) -> Any:
     """Declare a config key, as a field of a dataclass.
 
     decides: whether the value changes the stage's tables, so that complete stages are refused when it differs; or a
         function of the section that returns this.
     is_path: whether a leading ~ stands for the home directory.
+    is_file: whether the content of the file that it names decides the stage's result, too.
     """
     limits = {"choices": tuple(choices), "bounds": bounds}
-    metadata = {"help": help_text, "unit": unit, **limits, "decides": decides, "is_path": is_path}
+    metadata = {"help": help_text, "unit": unit, **limits, "decides": decides}
+    metadata |= {"is_path": is_path, "is_file": is_file}
     if isinstance(default, list):
         # Dataclasses refuse mutable defaults, and every config must get a list that nobody else changes.
         return field(default_factory=lambda: list(default), metadata=metadata)

@@ -23,7 +23,7 @@ SELECT_METHODS = (
 WITHOUT_DYNAMICS = ("auto", "random", "prototypicality", "d2", "zcore", "coverage")
 """The methods that read no training dynamics: a run that selects by one of them trains no proxy network."""
 BY_COVERAGE = ("auto", "coverage")
-"""The methods that choose by coverage: they balance by themselves, and take labelled images into account."""
+"""The methods that choose by coverage: they balance by themselves, and labelled images cover others."""
 USES_HARD_FRACTION = ("double_end", "stratified")
 FIND_HARD_FRACTION = ("auto", "search")
 
@@ -93,9 +93,20 @@ class SelectConfig:
     )
     labelled: str | None = option(
         None,
-        "for auto and coverage: file that names the images which are labelled already, by sample_id or uri: a "
-        "coreset.txt, Parquet, CSV or a JSON export of Label Studio; the budget is that of further images",
+        "file that names the images which are labelled already, by sample_id or uri: a coreset.txt, Parquet, CSV or a "
+        "JSON export of Label Studio; they are not chosen again, and the budget is that of further images; for auto "
+        "and coverage they cover others",
         is_path=True,
+        is_file=True,
+    )
+    exclude: str | None = option(
+        None,
+        "file, as for labelled, that names images which are never to be chosen; for auto and coverage they need not "
+        "be covered either, as nothing that resembles them is wanted for their sake",
+        # Where it is null, runs that were made before the key existed stay as they are.
+        decides=lambda select: select.exclude is not None,
+        is_path=True,
+        is_file=True,
     )
     balance: bool = option(
         False, "select equally many images of each pseudo-class, as far as it has them; helps some pools"
@@ -116,6 +127,11 @@ class SelectConfig:
     zcore_draws: int = option(
         1_000_000, "for zcore: number of random points that the selection must cover", unit="draws", bounds=POSITIVE
     )
+
+    @property
+    def files_of_names(self) -> dict[str, str | None]:
+        """Return the keys that name images which must not be chosen, with their files."""
+        return {"select.labelled": self.labelled, "select.exclude": self.exclude}
 
     @property
     def uses_dynamics(self) -> bool:

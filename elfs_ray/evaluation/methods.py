@@ -23,8 +23,8 @@ class Method:
 
 
 def _unbalanced(method: str, *keys: str) -> tuple[str, ...]:
-    """Return the keys of a baseline, which neither balances nor knows labelled images, even if the run does."""
-    return (f"select.method={method}", *keys, "select.balance=false", "select.labelled=null")
+    """Return the keys of a baseline, which neither balances nor leaves any image out, even if the run does."""
+    return (f"select.method={method}", *keys, "select.balance=false", "select.labelled=null", "select.exclude=null")
 
 
 METHODS = {

@@ -64,7 +64,7 @@ def embed_test_images(
     keys += [f"pool.label={columns.label}", *([f"pool.image_column={columns.image}"] if columns.image else [])]
     keys += [f"embed.device={device}", "budget=1.0", "until=embed", "on_change=rerun"]
     # A method that needs no copies of the images.
-    keys += ["select.method=random", "select.hard_fraction=0", "select.labelled=null"]
+    keys += ["select.method=random", "select.hard_fraction=0", "select.labelled=null", "select.exclude=null"]
     if source.config.pretrains:
         keys.append(f"embed.weights={PretrainResult.read(source.run_dir).encoder}")
     run_dir = runner.run(load_config(None, keys, base=source.base))

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from elfs_ray.config import Config, ConfigError, check_budgets, expand_home, load_config
+from elfs_ray.config import DIGEST, Config, ConfigError, check_budgets, expand_home, load_config
 from elfs_ray.pipeline.plan import wanted_marker
 from elfs_ray.pipeline.runner import locked
 from elfs_ray.runtime.progress import format_duration, say
@@ -145,6 +145,8 @@ def config_of(run_dir: RunDir) -> dict[str, Any]:
                 continue
             raise ConfigError(f"{run_dir.uri} has no complete stage {stage}: run the pipeline there first")
         for key, value in marker.config.items():
+            if key.endswith(DIGEST):
+                continue
             section, _, name = key.rpartition(".")
             (base[section] if section else base)[name] = value
     # A run without a search has no search_* keys among those that decide, but may have been told them.

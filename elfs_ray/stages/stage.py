@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from elfs_ray.config import Config, deciding_keys
+from elfs_ray.config import Config, deciding_keys, digests_of_files
 from elfs_ray.runtime.resources import Request
 from elfs_ray.storage.run_dir import RunDir
 
@@ -88,9 +88,15 @@ class Stage:
         return self.result.stage
 
     def deciding_config(self, config: Config) -> dict[str, Any]:
-        """Return the keys that decide the stage's result, with their values."""
-        values = deciding_keys(getattr(config, self.section))
+        """Return the keys that decide the stage's result, with their values, and digests of the files that they name.
+
+        Raises ConfigError for a file that cannot be read.
+        """
+        section = getattr(config, self.section)
+        values = deciding_keys(section)
         keys = {f"{self.section}.{key}": values[key] for key in self.section_keys or values}
+        # A file may have changed under its old path.
+        keys |= digests_of_files(section, self.section)
         return {**{key: getattr(config, key) for key in self.global_keys}, **keys}
 
     def outputs(self, config: Config) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Define every table of a run directory in one place: its name, columns, types and file names."""
 
 import posixpath
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -82,6 +83,8 @@ METRICS_FILE = "metrics.json"
 ENCODER_FILE = "encoder.pt"
 DATASET_FILE = "dataset.json"  # next to the train and test pools of a published benchmark
 
+_TO_ESCAPE = re.compile("[\n\r]|%0A|%0D|%25")
+
 
 def embeddings_schema(dim: int) -> pa.Schema:
     """Return the schema of embeddings/: sample_id int64, embedding fixed_size_list<float16>[dim] of unit length."""
@@ -122,6 +125,17 @@ def centroids_schema(dim: int) -> pa.Schema:
 def coreset_text_file(table: str) -> str:
     """Return the name of the text file of a coreset, next to its table, which lists its uris, one a line."""
     return f"{table}.txt"
+
+
+def escape_line_breaks(uri: str) -> str:
+    """Return a uri without line breaks, escaped so that no two uris give the same line.
+
+    A uri that holds a line break, %0A, %0D or %25 is escaped: % becomes %25, and line breaks become %0A and %0D. To get
+    the uri back, replace %0A, %0D and %25 in this order. Other uris are unchanged.
+    """
+    if not _TO_ESCAPE.search(uri):
+        return uri
+    return uri.replace("%", "%25").replace("\n", "%0A").replace("\r", "%0D")
 
 
 def range_file(first_id: int, last_id: int) -> str:

@@ -16,7 +16,7 @@ from elfs_ray.handover.export import export
 from elfs_ray.handover.formats import FORMATS
 from elfs_ray.pool.images import encode_png
 from elfs_ray.pool.listing import PoolColumns, read_images
-from elfs_ray.stages.select.labelled import read_labelled
+from elfs_ray.stages.select.named_images import read_named_images
 from elfs_ray.storage.run_dir import RunDir
 from tests.handover.runs import IDS, list_pool, write_coreset, write_run
 
@@ -103,7 +103,7 @@ def test_what_label_studio_exports_names_the_labelled_images(run, tmp_path, phot
     else:
         annotated = [{"id": 7 + i, "choice": "cat", **task["data"]} for i, task in enumerate(tasks)]
     (tmp_path / "labels.json").write_text(json.dumps(annotated))
-    assert sorted(read_labelled(str(tmp_path / "labels.json"), run)) == [0, 2]
+    assert sorted(read_named_images("select.labelled", str(tmp_path / "labels.json"), run)) == [0, 2]
 
 
 def test_cvat_gets_names_below_its_share_and_upright_sizes(run, photos):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from elfs_ray.handover.export import export
-from elfs_ray.stages.select.labelled import read_labelled
+from elfs_ray.stages.select.named_images import read_named_images
 from elfs_ray.storage.run_dir import RunDir
 from tests.handover.runs import list_pool, write_run
 
@@ -63,4 +63,5 @@ def test_a_tool_imports_the_same_images_in_the_same_order(tool, run_dir, tmp_pat
         ]
     if tool == "label-studio":
         for kind in ("JSON", "JSON_MIN"):
-            assert sorted(read_labelled(str(tmp_path / f"{kind}.json"), run_dir)) == sorted(IDS[:2])
+            path = str(tmp_path / f"{kind}.json")
+            assert sorted(read_named_images("select.labelled", path, run_dir)) == sorted(IDS[:2])

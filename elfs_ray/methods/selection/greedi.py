@@ -30,6 +30,10 @@ class Rows(NamedTuple):
         """Return those of the samples that are among the `wanted` ids."""
         return self.where(np.isin(self.sample_ids, wanted, assume_unique=True))
 
+    def without(self, unwanted: np.ndarray) -> "Rows":
+        """Return the samples that are not among the `unwanted` ids."""
+        return self.where(~np.isin(self.sample_ids, unwanted, assume_unique=True))
+
     def where(self, mask: np.ndarray) -> "Rows":
         """Return the samples of a mask (n,) bool."""
         return Rows(self.embeddings[mask], self.sample_ids[mask], None if self.groups is None else self.groups[mask])
@@ -131,7 +135,8 @@ def nominate(rows: Rows, num_candidates: int, share: int, labelled: Rows | None 
 
     Memory: 2·n² bytes, and those of `facility_location`.
     """
-    order, _ = select(rows, max(num_candidates, share), labelled)
+    # A partition may consist of nothing but samples that must not be chosen.
+    order = select(rows, max(num_candidates, share), labelled)[0] if len(rows.sample_ids) else np.empty(0, np.int64)
     first = order[:num_candidates]
     return Nominees(rows.sample_ids[order], rows.embeddings[first], None if rows.groups is None else rows.groups[first])
 

@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from elfs_ray.config import ClusterConfig
-from elfs_ray.stages.cluster.shards import write_label_file
 from elfs_ray.stages.index import IndexResult
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
@@ -41,6 +40,9 @@ def write_external_labels(config: ClusterConfig, run_dir: RunDir) -> int:
 
     Raises ValueError as `read_external_labels` does, and for embedded samples without a label.
     """
+    # Only here: it imports torch and Ray, and a plan reads the labels, too.
+    from elfs_ray.stages.cluster.shards import write_label_file
+
     label_of = read_external_labels(config, run_dir)
     files = run_dir.table_files(schema.EMBEDDINGS)
     ids_by_file = [filesystem.read_table(path, [schema.SAMPLE_ID])[schema.SAMPLE_ID].to_numpy() for path in files]

@@ -8,7 +8,7 @@ from elfs_ray.config import Config, ConfigError
 from elfs_ray.runtime.resources import Request, request_gpu_tasks
 from elfs_ray.stages.index import IndexResult
 from elfs_ray.stages.stage import Result, Stage
-from elfs_ray.storage import filesystem, schema
+from elfs_ray.storage import schema
 from elfs_ray.storage.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ class CoresetResult:
 class SelectResult(Result):
     """The rows of the first coreset, the number of samples it was chosen from, and every coreset by its table.
 
-    `search` holds the keys select.search_*, for later selections from the same run.
+    `search` holds the keys select.search_*, for later selections from the same run, left_out the numbers of images that
+    could not be chosen, as "labelled", "excluded" and "near_duplicates".
     """
 
     stage: ClassVar[str] = "select"
@@ -56,6 +57,7 @@ class SelectResult(Result):
     samples: int
     coresets: Mapping[str, CoresetResult]
     search: Mapping[str, Any] = field(default_factory=dict)
+    left_out: Mapping[str, int] | None = None
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
@@ -100,24 +102,23 @@ def _requests(config: Config, devices: "Devices") -> list[Request]:
     return [request_gpu_tasks(devices, "train", "training task")]
 
 
-def _check(config: Config) -> None:
-    if config.select.labelled is not None and not filesystem.exists(config.select.labelled):
-        raise ConfigError(f"select.labelled={config.select.labelled!r} does not exist")
-
-
 def _check_listed(config: Config, run_dir: RunDir) -> None:
-    if config.select.labelled is None:
+    files = {key: path for key, path in config.select.files_of_names.items() if path is not None}
+    if not files:
         return
+    import numpy as np
+
     from elfs_ray.methods.selection.pruning import budget_count
-    from elfs_ray.stages.select.labelled import read_labelled
+    from elfs_ray.stages.select.named_images import read_named_images
 
     num_samples = IndexResult.read(run_dir).rows
-    num_left = num_samples - len(read_labelled(config.select.labelled, run_dir))
+    named = [read_named_images(key, path, run_dir) for key, path in files.items()]
+    num_left = num_samples - len(np.unique(np.concatenate(named)))
     for budget in config.budgets:
         if budget_count(budget, num_samples) > num_left:
             raise ConfigError(
                 f"budget={budget} of {num_samples:,} samples, but only {num_left:,} are not in "
-                f"select.labelled={config.select.labelled!r} yet: give a smaller budget"
+                f"{' or '.join(f'{key}={path!r}' for key, path in files.items())} yet: give a smaller budget"
             )
 
 
@@ -131,6 +132,5 @@ STAGE = Stage(
     files=_files,
     describe=_describe,
     requests=_requests,
-    check=_check,
     check_listed=_check_listed,
 )

@@ -4,7 +4,6 @@ Kept samples go through the object store, about 40 bytes and a uri each, never t
 text file of a coreset, 65,536 uris at a time. For a bucket it first writes to the machine's temporary folder.
 """
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +22,6 @@ from elfs_ray.storage.run_dir import RunDir
 NUM_EXAMPLES = 100
 KEY = "key"
 TEXT_ROWS = 65_536
-_TO_ESCAPE = re.compile("[\n\r]|%0A|%0D|%25")
 
 
 class _Ends(NamedTuple):
@@ -182,16 +180,5 @@ def _write_text(run_dir: RunDir, table: str) -> None:
         for path in run_dir.table_files(table):
             with filesystem.open_parquet(path) as file:
                 for rows in file.iter_batches(TEXT_ROWS, columns=[schema.URI]):
-                    lines = [escape_line_breaks(uri) for uri in rows.column(0).to_pylist()]
+                    lines = [schema.escape_line_breaks(uri) for uri in rows.column(0).to_pylist()]
                     sink.write(("\n".join(lines) + "\n").encode())
-
-
-def escape_line_breaks(uri: str) -> str:
-    """Return a uri without line breaks, escaped so that no two uris give the same line.
-
-    A uri that holds a line break, %0A, %0D or %25 is escaped: % becomes %25, and line breaks become %0A and %0D. To get
-    the uri back, replace %0A, %0D and %25 in this order. Other uris are unchanged.
-    """
-    if not _TO_ESCAPE.search(uri):
-        return uri
-    return uri.replace("%", "%25").replace("\n", "%0A").replace("\r", "%0D")

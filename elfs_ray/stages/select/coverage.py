@@ -1,7 +1,6 @@
 """Select by coverage: greedy facility location on the embeddings (methods/selection/coverage.py, greedi.py).
 
-Reads   select/pool/ (ids and pseudo-labels), embeddings/; clusters/ to cover each pseudo-class by its members; the
-        file at select.labelled and index/
+Reads   select/pool/ (ids and pseudo-labels), embeddings/; clusters/ to cover each pseudo-class by its members
 Writes  select/coverage/ (sample_id, pseudo_label, score, rank), a file for each of select/pool/
 
 A pool of up to 20,000 samples is one task. A larger one is divided into partitions, a task each, and one more task
@@ -28,13 +27,13 @@ from elfs_ray.methods.selection.pruning import random_selection
 from elfs_ray.runtime.cluster import run_tasks
 from elfs_ray.runtime.progress import Progress, say
 from elfs_ray.stages.cluster import ClusterResult
-from elfs_ray.stages.select.labelled import read_labelled
 from elfs_ray.stages.select.scored_pool import ScoredPool
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
 COVERAGE = "coverage"
 UNRANKED = 2**31 - 1
+_NONE = np.empty(0, np.int64)
 
 
 class Slice(NamedTuple):
@@ -72,37 +71,34 @@ def score_by_coverage(
     counts: Sequence[int],
     *,
     inside_classes: bool,
-    labelled: str | None = None,
+    labelled_ids: np.ndarray = _NONE,
+    ignored_ids: np.ndarray = _NONE,
 ) -> tuple[ScoredPool, list[CoverageOfPool]]:
     """Write the ranks and gains of the samples. Returns the pool with these, and how coresets of `counts` cover it.
 
-    inside_classes: whether a sample covers those of its pseudo-class alone, and not the whole pool. labelled: a file
-    that names samples which cover others already and are not chosen. Raises ValueError if too few others are left.
+    inside_classes: whether a sample covers those of its pseudo-class alone, and not the whole pool. labelled_ids:
+    samples (l,) that cover others already and are not chosen; ignored_ids: samples (i,) that are neither chosen nor
+    covered; both ascending. As many others must be left as the largest count.
     A score is a gain: by how much the sample raised the sum of similarities over the pool when it was chosen.
     """
     files = run_dir.counted_files(schema.EMBEDDINGS)
-    sample_ids = np.concatenate([_column(path, schema.SAMPLE_ID) for path in pool.files])
+    embedded_ids = np.concatenate([_column(path, schema.SAMPLE_ID) for path in pool.files])
+    sample_ids = np.setdiff1d(embedded_ids, ignored_ids, assume_unique=True)
     point_ids, measured_ids = greedi.samples_of(sample_ids, seed)
     labels = (schema.CLUSTERS, schema.PSEUDO_LABELS_DIR)  # in files as those of the embeddings
     label_files = [run_dir.path(*labels, filesystem.basename(path)) if inside_classes else None for path, _ in files]
-    parts = [_slices(files, label_files, part) for part in greedi.partitions(len(sample_ids))]
-    covered = None if labelled is None else _rows_of(parts, read_labelled(labelled, run_dir))
-    num_left = len(sample_ids) - (0 if covered is None else len(covered.sample_ids))
-    if max(counts) > num_left:
-        raise ValueError(
-            f"budget is {max(counts)}, but only {num_left} images are not in select.labelled={labelled!r} yet: give a "
-            "smaller budget"
-        )
-    labelled_ids = np.empty(0, np.int64) if covered is None else covered.sample_ids
+    parts = [_slices(files, label_files, part) for part in greedi.partitions(len(embedded_ids))]
+    covered = _rows_of(parts, labelled_ids) if len(labelled_ids) else None
+    labelled_ids = _NONE if covered is None else covered.sample_ids
     others = np.setdiff1d(sample_ids, labelled_ids, assume_unique=True)
-    share = greedi.share_of(sample_ids, others, max(counts))
+    share = greedi.share_of(embedded_ids, others, max(counts))
     with Progress("select", len(parts) + 1, "parts selected") as progress:
         if len(parts) == 1:
-            ids, gains, measured = _select_at_once(parts[0], covered, measured_ids, max(counts))
+            ids, gains, measured = _select_at_once(parts[0], covered, ignored_ids, measured_ids, max(counts))
             num_points = len(sample_ids)
         else:
             ids, gains, measured, num_points = _select_in_parts(
-                parts, covered, point_ids, measured_ids, max(counts), share, progress
+                parts, covered, ignored_ids, point_ids, measured_ids, max(counts), share, progress
             )
         progress.update(len(parts) + 1)
     scores = greedi.scores_of(gains, num_points, len(sample_ids))
@@ -123,18 +119,26 @@ def _slices(files: Sequence[tuple[str, int]], label_files: Sequence[str | None],
 
 
 def _select_at_once(
-    slices: Sequence[Slice], labelled: greedi.Rows | None, measured_ids: np.ndarray, count: int
+    slices: Sequence[Slice],
+    labelled: greedi.Rows | None,
+    ignored_ids: np.ndarray,
+    measured_ids: np.ndarray,
+    count: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the ids in the order of selection, their gains, and the embeddings of the samples to measure on."""
-    ((_, result),) = run_tasks(_select_whole_pool, [(slices, labelled, measured_ids, count)])
+    ((_, result),) = run_tasks(_select_whole_pool, [(slices, labelled, ignored_ids, measured_ids, count)])
     return result
 
 
 def _select_whole_pool(
-    slices: Sequence[Slice], labelled: greedi.Rows | None, measured_ids: np.ndarray, count: int
+    slices: Sequence[Slice],
+    labelled: greedi.Rows | None,
+    ignored_ids: np.ndarray,
+    measured_ids: np.ndarray,
+    count: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     torch.set_num_threads(1)
-    rows = _read(slices)
+    rows = _read(slices).without(ignored_ids)
     order, gains = greedi.select(rows, count, labelled)
     return rows.sample_ids[order], gains, rows.among(measured_ids).embeddings
 
@@ -142,6 +146,7 @@ def _select_whole_pool(
 def _select_in_parts(
     parts: Sequence[Sequence[Slice]],
     labelled: greedi.Rows | None,
+    ignored_ids: np.ndarray,
     point_ids: np.ndarray,
     measured_ids: np.ndarray,
     count: int,
@@ -154,7 +159,7 @@ def _select_in_parts(
     measured: dict[int, np.ndarray] = {}
     num_candidates = greedi.num_candidates(len(parts))
     # Stored once, not once for each task.
-    shared = ray.put(point_ids), ray.put(measured_ids), ray.put(labelled)
+    shared = tuple(map(ray.put, (ignored_ids, point_ids, measured_ids, labelled)))
     tasks = [(slices, *shared, num_candidates, share) for slices in parts]
     for position, (nominated, covered, kept) in run_tasks(_nominate, tasks):
         nominees[position], points[position], measured[position] = nominated, covered, kept
@@ -169,6 +174,7 @@ def _select_in_parts(
 
 def _nominate(
     slices: Sequence[Slice],
+    ignored_ids: np.ndarray,
     point_ids: np.ndarray,
     measured_ids: np.ndarray,
     labelled: greedi.Rows | None,
@@ -176,7 +182,7 @@ def _nominate(
     share: int,
 ) -> tuple[greedi.Nominees, greedi.Rows, np.ndarray]:
     torch.set_num_threads(1)
-    rows = _read(slices)
+    rows = _read(slices).without(ignored_ids)
     nominees = greedi.nominate(rows, num_candidates, share, labelled)
     return nominees, rows.among(point_ids), rows.among(measured_ids).embeddings
 

@@ -18,6 +18,7 @@ keeps of its share of the files.
 
 import posixpath
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -33,6 +34,7 @@ from elfs_ray.stages.select.coreset_files import write_coresets
 from elfs_ray.stages.select.coverage import covers_inside_classes, score_by_coverage
 from elfs_ray.stages.select.d2_zcore import WHOLE_POOL_METHODS, score_whole_pool
 from elfs_ray.stages.select.hard_fraction import choose_hard_fractions
+from elfs_ray.stages.select.left_out import LeftOut, find_left_out, leave_out
 from elfs_ray.stages.select.scored_pool import DIRECTIONS, ScoredPool
 from elfs_ray.stages.select.selection import choose
 from elfs_ray.stages.select.unscored_pool import score_at_random, write_pool
@@ -48,10 +50,14 @@ def run_select(config: Config, run_dir: RunDir) -> SelectResult:
 
     Raises ValueError if a budget or a hard fraction does not fit the number of samples with a pseudo-label.
     """
-    pool = _pool(config, run_dir)
+    pool, left_out = _pool(config, run_dir), find_left_out(config, run_dir)
     choices = choose_hard_fractions(config, run_dir, pool)
     budgets = [choice.budget for choice in choices]
-    pool, coverages = _score(config, run_dir, pool, [budget.num_kept for budget in budgets])
+    counts = [budget.num_kept for budget in budgets]
+    eligible = leave_out(run_dir, pool, left_out.never_chosen)
+    _check_room(max(counts), eligible, left_out)
+    pool, coverages = _score(config, run_dir, pool, counts, left_out)
+    pool = replace(pool, left_out=eligible.left_out)
     selections = choose(pool, config.select, config.seed, budgets)
     tables = schema.coreset_tables(config.budgets)
     written = write_coresets(run_dir, pool, dict(zip(tables, selections, strict=True)))
@@ -70,7 +76,17 @@ def run_select(config: Config, run_dir: RunDir) -> SelectResult:
     # Without a search these keys do not decide the stage's result, so the marker does not hold them. A later
     # reselection that searches needs them.
     search = {key: value for key, value in vars(config.select).items() if key.startswith("search_")}
-    return SelectResult(coresets[tables[0]].rows, pool.num_samples, coresets, search)
+    num_left_out = {kind: len(ids) for kind, ids in left_out._asdict().items() if len(ids)}
+    return SelectResult(coresets[tables[0]].rows, pool.num_samples, coresets, search, num_left_out or None)
+
+
+def _check_room(count: int, pool: ScoredPool, left_out: LeftOut) -> None:
+    """Raise ValueError if fewer than `count` samples may be chosen."""
+    if count > pool.num_samples:
+        raise ValueError(
+            f"budget is {count:,} images, but only {pool.num_samples:,} of {pool.whole.num_samples:,} may be chosen "
+            f"({left_out.describe()}): give a smaller budget"
+        )
 
 
 def _pool(config: Config, run_dir: RunDir) -> ScoredPool:
@@ -89,18 +105,23 @@ def _pool(config: Config, run_dir: RunDir) -> ScoredPool:
 
 
 def _score(
-    config: Config, run_dir: RunDir, pool: ScoredPool, counts: Sequence[int]
+    config: Config, run_dir: RunDir, pool: ScoredPool, counts: Sequence[int], left_out: LeftOut
 ) -> tuple[ScoredPool, Sequence[Mapping[str, float] | None]]:
     """Return the pool with the scores of a method that has its own, and how coresets of `counts` cover it, if known."""
     coverages: Sequence[Mapping[str, float] | None] = [None] * len(counts)
     if config.select.method in WHOLE_POOL_METHODS:
-        pool = score_whole_pool(config, run_dir, pool, max(counts))
+        # As many more as could be among the first of D2's order and are left out of it.
+        depth = min(max(counts) + len(left_out.never_chosen), pool.num_samples)
+        pool = score_whole_pool(config, run_dir, pool, depth)
     elif config.select.method == "random":
         pool = score_at_random(run_dir, pool, config.seed)
     elif config.select.method in BY_COVERAGE:
         inside = config.select.method == "auto" and covers_inside_classes(ClusterResult.read(run_dir))
         pool, measured = score_by_coverage(
-            run_dir, pool, config.seed, counts, inside_classes=inside, labelled=config.select.labelled
+            *(run_dir, pool, config.seed, counts),
+            inside_classes=inside,
+            labelled_ids=left_out.labelled,
+            ignored_ids=left_out.ignored,
         )
         coverages = [{**coverage._asdict(), "inside_classes": inside} for coverage in measured]
     return pool, coverages

@@ -1,7 +1,7 @@
 """Read the scored samples that a selection chooses from, and share work on them among tasks."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, Protocol
@@ -20,22 +20,32 @@ DIRECTIONS: dict[str, Direction] = {**SCORES, schema.PROTOTYPICALITY: "high"}
 
 
 class ScoredRows:
-    """The rows of one file; each column is read when it is first used."""
+    """The rows of one file, without those that must not be chosen; each column is read when it is first used."""
 
-    def __init__(self, path: str, score: str, num_groups: int) -> None:
+    def __init__(self, path: str, score: str, num_groups: int, left_out: str | None) -> None:
         self._file = filesystem.open_parquet(path)
+        self._left_out = left_out and filesystem.join(left_out, filesystem.basename(path))
         self._columns: dict[str, np.ndarray] = {}
         self._score, self._num_groups = score, num_groups
 
     def column(self, name: str) -> np.ndarray:
         """Return a numeric column, (n,) of its type."""
         if name not in self._columns:
-            self._columns[name] = self._file.read([name])[name].to_numpy()
+            values = self._file.read([name])[name].to_numpy()
+            self._columns[name] = values if self._eligible is None else values[self._eligible]
         return self._columns[name]
+
+    @cached_property
+    def _eligible(self) -> np.ndarray | None:
+        """Return a mask of the rows that may be chosen, (n,) bool; None for all of them."""
+        if self._left_out is None:
+            return None
+        left_out = filesystem.read_table(self._left_out)[schema.SAMPLE_ID].to_numpy()
+        return ~np.isin(self._file.read([schema.SAMPLE_ID])[schema.SAMPLE_ID].to_numpy(), left_out, assume_unique=True)
 
     @property
     def num_rows(self) -> int:
-        return self._file.metadata.num_rows
+        return self._file.metadata.num_rows if self._eligible is None else int(np.count_nonzero(self._eligible))
 
     @property
     def sample_ids(self) -> np.ndarray:
@@ -74,10 +84,16 @@ class ScoredPool:
     num_ids: int
     num_groups: int
     rank: str | None = None  # the column of the order of selection, for a method whose score is not that order
+    left_out: str | None = None  # folder with the ids of those that must not be chosen, see left_out.py
 
     def read(self, path: str) -> ScoredRows:
         """Open one file."""
-        return ScoredRows(path, self.score, self.num_groups)
+        return ScoredRows(path, self.score, self.num_groups, self.left_out)
+
+    @cached_property
+    def whole(self) -> "ScoredPool":
+        """Return the pool with the samples that must not be chosen."""
+        return replace(self, left_out=None)
 
     def hardness_keys(self, rows: ScoredRows) -> np.ndarray:
         if self.rank is not None:
@@ -113,6 +129,6 @@ class ScoredPool:
 
 def _count_groups(pool: ScoredPool, files: Sequence[str]) -> np.ndarray:
     if pool.num_groups == 1:
-        return np.array([sum(map(filesystem.num_rows, files))])
+        return np.array([sum(pool.read(path).num_rows for path in files)])
     sizes = (np.bincount(pool.read(path).groups, minlength=pool.num_groups) for path in files)
     return sum(sizes, np.zeros(pool.num_groups, np.int64))

@@ -120,7 +120,7 @@ def choose(pool: ScoredPool, config: SelectConfig, seed: int, budgets: Sequence[
     if config.method == "dual_beta":
         return _choose_dual(pool, config, seed, budgets)
     order: Order = ByRandom(seed) if config.method == "random" else ByHardness()
-    windows = [group_windows(pool.counts, budget, config.method) for budget in budgets]
+    windows = [find_windows(pool, budget, config.method) for budget in budgets]
     ranks = [_ranks(pool.counts, *window) for window in windows]
     # A coreset is written hardest first. If it is one window of that same order, one search finds the cuts between its
     # files as well; otherwise `find_part_cuts` needs a search of its own.
@@ -141,6 +141,23 @@ def group_windows(counts: np.ndarray, budget: Budget, method: str) -> tuple[np.n
     hard_fraction = budget.hard_fraction if method in USES_HARD_FRACTION else 0.0
     starts, shares = pruning.balanced_windows(counts, budget.num_kept, hard_fraction)
     return (counts - shares if method == "easiest" else starts), shares
+
+
+def find_windows(pool: ScoredPool, budget: Budget, method: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the windows of `group_windows` in the samples that may be chosen.
+
+    The hard fraction is still one of the whole pool, so that the next round goes on where the last one stopped.
+    """
+    _, shares = windows = group_windows(pool.counts, budget._replace(hard_fraction=0.0), method)
+    if not budget.hard_fraction or method not in USES_HARD_FRACTION:
+        return windows
+    if pool.left_out is None:
+        return group_windows(pool.counts, budget, method)
+    starts, _ = group_windows(pool.whole.counts, budget, method)
+    first = np.cumsum(pool.whole.counts) - pool.whole.counts
+    (cuts,) = find_cuts(pool.whole, [(ByHardness(), (first + starts).tolist())])
+    num_before = sum(pool.map_shares(_count_before, cuts), np.zeros(pool.num_groups, np.int64))
+    return np.minimum(num_before, pool.counts - shares), shares
 
 
 def num_parts(count: int) -> int:
@@ -184,7 +201,7 @@ def _choose_stratified(pool: ScoredPool, config: SelectConfig, seed: int, budget
 
     CCS is by Zheng et al., "Coverage-centric coreset selection for high pruning rates" (2210.15809).
     """
-    windows = [group_windows(pool.counts, budget, config.method) for budget in budgets]
+    windows = [find_windows(pool, budget, config.method) for budget in budgets]
     first = np.cumsum(pool.counts) - pool.counts
     lower = find_cuts(pool, [(ByHardness(), (first + starts).tolist()) for starts, _ in windows])
     orders = []
@@ -245,6 +262,15 @@ def _count(pool: ScoredPool, files: Sequence[str], order: Order, request: DigitR
         rows = pool.read(path)
         sample_ids = rows.sample_ids if request.reads_ids else None
         counts += count_digits(request, pool.keys(order, rows), sample_ids)
+    return counts
+
+
+def _count_before(pool: ScoredPool, files: Sequence[str], cuts: Sequence[Cut]) -> np.ndarray:
+    """Return the number of samples in each group before its cut by hardness, (groups,) int64."""
+    counts = np.zeros(pool.num_groups, np.int64)
+    for path in files:
+        rows = pool.read(path)
+        counts += np.bincount(rows.groups[~_from_cuts(pool, rows, cuts)], minlength=counts.size)
     return counts
 
 
