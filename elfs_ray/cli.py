@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from elfs_ray.config import Config, ConfigError
 from elfs_ray.runtime.progress import count, discard, say
+from elfs_ray.stages.duplicates import DuplicatesResult
 from elfs_ray.stages.report import ReportResult
 from elfs_ray.stages.select import CoresetResult, SelectResult
 from elfs_ray.storage import schema
@@ -195,6 +196,12 @@ def closing_lines(config: Config, run_dir: RunDir) -> str:
     if run_dir.success_marker(SelectResult.stage):
         for table, coreset in SelectResult.read(run_dir).coresets.items():
             lines += coreset_lines(run_dir, table, coreset)
+    if config.duplicates.threshold is not None and run_dir.success_marker(DuplicatesResult.stage):
+        copies = DuplicatesResult.read(run_dir)
+        lines.append(
+            f"left out {count(copies.rows, 'near-duplicate')} of {count(copies.representatives, 'image')}, listed in "
+            f"{run_dir.path(schema.DUPLICATES)}"
+        )
     if run_dir.success_marker(ReportResult.stage):
         lines.append(f"report   {run_dir.path(schema.REPORT_FILE)}")
     return "\n".join(lines) or f"complete up to {config.until} in {run_dir.uri}"

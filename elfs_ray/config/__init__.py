@@ -16,6 +16,7 @@ from elfs_ray.config.checks import (
 )
 from elfs_ray.config.cluster import NEIGHBOR_KEYS, ClusterConfig
 from elfs_ray.config.declaration import Bounds, ConfigError, fields_of, option
+from elfs_ray.config.duplicates import MEASURED_ENCODER, DuplicatesConfig
 from elfs_ray.config.embed import SELF_SUPERVISED, EmbedConfig
 from elfs_ray.config.evaluate import EVALUATED_METHODS, LINEAR_PROBE, EvaluateConfig
 from elfs_ray.config.files import DIGEST, digests_of_files
@@ -35,6 +36,7 @@ __all__ = [
     "FIND_HARD_FRACTION",
     "LINEAR",
     "LINEAR_PROBE",
+    "MEASURED_ENCODER",
     "NEIGHBOR_KEYS",
     "PCA_SAMPLES",
     "SELF_SUPERVISED",
@@ -44,6 +46,7 @@ __all__ = [
     "ClusterConfig",
     "Config",
     "ConfigError",
+    "DuplicatesConfig",
     "EmbedConfig",
     "EvaluateConfig",
     "HardFraction",

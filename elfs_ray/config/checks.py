@@ -102,8 +102,12 @@ def _check_size(config: Config, num_samples: int) -> None:
             f"select.d2_neighbors={config.select.d2_neighbors} with a pool of {num_samples} samples: must be less than "
             "the number of samples"
         )
-    if config.select.method == "zcore" and num_samples < 2:
-        raise ConfigError(f"pool.uri={config.pool.uri!r} holds one image: select.method=zcore needs at least 2")
+    for key, needs_two in (
+        ("select.method=zcore", config.select.method == "zcore"),
+        (f"duplicates.threshold={config.duplicates.threshold}", config.duplicates.threshold is not None),
+    ):
+        if needs_two and num_samples < 2:
+            raise ConfigError(f"pool.uri={config.pool.uri!r} holds one image: {key} needs at least 2")
     if config.needs_neighbors and (config.cluster.num_neighbors or 0) >= num_samples:
         raise ConfigError(
             f"cluster.num_neighbors={config.cluster.num_neighbors} with a pool of {num_samples} samples: must be less "

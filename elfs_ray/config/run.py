@@ -7,6 +7,7 @@ from omegaconf import MISSING
 
 from elfs_ray.config.cluster import ClusterConfig
 from elfs_ray.config.declaration import Bounds, option
+from elfs_ray.config.duplicates import DUPLICATE_NEIGHBORS, DuplicatesConfig
 from elfs_ray.config.embed import SELF_SUPERVISED, EmbedConfig
 from elfs_ray.config.evaluate import LINEAR_PROBE, EvaluateConfig
 from elfs_ray.config.pool import PoolConfig
@@ -57,6 +58,7 @@ class Config:
     pool: PoolConfig = field(default_factory=PoolConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     embed: EmbedConfig = field(default_factory=EmbedConfig)
+    duplicates: DuplicatesConfig = field(default_factory=DuplicatesConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     select: SelectConfig = field(default_factory=SelectConfig)
@@ -80,8 +82,14 @@ class Config:
 
     @property
     def needs_neighbors(self) -> bool:
-        """Return whether the run finds nearest neighbours: beside its clusters, or for a selection that uses them."""
-        return self.cluster.kept_neighbors > 0 and (self.needs_clusters or self.select.method == "d2")
+        """Return whether the run finds nearest neighbours: for its clusters, its selection or its near-duplicates."""
+        uses_them = self.needs_clusters or self.select.method == "d2"
+        return self.duplicates.threshold is not None or (self.cluster.kept_neighbors > 0 and uses_them)
+
+    @property
+    def kept_neighbors(self) -> int:
+        """Return how many nearest neighbours of each sample the run keeps, in a pool that has as many."""
+        return self.cluster.kept_neighbors or (DUPLICATE_NEIGHBORS if self.duplicates.threshold is not None else 0)
 
     @property
     def keeps_copies(self) -> bool:

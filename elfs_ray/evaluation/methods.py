@@ -22,9 +22,20 @@ class Method:
     is_supervised: bool = False
 
 
+LEAVES_NOTHING_OUT = ("select.labelled=null", "select.exclude=null", "duplicates.threshold=null")
+"""Keys of a selection in which every image may be chosen."""
+
+
 def _unbalanced(method: str, *keys: str) -> tuple[str, ...]:
     """Return the keys of a baseline, which neither balances nor leaves any image out, even if the run does."""
-    return (f"select.method={method}", *keys, "select.balance=false", "select.labelled=null", "select.exclude=null")
+    return (
+        f"select.method={method}",
+        *keys,
+        "select.balance=false",
+        "select.labelled=null",
+        "select.exclude=null",
+        "duplicates.threshold=null",
+    )
 
 
 METHODS = {

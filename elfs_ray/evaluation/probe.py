@@ -23,10 +23,11 @@ from elfs_ray.storage.run_dir import RunDir
 
 @dataclass(frozen=True)
 class TestEmbeddings:
-    """Embeddings (n, d) float16 of the test images, and their classes (n,), numbered as in the pool."""
+    """Embeddings (n, d) float16 of the test images, their classes (n,), numbered as in the pool, and their uris."""
 
     embeddings: np.ndarray
     labels: np.ndarray
+    uris: list[str]
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,13 @@ def embed_test_images(
     keys += [f"pool.label={columns.label}", *([f"pool.image_column={columns.image}"] if columns.image else [])]
     keys += [f"embed.device={device}", "budget=1.0", "until=embed", "on_change=rerun"]
     # A method that needs no copies of the images.
-    keys += ["select.method=random", "select.hard_fraction=0", "select.labelled=null", "select.exclude=null"]
+    keys += [
+        "select.method=random",
+        "select.hard_fraction=0",
+        "select.labelled=null",
+        "select.exclude=null",
+        "duplicates.threshold=null",
+    ]
     if source.config.pretrains:
         keys.append(f"embed.weights={PretrainResult.read(source.run_dir).encoder}")
     run_dir = runner.run(load_config(None, keys, base=source.base))
@@ -72,7 +79,8 @@ def embed_test_images(
     listed = list_test_images(test_uri, workload.pool_format, columns)
     embeddings = [schema.matrix_of(rows, schema.EMBEDDING) for rows in run_dir.read_table(schema.EMBEDDINGS)]
     # Nothing was rejected, and the index lists in the same order: row i of both is the i-th image.
-    return TestEmbeddings(np.concatenate(embeddings), class_numbers(test_uri, listed, names))
+    classes = class_numbers(test_uri, listed, names)
+    return TestEmbeddings(np.concatenate(embeddings), classes, listed[schema.URI].to_pylist())
 
 
 def _refuse_rejected(test_uri: str, run_dir: RunDir) -> None:

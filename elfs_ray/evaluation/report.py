@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from elfs_ray.config import LINEAR_PROBE
 from elfs_ray.evaluation.keys import EvaluateRunsConfig
+from elfs_ray.evaluation.leaks import Leaks
 from elfs_ray.evaluation.methods import METHODS
 from elfs_ray.evaluation.published import PUBLISHED
 from elfs_ray.evaluation.quality import ClusteringQuality, NeighborVote
@@ -33,10 +34,11 @@ class Quality:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that an evaluation measured. quality: by name of the run."""
+    """Everything that an evaluation measured. quality: by name of the run; leaks: None where nobody looked for them."""
 
     lines: tuple[Line, ...]
     quality: Mapping[str, Quality]
+    leaks: Leaks | None = None
 
 
 def to_markdown(config: EvaluateRunsConfig, workload: Workload, results: Results) -> str:
@@ -62,6 +64,11 @@ def to_markdown(config: EvaluateRunsConfig, workload: Workload, results: Results
     if fractions:
         parts.append(_table(["hard fraction", *head[1:]], fractions))
     parts.append(_quality_table(results.quality))
+    if results.leaks is not None:
+        parts.append(_describe_leaks(results.leaks))
+        if results.leaks.examples:
+            pairs = [[f"`{test}`", f"`{pool}`", f"{cosine:.3f}"] for test, pool, cosine in results.leaks.examples]
+            parts.append(_table(["test image", "image of the pool", "similarity"], pairs))
     return "\n\n".join(parts) + "\n"
 
 
@@ -86,6 +93,8 @@ def closing_lines(results: Results) -> str:
         of_run = f" of {name}" if len(results.quality) > 1 else ""
         shown += [_describe_clustering(quality.clustering, of_run)] if quality.clustering else []
         shown.append(_describe_embeddings(quality.neighbors, of_run))
+    if results.leaks is not None:
+        shown.append(_describe_leaks(results.leaks))
     return "\n".join(shown)
 
 
@@ -114,6 +123,14 @@ def _describe_embeddings(vote: NeighborVote, of_run: str) -> str:
     return (
         f"embeddings{of_run}: {vote.accuracy:.1%} of {vote.num_queries:,} samples have the class that most of their "
         f"{vote.num_neighbors} nearest neighbours have"
+    )
+
+
+def _describe_leaks(leaks: Leaks) -> str:
+    such = f", such as {leaks.examples[0][0]} of {leaks.examples[0][1]}" if leaks.examples else ""
+    return (
+        f"leaks: {leaks.num_leaking:,} of {leaks.num_tested:,} test images are near-duplicates of images in the pool "
+        f"(similarity of {leaks.threshold} or more){such}"
     )
 
 

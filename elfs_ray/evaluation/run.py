@@ -27,6 +27,7 @@ from elfs_ray.config import LINEAR_PROBE, TrainConfig
 from elfs_ray.evaluation.chart import draw_chart
 from elfs_ray.evaluation.from_scratch import FromScratch
 from elfs_ray.evaluation.keys import EvaluateRunsConfig, network_on
+from elfs_ray.evaluation.leaks import Leaks, find_leaks
 from elfs_ray.evaluation.probe import Probes, embed_test_images
 from elfs_ray.evaluation.quality import judge_clustering, judge_embeddings
 from elfs_ray.evaluation.report import Line, Quality, Results, to_markdown
@@ -71,7 +72,8 @@ def run(config: EvaluateRunsConfig, train: TrainConfig | None = None) -> Results
         rows = _train(config, out, selections, learner, place)
         table = pa.Table.from_pylist(rows, schema=schema.RESULTS_SCHEMA)
         filesystem.write_table(out.path(schema.RESULTS_FILE), table)
-        results = Results(tuple(_lines(rows)), _quality(workload, out, labels, device))
+        leaks = _leaks(workload, learner, out, device)
+        results = Results(tuple(_lines(rows)), _quality(workload, out, labels, device), leaks)
         filesystem.write_bytes(out.path(RESULTS_MD), to_markdown(config, workload, results).encode())
         _write_chart(config, workload, out, results)
         return results
@@ -179,6 +181,20 @@ def _lines(rows: list[dict[str, Any]]) -> Iterator[Line]:
         }
         fractions = {row["budget"]: row["hard_fraction"] for row in of_line if row["hard_fraction"] is not None}
         yield Line(name, cells, fractions)
+
+
+def _leaks(workload: Workload, learner: Learner, out: RunDir, device: str) -> Leaks | None:
+    """Return which test images have a near-duplicate in the pool, where the first run says what one is.
+
+    A network that learns from images has no embeddings of the test images: then nobody looks for leaks.
+    """
+    source = workload.sources[0]
+    threshold = source.config.duplicates.threshold
+    if threshold is None or not isinstance(learner, Probes):
+        return None
+    return find_leaks(
+        source.run_dir, learner.test.embeddings, learner.test.uris, threshold, device, out.path("quality")
+    )
 
 
 def _quality(workload: Workload, out: RunDir, labels: TrueLabels, device: str) -> dict[str, Quality]:

@@ -137,8 +137,8 @@ def config_of(run_dir: RunDir) -> dict[str, Any]:
 
     Raises ConfigError for a run that is not complete up to stage select.
     """
-    base: dict[str, Any] = {"embed": {}, "train": {}, "select": {}}
-    for stage, is_optional in (("select", False), ("train", True), ("embed", False)):
+    base: dict[str, Any] = {"embed": {}, "duplicates": {}, "train": {}, "select": {}}
+    for stage, is_optional in (("select", False), ("train", True), ("duplicates", True), ("embed", False)):
         marker = run_dir.success_marker(stage)
         if marker is None:
             if is_optional:

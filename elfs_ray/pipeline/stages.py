@@ -4,11 +4,12 @@ of its tables into storage/schema.py, and later stages name it in their `inputs`
 index ──► embed ──► cluster ──► train ──► select ──► report
 index ──► embed ──► select ──► report                       for a selection from embeddings alone
 embed ──► neighbors ──► cluster                             for TEMI, or with cluster.num_neighbors
+embed ──► neighbors ──► duplicates ──► select               with duplicates.threshold
 index ──► copy ──► pretrain ──► embed ──► ...               for an encoder that is trained on the pool itself
 """
 
 from elfs_ray.config import Config, ConfigError
-from elfs_ray.stages import cluster, copy, embed, index, neighbors, pretrain, report, select, train
+from elfs_ray.stages import cluster, copy, duplicates, embed, index, neighbors, pretrain, report, select, train
 from elfs_ray.stages.stage import Stage
 
 STAGES = (
@@ -17,6 +18,7 @@ STAGES = (
     pretrain.STAGE,
     embed.STAGE,
     neighbors.STAGE,
+    duplicates.STAGE,
     cluster.STAGE,
     train.STAGE,
     select.STAGE,

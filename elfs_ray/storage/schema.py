@@ -17,6 +17,7 @@ DYNAMICS = "dynamics"
 SCORES = "scores"
 CORESET = "coreset"
 NEIGHBORS = "neighbors"
+DUPLICATES = "duplicates"
 
 # Columns.
 SAMPLE_ID = "sample_id"
@@ -32,6 +33,7 @@ PSEUDO_LABEL = "pseudo_label"
 DISTANCE = "distance"
 NEIGHBOR_IDS = "neighbor_ids"
 SIMILARITY = "similarity"
+REPRESENTATIVE = "representative"
 TARGET_PROB = "target_prob"
 MAX_OTHER_PROB = "max_other_prob"
 EL2N = "el2n"
@@ -46,6 +48,7 @@ PSEUDO_LABELS_SCHEMA = pa.schema([(SAMPLE_ID, pa.int64()), (PSEUDO_LABEL, pa.int
 DYNAMICS_SCHEMA = pa.schema(
     [(SAMPLE_ID, pa.int64()), (TARGET_PROB, pa.float32()), (MAX_OTHER_PROB, pa.float32()), (EL2N, pa.float32())]
 )
+DUPLICATES_SCHEMA = pa.schema([(SAMPLE_ID, pa.int64()), (REPRESENTATIVE, pa.int64()), (SIMILARITY, pa.float32())])
 RESULTS_SCHEMA = pa.schema(
     [
         ("selection", pa.string()),

@@ -37,13 +37,15 @@ def searches_on_gpus(cluster: ClusterConfig, devices: "Devices") -> bool:
 
 
 def _describe(config: Config, num_samples: int) -> str:
-    return f"{config.cluster.kept_neighbors} nearest neighbours of each image, {config.cluster.neighbor_search} search"
+    return f"{config.kept_neighbors} nearest neighbours of each image, {config.cluster.neighbor_search} search"
 
 
 def _requests(config: Config, devices: "Devices") -> list[Request]:
     cluster = config.cluster
     num = cluster.num_neighbors
     key = f"cluster.num_neighbors={num}" if num else f"cluster.method={cluster.method}"
+    if not cluster.kept_neighbors:
+        key = f"duplicates.threshold={config.duplicates.threshold}"
     on_gpus = searches_on_gpus(cluster, devices)
     try:
         check_faiss(key, "cuda" if on_gpus else "cpu")

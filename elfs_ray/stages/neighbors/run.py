@@ -1,4 +1,5 @@
-"""neighbors: find the nearest neighbours of every sample, for TEMI and for selections that use the graph of them.
+"""neighbors: find the nearest neighbours of every sample, for TEMI, near-duplicates and
+selections that use the graph of them.
 
 Reads   embeddings/
 Writes  neighbors/ (sample_id, neighbor_ids, similarity), one file for each file of embeddings/
@@ -16,8 +17,8 @@ from elfs_ray.storage.run_dir import RunDir
 def run_neighbors(config: Config, run_dir: RunDir) -> NeighborsResult:
     """Write neighbors/. Raises ValueError for as many neighbours as samples."""
     num_samples = EmbedResult.read(run_dir).rows
-    kept = config.cluster.kept_neighbors
+    kept = config.kept_neighbors
     # The default adapts to a small pool. The user's number does not: it is refused where it is too large.
-    if config.cluster.num_neighbors is None:
+    if not config.cluster.num_neighbors:
         kept = min(kept, num_samples - 1)
     return NeighborsResult(num_samples, **find_neighbors(config.cluster, run_dir, kept, config.seed))

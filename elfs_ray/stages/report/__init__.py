@@ -19,9 +19,10 @@ class ReportResult(Result):
 def _inputs(config: Config) -> tuple[str, ...]:
     encoder = ("copy", "pretrain") if config.pretrains else ()
     neighbors = ("neighbors",) if config.needs_neighbors else ()
+    duplicates = ("duplicates",) if config.duplicates.threshold is not None else ()
     clusters = ("cluster",) if config.needs_clusters else ()
     dynamics = ("train",) if config.needs_dynamics else ()
-    return ("index", *encoder, "embed", *neighbors, *clusters, *dynamics, "select")
+    return ("index", *encoder, "embed", *neighbors, *duplicates, *clusters, *dynamics, "select")
 
 
 STAGE = Stage(

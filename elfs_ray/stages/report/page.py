@@ -16,11 +16,17 @@ TEMPLATE = Path(__file__).with_name("page.html.j2")
 MAX_EPOCHS_SHOWN = 20
 
 
-def render_page(metrics: Mapping[str, Any], images: Mapping[str, Sequence[Mapping[str, str]]], run_uri: str) -> str:
+def render_page(
+    metrics: Mapping[str, Any],
+    images: Mapping[str, Sequence[Mapping[str, str]]],
+    pairs: Sequence[tuple[Mapping[str, str], Mapping[str, str], float]],
+    run_uri: str,
+) -> str:
     """Return the page as HTML.
 
     metrics: the content of metrics.json. images: the images to show for "hardest", "kept" and "easiest", each with its
-    "uri" and its "source", a data: address.
+    "uri" and its "source", a data: address. pairs: near-duplicates to show, each with the image that stands for it and
+    their similarity.
     """
     # Uris and paths are text that others have written, so everything is escaped. A missing metric raises
     # UndefinedError instead of leaving a gap on the page.
@@ -41,6 +47,7 @@ def render_page(metrics: Mapping[str, Any], images: Mapping[str, Sequence[Mappin
     return environment.get_template(TEMPLATE.name).render(
         metrics=metrics,
         images=images,
+        pairs=pairs,
         run_uri=run_uri,
         text_files={table: schema.coreset_text_file(table) for table in metrics["coresets"]},
         uses_hard_fraction=metrics["method"] in USES_HARD_FRACTION,

@@ -14,6 +14,7 @@ import numpy as np
 
 from elfs_ray.config import BY_COVERAGE, Config
 from elfs_ray.stages.cluster import ClusterResult
+from elfs_ray.stages.duplicates import DuplicatesResult
 from elfs_ray.stages.embed import EmbedResult
 from elfs_ray.stages.embed.blocks import copies_of
 from elfs_ray.stages.index import IndexResult
@@ -35,13 +36,16 @@ CORESET_METRICS = (
     "coverage",
 )
 UNSCORED = (*BY_COVERAGE, "random")  # methods whose scores say nothing about how hard an image is
+Image = dict[str, str]  # "uri" and "source", a data: address
+Pair = tuple[Image, Image, float]  # a near-duplicate, the image that stands for it, and their similarity
 GROUPS = ("hardest", "kept", "easiest")
 
 
 def run_report(config: Config, run_dir: RunDir) -> ReportResult:
     """Write report.html and metrics.json."""
     metrics = _metrics(config, run_dir)
-    page = render_page(metrics, _images(config, run_dir), run_dir.uri).encode()
+    images, pairs = _images(config, run_dir)
+    page = render_page(metrics, images, pairs, run_dir.uri).encode()
     filesystem.write_bytes(run_dir.path(schema.METRICS_FILE), (json.dumps(metrics, indent=2) + "\n").encode())
     filesystem.write_bytes(run_dir.path(schema.REPORT_FILE), page)
     return ReportResult(len(page))
@@ -50,7 +54,8 @@ def run_report(config: Config, run_dir: RunDir) -> ReportResult:
 def _metrics(config: Config, run_dir: RunDir) -> dict[str, Any]:
     markers = [run_dir.complete_marker(name) for name in STAGE.inputs(config)]
     embedded = EmbedResult.read(run_dir)
-    coresets = SelectResult.read(run_dir).coresets
+    selected = SelectResult.read(run_dir)
+    coresets = selected.coresets
     first = coresets[schema.CORESET]
     optional: dict[str, Any] = {}
     if config.select.method not in UNSCORED:
@@ -69,6 +74,7 @@ def _metrics(config: Config, run_dir: RunDir) -> dict[str, Any]:
             "coreset": first.rows,
             "pruned_easy": first.num_easy,
             "not_sampled": first.num_not_drawn,
+            **(selected.left_out or {}),
         },
         "method": config.select.method,
         "balance": config.select.balance,
@@ -126,20 +132,25 @@ def _histogram(run_dir: RunDir, coreset: CoresetResult) -> dict[str, Any]:
     }
 
 
-def _images(config: Config, run_dir: RunDir) -> dict[str, list[dict[str, str]]]:
-    """Return the images to show for each group, with their uris."""
+def _images(config: Config, run_dir: RunDir) -> tuple[dict[str, list[Image]], list[Pair]]:
+    """Return the images to show for each group, with their uris, and pairs of near-duplicates."""
     first, count = SelectResult.read(run_dir).coresets[schema.CORESET], config.report.images_per_grid
     examples = {group: _spread(getattr(first, f"{group}_examples"), group, count) for group in GROUPS}
-    wanted = np.unique(np.concatenate(list(examples.values()))).astype(np.int64)
+    pairs: list[tuple[int, int, float]] = []
+    if config.duplicates.threshold is not None:
+        pairs = DuplicatesResult.read(run_dir).examples[: config.report.images_per_grid // 2]
+    ids_of_pairs = np.array([pair[:2] for pair in pairs], np.int64).ravel()
+    wanted = np.unique(np.concatenate([*examples.values(), ids_of_pairs])).astype(np.int64)
     if config.keeps_copies:
         images = dict(_rows(run_dir, schema.PROXY_IMAGES, wanted, schema.IMAGE))
     else:
         images = copies_of(config, run_dir, wanted)
     uris = dict(_rows(run_dir, schema.INDEX, wanted, schema.URI))
-    return {
-        group: [{"uri": uris[i], "source": _data_uri(images[i])} for i in ids.tolist() if i in images]
-        for group, ids in examples.items()
-    }
+    shown = {i: {"uri": uris[i], "source": _data_uri(image)} for i, image in images.items()}
+    return (
+        {group: [shown[i] for i in ids.tolist() if i in shown] for group, ids in examples.items()},
+        [(shown[a], shown[b], similarity) for a, b, similarity in pairs if a in shown and b in shown],
+    )
 
 
 def _spread(sample_ids: list[int], group: str, count: int) -> np.ndarray:

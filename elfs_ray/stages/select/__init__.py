@@ -93,7 +93,8 @@ def _inputs(config: Config) -> tuple[str, ...]:
     # A selection that does not need them still passes their labels on.
     clusters = ("cluster",) if config.needs_clusters else ()
     dynamics = ("train",) if config.select.uses_dynamics else ()
-    return ("index", "embed", *neighbors, *clusters, *dynamics)
+    duplicates = ("duplicates",) if config.duplicates.threshold is not None else ()
+    return ("index", "embed", *neighbors, *duplicates, *clusters, *dynamics)
 
 
 def _requests(config: Config, devices: "Devices") -> list[Request]:

@@ -1,6 +1,6 @@
-"""Find the samples that a selection must not choose: labelled and excluded images.
+"""Find the samples that a selection must not choose: labelled and excluded images, and near-duplicates.
 
-Reads   index/ and the files at select.labelled and select.exclude
+Reads   index/ and the files at select.labelled and select.exclude; duplicates/ if the run has it
 Writes  select/left_out/ (sample_id), a file for each file of the scores
 """
 
@@ -21,13 +21,15 @@ LEFT_OUT = "left_out"
 
 
 class LeftOut(NamedTuple):
-    """The ids of samples that must not be chosen, each ascending (n,) int64, no id in two of them.
+    """The ids of embedded samples that must not be chosen, each ascending (n,) int64, no id in two of them.
 
-    labelled: images that have a label and cover others. excluded: images that nobody wants to label.
+    labelled: images that have a label and cover others. excluded: images that nobody wants to label. near_duplicates:
+    of each group of near-duplicates all but the representative, or all if one of them is labelled or excluded.
     """
 
     labelled: np.ndarray
     excluded: np.ndarray
+    near_duplicates: np.ndarray
 
     @property
     def never_chosen(self) -> np.ndarray:
@@ -36,14 +38,15 @@ class LeftOut(NamedTuple):
 
     @property
     def ignored(self) -> np.ndarray:
-        """Return the ids of those that need not be covered either, ascending."""
-        return self.excluded
+        """Return the ids of those that need not be covered either: excluded and near-duplicates, ascending."""
+        return np.sort(np.concatenate([self.excluded, self.near_duplicates]))
 
     def describe(self) -> str:
         """Return how many there are of each kind, of those that there are."""
         kinds = {
             "labelled": self.labelled,
             "excluded": self.excluded,
+            "near-duplicates of others": self.near_duplicates,
         }
         return ", ".join(f"{len(ids):,} {kind}" for kind, ids in kinds.items() if len(ids))
 
@@ -53,10 +56,24 @@ def find_left_out(config: Config, run_dir: RunDir) -> LeftOut:
 
     Raises ValueError as `read_named_images` does.
     """
-    labelled = read_named_images("select.labelled", config.select.labelled, run_dir)
-    excluded = read_named_images("select.exclude", config.select.exclude, run_dir)
-    excluded = np.setdiff1d(excluded, labelled, assume_unique=True)
-    return LeftOut(labelled, excluded)
+    labelled, excluded = (read_named_images(key, path, run_dir) for key, path in config.select.files_of_names.items())
+    rejected = run_dir.read_column(schema.REJECTED, column=schema.SAMPLE_ID)
+    labelled = np.setdiff1d(labelled, rejected)
+    excluded = np.setdiff1d(excluded, np.union1d(labelled, rejected))
+    named = np.union1d(labelled, excluded)
+    copies = np.empty(0, np.int64)
+    if config.duplicates.threshold is not None:
+        copies = _near_duplicates(run_dir, named)
+    return LeftOut(labelled, excluded, copies)
+
+
+def _near_duplicates(run_dir: RunDir, named: np.ndarray) -> np.ndarray:
+    """Return the near-duplicates of other samples that are not among those that a file names."""
+    ids = run_dir.read_column(schema.DUPLICATES, column=schema.SAMPLE_ID)
+    representatives = run_dir.read_column(schema.DUPLICATES, column=schema.REPRESENTATIVE)
+    # A representative is not chosen either if it, or a near-duplicate of it, is labelled or excluded.
+    of_named = np.isin(ids, named) | np.isin(representatives, named)
+    return np.setdiff1d(np.union1d(ids, representatives[of_named]), named, assume_unique=True)
 
 
 def leave_out(run_dir: RunDir, pool: ScoredPool, sample_ids: np.ndarray) -> ScoredPool:

@@ -1,0 +1,101 @@
+"""duplicates: find near-duplicates, and one image of each group that stands for the others.
+
+Reads   neighbors/, embeddings/ of the samples that have a neighbour above the threshold
+Writes  duplicates/ (sample_id, representative, similarity): every near-duplicate, with the image that stands for it
+
+Neighbours above the threshold are edges of a graph. Its connected components are divided into groups
+(methods/near_duplicates.py); the representative of a group is its lowest id.
+
+Memory: the driver holds some 100 bytes for each edge; a task the embeddings, 2·d bytes, of 65,536 samples, or of one
+component that has more.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from elfs_ray.config import Config
+from elfs_ray.methods.near_duplicates import components, representatives
+from elfs_ray.runtime.cluster import run_tasks
+from elfs_ray.runtime.progress import Progress, count, say
+from elfs_ray.stages.duplicates import MAX_EXAMPLES, DuplicatesResult
+from elfs_ray.stages.embed import EmbedResult
+from elfs_ray.storage import filesystem, schema
+from elfs_ray.storage.run_dir import RunDir
+
+SAMPLES_PER_TASK = 65_536
+FILES_PER_TASK = 16
+# The table of neighbours has similarities in float32. What is so close to the threshold is settled exactly later.
+_ROUNDING = 1e-6
+
+
+def run_duplicates(config: Config, run_dir: RunDir) -> DuplicatesResult:
+    """Write duplicates/."""
+    threshold = config.duplicates.threshold
+    assert threshold is not None
+    parts = components(*_edges(run_dir, threshold))
+    tasks = [(run_dir, batch, threshold) for batch in _batches(parts)]
+    tables = {0: schema.DUPLICATES_SCHEMA.empty_table()}
+    with Progress("duplicates", sum(map(len, parts)), "similar images compared") as progress:
+        for position, table in run_tasks(_divide, tasks):
+            tables[position] = table
+            progress.advance(sum(map(len, tasks[position][1])))
+    rows = pa.concat_tables([tables[position] for position in sorted(tables)]).sort_by(schema.SAMPLE_ID)
+    embedded = EmbedResult.read(run_dir)
+    name = schema.range_file(0, embedded.rows + embedded.rejected - 1)
+    filesystem.write_table(run_dir.path(schema.DUPLICATES, name), rows.combine_chunks())
+    num_groups = len(rows[schema.REPRESENTATIVE].unique())
+    say(f"duplicates{count(rows.num_rows, 'near-duplicate')} of {count(num_groups, 'image')}")
+    return DuplicatesResult(rows.num_rows, num_groups, embedded.rows, _examples(rows))
+
+
+def _edges(run_dir: RunDir, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids at the two ends of each edge, (e,) int64."""
+    files = run_dir.table_files(schema.NEIGHBORS)
+    tasks = [(files[start : start + FILES_PER_TASK], threshold) for start in range(0, len(files), FILES_PER_TASK)]
+    ends = dict(run_tasks(_edges_of, tasks))
+    left, right = zip(*(ends[position] for position in range(len(tasks))), strict=True)
+    return np.concatenate(left), np.concatenate(right)
+
+
+def _edges_of(paths: Sequence[str], threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    left, right = [], []
+    for path in paths:
+        table = filesystem.read_table(path)
+        rows, columns = np.nonzero(schema.matrix_of(table, schema.SIMILARITY) >= threshold - _ROUNDING)
+        left.append(table[schema.SAMPLE_ID].to_numpy()[rows])
+        right.append(schema.matrix_of(table, schema.NEIGHBOR_IDS)[rows, columns])
+    return np.concatenate(left), np.concatenate(right)
+
+
+def _batches(parts: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
+    """Yield components together that have up to 65,536 samples in all, or a single larger one."""
+    batch: list[np.ndarray] = []
+    for part in parts:
+        if batch and sum(map(len, batch)) + len(part) > SAMPLES_PER_TASK:
+            yield batch
+            batch = []
+        batch.append(part)
+    if batch:
+        yield batch
+
+
+def _divide(run_dir: RunDir, parts: Sequence[np.ndarray], threshold: float) -> pa.Table:
+    """Return the near-duplicates in some components, as rows of duplicates/."""
+    torch.set_num_threads(1)
+    rows = run_dir.read_rows(schema.EMBEDDINGS, np.concatenate(parts), [schema.EMBEDDING])
+    embeddings = np.split(schema.matrix_of(rows, schema.EMBEDDING), np.cumsum([len(part) for part in parts])[:-1])
+    columns: list[tuple[np.ndarray, ...]] = []
+    for ids, vectors in zip(parts, embeddings, strict=True):
+        chosen, similarity = representatives(vectors, threshold)
+        copies = np.flatnonzero(chosen != np.arange(len(ids)))
+        columns.append((ids[copies], ids[chosen[copies]], similarity[copies].astype(np.float32)))
+    return pa.table(list(map(np.concatenate, zip(*columns, strict=True))), schema=schema.DUPLICATES_SCHEMA)
+
+
+def _examples(rows: pa.Table) -> list[tuple[int, int, float]]:
+    """Return the least similar near-duplicates, which say best whether the threshold is right."""
+    first = rows.sort_by([(schema.SIMILARITY, "ascending"), (schema.SAMPLE_ID, "ascending")]).slice(0, MAX_EXAMPLES)
+    return list(zip(*(first[name].to_pylist() for name in schema.DUPLICATES_SCHEMA.names), strict=True))
