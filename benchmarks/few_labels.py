@@ -64,7 +64,7 @@ SETS = {
 def read_set(folder: Path) -> tuple[Labelled, Labelled]:
     """Return the images and labels of the pool and of the test set."""
     if (folder / "train.parquet").exists():
-        return _read_parquet(folder / "train.parquet", NUM_POOL), _read_parquet(folder / "test.parquet", NUM_TEST)
+        return read_parquet(folder / "train.parquet", NUM_POOL), read_parquet(folder / "test.parquet", NUM_TEST)
     images, labels = _read_tars(folder)
     order = np.random.default_rng(0).permutation(len(labels))
     num_pool = min(NUM_POOL, round(0.75 * len(labels)))
@@ -132,7 +132,7 @@ def main() -> None:
     if arguments.quick:
         with tempfile.TemporaryDirectory() as folder:
             pool, test = write_digits(Path(folder))
-            measure("digits", _read_parquet(pool, NUM_POOL), _read_parquet(test, NUM_TEST), "pixels", 28)
+            measure("digits", read_parquet(pool, NUM_POOL), read_parquet(test, NUM_TEST), "pixels", 28)
         return
     if arguments.data is None or not arguments.data.is_dir():
         parser.error("--data must be a folder with the data sets, or give --quick")
@@ -143,7 +143,7 @@ def main() -> None:
         measure(name, *read_set(arguments.data / chosen.folder), chosen.encoder, chosen.image_size)
 
 
-def _read_parquet(path: Path, count: int) -> Labelled:
+def read_parquet(path: Path, count: int) -> Labelled:
     table = pq.read_table(path, columns=["image", "label"])
     rows = np.sort(np.random.default_rng(0).permutation(table.num_rows)[:count])
     images = table["image"].take(rows).to_pylist()

@@ -58,7 +58,8 @@ class ClusterConfig:
     )
     neighbor_recall: float = option(
         0.95,
-        "fraction of the exact neighbours that ivf must find, measured on a sample",
+        "fraction of the exact neighbours that ivf must find, measured on a sample; of near-duplicates at a similarity "
+        "of 0.9 where neighbours serve for nothing else",
         bounds=Bounds(above=0, at_most=1),
     )
     device: str = device_option("assignment, neighbour search and TEMI run")

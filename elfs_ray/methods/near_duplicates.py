@@ -5,6 +5,8 @@ with the first. So a member must be similar to the representative itself, not on
 connected components and the groups in them are functions of similarities and ids alone.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from scipy.sparse import coo_array
@@ -29,6 +31,28 @@ def components(left: np.ndarray, right: np.ndarray) -> list[np.ndarray]:
     order = np.argsort(labels, kind="stable")
     parts = np.split(ids[order], np.cumsum(np.bincount(labels, minlength=num))[:-1])
     return sorted(parts, key=lambda part: int(part[0]))
+
+
+def divide(embeddings: np.ndarray, sizes: Sequence[int], threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the row of each sample's representative and its similarity to it, as `representatives` of each component.
+
+    embeddings: (n, d) float16 of unit length, a component after the other; sizes: of the components, n in all.
+    """
+    ends = np.cumsum(sizes)
+    chosen, best = np.arange(len(embeddings)), np.ones(len(embeddings))
+    # Most components are pairs, and calls for each would take a hundred times as long.
+    second = ends[np.asarray(sizes) == 2] - 1
+    for start in range(0, len(second), _BLOCK):
+        copies = second[start : start + _BLOCK]
+        similarity = (embeddings[copies].astype(np.float64) * embeddings[copies - 1].astype(np.float64)).sum(1)
+        similar = similarity >= threshold
+        chosen[copies[similar]], best[copies[similar]] = copies[similar] - 1, similarity[similar]
+    for end, size in zip(ends.tolist(), sizes, strict=True):
+        if size > 2:
+            rows = slice(end - size, end)
+            chosen[rows], best[rows] = representatives(embeddings[rows], threshold)
+            chosen[rows] += end - size
+    return chosen, best
 
 
 def representatives(embeddings: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from elfs_ray.methods import near_duplicates
-from elfs_ray.methods.near_duplicates import components, representatives
+from elfs_ray.methods.near_duplicates import components, divide, representatives
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -59,3 +59,16 @@ def test_components_are_those_of_the_graph():
     expected = networkx.connected_components(networkx.Graph(list(zip(left.tolist(), right.tolist(), strict=True))))
     assert [part.tolist() for part in components(left, right)] == sorted(map(sorted, expected))
     assert components(np.empty(0, np.int64), np.empty(0, np.int64)) == []
+
+
+def test_components_are_divided_one_by_one():
+    rng = np.random.default_rng(2)
+    sizes = [2, 5, 2, 3, 2, 2]
+    embeddings = unit(np.ones(4) + 0.3 * rng.standard_normal((sum(sizes), 4)))
+    chosen, best = divide(embeddings, sizes, 0.95)
+    for first, size in zip(np.cumsum(sizes) - sizes, sizes, strict=True):
+        expected, similarity = one_by_one(embeddings[first : first + size], 0.95)
+        assert (chosen[first : first + size] - first).tolist() == expected
+        np.testing.assert_allclose(best[first : first + size], similarity, rtol=1e-12)
+    pairs = np.array([1, 8, 13, 15])
+    assert 0 < (chosen[pairs] == pairs).sum() < 4

@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 
 from elfs_ray.config import Config
-from elfs_ray.methods.near_duplicates import components, representatives
+from elfs_ray.methods.near_duplicates import components, divide
 from elfs_ray.runtime.cluster import run_tasks
 from elfs_ray.runtime.progress import Progress, count, say
 from elfs_ray.stages.duplicates import MAX_EXAMPLES, DuplicatesResult
@@ -73,11 +73,13 @@ def _edges_of(paths: Sequence[str], threshold: float) -> tuple[np.ndarray, np.nd
 def _batches(parts: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
     """Yield components together that have up to 65,536 samples in all, or a single larger one."""
     batch: list[np.ndarray] = []
+    room = SAMPLES_PER_TASK
     for part in parts:
-        if batch and sum(map(len, batch)) + len(part) > SAMPLES_PER_TASK:
+        if batch and len(part) > room:
             yield batch
-            batch = []
+            batch, room = [], SAMPLES_PER_TASK
         batch.append(part)
+        room -= len(part)
     if batch:
         yield batch
 
@@ -85,14 +87,12 @@ def _batches(parts: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
 def _divide(run_dir: RunDir, parts: Sequence[np.ndarray], threshold: float) -> pa.Table:
     """Return the near-duplicates in some components, as rows of duplicates/."""
     torch.set_num_threads(1)
-    rows = run_dir.read_rows(schema.EMBEDDINGS, np.concatenate(parts), [schema.EMBEDDING])
-    embeddings = np.split(schema.matrix_of(rows, schema.EMBEDDING), np.cumsum([len(part) for part in parts])[:-1])
-    columns: list[tuple[np.ndarray, ...]] = []
-    for ids, vectors in zip(parts, embeddings, strict=True):
-        chosen, similarity = representatives(vectors, threshold)
-        copies = np.flatnonzero(chosen != np.arange(len(ids)))
-        columns.append((ids[copies], ids[chosen[copies]], similarity[copies].astype(np.float32)))
-    return pa.table(list(map(np.concatenate, zip(*columns, strict=True))), schema=schema.DUPLICATES_SCHEMA)
+    ids = np.concatenate(parts)
+    embeddings = schema.matrix_of(run_dir.read_rows(schema.EMBEDDINGS, ids, [schema.EMBEDDING]), schema.EMBEDDING)
+    chosen, similarity = divide(embeddings, [len(part) for part in parts], threshold)
+    copies = np.flatnonzero(chosen != np.arange(len(ids)))
+    columns = [ids[copies], ids[chosen[copies]], similarity[copies].astype(np.float32)]
+    return pa.table(columns, schema=schema.DUPLICATES_SCHEMA)
 
 
 def _examples(rows: pa.Table) -> list[tuple[int, int, float]]:

@@ -21,4 +21,6 @@ def run_neighbors(config: Config, run_dir: RunDir) -> NeighborsResult:
     # The default adapts to a small pool. The user's number does not: it is refused where it is too large.
     if not config.cluster.num_neighbors:
         kept = min(kept, num_samples - 1)
-    return NeighborsResult(num_samples, **find_neighbors(config.cluster, run_dir, kept, config.seed))
+    copies_alone = not config.cluster.kept_neighbors  # then only the near-duplicates need the neighbours
+    search = find_neighbors(config.cluster, run_dir, kept, config.seed, copies_alone=copies_alone)
+    return NeighborsResult(num_samples, **search)

@@ -90,6 +90,27 @@ def test_the_inverted_file_finds_the_neighbours_of_uneven_groups(ray_cluster, tm
 
 
 @pytest.mark.slow
+def test_a_search_for_copies_alone_finds_them_in_fewer_lists(ray_cluster, tmp_path):
+    run_dir, rng = RunDir(tmp_path), np.random.default_rng(7)
+    rows = unit(rng.normal(size=(3000, 32)))
+    rows[2000:] = unit(rows[:1000].astype(np.float32) + 0.02 * rng.normal(size=(1000, 32)))
+    write_embeddings(run_dir, rows)
+    config = digits_config(tmp_path, "cluster.neighbor_search=ivf").cluster
+    every = neighbor_search.find_neighbors(config, run_dir, 8, 0)
+    filesystem.delete(run_dir.path(schema.NEIGHBORS))
+    copies = neighbor_search.find_neighbors(config, run_dir, 8, 0, copies_alone=True)
+    assert copies["nprobe"] < every["nprobe"] and copies["recall"] >= 0.95
+    assert (neighbors_in(run_dir)[2000:, 0] == np.arange(1000)).mean() >= 0.95
+
+
+def test_made_up_copies_are_as_similar_as_they_should_be():
+    rows = unit(np.random.default_rng(8).normal(size=(50, 64)))
+    copies = neighbor_search._made_up_copies(rows, seed=3).astype(np.float64)
+    np.testing.assert_allclose((copies * rows).sum(1), 0.9, atol=2e-3)
+    np.testing.assert_allclose(np.linalg.norm(copies, axis=1), 1, atol=2e-3)
+
+
+@pytest.mark.slow
 def test_the_inverted_file_has_no_more_lists_than_distinct_embeddings(ray_cluster, tmp_path):
     run_dir, random = RunDir(tmp_path), np.random.default_rng(6)
     rows = unit(random.normal(size=(25, 16)))[random.integers(25, size=3000)]
