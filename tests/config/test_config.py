@@ -185,7 +185,8 @@ def test_texts_in_a_list_are_taken_as_typed():
 
 def test_a_leading_tilde_is_the_home_directory(tmp_path):
     keys = [key for key, spec in fields_of(Config) if spec.metadata["is_path"]]
-    of_sections = {"pool.uri", "embed.weights", "cluster.labels_uri", "select.labelled", "evaluate.test_uri"}
+    of_sections = {"pool.uri", "embed.weights", "cluster.labels_uri", "select.labelled"}
+    of_sections |= {"select.exclude", "evaluate.test_uri"}
     assert {"run_dir", *of_sections} == set(keys)
     home = (f"{key}=~/a/b" for key in keys)
     config = load_config(None, [*REQUIRED, "select.method=auto", "pool.label=label", *home])

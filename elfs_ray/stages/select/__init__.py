@@ -89,11 +89,12 @@ def _describe(config: Config, num_samples: int) -> str:
 
 
 def _inputs(config: Config) -> tuple[str, ...]:
-    neighbors = ("neighbors",) if config.select.method == "d2" else ()
+    finds_duplicates = config.duplicates.threshold is not None
+    neighbors = ("neighbors",) if config.select.method == "d2" or finds_duplicates else ()
     # A selection that does not need them still passes their labels on.
     clusters = ("cluster",) if config.needs_clusters else ()
     dynamics = ("train",) if config.select.uses_dynamics else ()
-    duplicates = ("duplicates",) if config.duplicates.threshold is not None else ()
+    duplicates = ("duplicates",) if finds_duplicates else ()
     return ("index", "embed", *neighbors, *duplicates, *clusters, *dynamics)
 
 

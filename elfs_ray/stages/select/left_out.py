@@ -1,30 +1,35 @@
 """Find the samples that a selection must not choose: labelled and excluded images, and near-duplicates.
 
-Reads   index/ and the files at select.labelled and select.exclude; duplicates/ if the run has it
+Reads   index/ and the files at select.labelled and select.exclude; duplicates/ if the run has it, and then neighbors/
+        if any image is labelled or excluded
 Writes  select/left_out/ (sample_id), a file for each file of the scores
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import ray
 
 from elfs_ray.config import Config
+from elfs_ray.runtime.cluster import run_tasks
 from elfs_ray.stages.select.named_images import read_named_images
 from elfs_ray.stages.select.scored_pool import ScoredPool
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
 LEFT_OUT = "left_out"
+FILES_PER_TASK = 16
 
 
 class LeftOut(NamedTuple):
     """The ids of embedded samples that must not be chosen, each ascending (n,) int64, no id in two of them.
 
     labelled: images that have a label and cover others. excluded: images that nobody wants to label. near_duplicates:
-    of each group of near-duplicates all but the representative, or all if one of them is labelled or excluded.
+    of each group of near-duplicates all but the representative, or all if one of them is labelled or excluded, and the
+    near-duplicates of these in other groups.
     """
 
     labelled: np.ndarray
@@ -63,17 +68,37 @@ def find_left_out(config: Config, run_dir: RunDir) -> LeftOut:
     named = np.union1d(labelled, excluded)
     copies = np.empty(0, np.int64)
     if config.duplicates.threshold is not None:
-        copies = _near_duplicates(run_dir, named)
+        copies = _near_duplicates(run_dir, named, config.duplicates.threshold)
     return LeftOut(labelled, excluded, copies)
 
 
-def _near_duplicates(run_dir: RunDir, named: np.ndarray) -> np.ndarray:
+def _near_duplicates(run_dir: RunDir, named: np.ndarray, threshold: float) -> np.ndarray:
     """Return the near-duplicates of other samples that are not among those that a file names."""
     ids = run_dir.read_column(schema.DUPLICATES, column=schema.SAMPLE_ID)
     representatives = run_dir.read_column(schema.DUPLICATES, column=schema.REPRESENTATIVE)
     # A representative is not chosen either if it, or a near-duplicate of it, is labelled or excluded.
     of_named = np.isin(ids, named) | np.isin(representatives, named)
-    return np.setdiff1d(np.union1d(ids, representatives[of_named]), named, assume_unique=True)
+    near = [np.union1d(ids, representatives[of_named])]
+    if len(named):
+        files = run_dir.table_files(schema.NEIGHBORS)
+        shared = ray.put(named)
+        tasks = [
+            (files[start : start + FILES_PER_TASK], shared, threshold) for start in range(0, len(files), FILES_PER_TASK)
+        ]
+        near += [ids for _, ids in run_tasks(_neighbors_of, tasks)]
+    return np.setdiff1d(np.concatenate(near), named)
+
+
+def _neighbors_of(paths: Sequence[str], named: np.ndarray, threshold: float) -> np.ndarray:
+    """Return the samples that are near-duplicates of the named ones, in either direction of the graph."""
+    near = []
+    for path in paths:
+        table = filesystem.read_table(path)
+        sample_ids, neighbor_ids = table[schema.SAMPLE_ID].to_numpy(), schema.matrix_of(table, schema.NEIGHBOR_IDS)
+        is_edge = schema.matrix_of(table, schema.SIMILARITY) >= np.float32(threshold)
+        near.append(neighbor_ids[is_edge & np.isin(sample_ids, named)[:, None]])
+        near.append(sample_ids[(is_edge & np.isin(neighbor_ids, named)).any(axis=1)])
+    return np.unique(np.concatenate(near))
 
 
 def leave_out(run_dir: RunDir, pool: ScoredPool, sample_ids: np.ndarray) -> ScoredPool:

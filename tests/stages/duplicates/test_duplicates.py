@@ -102,17 +102,23 @@ def test_groups_are_those_of_a_comparison_of_all_images(ray_cluster, tmp_path, m
     assert result.examples[0][2] == pytest.approx(similarity[copies].min(), abs=1e-6)
 
 
-def test_a_group_with_a_labelled_or_excluded_image_is_left_out_whole(tmp_path):
+def test_near_duplicates_of_labelled_and_excluded_images_are_left_out(ray_cluster, tmp_path):
     run_dir = RunDir(tmp_path / "run")
     write_embedded(run_dir, 100)
     groups = pa.table([[11, 12, 30, 51], [10, 10, 5, 50], [0.97] * 4], schema=schema.DUPLICATES_SCHEMA)
     filesystem.write_table(run_dir.path(schema.DUPLICATES, schema.range_file(0, 99)), groups)
+    near = np.full((100, 1), 99)  # 70 is a neighbour of 12 and 60 of 80, in other groups; 81 is too far from 60
+    near[[12, 80, 81], 0] = 70, 60, 60
+    cosines = np.where(np.isin(np.arange(100), [12, 80]), 0.965, 0.9).astype(np.float32)[:, None]
+    table = [np.arange(100), schema.matrix_column(near), schema.matrix_column(cosines)]
+    path = run_dir.path(schema.NEIGHBORS, schema.range_file(0, 99))
+    filesystem.write_table(path, pa.table(table, schema=schema.neighbors_schema(1)))
     (tmp_path / "labelled.csv").write_text("sample_id\n12\n60\n3\n")  # 3 could not be embedded
     (tmp_path / "bad.csv").write_text("sample_id\n5\n60\n")
     files = (f"select.labelled={tmp_path / 'labelled.csv'}", f"select.exclude={tmp_path / 'bad.csv'}")
     left_out = find_left_out(digits_config(tmp_path / "run", "duplicates.threshold=0.96", *files), run_dir)
-    assert [ids.tolist() for ids in left_out] == [[12, 60], [5], [10, 11, 30, 51]]
-    assert left_out.describe() == "2 labelled, 1 excluded, 4 near-duplicates of others"
+    assert [ids.tolist() for ids in left_out] == [[12, 60], [5], [10, 11, 30, 51, 70, 80]]
+    assert left_out.describe() == "2 labelled, 1 excluded, 6 near-duplicates of others"
 
 
 def test_another_encoder_is_told_that_the_threshold_was_not_measured_for_it(tmp_path):
