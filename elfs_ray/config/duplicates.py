@@ -7,7 +7,7 @@ from elfs_ray.config.declaration import Bounds, option
 DUPLICATE_NEIGHBORS = 8
 """Nearest neighbours of each image among which its near-duplicates are, where the run needs neighbours for no more."""
 MEASURED_ENCODER = "efficientnet_lite0"
-"""The encoder for which the threshold of jobs/photos.yaml was measured."""
+"""The encoder for which the threshold of the preset photos was measured."""
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from elfs_ray.config import Config, ConfigError, expand_home, load_config
+from elfs_ray.config import DIGEST, Config, ConfigError, expand_home, load_config
 from elfs_ray.pipeline.plan import PlannedStage, wanted_marker
 from elfs_ray.pipeline.runner import locked, run_stage
 from elfs_ray.pipeline.stages import STAGES
@@ -32,6 +32,8 @@ def _keys_of(run_dir: RunDir) -> dict[str, Any]:
     for stage in STAGES:
         marker = run_dir.success_marker(stage.name)
         for key, value in (marker.config if marker else {}).items():
+            if key.endswith(DIGEST):
+                continue
             *sections, name = key.split(".")
             owner = base
             for section in sections:
