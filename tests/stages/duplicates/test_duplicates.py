@@ -10,7 +10,7 @@ import pytest
 
 from elfs_ray.cli import closing_lines
 from elfs_ray.config import Config, ConfigError, load_config
-from elfs_ray.pipeline import reselect
+from elfs_ray.pipeline import reselect, rewrite_report
 from elfs_ray.pipeline.runner import run
 from elfs_ray.pipeline.stages import stages_of
 from elfs_ray.stages import cluster
@@ -32,7 +32,8 @@ def config_of(folder: Path, *more: str) -> Config:
         [
             *(f"pool.uri={folder / 'pool'}", f"run_dir={folder / 'run'}", "budget=5", "ray_address=local"),
             *("embed.encoder=pixels", "embed.image_size=8", "embed.num_workers=1", "embed.proxy_image_size=8"),
-            *("select.method=coverage", "cluster.num_clusters=auto", "duplicates.threshold=0.999", *more),
+            *("select.method=coverage", "cluster.num_clusters=auto", "duplicates.threshold=0.999"),
+            *(f"select.exclude={folder / 'bad.txt'}", *more),
         ],
     )
 
@@ -47,6 +48,7 @@ def finished(ray_cluster, tmp_path_factory):
         (folder / "pool" / f"{number:03d}.png").write_bytes(png(images[number]))
     for original, copy in PAIRS.items():
         shutil.copy(folder / "pool" / f"{original:03d}.png", folder / "pool" / f"{copy:03d}.png")
+    (folder / "bad.txt").write_text(f"{folder}/pool/001.png\n")
     run(config_of(folder))
     return folder
 
@@ -59,11 +61,11 @@ def test_copies_are_listed_shown_and_not_chosen(finished):
         "representative": [3, 8, 15],
         "similarity": [pytest.approx(1, abs=1e-3)] * 3,
     }
-    assert not set(run_dir.read_column(schema.CORESET, column="sample_id").tolist()) & {20, 21, 22}
+    assert not set(run_dir.read_column(schema.CORESET, column="sample_id").tolist()) & {1, 20, 21, 22}
     lines = closing_lines(config_of(finished), run_dir)
     assert f"left out 3 near-duplicates of 3 images, listed in {run_dir.path('duplicates')}" in lines
     counts = json.loads((finished / "run" / "metrics.json").read_text())["counts"]
-    assert (counts["near_duplicates"], counts["embedded"]) == (3, 23)
+    assert [counts[kind] for kind in ("excluded", "near_duplicates", "coreset", "not_sampled")] == [1, 3, 5, 14]
     page = (finished / "run" / "report.html").read_text()
     assert "3 images are almost copies of 3 others" in page and page.count("<figure>\n<img") == 3
 
@@ -71,10 +73,15 @@ def test_copies_are_listed_shown_and_not_chosen(finished):
 def test_a_later_round_knows_the_copies_of_labelled_images(finished):
     """Image 3 is labelled through its copy."""
     (finished / "labelled.txt").write_text(f"{finished}/pool/020.png\n")
-    keys = (f"run_dir={finished / 'run'}", "name=rest", "budget=19", f"select.labelled={finished / 'labelled.txt'}")
+    keys = (f"run_dir={finished / 'run'}", "name=rest", "budget=18", f"select.labelled={finished / 'labelled.txt'}")
     reselect.run(*reselect.load(keys))
     chosen = RunDir(finished / "run" / "coresets" / "rest").read_column("coreset", column="sample_id")
-    assert sorted(chosen) == [i for i in range(20) if i != 3]
+    assert sorted(chosen) == [i for i in range(20) if i not in (1, 3)]
+
+
+def test_the_report_can_be_written_again(finished):
+    config = rewrite_report.load([f"run_dir={finished / 'run'}"])
+    assert (config.duplicates.threshold, config.select.exclude) == (0.999, str(finished / "bad.txt"))
 
 
 def test_a_budget_that_only_copies_could_fill_is_refused(finished):

@@ -12,7 +12,7 @@ import pytest
 from elfs_ray.methods.selection import d2, pruning, zcore
 from elfs_ray.stages.select import coreset_files, scored_pool, selection
 from elfs_ray.stages.select import run as select
-from elfs_ray.stages.select.coreset_files import escape_line_breaks, write_coresets
+from elfs_ray.stages.select.coreset_files import write_coresets
 from elfs_ray.stages.select.scored_pool import ScoredPool
 from elfs_ray.stages.select.selection import Budget, choose
 from elfs_ray.storage import filesystem, schema
@@ -125,16 +125,16 @@ def test_missing_records_are_an_error_that_names_the_folder(ray_cluster, tmp_pat
 
 
 def test_line_breaks_in_names_are_escaped_so_that_a_uri_stays_on_its_line():
-    assert escape_line_breaks("/pool/50% off.png") == "/pool/50% off.png"
-    assert escape_line_breaks("https://host/a%20b.png") == "https://host/a%20b.png"
-    assert escape_line_breaks("/pool/a\nb%.png") == "/pool/a%0Ab%25.png"
+    assert schema.escape_line_breaks("/pool/50% off.png") == "/pool/50% off.png"
+    assert schema.escape_line_breaks("https://host/a%20b.png") == "https://host/a%20b.png"
+    assert schema.escape_line_breaks("/pool/a\nb%.png") == "/pool/a%0Ab%25.png"
 
 
 def test_an_escaped_line_gives_its_uri_back():
     parts = ("a", "\n", "\r", "%", "%0A", "%0D", "%25", "0A", "25")
     uris = {"".join(chosen) for length in range(5) for chosen in itertools.product(parts, repeat=length)}
     for uri in uris:
-        line = escape_line_breaks(uri)
+        line = schema.escape_line_breaks(uri)
         assert not {"\n", "\r"} & set(line)
         assert line.replace("%0A", "\n").replace("%0D", "\r").replace("%25", "%") == uri
 
