@@ -58,7 +58,7 @@ def saved_as_jpeg(quality: int) -> Distortion:
 def crop(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Cut out a random rectangle of 90% of each side."""
     width, height = round(0.9 * image.width), round(0.9 * image.height)
-    left, top = rng.integers(0, image.width - width + 1), rng.integers(0, image.height - height + 1)
+    left, top = int(rng.integers(0, image.width - width + 1)), int(rng.integers(0, image.height - height + 1))
     return image.crop((left, top, left + width, top + height))
 
 
