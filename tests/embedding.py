@@ -10,5 +10,5 @@ def embed_in_this_process(config: Config, run_dir: RunDir) -> None:
     """Embed every block that is left, one after the other, by the code that the encoders on CPUs run."""
     job = embed.make_job(config, run_dir)
     encoder = embed._DecodeAndEncodeBlock(job, "cpu")
-    for first, last in embed.pending_blocks(run_dir, job.blocks(IndexResult.read(run_dir).rows)):
+    for first, last in embed.pending_blocks(run_dir, job.blocks(IndexResult.read(run_dir))):
         encoder({"first": [first], "last": [last]})

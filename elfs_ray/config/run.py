@@ -47,6 +47,14 @@ class Config:
         choices=("refuse", "rerun"),
         decides=False,
     )
+    on_pool_change: str = option(
+        "auto",
+        "what to do if the pool has changed since the run listed it: extend the run by new images and leave out those "
+        "that are gone, keep to the images that were listed, or refuse to run; auto extends, but keeps where extending "
+        "would repeat a training, and refuses if more than half of the images are gone or changed",
+        choices=("auto", "extend", "keep", "refuse"),
+        decides=False,
+    )
     until: str | None = option(None, "last stage to run; null runs all stages", decides=False)
     ray_address: str | None = option(
         None,

@@ -22,7 +22,7 @@ from elfs_ray.pipeline.reselect import check_stages, config_of
 from elfs_ray.pipeline.stages import STAGES
 from elfs_ray.pool.listing import PoolColumns
 from elfs_ray.stages.cluster import ClusterResult
-from elfs_ray.stages.embed import EmbedResult
+from elfs_ray.stages.embed import num_selectable
 from elfs_ray.stages.index import IndexResult
 from elfs_ray.stages.training import check_network
 from elfs_ray.storage import filesystem, schema
@@ -60,7 +60,7 @@ class Source:
     @property
     def num_samples(self) -> int:
         """Return the number of samples that can be selected."""
-        return EmbedResult.read(self.run_dir).rows
+        return num_selectable(self.run_dir)
 
 
 @dataclass(frozen=True)

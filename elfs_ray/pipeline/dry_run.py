@@ -10,7 +10,7 @@ from elfs_ray.pool.files import describe_passed_over
 from elfs_ray.runtime.cluster import Devices, find_devices
 from elfs_ray.runtime.progress import count
 from elfs_ray.runtime.resources import check_request, describe_shortage
-from elfs_ray.stages.embed import EmbedResult
+from elfs_ray.stages.embed import EmbedResult, num_selectable
 from elfs_ray.stages.stage import Stage
 from elfs_ray.storage.run_dir import RunDir
 
@@ -79,7 +79,7 @@ def _describe_budgets_of(pool: PoolCount, config: Config, run_dir: RunDir, plan:
     """Return `describe_budgets` of the images that can be selected, as far as their number is known."""
     # Budgets are fractions of the embedded images. Before embed is complete, nobody knows how many will be rejected.
     if is_done(EmbedResult, plan):
-        return describe_budgets(config, EmbedResult.read(run_dir).rows)
+        return describe_budgets(config, num_selectable(run_dir))
     try:
         return describe_budgets(config, pool.num_samples, "" if pool.is_exact else "about ")
     except ValueError as error:

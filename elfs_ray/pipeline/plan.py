@@ -1,25 +1,30 @@
 """Decide for each stage whether a run skips, resumes, runs or replaces it, and check all that can be checked before."""
 
 import json
-import posixpath
 import secrets
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import accumulate
 
 from elfs_ray.config import Config, ConfigError, check_against_pool
-from elfs_ray.pipeline.replace import describe_obstacles, has_written, replaced_names
+from elfs_ray.pipeline.pool_change import (
+    MIN_UNITS_COUNTED,
+    PoolChange,
+    find_change,
+    refuse_change,
+    refuse_listed_tables,
+)
+from elfs_ray.pipeline.replace import HALF_REMOVED, POOL_CHANGED, describe_obstacles, has_written, replaced_names
 from elfs_ray.pipeline.stages import stages_of
 from elfs_ray.pool.files import UNIT_NOUNS
 from elfs_ray.pool.listing import PoolColumns, Remarks, Unit, check_listing, count_unit, find_units
+from elfs_ray.runtime.progress import count, format_duration
 from elfs_ray.stages.index import IndexResult
 from elfs_ray.stages.stage import Result, Stage
-from elfs_ray.storage import filesystem
+from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import BadMarkerError, Marker, RunDir
-
-MIN_UNITS_COUNTED = 64  # of more than twice as many tars or folders, only every second, third, ... is counted
 
 
 @dataclass(frozen=True)
@@ -45,14 +50,17 @@ class PlannedStage:
 
     action: 'done' for a complete stage; 'continue' for one that was started in the same way; 'run' for one that has
         left nothing; 'rerun' for one whose tables must be replaced, because of `differences`: they were made with
-        another config or from other inputs, no marker accounts for them, or they are damaged.
+        another config or from other inputs, no marker accounts for them, or they are damaged. If only the pool has
+        changed, 'extend' for one that appends to its tables, and 'update' for one whose tables must be replaced.
     marker: the marker that a complete or started stage has, else the one that it will start with.
+    pool_change: of stage index, how the pool differs from index/, if it does.
     """
 
     stage: Stage
     action: str
     marker: Marker
     differences: tuple[str, ...] = ()
+    pool_change: PoolChange | None = None
 
 
 def check(config: Config, run_dir: RunDir, pool: PoolCount | None = None) -> list[PlannedStage]:
@@ -66,6 +74,9 @@ def check(config: Config, run_dir: RunDir, pool: PoolCount | None = None) -> lis
         _check_places(config, run_dir)
         plan = make_plan(config, run_dir)
         refuse_differences(plan, config, run_dir)
+        # The job itself will write a pool that cannot be counted yet.
+        if pool is None and config.on_pool_change != "keep" and is_done(IndexResult, plan):
+            plan = _compare_with_pool(config, run_dir, plan)
         for planned in plan:
             if planned.action != "done":
                 planned.stage.check(config)
@@ -99,31 +110,70 @@ def _check_places(config: Config, run_dir: RunDir) -> None:
             )
 
 
-def _refuse_listed_tables(config: Config, run_dir: RunDir, units: list[Unit]) -> None:
-    """Raise ConfigError for a pool that leads into the run directory through a link."""
-    # The parents of files, as there are far fewer of them than files.
-    folders = {unit.uri if unit.format == "folder" else posixpath.dirname(unit.uri) for unit in units}
-    trees = {unit.uri for unit in units if unit.format == "folder" and unit.recursive}
-    inside = [folder for folder in folders if filesystem.is_within(folder, run_dir.uri)]
-    inside += [folder for folder in trees if filesystem.is_within(run_dir.uri, folder)]
-    # A pool that lies beside the tables in the run directory itself is found there without a link.
-    if inside and not any(filesystem.is_within(pool, run_dir.uri) for pool in config.pool.uris):
-        raise ConfigError(
-            f"run_dir={config.run_dir} is in the pool, pool.uri={config.pool.uri}, through the link {min(inside)}: its "
-            "tables would be listed as images. Remove the link, or give a folder outside of the pool"
-        )
+def _compare_with_pool(config: Config, run_dir: RunDir, plan: list[PlannedStage]) -> list[PlannedStage]:
+    """Return the plan that follows the changes of the pool, as far as config.on_pool_change says.
+
+    Raises ConfigError if it says to refuse them.
+    """
+    change = find_change(config, run_dir)
+    if not change.changes:
+        return plan
+    refuse_change(change.changes, config)
+    extended = make_plan(config, run_dir, change)
+    trained = [planned for planned in extended if planned.stage.trains and planned.action == "update"]
+    if config.on_pool_change == "extend" or not trained:
+        return extended
+    again = " and ".join(planned.stage.name for planned in trained)
+    reason = f"not followed, as {again} would train from the start; on_pool_change=extend does that"
+    return make_plan(config, run_dir, replace(change, reason_to_keep=reason))
 
 
-def make_plan(config: Config, run_dir: RunDir) -> list[PlannedStage]:
-    """Return what a run does with each stage. Raises ConfigError for a marker that cannot be read."""
+def make_plan(config: Config, run_dir: RunDir, change: PoolChange | None = None) -> list[PlannedStage]:
+    """Return what a run does with each stage. Raises ConfigError for a marker that cannot be read.
+
+    change: how the pool differs from index/, if it does.
+    """
     plan: list[PlannedStage] = []
     markers: dict[str, Marker] = {}
     for stage in stages_of(config):
         planned = plan_stage(stage, config, run_dir, markers)
         # A stage that is to rerun passes on a new run_id, so whatever was made from its old tables reruns, too.
         markers[stage.name] = planned.marker
+        if stage.result is IndexResult:
+            planned, markers[stage.name] = extend_index(planned, change)
         plan.append(planned)
     return plan
+
+
+def extend_index(planned: PlannedStage, change: PoolChange | None) -> tuple[PlannedStage, Marker]:
+    """Return what a run does with stage index, and the marker that later stages are planned by, after a change."""
+    marker = planned.marker
+    if planned.action == "continue" and marker.follows:
+        # How many images it will append is not known before it has listed the pool.
+        return planned, replace(marker, result={})
+    # Another driver may have extended the run since the pool was compared.
+    if change is None or planned.action != "done" or marker.run_id != change.index_run:
+        return planned, marker
+    line = change.changes.describe()
+    if change.reason_to_keep:
+        lines = (f"the pool has changed: {line}; {change.reason_to_keep}",)
+        return replace(planned, differences=lines, pool_change=change), marker
+    # It starts with the result of the listing to which it appends: until it is complete, only that one counts.
+    started = replace(
+        following(marker, marker),
+        run_id=secrets.token_hex(8),
+        outputs={name: {} for name in (*marker.outputs, schema.GONE)},
+        result=marker.result,
+    )
+    rows = IndexResult.from_json(marker.result).rows + change.changes.num_appended
+    extended = PlannedStage(planned.stage, "extend", started, (f"the pool has changed: {line}",), change)
+    return extended, replace(started, result={"rows": rows})
+
+
+def following(wanted: Marker, present: Marker) -> Marker:
+    """Return a marker that follows the present one, because the pool has changed."""
+    follows = {**present.follows, present.run_id: int(present.result.get("rows", 0))}
+    return replace(wanted, follows=follows, seconds=0.0, versions={})
 
 
 def plan_stage(stage: Stage, config: Config, run_dir: RunDir, markers: Mapping[str, Marker]) -> PlannedStage:
@@ -142,10 +192,40 @@ def plan_stage(stage: Stage, config: Config, run_dir: RunDir, markers: Mapping[s
         return PlannedStage(stage, "rerun" if obstacles else "run", wanted, obstacles)
     changes = _missing(present, wanted) if present.is_made_as(wanted) else _changes(present, wanted)
     differences = (*changes, *obstacles, *run_dir.damage(stage.name))
+    if differences == changes != () and _is_due_to_pool(present, wanted, markers):
+        return _follow_inputs(stage, present, wanted, markers, is_complete=success is not None)
     if differences:
         return PlannedStage(stage, "rerun", wanted, differences)
     # The present marker rather than the wanted one: it has the run_id that later stages record as their input.
     return PlannedStage(stage, "done" if success else "continue", present)
+
+
+def _is_due_to_pool(present: Marker, wanted: Marker, markers: Mapping[str, Marker]) -> bool:
+    """Return whether a stage differs from what is wanted only because the pool has changed."""
+    config = dict(present.config)
+    if config.get(HALF_REMOVED) == POOL_CHANGED:
+        del config[HALF_REMOVED]
+    return replace(present, config=config).identity == wanted.identity and all(
+        present.input_runs.get(name) in (run_id, *markers[name].follows) for name, run_id in wanted.input_runs.items()
+    )
+
+
+def _follow_inputs(
+    stage: Stage, present: Marker, wanted: Marker, markers: Mapping[str, Marker], *, is_complete: bool
+) -> PlannedStage:
+    """Return what a run does with a stage whose inputs have followed a change of the pool."""
+    changed = [name for name, run_id in wanted.input_runs.items() if present.input_runs[name] != run_id]
+    if stage.grows and changed == [IndexResult.stage]:
+        index = markers[IndexResult.stage]
+        num_ids, num_ids_before = index.result.get("rows"), index.follows[present.input_runs[index.stage]]
+        if num_ids == num_ids_before:  # images are gone, and none are new
+            return PlannedStage(stage, "done" if is_complete else "continue", present)
+        lines = () if num_ids is None else (f"{count(num_ids - num_ids_before, 'new image')}",)
+        return PlannedStage(stage, "extend", following(wanted, present), lines)
+    lines = ("as the pool has changed, it runs again from the start",)
+    if present.seconds:
+        lines = (f"{lines[0]}, which took {format_duration(present.seconds)} the last time",)
+    return PlannedStage(stage, "update", following(wanted, present), lines)
 
 
 def wanted_marker(stage: Stage, config: Config, markers: Mapping[str, Marker]) -> Marker:
@@ -198,12 +278,15 @@ def count_pool(config: Config, run_dir: RunDir, plan: list[PlannedStage]) -> Poo
 
     Memory: the listings of 16 tars or bucket folders at a time (see pool/listing.py), else almost none.
     """
+    change = plan[0].pool_change
+    if change is not None and plan[0].action == "extend":
+        return PoolCount(change.changes.num_present, change.changes.basis, change.format, change.remarks)
     if is_done(IndexResult, plan):
         index = IndexResult.read(run_dir)
-        return PoolCount(index.rows, "", index.format, index.remarks)
+        return PoolCount(index.present, "", index.format, index.remarks)
     remarks = Remarks()
     units = find_units(config.pool.uri, config.pool.format, remarks)
-    _refuse_listed_tables(config, run_dir, units)
+    refuse_listed_tables(config, run_dir, units)
     columns = PoolColumns(config.pool.image_column, config.pool.label)
     kind = units[0].format
     # A Parquet file has its number of rows in its footer; a tar must be read and a folder listed, so these are sampled.

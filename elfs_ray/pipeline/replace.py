@@ -15,6 +15,7 @@ from elfs_ray.storage.run_dir import Marker, RunDir
 
 MARKERS = (schema.SUCCESS_FILE, schema.STARTED_FILE)
 HALF_REMOVED = "half removed"  # a key that no stage has: a marker with it never equals the one that a run wants
+POOL_CHANGED = "the pool changed"  # its value where no other change was the reason
 
 
 def marker_of(stage: Stage, run_dir: RunDir) -> Marker | None:
@@ -78,8 +79,11 @@ def replaced_names(stage: Stage, wanted: Marker, run_dir: RunDir) -> list[str]:
     return [name for name in names if filesystem.exists(run_dir.path(name))]
 
 
-def remove_stage(stage: Stage, wanted: Marker, run_dir: RunDir) -> None:
-    """Delete what a stage replaces, except the marker of its own start, which its next start overwrites."""
+def remove_stage(stage: Stage, wanted: Marker, run_dir: RunDir, *, pool_changed: bool = False) -> None:
+    """Delete what a stage replaces, except the marker of its own start, which its next start overwrites.
+
+    pool_changed: whether nothing else is the reason, so that a run that was killed here goes on without on_change.
+    """
     names = replaced_names(stage, wanted, run_dir)
     if names:  # none where an earlier stage of this run has replaced them all
         say(f"{stage.name:<9} reruns and replaces {', '.join(names)}")
@@ -89,7 +93,8 @@ def remove_stage(stage: Stage, wanted: Marker, run_dir: RunDir) -> None:
     for other in STAGES:
         marker = marker_of(other, run_dir)
         if other.name in names and marker is not None:
-            run_dir.mark_started(dataclasses.replace(marker, config={**marker.config, HALF_REMOVED: True}))
+            reason = POOL_CHANGED if pool_changed else True
+            run_dir.mark_started(dataclasses.replace(marker, config={**marker.config, HALF_REMOVED: reason}))
             filesystem.delete(run_dir.path(other.name, schema.SUCCESS_FILE))
     for name in names:
         # The stage's own folder is last, and keeps its started marker for as long as any table is left.

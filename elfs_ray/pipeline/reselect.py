@@ -16,7 +16,7 @@ from elfs_ray.pipeline.plan import wanted_marker
 from elfs_ray.pipeline.runner import locked
 from elfs_ray.runtime.progress import format_duration, say
 from elfs_ray.stages.cluster import ClusterResult
-from elfs_ray.stages.embed import EmbedResult
+from elfs_ray.stages.embed import num_selectable
 from elfs_ray.stages.select import STAGE, SelectResult
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import Marker, Overlay, RunDir
@@ -78,7 +78,7 @@ def describe(config: Config, name: str) -> str:
     action = "is complete" if _is_done(config, folder) else "would be written"
     from elfs_ray.pipeline.dry_run import describe_budgets
 
-    lines = describe_budgets(config, EmbedResult.read(folder).rows)
+    lines = describe_budgets(config, num_selectable(folder))
     return "\n".join(
         f"{folder.path(table)} {action}: by {config.select.method}, {line}"
         for table, line in zip(schema.coreset_tables(config.budgets), lines, strict=True)
@@ -177,7 +177,7 @@ def _is_done(config: Config, folder: Overlay) -> bool:
         raise ConfigError(
             f"{run_dir.uri} is damaged: {'; '.join(damage)}. Run the pipeline there with on_change=rerun."
         )
-    check_budgets(config, EmbedResult.read(run_dir).rows)
+    check_budgets(config, num_selectable(run_dir))
     success = folder.success_marker(SELECT)
     present = success or folder.started_marker(SELECT)
     lost = folder.damage(SELECT)

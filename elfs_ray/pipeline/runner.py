@@ -33,6 +33,7 @@ def run(config: Config) -> RunDir:
     config, decisions = settle(config, run_dir)
     # Planned before Ray starts and without the lock: a bad config is refused, and a complete run is done, in a second.
     plan = check(config, run_dir)
+    _announce_changes(plan)
     if all(planned.action == "done" for planned in plan):
         say(f"nothing to do: every stage is complete in {run_dir.uri}")
         return run_dir
@@ -43,9 +44,10 @@ def run(config: Config) -> RunDir:
     _announce_requests(plan, config)
     with locked(run_dir) as lock:
         # Planned again: until this one got the lock, another driver may have completed, started or replaced stages.
-        plan = make_plan(config, run_dir)
+        plan = make_plan(config, run_dir, plan[0].pool_change)
         refuse_differences(plan, config, run_dir)
-        for planned in plan:
+        for position in range(len(plan)):
+            planned = plan[position]
             # A lost lock interrupts the main thread; a run in another thread learns of it only here.
             lock.check()
             if planned.action == "done":
@@ -55,9 +57,18 @@ def run(config: Config) -> RunDir:
             # A budget that fits the listing may be too large once embed has rejected images. Later stages take hours.
             planned.stage.check_result(config, run_dir)
             if planned.stage.result is IndexResult:
+                # Planned again by what was listed: the pool may have changed once more since it was compared.
+                plan = make_plan(config, run_dir)
                 check_listed(config, run_dir, plan)
                 _warn_of_days(config, run_dir, plan)
     return run_dir
+
+
+def _announce_changes(plan: list[PlannedStage]) -> None:
+    """Print how the pool has changed, and what each stage does because of it."""
+    for planned in plan:
+        if planned.pool_change is not None or planned.action in ("extend", "update"):
+            say(f"{planned.stage.name:<9} {'; '.join([planned.action, *planned.differences])}")
 
 
 @contextlib.contextmanager
@@ -126,12 +137,14 @@ def _warn_of_days(config: Config, run_dir: RunDir, plan: list[PlannedStage]) -> 
 def run_stage(planned: PlannedStage, config: Config, run_dir: RunDir) -> None:
     """Run one stage of a plan, with its markers before and after. The caller holds the lock."""
     stage, marker = planned.stage, planned.marker
-    if planned.action == "rerun":
-        remove_stage(stage, marker, run_dir)
+    if planned.action in ("rerun", "update"):
+        remove_stage(stage, marker, run_dir, pool_changed=planned.action == "update")
     elif planned.action == "continue":
         say(f"{stage.name:<9} was started before, resumes")
     # Before the stage writes anything, so that its unfinished tables are never continued with another config.
     run_dir.mark_started(marker)
+    # Only now: a stage without either marker would be replaced.
+    run_dir.unmark_complete(stage.name)
     start_s = time.time()
     try:
         result = stage.run(config, run_dir)

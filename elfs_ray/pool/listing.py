@@ -13,8 +13,10 @@ from collections import deque
 from collections.abc import Iterator
 from itertools import groupby
 
+import numpy as np
 import pyarrow as pa
 
+from elfs_ray.pool.changes import UNKNOWN, Inventory, key_of
 from elfs_ray.pool.files import (
     UNIT_EXTENSION,
     UNIT_NOUNS,
@@ -28,15 +30,27 @@ from elfs_ray.pool.files import (
     read_file,
     split_names,
 )
-from elfs_ray.pool.folder import Folder, count_folder, list_folder
+from elfs_ray.pool.folder import Folder, count_folder, inventory_of_folder, list_folder
 from elfs_ray.pool.images import BadImage
-from elfs_ray.pool.parquet import ROW_URI, container_of, count_parquet, list_parquet
+from elfs_ray.pool.parquet import ROW_URI, container_of, count_parquet, list_parquet, names_images
 from elfs_ray.pool.parquet_rows import read_parquet_rows
 from elfs_ray.pool.places import Places, find_places, refuse_overlaps
 from elfs_ray.pool.tar import list_tar, read_tar_members
-from elfs_ray.storage import filesystem
+from elfs_ray.storage import filesystem, schema
 
-__all__ = ["PoolColumns", "Remarks", "Unit", "check_listing", "count_unit", "find_units", "list_unit", "read_images"]
+__all__ = [
+    "PoolColumns",
+    "Remarks",
+    "Unit",
+    "check_listing",
+    "count_unit",
+    "find_units",
+    "holds_its_images",
+    "inventory_of_rows",
+    "list_unit",
+    "read_images",
+    "take_inventory",
+]
 
 
 def find_units(pool_uri: str | list[str], pool_format: str = "auto", remarks: Remarks | None = None) -> list[Unit]:
@@ -109,8 +123,9 @@ def check_listing(pool_uri: str | list[str], pool_format: str, units: list[Unit]
 
 
 def list_unit(unit: Unit, columns: PoolColumns, remarks: Remarks | None = None) -> pa.Table:
-    """Return the samples of a unit in a table: uri string, and label int32 (in a folder tree the folder's name).
+    """Return the samples of a unit in a table: uri string, label int32 (in a folder tree the folder's name), version.
 
+    version: of the file of an image (see pool/changes.py); UNKNOWN for images that are no files of the pool.
     remarks: told of the files or members that are not listed, and of what is wrong with the unit.
 
     Labels are null where `columns` names none. Memory: the unit's uris, no images. Raises ValueError for a broken unit
@@ -119,7 +134,38 @@ def list_unit(unit: Unit, columns: PoolColumns, remarks: Remarks | None = None) 
     remarks = remarks or Remarks()
     if unit.format == "folder":
         return list_folder(unit, columns.label is not None, remarks)
-    return (list_parquet if unit.format == "parquet" else list_tar)(unit, columns, remarks)
+    listed = (list_parquet if unit.format == "parquet" else list_tar)(unit, columns, remarks)
+    versions = pa.array(np.full(listed.num_rows, UNKNOWN, np.uint64))
+    return listed.append_column(schema.VERSION, versions)
+
+
+def holds_its_images(unit: Unit, listed: pa.Table) -> bool:
+    """Return whether all images of a unit are within its file, so that they change with it.
+
+    listed: as `list_unit` returns it.
+    """
+    return unit.format != "folder" and all(container_of(uri) == unit.uri for uri in listed[schema.URI].to_pylist())
+
+
+def take_inventory(unit: Unit, columns: PoolColumns, remarks: Remarks, version: int) -> Inventory:
+    """Return the files of a unit: the images of a folder, else the file itself or what it names by uris.
+
+    version: of the unit's file. Raises ValueError as `list_unit` does.
+    """
+    if unit.format == "folder":
+        return inventory_of_folder(unit, remarks)
+    if unit.format == "parquet" and not names_images(unit, columns):
+        return Inventory.of([key_of(unit.uri)], [version], [count_parquet(unit, columns, remarks)])
+    listed = list_unit(unit, columns, remarks)
+    if holds_its_images(unit, listed):
+        return Inventory.of([key_of(unit.uri)], [version], [listed.num_rows])
+    return inventory_of_rows(listed)
+
+
+def inventory_of_rows(listed: pa.Table) -> Inventory:
+    """Return the images in a listing as an inventory, in which each is a file."""
+    keys = map(key_of, listed[schema.URI].to_pylist())
+    return Inventory.of(keys, listed[schema.VERSION].to_pylist(), [1] * listed.num_rows)
 
 
 def count_unit(unit: Unit, columns: PoolColumns, remarks: Remarks | None = None) -> int:

@@ -49,6 +49,13 @@ def count_parquet(unit: Unit, columns: PoolColumns, remarks: Remarks) -> int:
         return file.metadata.num_rows
 
 
+def names_images(unit: Unit, columns: PoolColumns) -> bool:
+    """Return whether a Parquet file names its images by their uris instead of holding them; from its footer."""
+    with open_parquet(unit.uri) as file:
+        column = find_image_column(file.schema_arrow, unit.uri, columns.image)
+        return is_string(file.schema_arrow.field(column).type)
+
+
 def container_of(uri: str) -> str | None:
     """Return the tar or Parquet file that holds an image, None for an image that is a file."""
     match = MEMBER_URI.fullmatch(uri) or ROW_URI.fullmatch(uri)

@@ -54,6 +54,7 @@ class Stage:
     inputs         the stages whose tables it reads
     tables, files  the tables that it writes, and the files beside them
     is_on_driver   True if it needs no tasks or workers
+    grows          True if it appends to its tables for new images of the pool; other stages run again
     requests       the workers and GPU tasks that it requests, besides tasks of one CPU. Workers are started from these
                    same numbers, so that the plan cannot differ from the run. Raises ConfigError for a GPU where there
                    can be none
@@ -76,6 +77,7 @@ class Stage:
     section_keys: tuple[str, ...] | None = None
     is_on_driver: bool = False
     is_estimated: bool = False
+    grows: bool = False
     requests: "Callable[[Config, Devices], list[Request]]" = lambda config, devices: []
     advice: "Callable[[Config, Devices], list[str]]" = lambda config, devices: []
     check: Callable[[Config], None] = lambda config: None
@@ -86,6 +88,11 @@ class Stage:
     @property
     def name(self) -> str:
         return self.result.stage
+
+    @property
+    def trains(self) -> bool:
+        """Return whether it trains a network on the images, which may take hours."""
+        return bool(self.epoch_gauges)
 
     def deciding_config(self, config: Config) -> dict[str, Any]:
         """Return the keys that decide the stage's result, with their values, and digests of the files that they name.

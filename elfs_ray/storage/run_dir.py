@@ -32,6 +32,7 @@ class Marker:
     run_id      a random name for one making of the tables; a resumed stage keeps it
     input_runs  the run_id of each of those earlier stages
     outputs     the tables and files that it writes; once it is complete, the number of files and bytes of each
+    follows     the run_ids that the stage had before the pool changed, each with the number of images listed then
 
     A complete stage adds its result (see elfs_ray/stages/stage.py), seconds and versions.
     """
@@ -45,6 +46,7 @@ class Marker:
     outputs: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     seconds: float = 0.0
     versions: Mapping[str, str] = field(default_factory=dict)
+    follows: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def identity(self) -> str:
@@ -99,6 +101,10 @@ class RunDir:
 
     def mark_complete(self, marker: Marker) -> None:
         filesystem.write_bytes(self.path(marker.stage, schema.SUCCESS_FILE), marker.to_json())
+
+    def unmark_complete(self, stage: str) -> None:
+        """Delete the marker of a complete stage that goes on; its tables are complete again only at its end."""
+        filesystem.delete(self.path(stage, schema.SUCCESS_FILE))
 
     def clear(self, stage: str) -> None:
         """Delete everything in a stage's folder except the marker of its start, which still claims its tables."""

@@ -18,11 +18,15 @@ SCORES = "scores"
 CORESET = "coreset"
 NEIGHBORS = "neighbors"
 DUPLICATES = "duplicates"
+GONE = "gone"  # of stage index, in runs whose pool has lost images
 
 # Columns.
 SAMPLE_ID = "sample_id"
 URI = "uri"
 LABEL = "label"
+KEY = "key"
+VERSION = "version"
+NUM_ROWS = "num_rows"
 STAGE = "stage"
 REASON = "reason"
 EMBEDDING = "embedding"
@@ -42,6 +46,8 @@ SCORE = "score"
 RANK = "rank"
 
 INDEX_SCHEMA = pa.schema([(SAMPLE_ID, pa.int64()), (URI, pa.string()), (LABEL, pa.int32())])
+FILES_SCHEMA = pa.schema([(KEY, pa.uint64()), (VERSION, pa.uint64()), (SAMPLE_ID, pa.int64()), (NUM_ROWS, pa.int64())])
+GONE_SCHEMA = pa.schema([(SAMPLE_ID, pa.int64()), (URI, pa.string())])
 REJECTED_SCHEMA = pa.schema([(SAMPLE_ID, pa.int64()), (URI, pa.string()), (STAGE, pa.string()), (REASON, pa.string())])
 PROXY_IMAGES_SCHEMA = pa.schema([(SAMPLE_ID, pa.int64()), (IMAGE, pa.binary())])
 PSEUDO_LABELS_SCHEMA = pa.schema([(SAMPLE_ID, pa.int64()), (PSEUDO_LABEL, pa.int32()), (DISTANCE, pa.float32())])
@@ -75,6 +81,7 @@ CORESET_SCHEMA = pa.schema(
 )
 
 # Files.
+FILES_DIR = "_files"  # of index/: the pool's files, with their keys and versions
 SUCCESS_FILE = "_SUCCESS.json"
 STARTED_FILE = "_STARTED.json"
 CENTROIDS_FILE = "centroids.parquet"

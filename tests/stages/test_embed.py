@@ -19,6 +19,7 @@ from elfs_ray.pool.images import decode_proxy_image
 from elfs_ray.stages.embed import EmbedResult
 from elfs_ray.stages.embed import blocks as embed_blocks
 from elfs_ray.stages.embed import run as embed
+from elfs_ray.stages.index import IndexResult
 from elfs_ray.stages.index import run as index
 from elfs_ray.storage import schema
 from elfs_ray.storage.run_dir import RunDir
@@ -284,7 +285,7 @@ def test_decoding_tasks_apart_from_encoders_give_the_same_bytes(undisturbed, poo
     config, run_dir = settings(pool[0], tmp_path, *NETWORK), RunDir(tmp_path)
     shutil.copytree(undisturbed / "index", tmp_path / "index")
     job = embed.make_job(config, run_dir)
-    blocks = job.blocks(len(rows(tmp_path, "index")))
+    blocks = job.blocks(IndexResult(len(rows(tmp_path, "index")), 1, "folder", []))
     todo = ray.data.from_items([{"first": first, "last": last} for first, last in blocks])
     decoded = todo.map_batches(embed._decode_block, batch_size=1, num_cpus=1, fn_kwargs={"job": job})
     encoded = decoded.map_batches(
@@ -316,7 +317,7 @@ def test_blocks_hold_every_id_once_and_do_not_depend_on_the_workers(tmp_path, bl
     for num_workers in (1, 7):
         overrides = (f"embed.block_images={block_images}", f"embed.num_workers={num_workers}")
         config = settings(tmp_path, tmp_path, *overrides)
-        plans.append(embed.make_job(config, RunDir(tmp_path)).blocks(num_samples))
+        plans.append(embed.make_job(config, RunDir(tmp_path)).blocks(IndexResult(num_samples, 1, "folder", [])))
     assert plans[0] == plans[1]
     ends = np.array(plans[0])
     assert ends[0, 0] == 0 and ends[-1, 1] == num_samples - 1

@@ -16,8 +16,8 @@ from elfs_ray.runtime.metrics import report_rejected
 from elfs_ray.runtime.progress import Progress
 from elfs_ray.stages.copy import CopyResult
 from elfs_ray.stages.embed.blocks import (
+    blocks_of,
     copy_images,
-    plan_blocks,
     rejected_by_copy,
     rows_by_file,
     say_own_range,
@@ -31,8 +31,9 @@ from elfs_ray.storage.run_dir import RunDir
 
 def run_copy(config: Config, run_dir: RunDir) -> CopyResult:
     """Write proxy_images/. Raises RuntimeError if no image could be copied."""
-    num_samples = IndexResult.read(run_dir).rows
-    blocks = plan_blocks(config.embed.block_images, config.embed.proxy_image_size, num_samples)
+    index = IndexResult.read(run_dir)
+    num_samples = index.rows
+    blocks = blocks_of(index, config.embed.block_images, config.embed.proxy_image_size)
     copied, rejected = rows_by_file(run_dir, schema.PROXY_IMAGES), rows_by_file(run_dir, "copy", schema.REJECTED)
     names = {block: schema.range_file(*block) for block in blocks}
     pending = [

@@ -5,8 +5,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+
 from elfs_ray.config import SELF_SUPERVISED, Config, ConfigError, check_against_pool
 from elfs_ray.runtime.resources import Request, request_workers
+from elfs_ray.stages.index import IndexResult
 from elfs_ray.stages.stage import Result, Stage
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
@@ -26,6 +29,15 @@ class EmbedResult(Result):
     rejected: int
     dim: int
     weights: Mapping[str, Any] | None = None
+
+
+def num_selectable(run_dir: RunDir) -> int:
+    """Return the number of embedded images that are still in the pool. Memory: 8 bytes an image gone or rejected."""
+    num_embedded = EmbedResult.read(run_dir).rows
+    if not IndexResult.read(run_dir).gone:
+        return num_embedded
+    gone, rejected = (run_dir.read_column(table, column=schema.SAMPLE_ID) for table in (schema.GONE, schema.REJECTED))
+    return num_embedded - len(np.setdiff1d(gone, rejected, assume_unique=True))
 
 
 def _tables(config: Config) -> tuple[str, ...]:
@@ -83,8 +95,7 @@ def _check(config: Config) -> None:
 
 
 def _check_result(config: Config, run_dir: RunDir) -> None:
-    result = EmbedResult.read(run_dir)
-    check_against_pool(config, result.rows, result.rejected)
+    check_against_pool(config, num_selectable(run_dir), EmbedResult.read(run_dir).rejected)
 
 
 STAGE = Stage(
@@ -92,6 +103,7 @@ STAGE = Stage(
     section="embed",
     global_keys=(),
     is_estimated=True,
+    grows=True,
     inputs=lambda config: ("index", "copy", "pretrain") if config.pretrains else ("index",),
     tables=_tables,
     describe=_describe,

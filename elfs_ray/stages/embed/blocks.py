@@ -1,7 +1,8 @@
 """Read, decode and write the pool's images in blocks of ids, for stages embed and copy.
 
-The blocks depend only on the config and on the pool's size, and every table has one file for each block. So a resumed
-run, on any number of workers, finds the blocks that are done by the names of their files.
+The blocks depend only on the config and on the number of images in each listing of the pool, and every table has one
+file for each block. So a resumed run, on any number of workers, finds the blocks that are done by the names of their
+files, and a pool that grew leaves the blocks of its earlier images as they are.
 """
 
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from elfs_ray.config import Config
 from elfs_ray.pool.images import BadImage, decode_image, encode_proxy_image
 from elfs_ray.pool.listing import PoolColumns, read_images
 from elfs_ray.runtime.progress import count, say
+from elfs_ray.stages.index import IndexResult
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
@@ -35,6 +37,15 @@ def plan_blocks(block_images: int | None, side: int, num_samples: int) -> list[t
         rows = min(BLOCK_PIXEL_BYTES // (3 * side * side), MAX_BLOCK_IMAGES, -(-num_samples // MIN_BLOCKS))
         rows = max(rows, MIN_BLOCK_IMAGES)
     return [(first, min(first + rows, num_samples) - 1) for first in range(0, num_samples, rows)]
+
+
+def blocks_of(index: IndexResult, block_images: int | None, side: int) -> list[tuple[int, int]]:
+    """Return the (first, last) id of each block of a pool: those of `plan_blocks` for each of its listings."""
+    return [
+        (start + first, start + last)
+        for start, end in index.ranges
+        for first, last in plan_blocks(block_images, side, end - start)
+    ]
 
 
 def rows_by_file(run_dir: RunDir, *table: str) -> dict[str, int]:

@@ -41,8 +41,8 @@ from elfs_ray.runtime.progress import Progress, say
 from elfs_ray.runtime.resources import GIB, Request
 from elfs_ray.stages.embed import EmbedResult, request_encoders
 from elfs_ray.stages.embed.blocks import (
+    blocks_of,
     copy_images,
-    plan_blocks,
     rejected_by_copy,
     rows_by_file,
     say_own_range,
@@ -65,18 +65,19 @@ class EmbedJob:
     run_dir: RunDir
     shape: EncoderInput
 
-    def blocks(self, num_samples: int) -> list[tuple[int, int]]:
+    def blocks(self, index: IndexResult) -> list[tuple[int, int]]:
         """Return the (first, last) id of each block; if stage copy has run, these are its blocks."""
         embed = self.config.embed
         side = embed.proxy_image_size if self.config.pretrains else self.shape.crop
-        return plan_blocks(embed.block_images, side, num_samples)
+        return blocks_of(index, embed.block_images, side)
 
 
 def run_embed(config: Config, run_dir: RunDir) -> EmbedResult:
     """Embed the pool. Raises RuntimeError when no image could be embedded."""
-    num_samples = IndexResult.read(run_dir).rows
+    index = IndexResult.read(run_dir)
+    num_samples = index.rows
     job = make_job(config, run_dir)
-    pending = pending_blocks(run_dir, job.blocks(num_samples))
+    pending = pending_blocks(run_dir, job.blocks(index))
     num_done = num_samples - sum(last - first + 1 for first, last in pending)
     if 0 < num_done < num_samples:
         say(f"embed     {num_done:,} images were embedded by an earlier run")

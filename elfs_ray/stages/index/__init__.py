@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import ClassVar
 
 from elfs_ray.config import Config, check_against_pool
@@ -15,8 +16,11 @@ from elfs_ray.storage.run_dir import RunDir
 class IndexResult(Result):
     """The listing of a pool in numbers.
 
-    rows, units: the number of images, and of the units (folders or files) that hold them.
+    rows, units: the number of ids, and of the units (folders or files) that hold the images.
     passed_over, warnings: see pool/files.Remarks.
+    ends: the number of ids after the first listing, and after each later one that appended to index/; none in a run
+        that was made before such ends were recorded.
+    gone: the number of images that have left the pool, which are in gone/.
     """
 
     stage: ClassVar[str] = "index"
@@ -26,6 +30,18 @@ class IndexResult(Result):
     label_names: list[str]
     passed_over: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+    gone: int = 0
+
+    @property
+    def present(self) -> int:
+        """Return the number of images that are in the pool."""
+        return self.rows - self.gone
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """Return the first id of each listing, and the first one after it."""
+        return list(pairwise([0, *(self.ends or [self.rows])]))
 
     @property
     def remarks(self) -> Remarks:
@@ -33,7 +49,7 @@ class IndexResult(Result):
 
 
 def _check_result(config: Config, run_dir: RunDir) -> None:
-    check_against_pool(config, IndexResult.read(run_dir).rows)
+    check_against_pool(config, IndexResult.read(run_dir).present)
 
 
 STAGE = Stage(
