@@ -9,6 +9,7 @@ from elfs_ray.storage.run_dir import RunDir
 def embed_in_this_process(config: Config, run_dir: RunDir) -> None:
     """Embed every block that is left, one after the other, by the code that the encoders on CPUs run."""
     job = embed.make_job(config, run_dir)
+    blocks = job.blocks(IndexResult.read(run_dir))
     encoder = embed._DecodeAndEncodeBlock(job, "cpu")
-    for first, last in embed.pending_blocks(run_dir, job.blocks(IndexResult.read(run_dir))):
+    for first, last in embed.pending_blocks(run_dir, blocks, keeps_copies=config.keeps_copies):
         encoder({"first": [first], "last": [last]})

@@ -77,7 +77,7 @@ def run_embed(config: Config, run_dir: RunDir) -> EmbedResult:
     index = IndexResult.read(run_dir)
     num_samples = index.rows
     job = make_job(config, run_dir)
-    pending = pending_blocks(run_dir, job.blocks(index))
+    pending = pending_blocks(run_dir, job.blocks(index), keeps_copies=config.keeps_copies)
     num_done = num_samples - sum(last - first + 1 for first, last in pending)
     if 0 < num_done < num_samples:
         say(f"embed     {num_done:,} images were embedded by an earlier run")
@@ -122,8 +122,8 @@ def _describe_weights_file(config: Config) -> dict[str, Any] | None:
         return describe_weights(config.embed.encoder, path)
 
 
-def pending_blocks(run_dir: RunDir, blocks: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return the blocks with images that are neither embedded nor rejected, or that have no proxy image."""
+def pending_blocks(run_dir: RunDir, blocks: list[tuple[int, int]], *, keeps_copies: bool) -> list[tuple[int, int]]:
+    """Return the blocks with images that are neither embedded nor rejected, or lack a copy in a run that keeps them."""
     tables = (schema.EMBEDDINGS, schema.REJECTED, schema.PROXY_IMAGES)
     embedded, rejected, copied = (rows_by_file(run_dir, table) for table in tables)
 
@@ -131,7 +131,8 @@ def pending_blocks(run_dir: RunDir, blocks: list[tuple[int, int]]) -> list[tuple
         name = schema.range_file(first, last)
         num_embedded = embedded.get(name, -1)
         # There may be more copies than embeddings: an image is copied before its embedding turns out to be unusable.
-        return num_embedded + rejected.get(name, 0) == last - first + 1 and copied.get(name, -1) >= num_embedded
+        is_embedded = num_embedded + rejected.get(name, 0) == last - first + 1
+        return is_embedded and (not keeps_copies or copied.get(name, -1) >= num_embedded)
 
     return [block for block in blocks if not is_done(*block)]
 

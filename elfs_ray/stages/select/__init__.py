@@ -49,7 +49,7 @@ class SelectResult(Result):
     """The rows of the first coreset, the number of samples it was chosen from, and every coreset by its table.
 
     `search` holds the keys select.search_*, for later selections from the same run, left_out the numbers of images that
-    could not be chosen, as "labelled", "excluded" and "near_duplicates".
+    could not be chosen, as "labelled", "excluded", "gone" and "near_duplicates".
     """
 
     stage: ClassVar[str] = "select"
@@ -111,11 +111,13 @@ def _check_listed(config: Config, run_dir: RunDir) -> None:
     import numpy as np
 
     from elfs_ray.methods.selection.pruning import budget_count
+    from elfs_ray.stages.index.records import gone_ids
     from elfs_ray.stages.select.named_images import read_named_images
 
-    num_samples = IndexResult.read(run_dir).rows
+    index = IndexResult.read(run_dir)
+    num_samples = index.present
     named = [read_named_images(key, path, run_dir) for key, path in files.items()]
-    num_left = num_samples - len(np.unique(np.concatenate(named)))
+    num_left = index.rows - len(np.unique(np.concatenate([*named, gone_ids(run_dir)])))
     for budget in config.budgets:
         if budget_count(budget, num_samples) > num_left:
             raise ConfigError(

@@ -51,7 +51,8 @@ def run_select(config: Config, run_dir: RunDir) -> SelectResult:
     Raises ValueError if a budget or a hard fraction does not fit the number of samples with a pseudo-label.
     """
     pool, left_out = _pool(config, run_dir), find_left_out(config, run_dir)
-    choices = choose_hard_fractions(config, run_dir, pool)
+    # Budgets are shares of the images that are in the pool.
+    choices = choose_hard_fractions(config, run_dir, leave_out(run_dir, pool, left_out.gone))
     budgets = [choice.budget for choice in choices]
     counts = [budget.num_kept for budget in budgets]
     eligible = leave_out(run_dir, pool, left_out.never_chosen)

@@ -149,3 +149,10 @@ def test_a_file_that_changes_under_its_path_makes_another_selection(tmp_path):
 
 def test_without_an_exclude_list_an_older_selection_stays_the_same(tmp_path):
     assert not [key for key in STAGE.deciding_config(digits_config(tmp_path)) if "exclude" in key]
+
+
+def test_the_first_of_a_group_that_is_left_takes_the_place_of_one_that_is_gone():
+    ids, representatives = np.array([9, 4, 5, 7]), np.array([1, 1, 1, 6])
+    assert heirs_of(ids, representatives, np.array([1, 4])).tolist() == [5]
+    assert heirs_of(ids, representatives, np.array([4, 5])).tolist() == []
+    assert heirs_of(ids, representatives, np.array([1, 6])).tolist() == [4, 7]
