@@ -59,7 +59,7 @@ def test_a_pool_in_a_folder_that_the_run_writes_is_refused(digit_pools, tmp_path
 def listed(run_dir: Path, *keys: str) -> list[PlannedStage]:
     """Plan a run whose stage index is complete, with 40 images named /pool/<number>.png."""
     run = RunDir(run_dir)
-    config = config_of("/pool", run_dir, *keys)
+    config = config_of("/pool", run_dir, "on_pool_change=keep", *keys)
     uris = [f"/pool/{i}.png" for i in range(40)]
     index = pa.table([range(40), uris, pa.nulls(40, pa.int32())], schema=schema.INDEX_SCHEMA)
     filesystem.write_table(run.path(schema.INDEX, schema.range_file(0, 39)), index)

@@ -135,6 +135,24 @@ def test_files_with_several_images_grow_change_and_go(go, tmp_path, kind, monkey
 list_unit = index.list_unit
 
 
+def test_a_bucket_grows_and_an_object_changes(monkeypatch, tmp_path, s3_server, s3_bucket):
+    def write(numbers: range) -> None:
+        for number in numbers:
+            filesystem.write_bytes(f"{s3_bucket}/{number % 2}/{number}.png", IMAGES[number])
+
+    config = config_of(tmp_path, "run", f"pool.uri={s3_bucket}")
+    write(range(20))
+    run_dir = run_here(monkeypatch, config)
+    write(range(20, 24))
+    filesystem.delete(f"{s3_bucket}/0/0.png")
+    filesystem.write_bytes(f"{s3_bucket}/1/1.png", IMAGES[50])
+    before = s3_server.num_requests()
+    assert check(config, run_dir)[0].differences == ("the pool has changed: 4 new, 1 gone, 1 changed",)
+    assert s3_server.num_requests() - before < 15  # far fewer than objects: listings alone
+    run_here(monkeypatch, config)
+    assert num_selectable(run_dir) == 23 and rows(run_dir, "gone")["sample_id"] == [0, 10]
+
+
 def test_a_tar_that_is_back_has_its_ids_again(go, tmp_path):
     (tmp_path / "pool").mkdir()
     for number in range(4):
