@@ -7,6 +7,8 @@ Writes  <folder>/, a run directory with the embeddings of the test images, by th
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from elfs_ray.config import load_config
 from elfs_ray.evaluation.held_out import class_numbers, list_test_images
@@ -15,6 +17,7 @@ from elfs_ray.evaluation.true_labels import TrueLabels, digest
 from elfs_ray.evaluation.workload import Workload
 from elfs_ray.methods.training.linear_probe import fit_linear_probe
 from elfs_ray.pipeline import runner
+from elfs_ray.stages.index.records import gone_ids
 from elfs_ray.stages.pretrain import PretrainResult
 from elfs_ray.stages.training.classifier_inputs import load_embeddings
 from elfs_ray.storage import schema
@@ -64,6 +67,7 @@ def embed_test_images(
     keys = [f"run_dir={folder}", f"pool.uri={test_uri}", f"pool.format={workload.pool_format}"]
     keys += [f"pool.label={columns.label}", *([f"pool.image_column={columns.image}"] if columns.image else [])]
     keys += [f"embed.device={device}", "budget=1.0", "until=embed", "on_change=rerun"]
+    keys.append("on_pool_change=extend")
     # A method that needs no copies of the images.
     keys += [
         "select.method=random",
@@ -77,13 +81,23 @@ def embed_test_images(
     run_dir = runner.run(load_config(None, keys, base=source.base))
     _refuse_rejected(test_uri, run_dir)
     listed = list_test_images(test_uri, workload.pool_format, columns)
-    embeddings = [schema.matrix_of(rows, schema.EMBEDDING) for rows in run_dir.read_table(schema.EMBEDDINGS)]
-    # Nothing was rejected, and the index lists in the same order: row i of both is the i-th image.
-    classes = class_numbers(test_uri, listed, names)
-    return TestEmbeddings(np.concatenate(embeddings), classes, listed[schema.URI].to_pylist())
+    uris, classes = listed[schema.URI], class_numbers(test_uri, listed, names)
+    return TestEmbeddings(_embeddings_of(uris, run_dir), classes, uris.to_pylist())
+
+
+def _embeddings_of(uris: pa.ChunkedArray, run_dir: RunDir) -> np.ndarray:
+    """Return the embeddings of some images in the order of their uris, (n, d) float16; none of them was rejected."""
+    embedded = pa.concat_tables(run_dir.read_table(schema.EMBEDDINGS))
+    index = run_dir.read_rows(schema.INDEX, embedded[schema.SAMPLE_ID].to_numpy(), [schema.URI])
+    # An image that has changed is in the index under two ids, and the first one is gone.
+    is_present = ~np.isin(index[schema.SAMPLE_ID].to_numpy(), gone_ids(run_dir))
+    present = index[schema.URI].filter(is_present).combine_chunks()
+    places = pc.index_in(uris, value_set=present).to_numpy()
+    return schema.matrix_of(embedded, schema.EMBEDDING)[is_present][places]
 
 
 def _refuse_rejected(test_uri: str, run_dir: RunDir) -> None:
+    gone = gone_ids(run_dir)
     for rows in run_dir.read_table(schema.REJECTED):
-        for row in rows.slice(0, 1).to_pylist():
+        for row in rows.filter(~np.isin(rows[schema.SAMPLE_ID].to_numpy(), gone)).slice(0, 1).to_pylist():
             raise ValueError(f"test_uri={test_uri}: test image {row[schema.URI]}: {row[schema.REASON]}")

@@ -20,6 +20,7 @@ from elfs_ray.evaluation.workload import Entry, Source, Workload
 from elfs_ray.methods.training.classifier import ClassifierSettings
 from elfs_ray.pipeline import reselect
 from elfs_ray.runtime.progress import format_duration, say
+from elfs_ray.stages.index.records import gone_ids
 from elfs_ray.stages.select import CoresetResult, SelectResult
 from elfs_ray.stages.train.run import run_train
 from elfs_ray.storage import filesystem, schema
@@ -82,7 +83,8 @@ def buy_and_select(
 
 def _embedded(source: Source) -> np.ndarray:
     """Return the ids of the samples that can be selected, ascending (n,) int64."""
-    return np.sort(source.run_dir.read_column(schema.EMBEDDINGS, column=schema.SAMPLE_ID))
+    embedded = source.run_dir.read_column(schema.EMBEDDINGS, column=schema.SAMPLE_ID)
+    return np.setdiff1d(embedded, gone_ids(source.run_dir), assume_unique=True)
 
 
 def _coresets(config: EvaluateRunsConfig, entry: Entry, run_dir: RunDir, out: str) -> list[Selection]:

@@ -37,7 +37,7 @@ class PoolChange:
 def find_change(config: Config, run_dir: RunDir) -> PoolChange:
     """Compare the pool with index/, by one listing; tars and Parquet files are read only where they are new or changed.
 
-    Raises ConfigError for a pool that cannot be listed. Memory: about 150 bytes for each file of the pool, in a folder
+    Raises ConfigError for a pool that cannot be listed. Memory: about 180 bytes for each file of the pool, in a folder
     pool each image, and the listings of 16 folders of a bucket at a time.
     """
     index = IndexResult.read(run_dir)

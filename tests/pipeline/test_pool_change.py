@@ -326,3 +326,20 @@ def test_an_update_that_was_killed_while_it_deleted_goes_on(go, tmp_path, monkey
     assert run_dir.success_marker("cluster") is None
     again = [planned.action for planned in check(config, run_dir)]
     assert again == ["done", "done", "update", "update", "update", "update"]
+
+
+def test_test_images_that_changed_have_their_new_embeddings(go, tmp_path):
+    from elfs_ray.evaluation.probe import _embeddings_of, _refuse_rejected
+
+    write_images(tmp_path / "pool", range(10))
+    (tmp_path / "pool" / "003.png").write_bytes(b"broken")
+    go()
+    (tmp_path / "pool" / "003.png").write_bytes(IMAGES[3])
+    (tmp_path / "pool" / "005.png").unlink()
+    write_images(tmp_path / "pool", range(10, 12))
+    run_dir = go()
+    _refuse_rejected("pool", run_dir)
+    uris = pa.chunked_array([[f"{tmp_path}/pool/{number:03d}.png" for number in (10, 3, 4)]])
+    of_uri = by_uri(run_dir, tmp_path / "pool")
+    expected = [of_uri[f"/{number:03d}.png"][1] for number in (10, 3, 4)]
+    assert _embeddings_of(uris, run_dir).tolist() == expected

@@ -8,7 +8,7 @@ file, a tar) into index/_units/. If the pool has changed since an earlier listin
 after the last one, and what is gone is marked in gone/. Files of index/ that exist are never written again.
 
 Memory: a task holds the listing of one unit, about 600 bytes a sample, or 1.2 KB in a folder of a bucket; a pool of
-many millions should have several folders or files. The driver holds the name and the count of each unit and about 150
+many millions should have several folders or files. The driver holds the name and the count of each unit and about 180
 bytes for each file of the pool, in a folder pool each image. While it looks for the units of a folder pool in a bucket,
 it also holds about 1 KB for each file that is next to them (on gs://, for every file of the pool; see pool/folder.py).
 """

@@ -13,6 +13,7 @@ from elfs_ray.methods.selection import greedi
 from elfs_ray.methods.selection.coverage import facility_location
 from elfs_ray.stages.select import STAGE
 from elfs_ray.stages.select import run as select
+from elfs_ray.stages.select.left_out import heirs_of
 from elfs_ray.storage.run_dir import RunDir
 from tests.tables import digits_config, embeddings_of, write_embedded, write_trained
 
