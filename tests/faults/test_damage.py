@@ -63,7 +63,7 @@ def refusal(pool: Path, run_dir: Path, *more: str) -> str:
 @pytest.mark.parametrize(
     ("lost", "message"),
     [
-        ("index/part-*.parquet", "index: index has 0 files of 0 bytes, 1 of "),
+        ("index/part-*.parquet", "index: index has 1 files of "),
         ("embeddings", "embed: embeddings has 0 files"),
         ("embeddings/part-000000000064-*.parquet", "embed: embeddings has 3 files"),
         ("proxy_images/part-000000000000-*.parquet", "embed: proxy_images has 3 files"),
