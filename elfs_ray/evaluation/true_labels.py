@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from elfs_ray.config import EmbedConfig
 from elfs_ray.evaluation.held_out import class_numbers, list_test_images
@@ -13,6 +14,7 @@ from elfs_ray.methods.training.classifier import LabelledImages
 from elfs_ray.pool.images import BadImage, decode_image, decode_proxy_image, encode_proxy_image
 from elfs_ray.pool.listing import PoolColumns, find_units, list_unit, read_images
 from elfs_ray.stages.index import IndexResult
+from elfs_ray.stages.index.records import gone_ids
 from elfs_ray.stages.training.classifier_inputs import load_proxy_images
 from elfs_ray.storage import schema
 from elfs_ray.storage.run_dir import RunDir
@@ -68,16 +70,22 @@ def list_labels(run_dir: RunDir, pool_uri: str | list[str], pool_format: str, co
         of_row = np.array([numbers.get(name, NO_LABEL) for name in labels.to_pylist()], np.int32)
     else:
         of_row = labels.fill_null(NO_LABEL).to_numpy().astype(np.int32)
-    # `find_units` sorts as it did for the index, so the i-th image listed is the sample with id i.
-    position = 0
-    for rows in run_dir.read_table(schema.INDEX, columns=[schema.URI]):
-        if rows[schema.URI].to_pylist() != listed[schema.URI].slice(position, rows.num_rows).to_pylist():
+    index = IndexResult.read(run_dir)
+    of_id = np.full(index.rows, NO_LABEL, np.int32)
+    # large_string: the uris of a large pool exceed the 2 GiB that a string array can hold.
+    listed_uris = listed[schema.URI].cast(pa.large_string()).combine_chunks()
+    # Images that have left the pool are labelled in no place, and they are never selected.
+    gone = gone_ids(run_dir)
+    for rows in run_dir.read_table(schema.INDEX, columns=[schema.SAMPLE_ID, schema.URI]):
+        rows = rows.filter(~np.isin(rows[schema.SAMPLE_ID].to_numpy(), gone))
+        places = pc.index_in(rows[schema.URI].cast(pa.large_string()), value_set=listed_uris)
+        if places.null_count:
             raise ValueError(
                 f"{pool_uri} no longer lists the images of {run_dir.uri}, so its labels cannot be matched: run the "
                 "pipeline again with pool.label=..."
             )
-        position += rows.num_rows
-    return TrueLabels(of_row[:position], names)
+        of_id[rows[schema.SAMPLE_ID].to_numpy()] = of_row[places.to_numpy()]
+    return TrueLabels(of_id, names)
 
 
 def load_samples(run_dir: RunDir, labels: TrueLabels, sample_ids: np.ndarray, size: int) -> LabelledImages:

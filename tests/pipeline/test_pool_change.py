@@ -11,8 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from elfs_ray.config import Config, ConfigError
+from elfs_ray.evaluation.probe import _embeddings_of, _refuse_rejected
+from elfs_ray.evaluation.true_labels import NO_LABEL, list_labels
 from elfs_ray.pipeline.plan import check, wanted_marker
 from elfs_ray.pipeline.stages import stages_of
+from elfs_ray.pool.listing import PoolColumns
 from elfs_ray.stages.embed import EmbedResult, num_selectable
 from elfs_ray.stages.embed import run as embed
 from elfs_ray.stages.index import IndexResult, records
@@ -329,8 +332,6 @@ def test_an_update_that_was_killed_while_it_deleted_goes_on(go, tmp_path, monkey
 
 
 def test_test_images_that_changed_have_their_new_embeddings(go, tmp_path):
-    from elfs_ray.evaluation.probe import _embeddings_of, _refuse_rejected
-
     write_images(tmp_path / "pool", range(10))
     (tmp_path / "pool" / "003.png").write_bytes(b"broken")
     go()
@@ -343,3 +344,17 @@ def test_test_images_that_changed_have_their_new_embeddings(go, tmp_path):
     of_uri = by_uri(run_dir, tmp_path / "pool")
     expected = [of_uri[f"/{number:03d}.png"][1] for number in (10, 3, 4)]
     assert _embeddings_of(uris, run_dir).tolist() == expected
+
+
+def test_labels_of_a_grown_pool_are_matched_by_uri(go, tmp_path):
+    for label in range(2):
+        write_images(tmp_path / "pool" / str(label), range(5 * label, 5 * label + 5))
+    go()
+    (tmp_path / "pool" / "0" / "000.png").unlink()
+    write_images(tmp_path / "pool" / "0", range(10, 12))
+    run_dir = go()
+    labels = list_labels(run_dir, f"{tmp_path}/pool", "folder", PoolColumns(label="folder"))
+    assert labels.of_id.tolist() == [NO_LABEL, 0, 0, 0, 0, 1, 1, 1, 1, 1, 0, 0] and labels.names == ("0", "1")
+    (tmp_path / "pool" / "1" / "005.png").unlink()
+    with pytest.raises(ValueError, match="no longer lists the images"):
+        list_labels(run_dir, f"{tmp_path}/pool", "folder", PoolColumns(label="folder"))
