@@ -102,7 +102,7 @@ def _check_places(config: Config, run_dir: RunDir) -> None:
             "images by the next run. Give a folder outside of the pool"
         )
     # A pool beside the tables is fine, but a stage deletes its own folders before it runs again.
-    written = {name for stage in stages_of(config) for name in (stage.name, *stage.outputs(config))}
+    written = {schema.GONE, *(name for stage in stages_of(config) for name in (stage.name, *stage.outputs(config)))}
     for name in sorted(written):
         if any(filesystem.is_within(pool, run_dir.path(name)) for pool in config.pool.uris):
             raise ConfigError(
