@@ -126,7 +126,9 @@ class RunDir:
 
     def identity(self, stage: str) -> str:
         """Return the identity of a complete stage's result. Raises FileNotFoundError as `complete_marker` does."""
-        return self.complete_marker(stage).identity
+        marker = self.complete_marker(stage)
+        # The same config and inputs give other tables once the pool has changed.
+        return f"{marker.identity}-{marker.run_id}" if marker.follows else marker.identity
 
     def measure(self, names: Iterable[str]) -> dict[str, dict[str, int]]:
         """Return the number of files and bytes of each table (of its Parquet files) or file, from listings."""
