@@ -35,7 +35,8 @@ evaluate.test_uri=POOL     labelled test images: compare the choice with random 
 on_change=rerun            replace what was made with other settings
 ray_address=HOST:PORT      run on a Ray cluster
 seed=N                     the seed of all random choices
-until=STAGE                stop after a stage: {", ".join(stage.name for stage in STAGES)}
+until=STAGE                stop after a stage:
+                           {", ".join(stage.name for stage in STAGES)}
 
 Type the same command again to resume a run that was stopped.
 """

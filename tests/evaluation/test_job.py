@@ -165,7 +165,7 @@ def test_test_images_that_are_in_the_pool_are_refused_before_any_work(digits, tm
 @pytest.mark.parametrize("name", ["imagenet", "cifar10", "cifar100", "stl10", "cinic10"])
 def test_the_dry_run_of_every_job_describes_the_evaluation(digits, tmp_path, name):
     config = config_of(digits, tmp_path / "run", "evaluate.methods=[elfs,random,full]", name=name)
-    assert job.describe(config).endswith("10 trainings of small_cnn, 12 steps each; on elfs, random, full")
+    assert "evaluate  10 trainings of small_cnn, 12 steps each; on elfs, random, full\n" in job.describe(config)
 
 
 def test_the_evaluator_gets_every_key_of_the_section(digits, tmp_path):
