@@ -1,5 +1,6 @@
 """Run directories with real digits, as earlier stages would leave them, for tests of a single stage."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from elfs_ray.pool.images import encode_png
 from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.stages.embed import EmbedResult
 from elfs_ray.stages.index import IndexResult
+from elfs_ray.stages.select import CoresetResult, SelectResult
 from elfs_ray.stages.stage import Result
 from elfs_ray.stages.train import TrainResult
 from elfs_ray.storage import filesystem, schema
@@ -116,6 +118,36 @@ def write_trained(run_dir: RunDir, num_samples: int = 1003, num_epochs: int = 5,
             filesystem.write_table(path, pa.table(columns, schema=schema.DYNAMICS_SCHEMA))
     mark(run_dir, TrainResult(len(ids), num_epochs, num_ranks, "memory", []))
     return {"sample_id": ids, "target_prob": target, "max_other_prob": other, "el2n": el2n}
+
+
+def write_selected(run_dir: RunDir, uris: Mapping[int, str] | None = None) -> np.ndarray:
+    """Write what `write_trained` does, scores/ and a coreset of every tenth sample; return the ids of the latter.
+
+    uris: those of some samples that have others than `/digits/<id>.png`.
+    """
+    ids = write_trained(run_dir)["sample_id"]
+    names = [(uris or {}).get(i, f"/digits/{i}.png") for i in range(1003)]
+    index = pa.table([np.arange(1003), names, pa.nulls(1003, pa.int32())], schema=schema.INDEX_SCHEMA)
+    filesystem.write_table(run_dir.path(schema.INDEX, schema.range_file(0, 1002)), index)
+    scores = pa.table({schema.SAMPLE_ID: ids, "aum": ids / 1003})
+    filesystem.write_table(run_dir.path(schema.SCORES, schema.range_file(0, 1002)), scores)
+    chosen = ids[::10]
+    labels = digit_images(1003)[1][chosen].astype(np.int32)
+    columns = [chosen, [names[i] for i in chosen], labels, (chosen / 1003).astype(np.float32), np.arange(len(chosen))]
+    coreset = pa.table(columns, schema=schema.CORESET_SCHEMA)
+    filesystem.write_table(run_dir.path(schema.CORESET, schema.range_file(0, len(chosen) - 1)), coreset)
+    result = CoresetResult(
+        *(len(chosen), 50, 850, 0, 0.0, 1.0, 0.0, 1.0),
+        kept_examples=chosen.tolist(),
+        hardest_examples=[1, 2],
+        easiest_examples=[1001, 1002, 999],
+        hard_fraction=0.05,
+        score="aum",
+        hard_side="low",
+        score_table=schema.SCORES,
+    )
+    mark(run_dir, SelectResult(len(chosen), len(ids), {schema.CORESET: result}))
+    return chosen
 
 
 def files_of(num_samples: int):

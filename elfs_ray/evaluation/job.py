@@ -19,13 +19,13 @@ from elfs_ray.evaluation.workload import (
     refuse_duplicates,
     selection_config,
 )
-from elfs_ray.pipeline import runner
+from elfs_ray.pipeline import rewrite_report, runner
 from elfs_ray.pipeline.dry_run import describe_plan, describe_time, look
 from elfs_ray.pipeline.plan import PoolCount
 from elfs_ray.pipeline.stages import stages_of
 from elfs_ray.pool.listing import PoolColumns
 from elfs_ray.runtime.progress import say
-from elfs_ray.stages import select
+from elfs_ray.stages import report, select
 from elfs_ray.stages.training import check_network
 from elfs_ray.storage.run_dir import RunDir
 
@@ -71,7 +71,10 @@ def run_with_results(config: Config) -> tuple[RunDir, "Results | None"]:
     # Late, as it imports torch, which a dry run does not need.
     from elfs_ray.evaluation.run import run as evaluate
 
-    return run_dir, evaluate(keys_of_job(config), config.train)
+    results = evaluate(keys_of_job(config), config.train)
+    if report.STAGE in stages_of(config):
+        rewrite_report.rewrite(config)  # with the accuracies
+    return run_dir, results
 
 
 def _why_not(config: Config) -> str:

@@ -7,6 +7,7 @@ from omegaconf import MISSING
 
 from elfs_ray.config import LINEAR_PROBE, Config, EvaluateConfig
 from elfs_ray.config.declaration import Bounds, option
+from elfs_ray.storage import schema
 from elfs_ray.storage.run_dir import RunDir
 
 AS_IN_RUN = "run"  # value of hard_fraction: take the one that the run selected with
@@ -74,7 +75,7 @@ def keys_of_job(config: Config) -> EvaluateRunsConfig:
     return EvaluateRunsConfig(
         **vars(config.evaluate),
         runs=[config.run_dir],
-        out=RunDir(config.run_dir).path("evaluate"),
+        out=RunDir(config.run_dir).path(schema.EVALUATE_DIR),
         budgets=config.budgets,
         hard_fraction=AS_IN_RUN,
         ray_address=config.ray_address,

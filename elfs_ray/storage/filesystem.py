@@ -17,6 +17,7 @@ from itertools import accumulate
 from typing import Any, TypeVar
 from urllib.parse import unquote
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
@@ -214,6 +215,22 @@ def read_range(uri: str, column: str, first: int, last: int, columns: Sequence[s
     condition = [(column, ">=", first), (column, "<=", last)]
     selected = None if columns is None else list(columns)
     return pq.read_table(path, filesystem=filesystem, partitioning=None, columns=selected, filters=condition)
+
+
+@explained
+def read_rows(uri: str, column: str, values: np.ndarray) -> pa.Table:
+    """Read the rows of a Parquet file with one of some values in a column of integers.
+
+    Of all columns only the row groups that hold such rows are read.
+    """
+    with open_parquet(uri) as file:
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        is_wanted = np.isin(file.read([column])[column].to_numpy(), values)
+        groups = np.unique(np.repeat(np.arange(len(sizes)), sizes)[is_wanted])
+        if not len(groups):  # read_row_groups refuses an empty list
+            return file.schema_arrow.empty_table()
+        rows = file.read_row_groups(groups.tolist())
+        return rows.filter(np.isin(rows[column].to_numpy(), values))
 
 
 @explained

@@ -88,6 +88,7 @@ CENTROIDS_FILE = "centroids.parquet"
 PSEUDO_LABELS_DIR = "pseudo_labels"
 CORESETS_DIR = "coresets"  # further selections from a finished run, a folder each
 REPORT_FILE = "report.html"
+EVALUATE_DIR = "evaluate"  # what an evaluation at the end of the job writes
 RESULTS_FILE = "results.parquet"
 METRICS_FILE = "metrics.json"
 ENCODER_FILE = "encoder.pt"

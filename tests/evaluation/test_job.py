@@ -1,5 +1,6 @@
 """A job with test images evaluates its run at the end, and refuses a bad evaluation before the run starts."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,8 @@ def test_a_run_without_training_is_evaluated_by_linear_probes(ray_cluster, digit
     assert "A linear probe" in text and "steps of" not in text and "| none | – |" in text
     times = {path: path.stat().st_mtime_ns for path in (out / "trials").iterdir()}
     assert job.run_with_results(config)[1] == results
+    shown = json.loads((tmp_path / "metrics.json").read_text())["test_accuracy"]
+    assert shown == pytest.approx({name: lines[name].cells["0.1"].mean for name in ("random", "elfs", "badge")})
     assert {path: path.stat().st_mtime_ns for path in (out / "trials").iterdir()} == times
 
 

@@ -62,11 +62,21 @@ def _num_rows(path: str) -> int:
         return -1
 
 
-def copies_of(config: Config, run_dir: RunDir, sample_ids: np.ndarray) -> dict[int, bytes]:
-    """Return the encoded copies of some images by sample_id, made anew; images that cannot be used are left out."""
-    images = _decode_images(config, run_dir, sample_ids, config.embed.proxy_image_size)
-    copies = {sample_id: _encode_copy(config, image) for sample_id, _, image in images}
-    return {sample_id: copy for sample_id, copy in copies.items() if isinstance(copy, bytes)}
+def decode_images(config: Config, uris: list[str], min_size: int) -> Iterator[Image.Image | BadImage]:
+    """Yield each of some images of the pool, with a BadImage for one that cannot be used.
+
+    min_size: the smallest short side, in pixels, to which a JPEG may be scaled while it is decoded.
+    """
+    for data in read_images(uris, PoolColumns(config.pool.image_column)):
+        if isinstance(data, BadImage):
+            yield data
+            continue
+        try:
+            image = decode_image(data, max_pixels=config.embed.max_image_pixels, min_size=min_size)
+        except BadImage as error:
+            yield error
+        else:
+            yield image
 
 
 def copy_images(
@@ -87,7 +97,10 @@ def copy_images(
     short side, in pixels, to which a JPEG may be scaled while it is decoded; it is raised to that of the copy.
     """
     min_size = max(min_size, config.embed.proxy_image_size)
-    for sample_id, uri, image in _decode_images(config, run_dir, np.arange(first, last + 1), min_size):
+    sample_ids = np.arange(first, last + 1)
+    uris = run_dir.read_rows(schema.INDEX, sample_ids, [schema.URI])[schema.URI].to_pylist()
+    images = decode_images(config, uris, min_size)
+    for sample_id, uri, image in zip(sample_ids.tolist(), uris, images, strict=True):
         copy = _encode_copy(config, image) if config.keeps_copies else b""
         if isinstance(image, BadImage) or isinstance(copy, BadImage):
             reason = str(image if isinstance(image, BadImage) else copy)
@@ -105,25 +118,6 @@ def _encode_copy(config: Config, image: Image.Image | BadImage) -> bytes | BadIm
         return encode_proxy_image(image, short_side=embed.proxy_image_size, jpeg_quality=embed.proxy_jpeg_quality)
     except BadImage as error:
         return error
-
-
-def _decode_images(
-    config: Config, run_dir: RunDir, sample_ids: np.ndarray, min_size: int
-) -> Iterator[tuple[int, str, Image.Image | BadImage]]:
-    """Yield (sample_id, uri, image) for some images, with a BadImage for one that cannot be used."""
-    index = run_dir.read_rows(schema.INDEX, sample_ids, [schema.URI])
-    uris = index[schema.URI].to_pylist()
-    columns = PoolColumns(config.pool.image_column)
-    for sample_id, uri, data in zip(sample_ids.tolist(), uris, read_images(uris, columns), strict=True):
-        if isinstance(data, BadImage):
-            yield sample_id, uri, data
-            continue
-        try:
-            image = decode_image(data, max_pixels=config.embed.max_image_pixels, min_size=min_size)
-        except BadImage as error:
-            yield sample_id, uri, error
-        else:
-            yield sample_id, uri, image
 
 
 def say_own_range(stage: str, num_images: int) -> None:

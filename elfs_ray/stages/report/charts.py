@@ -7,6 +7,7 @@ import numpy as np
 
 CHART_WIDTH, CHART_HEIGHT = 760, 220
 LINE_HEIGHT = 110
+MAX_GROUPS = 150  # more bars would be thinner than a pixel or two
 
 
 def score_chart(histogram: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,13 +32,14 @@ def score_chart(histogram: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def size_chart(sizes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """Return the bars of each pseudo-label's share of the pool and of the coreset, the largest in the pool first."""
+    """Return the bars of each pseudo-label's share of the pool and of the coreset, the largest 150 in the pool."""
     before, after = np.array(sizes["before"], float), np.array(sizes["after"], float)
     before, after = before / max(before.sum(), 1), after / max(after.sum(), 1)
     top = max(before.max(), after.max())
-    width = CHART_WIDTH / before.size
+    largest = np.argsort(-before, kind="stable")[:MAX_GROUPS]
+    width = CHART_WIDTH / largest.size
     bars = []
-    for position, label in enumerate(np.argsort(-before, kind="stable").tolist()):
+    for position, label in enumerate(largest.tolist()):
         title = f"group {label}: {before[label]:.2%} of the pool, {after[label]:.2%} of the coreset"
         left = position * width
         bars.append(_bar(left, width * 0.42, before[label] / top, "pool", title))

@@ -1,13 +1,14 @@
 """report: write a page and a file of metrics about the run.
 
-Reads   every other table; the originals of the examples in a run that keeps no copies of images
-Writes  report.html (one file that opens offline), metrics.json (every number on the page)
+Reads   every other table; the originals of the images that it shows, in a run that keeps no copies of images
+Writes  report.html (one file that opens offline, under 5 MB), metrics.json (every number on the page)
 
-Driver memory: a histogram, the ids and images of the examples, and one file of a table at a time.
+Driver memory: a histogram, one file of a table at a time, and what shown.py and thumbnails.py name.
 """
 
 import base64
 import json
+import time
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,12 @@ from elfs_ray.config import BY_COVERAGE, Config
 from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.stages.duplicates import DuplicatesResult
 from elfs_ray.stages.embed import EmbedResult
-from elfs_ray.stages.embed.blocks import copies_of
 from elfs_ray.stages.index import IndexResult
 from elfs_ray.stages.report import STAGE, ReportResult
+from elfs_ray.stages.report.data import page_data
 from elfs_ray.stages.report.page import render_page
+from elfs_ray.stages.report.shown import EASY, HARD, collect_images
+from elfs_ray.stages.report.thumbnails import make_thumbnails
 from elfs_ray.stages.select import CoresetResult, SelectResult
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
@@ -36,16 +39,17 @@ CORESET_METRICS = (
     "coverage",
 )
 UNSCORED = (*BY_COVERAGE, "random")  # methods whose scores say nothing about how hard an image is
-Image = dict[str, str]  # "uri" and "source", a data: address
-Pair = tuple[Image, Image, float]  # a near-duplicate, the image that stands for it, and their similarity
-GROUPS = ("hardest", "kept", "easiest")
+# A page has 5 MB at most. Base64 makes 4 bytes of 3; names, points, tables and the script take less than 1.5 MB.
+THUMBNAIL_BYTES = 2_600_000
+THUMBNAIL_SECONDS = 25.0
+LARGE_SIDE, SMALL_SIDE = 112, 64  # pixels of the long side
+MAX_LARGE = 600  # larger pictures leave room for fewer
 
 
 def run_report(config: Config, run_dir: RunDir) -> ReportResult:
     """Write report.html and metrics.json."""
     metrics = _metrics(config, run_dir)
-    images, pairs = _images(config, run_dir)
-    page = render_page(metrics, images, pairs, run_dir.uri).encode()
+    page = _render(config, run_dir, metrics)
     filesystem.write_bytes(run_dir.path(schema.METRICS_FILE), (json.dumps(metrics, indent=2) + "\n").encode())
     filesystem.write_bytes(run_dir.path(schema.REPORT_FILE), page)
     return ReportResult(len(page))
@@ -62,6 +66,8 @@ def _metrics(config: Config, run_dir: RunDir) -> dict[str, Any]:
         optional["score_histogram"] = _histogram(run_dir, first)
     if config.needs_clusters:
         optional["pseudo_label_sizes"] = _sizes_before_and_after(run_dir)
+    if accuracies := _accuracies(config, run_dir):
+        optional["test_accuracy"] = accuracies
     return {
         "elfs_ray": __version__,
         "pool": ", ".join(config.pool.uris),
@@ -98,6 +104,26 @@ def _metrics(config: Config, run_dir: RunDir) -> dict[str, Any]:
     }
 
 
+def _accuracies(config: Config, run_dir: RunDir) -> dict[str, float]:
+    """Return the mean test accuracy of each selection of the first budget; none if this coreset was not evaluated."""
+    evaluated = _written_at(run_dir.path(schema.EVALUATE_DIR), schema.RESULTS_FILE)
+    # Older results are those of a coreset that was replaced.
+    if evaluated is None or evaluated < (_written_at(run_dir.path("select"), schema.SUCCESS_FILE) or 0):
+        return {}
+    rows = filesystem.read_table(run_dir.path(schema.EVALUATE_DIR, schema.RESULTS_FILE)).to_pylist()
+    rows = [row for row in rows if row["budget"] == str(config.budgets[0])]
+    return {
+        name: float(np.mean([row["last_accuracy"] for row in rows if row["selection"] == name]))
+        for name in dict.fromkeys(row["selection"] for row in rows)
+    }
+
+
+def _written_at(folder: str, name: str) -> int | None:
+    """Return when a file was last written, in nanoseconds, None if there is none."""
+    times = [info.mtime_ns for info in filesystem.list_files(folder) if info.base_name == name]
+    return times[0] if times else None
+
+
 def _sizes_before_and_after(run_dir: RunDir) -> dict[str, list[int]]:
     num_clusters = ClusterResult.read(run_dir).num_clusters
     tables = {"before": (schema.CLUSTERS, schema.PSEUDO_LABELS_DIR), "after": (schema.CORESET,)}
@@ -132,38 +158,51 @@ def _histogram(run_dir: RunDir, coreset: CoresetResult) -> dict[str, Any]:
     }
 
 
-def _images(config: Config, run_dir: RunDir) -> tuple[dict[str, list[Image]], list[Pair]]:
-    """Return the images to show for each group, with their uris, and pairs of near-duplicates."""
-    first, count = SelectResult.read(run_dir).coresets[schema.CORESET], config.report.images_per_grid
-    examples = {group: _spread(getattr(first, f"{group}_examples"), group, count) for group in GROUPS}
-    pairs: list[tuple[int, int, float]] = []
-    if config.duplicates.threshold is not None:
-        pairs = DuplicatesResult.read(run_dir).examples[: config.report.images_per_grid // 2]
-    ids_of_pairs = np.array([pair[:2] for pair in pairs], np.int64).ravel()
-    wanted = np.unique(np.concatenate([*examples.values(), ids_of_pairs])).astype(np.int64)
-    if config.keeps_copies:
-        images = dict(_rows(run_dir, schema.PROXY_IMAGES, wanted, schema.IMAGE))
-    else:
-        images = copies_of(config, run_dir, wanted)
-    uris = dict(_rows(run_dir, schema.INDEX, wanted, schema.URI))
-    shown = {i: {"uri": uris[i], "source": _data_uri(image)} for i, image in images.items()}
-    return (
-        {group: [shown[i] for i in ids.tolist() if i in shown] for group, ids in examples.items()},
-        [(shown[a], shown[b], similarity) for a, b, similarity in pairs if a in shown and b in shown],
-    )
+def _render(config: Config, run_dir: RunDir, metrics: dict[str, Any]) -> bytes:
+    """Return the page. Its size is bounded by the bytes of its thumbnails and of its names, whatever the pool."""
+    shown = collect_images(config, run_dir)
+    uris = dict(zip(shown.ids.tolist(), shown.uris, strict=True))
+    count = config.report.images_per_grid
+    grids = {
+        "kept": shown.ids[shown.ranks >= 0][:count].tolist(),
+        "hardest": shown.kinds[HARD][:count].tolist(),
+        "easiest": shown.kinds[EASY][:count].tolist(),
+    }
+    pairs = _pairs(config, run_dir, set(uris))
+    in_pairs = [i for pair in pairs for i in pair[:2]]
+    thumbnails = _thumbnails(config, run_dir, uris, *shown.by_importance({**grids, "pairs": in_pairs}))
+    image = {i: {"id": i, "uri": uris[i], "source": _data_uri(data)} for i, data in thumbnails.items()}
+    images = {name: [image[i] for i in ids if i in image] for name, ids in grids.items()}
+    in_grids = {i for ids in (*grids.values(), in_pairs) for i in ids}
+    data = page_data(shown, {i: image for i, image in thumbnails.items() if i not in in_grids}, metrics, count)
+    images_of_pairs = [(image[a], image[b], similarity) for a, b, similarity in pairs if a in image and b in image]
+    return render_page(metrics, images, images_of_pairs, data, len(thumbnails), len(shown.ids), run_dir.uri).encode()
 
 
-def _spread(sample_ids: list[int], group: str, count: int) -> np.ndarray:
-    """Return the first `count` ids; for the group of kept samples, ids spread evenly from hard to easy."""
-    ids = np.array(sample_ids, dtype=np.int64)
-    if group == "kept" and len(ids) > count:
-        return ids[np.linspace(0, len(ids) - 1, count).round().astype(int)]
-    return ids[:count]
+def _pairs(config: Config, run_dir: RunDir, on_page: set[int]) -> list[tuple[int, int, float]]:
+    """Return near-duplicates to show, each with the image that stands for it and their similarity."""
+    if config.duplicates.threshold is None:
+        return []
+    examples = DuplicatesResult.read(run_dir).examples[: config.report.images_per_grid // 2]
+    return [pair for pair in examples if on_page.issuperset(pair[:2])]
 
 
-def _rows(run_dir: RunDir, table: str, sample_ids: np.ndarray, column: str):
-    rows = run_dir.read_rows(table, sample_ids, [column])
-    return zip(sample_ids.tolist(), rows[column].to_pylist(), strict=True) if len(sample_ids) else ()
+def _thumbnails(
+    config: Config, run_dir: RunDir, uris: dict[int, str], first: list[int], later: list[int]
+) -> dict[int, bytes]:
+    """Return thumbnails by sample_id, as many as fit: those of `first` are larger unless there are many."""
+    thumbnails: dict[int, bytes] = {}
+    deadline = time.monotonic() + THUMBNAIL_SECONDS
+    for ids, side in ((first, LARGE_SIDE if len(first) <= MAX_LARGE else SMALL_SIDE), (later, SMALL_SIDE)):
+        thumbnails |= make_thumbnails(
+            config,
+            run_dir,
+            {i: uris[i] for i in ids},
+            side=side,
+            max_bytes=THUMBNAIL_BYTES - sum(map(len, thumbnails.values())),
+            max_seconds=deadline - time.monotonic(),
+        )
+    return thumbnails
 
 
 def _data_uri(image: bytes) -> str:

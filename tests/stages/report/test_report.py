@@ -21,6 +21,8 @@ from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 from tests.tables import digits_config, mark, write_trained
 
+SCRIPTS = [{"type": "application/json", "id": "data"}, {}]
+
 
 class Page(HTMLParser):
     """Tags, links, names of images, texts, and the rows of tables, as a browser reads them."""
@@ -32,7 +34,9 @@ class Page(HTMLParser):
         self.image_names: list[str] = []
         self.texts: list[str] = []
         self.rows: list[list[str]] = []
-        self._is_in_cell = False
+        self.scripts: list[dict[str, str | None]] = []
+        self.data = ""
+        self._is_in_cell = self._is_in_data = False
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -40,6 +44,9 @@ class Page(HTMLParser):
         self.links += [value for name, value in attributes if name in ("src", "href")]
         if tag == "img":
             self.image_names.append(dict(attributes)["alt"])
+        elif tag == "script":
+            self.scripts.append(dict(attributes))
+            self._is_in_data = dict(attributes).get("id") == "data"
         elif tag == "tr":
             self.rows.append([])
         elif tag in ("td", "th"):
@@ -48,9 +55,12 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag):
         self._is_in_cell = self._is_in_cell and tag not in ("td", "th")
+        self._is_in_data = self._is_in_data and tag != "script"
 
     def handle_data(self, data):
         self.texts.append(data)
+        if self._is_in_data:
+            self.data += data
         if self._is_in_cell:
             self.rows[-1][-1] += data
 
@@ -77,8 +87,11 @@ def make_report(folder, *overrides: str) -> tuple[Page, dict]:
 def test_the_page_refers_to_nothing_outside_itself(ray_cluster, tmp_path):
     page, _ = make_report(tmp_path)
     assert page.links and all(link.startswith("data:image/") for link in page.links)
-    assert "script" not in page.tags
-    assert not re.search(r"https?://", (tmp_path / "report.html").read_text())
+    assert page.scripts == SCRIPTS
+    text = (tmp_path / "report.html").read_text()
+    assert not re.search(r"https?://", text)
+    # A browser runs the page's script alone, and loads nothing.
+    assert re.search(r"default-src 'none'; img-src data:; .*script-src 'sha256-[\w+/=]+'", text)
 
 
 def test_what_the_listing_passed_over_and_warned_of_is_shown(ray_cluster, tmp_path):
@@ -172,7 +185,10 @@ def test_hostile_names_are_shown_as_they_are(ray_cluster, tmp_path):
     filesystem.write_table(run_dir.path(schema.INDEX, schema.range_file(0, 1002)), index)
     page, _ = select_and_report(folder, "pool.uri=/<script>alert(1)</script>&amp;", "report.images_per_grid=9")
     assert len(page.image_names) == 27 and set(page.image_names) <= set(uris)
-    assert "script" not in page.tags and page.tags.count("img") == 27
+    assert page.scripts == SCRIPTS and page.tags.count("img") == 27
+    data = json.loads(page.data)
+    assert {data["prefix"] + uri for uri in data["uris"]} == {uris[i] for i in data["ids"]}
+    assert "<" not in page.data
     assert "/<script>alert(1)</script>&amp;" in page.texts and str(folder) in page.texts
 
 
