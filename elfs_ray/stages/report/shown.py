@@ -19,6 +19,7 @@ from elfs_ray.config import Config
 from elfs_ray.methods.numeric.hashing import hash_uniform
 from elfs_ray.stages.duplicates import DuplicatesResult
 from elfs_ray.stages.index import IndexResult
+from elfs_ray.stages.index.records import gone_ids
 from elfs_ray.stages.select import CoresetResult, SelectResult
 from elfs_ray.stages.select.left_out import LEFT_OUT
 from elfs_ray.stages.select.named_images import read_named_images
@@ -86,6 +87,8 @@ def collect_images(config: Config, run_dir: RunDir) -> ShownImages:
         kinds[REPRESENTATIVE] = np.unique(_ids([pair[1] for pair in pairs]))
     if config.needs_clusters:
         kinds[NEAR] = _near_centres(run_dir)
+    gone = gone_ids(run_dir)
+    kinds = {kind: members[~np.isin(members, gone)] for kind, members in kinds.items()}
     others = np.setdiff1d(np.concatenate(list(kinds.values())), chosen_ids)
     uris = run_dir.read_rows(schema.INDEX, others, [schema.URI])[schema.URI].to_pylist()
     step = _step(uris, OTHER_URI_BYTES)
@@ -126,14 +129,14 @@ def _at_ranks(run_dir: RunDir, ranks: np.ndarray) -> pa.Table:
 
 
 def _sample(run_dir: RunDir, count: int) -> np.ndarray:
-    """Return about `count` of the embedded ids, ascending."""
+    """Return about `count` of the ids that are embedded and still in the pool, ascending."""
     num_samples = IndexResult.read(run_dir).rows
-    rejected = run_dir.read_column(schema.REJECTED, column=schema.SAMPLE_ID)
+    absent = np.union1d(run_dir.read_column(schema.REJECTED, column=schema.SAMPLE_ID), gone_ids(run_dir))
     sampled = []
     for first in range(0, num_samples, IDS_AT_ONCE):
         ids = np.arange(first, min(first + IDS_AT_ONCE, num_samples))
         sampled.append(ids[hash_uniform(0, ids) < count / num_samples])
-    return np.setdiff1d(np.concatenate(sampled), rejected)
+    return np.setdiff1d(np.concatenate(sampled), absent)
 
 
 def _labelled(config: Config, run_dir: RunDir) -> np.ndarray:

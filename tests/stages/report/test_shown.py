@@ -11,6 +11,7 @@ import pytest
 
 from elfs_ray.pool.images import open_proxy_image
 from elfs_ray.stages.duplicates import DuplicatesResult
+from elfs_ray.stages.index.records import write_gone
 from elfs_ray.stages.neighbors import NeighborsResult
 from elfs_ray.stages.report import run, shown, thumbnails
 from elfs_ray.stages.report.thumbnails import make_thumbnails
@@ -45,6 +46,11 @@ def test_a_small_run_shows_its_whole_coreset_and_pool(run_dir):
     assert dict(zip(images.ids.tolist(), images.groups.tolist(), strict=True)) == dict(
         zip(ids.tolist(), labels.tolist(), strict=True)
     )
+
+
+def test_images_that_have_left_the_pool_are_not_shown(run_dir):
+    write_gone(run_dir, np.array([1, 5, 8]))  # 1 is one of the hardest
+    assert sorted(collect(run_dir).ids) == [i for i in range(1003) if i not in (*GAPS, 1, 5, 8)]
 
 
 def test_a_long_list_is_shown_evenly_and_long_names_leave_room_for_fewer(run_dir, monkeypatch):
