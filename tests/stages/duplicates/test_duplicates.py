@@ -124,7 +124,8 @@ def test_near_duplicates_of_labelled_and_excluded_images_are_left_out(ray_cluste
     (tmp_path / "bad.csv").write_text("sample_id\n5\n60\n")
     files = (f"select.labelled={tmp_path / 'labelled.csv'}", f"select.exclude={tmp_path / 'bad.csv'}")
     left_out = find_left_out(digits_config(tmp_path / "run", "duplicates.threshold=0.96", *files), run_dir)
-    assert [ids.tolist() for ids in left_out] == [[12, 60], [5], [10, 11, 30, 51, 70, 80]]
+    expected = {"labelled": [12, 60], "excluded": [5], "gone": [], "near_duplicates": [10, 11, 30, 51, 70, 80]}
+    assert {name: ids.tolist() for name, ids in left_out._asdict().items()} == expected
     assert left_out.describe() == "2 labelled, 1 excluded, 6 near-duplicates of others"
 
 
