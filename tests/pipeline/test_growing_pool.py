@@ -72,7 +72,13 @@ def test_a_folder_grows_and_shrinks_and_an_image_changes(ray_cluster, tmp_path, 
 def test_a_grown_pool_is_selected_from_by_every_method(ray_cluster, tmp_path, method):
     pool, run_dir = tmp_path / "pool", tmp_path / "run"
     dynamics = ["train.network=linear", "train.epochs=2", "train.num_workers=1", "select.hard_fraction=0.1"]
-    keys = [*dynamics, f"select.method={method}", "cluster.num_workers=1", "cluster.num_neighbors=12"]
+    keys = [
+        *dynamics,
+        f"select.method={method}",
+        "cluster.method=kmeans",
+        "cluster.num_workers=1",
+        "cluster.num_neighbors=12",
+    ]
     write_images(pool, range(60))
     run(coverage_of(pool, run_dir, *keys))
     old = set(rows(run_dir, "coreset")["uri"])
