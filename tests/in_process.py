@@ -15,6 +15,7 @@ def run_here(monkeypatch, config: Config) -> RunDir:
     with monkeypatch.context() as patch:
         patch.setattr(runner, "_connect", lambda config: None)
         patch.setattr(runner, "_announce_requests", lambda plan, config: None)
+        patch.setattr(runner, "_warn_of_days", lambda config, run_dir, plan: None)
         patch.setattr(index, "run_tasks", _run_tasks)
         patch.setattr(embed, "_stream", _stream)
         patch.setattr(embed, "report_rejected", lambda count: None)

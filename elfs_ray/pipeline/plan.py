@@ -185,14 +185,17 @@ def plan_stage(stage: Stage, config: Config, run_dir: RunDir, markers: Mapping[s
     except BadMarkerError as error:
         raise ConfigError(str(error)) from error
     present = success or started
-    if started and not success and not started.is_made_as(wanted) and not has_written(started, run_dir):
-        present = None  # nothing is lost if it starts with another config
+    is_unlike = present is not None and not present.is_made_as(wanted)
+    is_due_to_pool = present is not None and is_unlike and _is_due_to_pool(present, wanted, markers)
+    if is_unlike and not is_due_to_pool and started and not success and not has_written(started, run_dir):
+        present = None  # nothing is lost if it starts with another config; after a change of the pool it goes on
     if present is None:
         # Tables without any marker may be of another config, so they are replaced and never continued.
         return PlannedStage(stage, "rerun" if obstacles else "run", wanted, obstacles)
-    changes = _missing(present, wanted) if present.is_made_as(wanted) else _changes(present, wanted)
-    differences = (*changes, *obstacles, *run_dir.damage(stage.name))
-    if differences == changes != () and _is_due_to_pool(present, wanted, markers):
+    changes = _changes(present, wanted) if is_unlike else ()
+    missing = _missing(present, wanted) if not is_unlike or is_due_to_pool else ()
+    differences = (*changes, *missing, *obstacles, *run_dir.damage(stage.name))
+    if is_due_to_pool and differences == changes:
         return _follow_inputs(stage, present, wanted, markers, is_complete=success is not None)
     if differences:
         return PlannedStage(stage, "rerun", wanted, differences)

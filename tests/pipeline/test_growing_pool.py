@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from elfs_ray.config import load_config
-from elfs_ray.pipeline.dry_run import describe_plan
+from elfs_ray.pipeline.dry_run import describe_plan, look
 from elfs_ray.pipeline.plan import check
 from elfs_ray.pipeline.runner import run
 from elfs_ray.stages.index import IndexResult
@@ -53,7 +53,7 @@ def test_a_folder_grows_and_shrinks_and_an_image_changes(ray_cluster, tmp_path, 
         os.utime(pool / f"{number:04d}.png", ns=(1, 1))
     for number in range(3):
         (pool / f"{number:04d}.png").unlink()
-    plan = describe_plan(coverage_of(pool, run_dir))
+    plan = describe_plan(look(coverage_of(pool, run_dir)))
     assert "pool      57 images" in plan and "the pool has changed: 20 new, 3 gone, 2 changed" in plan
     run(coverage_of(pool, run_dir))
     assert "index     extend; the pool has changed: 20 new, 3 gone, 2 changed" in capsys.readouterr().err
