@@ -198,10 +198,10 @@ def closing_lines(config: Config, run_dir: RunDir) -> str:
             lines += coreset_lines(run_dir, table, coreset)
     if config.duplicates.threshold is not None and run_dir.success_marker(DuplicatesResult.stage):
         copies = DuplicatesResult.read(run_dir)
-        lines.append(
-            f"left out {count(copies.rows, 'near-duplicate')} of {count(copies.representatives, 'image')}, listed in "
-            f"{run_dir.path(schema.DUPLICATES)}"
-        )
+        if copies.rows:
+            of_images = count(copies.representatives, "image")
+            folder = run_dir.path(schema.DUPLICATES)
+            lines.append(f"left out {count(copies.rows, 'near-duplicate')} of {of_images}, listed in {folder}")
     if run_dir.success_marker(ReportResult.stage):
         lines.append(f"report   {run_dir.path(schema.REPORT_FILE)}")
     return "\n".join(lines) or f"complete up to {config.until} in {run_dir.uri}"

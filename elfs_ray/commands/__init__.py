@@ -38,8 +38,8 @@ def _run(arguments: list[str]) -> None:
         importlib.import_module(f"elfs_ray.commands.{name}").main(rest)
     else:
         close = get_close_matches(name, COMMANDS, n=1)
-        hint = f", did you mean {close[0]}?" if close else ""
-        raise ConfigError(f"no command named {name!r}{hint}: must be one of {', '.join(COMMANDS)}; see --help")
+        hint = f"did you mean {close[0]}?" if close else f"must be one of {', '.join(COMMANDS)}; see --help"
+        raise ConfigError(f"no command named {name!r}: {hint}")
 
 
 def overview() -> str:

@@ -47,7 +47,8 @@ def run_duplicates(config: Config, run_dir: RunDir) -> DuplicatesResult:
     name = schema.range_file(0, embedded.rows + embedded.rejected - 1)
     filesystem.write_table(run_dir.path(schema.DUPLICATES, name), rows.combine_chunks())
     num_groups = len(rows[schema.REPRESENTATIVE].unique())
-    say(f"duplicates{count(rows.num_rows, 'near-duplicate')} of {count(num_groups, 'image')}")
+    of_images = f" of {count(num_groups, 'image')}" if num_groups else ""
+    say(f"duplicates {count(rows.num_rows, 'near-duplicate')}{of_images}")
     return DuplicatesResult(rows.num_rows, num_groups, embedded.rows, _examples(rows))
 
 
