@@ -174,8 +174,8 @@ def read_arguments(arguments: Sequence[str], keys: Collection[str], positional: 
             raise ConfigError(f"{argument!r}: {positional} is set already; write key=value (--help lists the keys)")
         else:
             overrides.append(f"{positional}={argument}")
-    asked = "all" if "--help-all" in flags else "short" if flags & {"--help", "-h"} else ""
-    return Arguments(overrides, "--dry-run" in flags, asked)
+    help_length = "all" if "--help-all" in flags else "short" if flags & {"--help", "-h"} else ""
+    return Arguments(overrides, "--dry-run" in flags, help_length)
 
 
 def coreset_lines(run_dir: RunDir, table: str, coreset: CoresetResult) -> list[str]:

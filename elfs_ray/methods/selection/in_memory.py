@@ -83,14 +83,14 @@ def select(
         raise ValueError(f"budget is {count}, but only {len(others)} samples are neither labelled nor excluded")
     if rows.groups is not None and not _look_right(rows, seed):
         rows = rows._replace(groups=None)
-    given = rows.among(np.setdiff1d(labelled_ids, excluded)) if len(labelled_ids) else None
+    already = rows.among(np.setdiff1d(labelled_ids, excluded)) if len(labelled_ids) else None
     # Divided before any are excluded, as a run does.
     ranges = greedi.partitions(len(rows.sample_ids))
     parts = [rows.among(np.intersect1d(rows.sample_ids[part.start : part.stop], left)) for part in ranges]
     points, measured = (rows.among(sample) for sample in greedi.samples_of(left, seed))
     share = greedi.share_of(rows.sample_ids, others, count)
-    selected, gains, num_points = _choose(parts, points, given, count, share)
-    fixed = np.empty((0, rows.embeddings.shape[1])) if given is None else given.embeddings
+    selected, gains, num_points = _choose(parts, points, already, count, share)
+    fixed = np.empty((0, rows.embeddings.shape[1])) if already is None else already.embeddings
 
     def coverage(chosen: np.ndarray) -> float:
         near = np.concatenate([rows.among(chosen).embeddings, fixed])
