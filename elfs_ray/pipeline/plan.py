@@ -3,7 +3,6 @@
 import json
 import secrets
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import accumulate
@@ -19,7 +18,7 @@ from elfs_ray.pipeline.pool_change import (
 from elfs_ray.pipeline.replace import HALF_REMOVED, POOL_CHANGED, describe_obstacles, has_written, replaced_names
 from elfs_ray.pipeline.stages import stages_of
 from elfs_ray.pool.files import UNIT_NOUNS
-from elfs_ray.pool.listing import PoolColumns, Remarks, Unit, check_listing, count_unit, find_units
+from elfs_ray.pool.listing import PoolColumns, Remarks, check_listing, count_unit, find_units, map_in_threads
 from elfs_ray.runtime.progress import count, format_duration
 from elfs_ray.stages.index import IndexResult
 from elfs_ray.stages.stage import Result, Stage
@@ -295,16 +294,7 @@ def count_pool(config: Config, run_dir: RunDir, plan: list[PlannedStage]) -> Poo
     # A Parquet file has its number of rows in its footer; a tar must be read and a folder listed, so these are sampled.
     step = 1 if kind == "parquet" else max(1, len(units) // MIN_UNITS_COUNTED)
     counted = units[::step]
-
-    def count(unit: Unit) -> tuple[int, Remarks]:
-        of_unit = Remarks()  # of its own, as a Counter is not safe for several threads
-        return count_unit(unit, columns, of_unit), of_unit
-
-    total = 0
-    with ThreadPoolExecutor(16) as threads:  # which mostly wait for a disk or an object store
-        for num_samples, of_unit in threads.map(count, counted):
-            total += num_samples
-            remarks.add(of_unit)
+    total = sum(map_in_threads(lambda unit, of_unit: count_unit(unit, columns, of_unit), counted, remarks))
     check_listing(config.pool.uri, config.pool.format, units, total, remarks)
     if step == 1:
         return PoolCount(total, "", kind, remarks)

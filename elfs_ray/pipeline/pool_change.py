@@ -2,7 +2,6 @@
 
 import posixpath
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -10,7 +9,15 @@ import numpy as np
 from elfs_ray.config import Config, ConfigError
 from elfs_ray.pool.changes import Changes, Inventory, compare, key_of
 from elfs_ray.pool.files import UNIT_NOUNS
-from elfs_ray.pool.listing import PoolColumns, Remarks, Unit, check_listing, find_units, take_inventory
+from elfs_ray.pool.listing import (
+    PoolColumns,
+    Remarks,
+    Unit,
+    check_listing,
+    find_units,
+    map_in_threads,
+    take_inventory,
+)
 from elfs_ray.stages.index import IndexResult
 from elfs_ray.stages.index.records import divide_units, read_records
 from elfs_ray.storage import filesystem
@@ -67,15 +74,11 @@ def _take_inventory(config: Config, units: Sequence[tuple[Unit, int]], remarks: 
     is_sampled = bool(units) and units[0][0].format == "webdataset"
     step = max(1, len(units) // MIN_UNITS_COUNTED) if is_sampled else 1
 
-    def take(item: tuple[Unit, int]) -> tuple[Inventory, Remarks]:
-        of_unit = Remarks()  # of its own, as a Counter is not safe for several threads
-        return take_inventory(item[0], columns, of_unit, item[1]), of_unit
+    def take(item: tuple[Unit, int], of_unit: Remarks) -> Inventory:
+        unit, version = item
+        return take_inventory(unit, columns, of_unit, version)
 
-    parts = []
-    with ThreadPoolExecutor(16) as threads:  # which mostly wait for a disk or an object store
-        for inventory, of_unit in threads.map(take, units[::step]):
-            parts.append(inventory)
-            remarks.add(of_unit)
+    parts = list(map_in_threads(take, units[::step], remarks))
     if step == 1:
         return Inventory.concatenate(parts), ""
     mean = round(np.mean([part.rows.sum() for part in parts]))

@@ -10,8 +10,10 @@ sample says where its bytes are:
 
 import posixpath
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -48,9 +50,30 @@ __all__ = [
     "holds_its_images",
     "inventory_of_rows",
     "list_unit",
+    "map_in_threads",
     "read_images",
     "take_inventory",
 ]
+
+LISTING_THREADS = 16  # which mostly wait for a disk or an object store
+
+_Item = TypeVar("_Item")
+_Answer = TypeVar("_Answer")
+
+
+def map_in_threads(
+    work: Callable[[_Item, Remarks], _Answer], items: Iterable[_Item], remarks: Remarks
+) -> Iterator[_Answer]:
+    """Yield `work(item, remarks)` for each item in order, from several threads at a time."""
+
+    def work_alone(item: _Item) -> tuple[_Answer, Remarks]:
+        of_item = Remarks()  # one for each item, as a Counter is not safe for several threads
+        return work(item, of_item), of_item
+
+    with ThreadPoolExecutor(LISTING_THREADS) as threads:
+        for answer, of_item in threads.map(work_alone, items):
+            remarks.add(of_item)
+            yield answer
 
 
 def find_units(pool_uri: str | list[str], pool_format: str = "auto", remarks: Remarks | None = None) -> list[Unit]:
