@@ -10,15 +10,20 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := elfs_ray jobs benchmarks tests docs
 
-.PHONY: demo test docs test-slow test-gpu test-export chaos audit format clean
+.PHONY: demo test docs types fast-tests test-slow test-gpu test-export chaos audit format clean
 
 demo: .venv/ready
 	$(BIN)/python jobs/quickstart.py
 
-test: docs
+test: .venv/ready
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+	$(MAKE) --no-print-directory --jobs docs types fast-tests
+
+types: .venv/ready
 	$(BIN)/mypy
+
+fast-tests: .venv/ready
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Strict: an unlisted page or a broken link fails the build.

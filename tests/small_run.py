@@ -25,7 +25,7 @@ def overrides(pool: Path | str, run_dir: Path | str, *more: str) -> list[str]:
         *(f"pool.uri={pool}", f"run_dir={run_dir}", "budget=0.25"),
         *("embed.encoder=pixels", "embed.image_size=8", "embed.proxy_image_size=8", "embed.block_images=64"),
         *("embed.num_workers=1", "cluster.method=kmeans", "cluster.num_clusters=10", "cluster.num_workers=2"),
-        *("train.network=small_cnn", "train.epochs=3", "train.batch_size=32", "train.num_workers=1"),
+        *("train.network=small_cnn", "train.epochs=3", "train.batch_size=32", "train.num_workers=2"),
         *("train.cpus_per_worker=1", "train.augmentation=crop", "train.crop_padding=1"),
         *("select.method=double_end", "select.hard_fraction=0.2"),
         *more,

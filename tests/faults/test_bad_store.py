@@ -47,7 +47,7 @@ def test_a_store_that_refuses_access_rejects_no_image(s3_server, pool):
     assert read(uris) == IMAGES
 
 
-@pytest.mark.parametrize("kind", ["503", "reset", "slow"])
+@pytest.mark.parametrize("kind", ["503", "reset", pytest.param("slow", marks=pytest.mark.slow)])
 def test_a_store_that_is_busy_or_slow_is_waited_for(s3_server, pool, kind):
     word, uris = pool
     s3_server.fail(kind, 1 if kind == "slow" else 2, method="GET", key=word)

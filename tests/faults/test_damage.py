@@ -70,7 +70,7 @@ def refusal(pool: Path, run_dir: Path, *more: str) -> str:
         ("rejected", "embed: rejected has 0 files"),
         ("clusters/centroids.parquet", "cluster: clusters has 4 files"),
         ("clusters/pseudo_labels", "cluster: clusters has 1 files"),
-        ("dynamics/epoch=001", "train: dynamics has 2 files"),
+        ("dynamics/epoch=001", "train: dynamics has 4 files"),
         ("scores", "select: scores has 0 files"),
         ("coreset.txt", "select: coreset.txt has 0 files"),
         ("report.html", "report: report.html has 0 files"),

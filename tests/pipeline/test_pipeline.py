@@ -59,6 +59,16 @@ def test_no_sample_is_lost_and_the_coreset_has_the_size_of_the_budget(finished):
     assert set(ids("coreset")) <= set(ids("embeddings"))
 
 
+def test_two_workers_record_every_sample_once_an_epoch(finished):
+    run_dir = RunDir(finished)
+    assert TrainResult.read(run_dir).workers == 2
+    embedded = pq.ParquetDataset(run_dir.table_files("embeddings")).read()["sample_id"].to_pylist()
+    for epoch in range(3):
+        files = run_dir.table_files("dynamics", f"epoch={epoch:03d}")
+        recorded = [pq.read_table(path)["sample_id"].to_pylist() for path in files]
+        assert len(files) == 2 and sorted(i for ids in recorded for i in ids) == embedded
+
+
 def test_a_second_run_does_nothing_and_says_so(finished, pool, capsys):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     run(pool, finished)

@@ -126,7 +126,7 @@ def test_threads_that_read_one_file_do_not_interfere(one_group):
     assert wrong == []
 
 
-@pytest.mark.parametrize("rows_per_group", [NUM_ROWS, 100])
+@pytest.mark.parametrize("rows_per_group", [pytest.param(NUM_ROWS, marks=pytest.mark.slow), 100])
 def test_a_block_in_a_bucket_takes_few_requests(s3_server, s3_bucket, one_group, tmp_path, rows_per_group):
     local = one_group if rows_per_group == NUM_ROWS else write_pool(tmp_path / "pool.parquet", rows_per_group)
     uri = filesystem.join(s3_bucket, "pool.parquet")

@@ -59,7 +59,7 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 
 GROUPS = [
-    (2, "memory"),
+    pytest.param((2, "memory"), marks=pytest.mark.slow),
     pytest.param((3, "memory"), marks=pytest.mark.slow),
     pytest.param((2, "streamed"), marks=pytest.mark.slow),
 ]

@@ -297,6 +297,7 @@ def _train_in_a_group(rank: int, world_size: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_workers_equal_one_on_the_same_global_batches(tmp_path: Path) -> None:
     mp.spawn(_train_in_a_group, args=(2, str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
