@@ -6,8 +6,8 @@ from typing import Any
 from elfs_ray.config.declaration import BATCH, POSITIVE, Bounds, option, precision_option
 
 EVALUATED_METHODS = (
-    *("random", "prototypicality", "d2", "zcore", "aum_hardest", "elfs", "elfs_auto", "elfs_search", "dual"),
-    *("badge", "aum_ccs", "el2n", "forgetting", "full"),
+    *("random", "prototypicality", "d2", "zcore", "kmeans_centres", "typiclust", "aum_hardest"),
+    *("elfs", "elfs_auto", "elfs_search", "dual", "badge", "aum_ccs", "el2n", "forgetting", "full"),
 )
 LINEAR_PROBE = "linear_probe"  # the one that learns from embeddings instead of images
 PUBLISHED_POOLS = ("cifar10", "cifar100", "imagenet")

@@ -47,6 +47,8 @@ METHODS = {
     "zcore": Method(
         "ZCore: covers the space of embeddings; one selection for all seeds", _unbalanced("zcore"), "embeddings"
     ),
+    "kmeans_centres": Method("the samples nearest to as many k-means centres", None, "embeddings"),
+    "typiclust": Method("TypiClust: the most typical sample of each k-means cluster", None, "embeddings"),
     "aum_hardest": Method("lowest AUM on pseudo-labels", _unbalanced("hardest", "select.score=aum")),
     "elfs": Method("the run's selection settings, at each budget", ()),
     "elfs_auto": Method(

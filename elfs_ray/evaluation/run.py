@@ -4,6 +4,7 @@ Everything is written to the folder `out` of the config:
 
     selections/<line>/<hash>/coreset/...   the coreset of each method at each budget, as stage select writes it; a
                                            coreset that a run has made already is read from the run
+    selections/<line>/<hash>.parquet       the ids that kmeans_centres or typiclust chose
     supervised/<hash>/                     the proxy trained on true labels: a run directory with the stages cluster,
                                            train and select
     badge/<hash>/round-0000.parquet        the samples that a round of BADGE bought

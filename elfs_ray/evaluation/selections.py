@@ -4,10 +4,13 @@ Reads   the tables of the runs; true labels only for badge and the supervised me
 Writes  selections/, badge/ and supervised/ in the folder `out` of the config (see run.py)
 """
 
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
+import pyarrow as pa
+import torch
 
 from elfs_ray.config import LINEAR_PROBE, USES_HARD_FRACTION, Config, load_config
 from elfs_ray.evaluation.badge import BadgeJob, buy_labels, round_ends
@@ -17,18 +20,23 @@ from elfs_ray.evaluation.supervised import write_labels_as_clusters
 from elfs_ray.evaluation.trials import TrialPlace
 from elfs_ray.evaluation.true_labels import TrueLabels, digest
 from elfs_ray.evaluation.workload import Entry, Source, Workload
+from elfs_ray.methods.selection.cluster_centres import kmeans_centres, typiclust
 from elfs_ray.methods.training.classifier import ClassifierSettings
 from elfs_ray.pipeline import reselect
+from elfs_ray.runtime.cluster import run_tasks
 from elfs_ray.runtime.progress import format_duration, say
 from elfs_ray.stages.index.records import gone_ids
 from elfs_ray.stages.select import CoresetResult, SelectResult
 from elfs_ray.stages.train.run import run_train
+from elfs_ray.stages.training.classifier_inputs import load_embeddings
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import Marker, Overlay, RunDir
 
 # What the supervised proxy's run directory holds itself: markers of stages and tables by the start of their names
 # ("cluster" is clusters/, too). All else, such as index/ and proxy_images/, is read from the run.
 SUPERVISED_TABLES = ("cluster", "train", "dynamics", "scores")
+FROM_EMBEDDINGS = {"kmeans_centres": kmeans_centres, "typiclust": typiclust}
+"""Baselines that stage select does not make: a task each, for pools whose embeddings fit into its memory."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,8 @@ def select_without_labels(config: EvaluateRunsConfig, workload: Workload, out: R
         if entry.method_name == "full":
             everything = _embedded(workload.sources[0])
             selections += [Selection(entry, ALL, seed, everything) for seed in range(config.num_seeds)]
+        elif entry.method_name in FROM_EMBEDDINGS:
+            selections += _from_embeddings(config, workload, entry, out.path("selections", entry.name))
         elif entry.config is not None and not entry.method.is_supervised:
             selections += _coresets(config, entry, entry.source.run_dir, out.path("selections", entry.name))
     return selections
@@ -85,6 +95,33 @@ def _embedded(source: Source) -> np.ndarray:
     """Return the ids of the samples that can be selected, ascending (n,) int64."""
     embedded = source.run_dir.read_column(schema.EMBEDDINGS, column=schema.SAMPLE_ID)
     return np.setdiff1d(embedded, gone_ids(source.run_dir), assume_unique=True)
+
+
+def _from_embeddings(config: EvaluateRunsConfig, workload: Workload, entry: Entry, folder: str) -> list[Selection]:
+    """Select by a method that reads embeddings alone, unless it was done before; one selection for all seeds."""
+    sample_ids, seed, run_dir = _embedded(entry.source), int(entry.source.base["seed"]), entry.source.run_dir
+    made_from = (entry.method_name, run_dir.identity("embed"), sample_ids, seed)
+    paths = {count: filesystem.join(folder, f"{digest(*made_from, count)}.parquet") for count in workload.counts}
+    left = {count: path for count, path in paths.items() if not filesystem.exists(path)}
+    tasks = [(entry.method_name, run_dir, sample_ids, count, seed, path) for count, path in left.items()]
+    for position, seconds in run_tasks(_select_from_embeddings, tasks):
+        say(f"select    {entry.name}, {list(left)[position]:,} images in {format_duration(seconds)}")
+    return [
+        Selection(entry, str(budget), seed, np.sort(filesystem.read_table(paths[count])[schema.SAMPLE_ID].to_numpy()))
+        for seed in range(config.num_seeds)
+        for budget, count in zip(config.budgets, workload.counts, strict=True)
+    ]
+
+
+def _select_from_embeddings(
+    method: str, run_dir: RunDir, sample_ids: np.ndarray, count: int, seed: int, path: str
+) -> float:
+    """Write the ids of a selection in its order; return the seconds that it took."""
+    start_s = time.monotonic()
+    torch.set_num_threads(1)
+    chosen = FROM_EMBEDDINGS[method](load_embeddings(run_dir, sample_ids), sample_ids, count, seed)
+    filesystem.write_table(path, pa.table({schema.SAMPLE_ID: sample_ids[chosen]}))
+    return time.monotonic() - start_s
 
 
 def _coresets(config: EvaluateRunsConfig, entry: Entry, run_dir: RunDir, out: str) -> list[Selection]:

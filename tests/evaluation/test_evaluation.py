@@ -23,7 +23,7 @@ from elfs_ray.evaluation.chart import draw_chart
 from elfs_ray.evaluation.keys import keys_of_job
 from elfs_ray.evaluation.published import PUBLISHED
 from elfs_ray.evaluation.report import Results, closing_lines, to_markdown
-from elfs_ray.evaluation.selections import select_without_labels
+from elfs_ray.evaluation.selections import FROM_EMBEDDINGS, select_without_labels
 from elfs_ray.evaluation.trials import UNFINISHED, TrialPlace
 from elfs_ray.evaluation.true_labels import TrueLabels, read_labels
 from elfs_ray.evaluation.workload import describe, load, make_workload
@@ -40,7 +40,10 @@ from tests.tables import contents, digit_images, digits_config, mark, png, write
 
 JOB = Path(__file__).parent.parent.parent / "jobs" / "evaluate.py"
 NUM_POOL, NUM_TEST = 1003, 200
-METHODS = "random,prototypicality,d2,aum_hardest,elfs,elfs_auto,elfs+score=el2n+balance=true,dual,badge,full"
+METHODS = (
+    "random,prototypicality,d2,kmeans_centres,typiclust,aum_hardest,elfs,elfs_auto,elfs+score=el2n+balance=true,dual,"
+    "badge,full"
+)
 
 
 @pytest.fixture(scope="module")
@@ -356,6 +359,23 @@ def test_two_runs_of_one_pool_share_what_needs_no_pseudo_label(finished, tmp_pat
         "dual-file",
         "dual-temi",
     ]
+
+
+def test_baselines_around_centres_are_chosen_once(finished, tmp_path, monkeypatch):
+    config = load(keys(finished, tmp_path, "methods=[kmeans_centres,typiclust]", "budgets=[0.02]"))
+    made = select_without_labels(config, make_workload(config), RunDir(tmp_path))
+    run_dir = RunDir(finished / "run")
+    tables = pa.concat_tables(run_dir.read_table(schema.EMBEDDINGS))
+    ids, embeddings = tables["sample_id"].to_numpy(), schema.matrix_of(tables, "embedding")
+    for choice in made:
+        expected = FROM_EMBEDDINGS[choice.entry.name](embeddings, ids, 20, seed=0)
+        assert np.array_equal(choice.sample_ids, np.sort(ids[expected]))
+    assert [(choice.entry.name, choice.seed) for choice in made] == [
+        (name, seed) for name in ("kmeans_centres", "typiclust") for seed in (0, 1)
+    ]
+    monkeypatch.setattr("elfs_ray.evaluation.selections._select_from_embeddings", None)
+    again = select_without_labels(config, make_workload(config), RunDir(tmp_path))
+    assert [choice.sample_ids.tolist() for choice in again] == [choice.sample_ids.tolist() for choice in made]
 
 
 @pytest.mark.slow
