@@ -22,6 +22,7 @@ methods=[random,elfs]     what to compare: random, prototypicality, d2, zcore, a
 budgets=[50,0.1]          numbers or fractions of the embedded images
 num_seeds=3               trainings of each method and budget
 network=linear_probe      a linear probe of the embeddings; resnet18 and others: a network from scratch
+image_size=32             side of the images that the network from scratch learns from
 ray_address=HOST:PORT     run on a Ray cluster
 
 For every method, budget and seed a linear probe, or a network from scratch, is tested on images that no selection has

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from elfs_ray.config.declaration import BATCH, POSITIVE, Bounds, option, precision_option
+from elfs_ray.config.declaration import BATCH, POSITIVE, PROXY_SIDE, Bounds, option, precision_option
 
 EVALUATED_METHODS = (
     *("random", "prototypicality", "d2", "zcore", "kmeans_centres", "typiclust", "aum_hardest"),
@@ -46,7 +46,7 @@ class EvaluateConfig:
     """Learning from the selection of each method with true labels, for each budget and seed.
 
     Settings of networks without a key here, such as augmentation and weight decay, are those of the proxy network. A
-    linear probe has no settings: it ignores the keys from iterations to precision.
+    linear probe has no settings: it ignores the keys from image_size to precision.
     """
 
     test_uri: str | None = option(
@@ -75,6 +75,13 @@ class EvaluateConfig:
     precision: str = precision_option()
     published: str | None = option(
         None, "show the paper's numbers for this pool next to the measured ones", choices=PUBLISHED_POOLS
+    image_size: int | None = option(
+        None,
+        "side of the square images that a network from scratch learns from; null means the size of the run's copies, "
+        "embed.proxy_image_size",
+        unit="pixels",
+        bounds=PROXY_SIDE,
+    )
     )
     device: str = option(
         "auto", "device on which trainings run; auto uses GPUs if the cluster has any", choices=("auto", "cpu", "cuda")

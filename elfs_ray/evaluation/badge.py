@@ -18,14 +18,14 @@ import ray
 import torch
 
 from elfs_ray.evaluation.trials import TrialPlace
-from elfs_ray.evaluation.true_labels import TrueLabels
+from elfs_ray.evaluation.true_labels import TrueLabels, load_images
 from elfs_ray.methods.selection.badge import badge_selection
 from elfs_ray.methods.selection.pruning import random_selection
 from elfs_ray.methods.training.classifier import Classifier, ClassifierSettings, LabelledImages
 from elfs_ray.methods.training.linear_probe import fit_linear_probe
 from elfs_ray.runtime.cluster import get_result, remote_progress
 from elfs_ray.runtime.progress import Progress
-from elfs_ray.stages.training.classifier_inputs import load_embeddings, load_proxy_images
+from elfs_ray.stages.training.classifier_inputs import load_embeddings
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
@@ -94,7 +94,7 @@ def _load_inputs(job: BadgeJob) -> np.ndarray:
     """Return the images of the pool (n, s, s, 3) uint8, or for a linear probe its embeddings (n, d) float16."""
     if job.settings is None:
         return load_embeddings(job.run_dir, job.sample_ids)
-    return load_proxy_images(job.run_dir, job.sample_ids, job.image_size)
+    return load_images(job.run_dir, job.sample_ids, job.image_size)
 
 
 def _next_round(

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from elfs_ray.evaluation.trials import Trial, TrialPlace
-from elfs_ray.evaluation.true_labels import TrueLabels, digest, load_samples
+from elfs_ray.evaluation.true_labels import TrueLabels, digest, load_images
 from elfs_ray.methods.training.classifier import Classifier, ClassifierSettings, LabelledImages
 from elfs_ray.storage import filesystem
 from elfs_ray.storage.run_dir import RunDir
@@ -47,7 +47,8 @@ class FromScratch:
     def accuracies(self, trial: Trial, state_path: str, place: TrialPlace) -> list[float]:
         """Train once; return the accuracies of the tests during the training, the last one at its end."""
         num_classes = max(int(self.test.labels.max()) + 1, self.labels.num_classes)
-        samples = load_samples(self.run_dir, self.labels, trial.sample_ids, self.image_size)
+        images = load_images(self.run_dir, trial.sample_ids, self.image_size)
+        samples = LabelledImages(images, self.labels.of(trial.sample_ids), trial.sample_ids)
         training = Classifier(num_classes, self.settings, seed=trial.seed, device=place.device)
         return train_in_parts(training, samples, self.test, state_path)
 

@@ -13,6 +13,7 @@ from elfs_ray.evaluation.held_out import list_test_images, refuse_shared_units
 from elfs_ray.evaluation.keys import keys_of_job
 from elfs_ray.evaluation.workload import (
     MIN_SAMPLES,
+    check_image_size,
     check_neighbor_search,
     describe_trainings,
     parse_method,
@@ -90,6 +91,7 @@ def check(config: Config, *, images_are_there: bool = True) -> None:
     check_network("evaluate.network", evaluate.network, "auto", LINEAR_PROBE)
     check_neighbor_search(evaluate.device, "evaluate.device", config.ray_address)
     try:
+    check_image_size("evaluate.image_size", evaluate.image_size, config.embed.proxy_image_size)
         refuse_duplicates("methods", evaluate.methods)
         for text in evaluate.methods:
             selection = selection_config(

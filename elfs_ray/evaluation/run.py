@@ -144,8 +144,9 @@ def _learner(
         test = embed_test_images(config.test_uri, workload, labels.names, device, out.path("test"))
         return Probes(run_dir, labels, test)
     embed = workload.sources[0].config.embed
-    images = load_test_images(config.test_uri, workload.pool_format, workload.columns, embed, labels.names)
-    return FromScratch(run_dir, embed.proxy_image_size, labels, images, settings)
+    size = config.image_size or embed.proxy_image_size
+    images = load_test_images(config.test_uri, workload.pool_format, workload.columns, embed, labels.names, size)
+    return FromScratch(run_dir, size, labels, images, settings)
 
 
 def _train(

@@ -169,9 +169,9 @@ def _buy(
     if settings is not None:
         settings = replace(settings, iterations=config.badge.iterations or max(1, config.iterations // 4))
     ends = round_ends(workload.counts, config.badge.rounds)
-    size = source.base["embed"]["proxy_image_size"]
+    size = config.image_size or source.base["embed"]["proxy_image_size"]
     job = BadgeJob(source.run_dir, size, pool, ends, settings, int(source.base["seed"]))
-    trained_with = LINEAR_PROBE if settings is None else sorted(asdict(settings).items())
+    trained_with = LINEAR_PROBE if settings is None else (size, sorted(asdict(settings).items()))
     made_from = (source.run_dir.identity("embed"), trained_with, ends, job.seed, pool, labels.of_id)
     bought = buy_labels(job, labels, out.path("badge", digest(*made_from)), place)
     return [

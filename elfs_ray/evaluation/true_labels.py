@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from PIL import Image
 
 from elfs_ray.config import EmbedConfig
 from elfs_ray.evaluation.held_out import class_numbers, list_test_images
 from elfs_ray.methods.training.classifier import LabelledImages
-from elfs_ray.pool.images import BadImage, decode_image, decode_proxy_image, encode_proxy_image
+from elfs_ray.pool.images import BadImage, decode_image, encode_proxy_image, open_proxy_image
 from elfs_ray.pool.listing import PoolColumns, find_units, list_unit, read_images
 from elfs_ray.stages.index import IndexResult
 from elfs_ray.stages.index.records import gone_ids
-from elfs_ray.stages.training.classifier_inputs import load_proxy_images
 from elfs_ray.storage import schema
 from elfs_ray.storage.run_dir import RunDir
 
@@ -88,30 +88,44 @@ def list_labels(run_dir: RunDir, pool_uri: str | list[str], pool_format: str, co
     return TrueLabels(of_id, names)
 
 
-def load_samples(run_dir: RunDir, labels: TrueLabels, sample_ids: np.ndarray, size: int) -> LabelledImages:
-    """Load samples of the pool with their true labels. Memory: 3 · size² bytes a sample."""
-    return LabelledImages(load_proxy_images(run_dir, sample_ids, size), labels.of(sample_ids), sample_ids)
+def load_images(run_dir: RunDir, sample_ids: np.ndarray, size: int) -> np.ndarray:
+    """Return the centre squares of the copies of samples, reduced to (n, size, size, 3) uint8.
+
+    Memory: that, and the encoded copies.
+    """
+    copies = run_dir.read_rows(schema.PROXY_IMAGES, sample_ids, [schema.IMAGE])[schema.IMAGE].to_pylist()
+    return np.stack([_square_of(copy, size) for copy in copies])
+
+
+def _square_of(copy: bytes, size: int) -> np.ndarray:
+    """Return the centre square of what `encode_proxy_image` wrote, reduced to (size, size, 3) uint8."""
+    image = open_proxy_image(copy)
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    # Pillow copies a square that has the size already, bit by bit.
+    return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def load_test_images(
-    test_uri: str, test_format: str, columns: PoolColumns, embed: EmbedConfig, names: tuple[str, ...]
+    test_uri: str, test_format: str, columns: PoolColumns, embed: EmbedConfig, names: tuple[str, ...], size: int
 ) -> LabelledImages:
-    """Decode the test images at the resolution of the proxy images, with classes numbered as in the pool.
+    """Decode the test images, as copies of the pool's are made, with classes numbered as in the pool.
 
     Memory: 3 · size² bytes an image. Raises ValueError for an image that cannot be decoded, has no label, or has a
     class that the pool does not have.
     """
     listed = list_test_images(test_uri, test_format, columns)
-    size = embed.proxy_image_size
+    copy_size = embed.proxy_image_size
     images = np.empty((listed.num_rows, size, size, 3), np.uint8)
     uris = listed[schema.URI].to_pylist()
     for position, data in enumerate(read_images(uris, columns)):
         if isinstance(data, BadImage):
             raise ValueError(f"test image {uris[position]}: {data}")
-        image = decode_image(data, max_pixels=embed.max_image_pixels, min_size=size)
+        image = decode_image(data, max_pixels=embed.max_image_pixels, min_size=copy_size)
         # Proxy images above 64 pixels are JPEG. Test images get the same encoding, so that both have its artefacts.
-        proxy = encode_proxy_image(image, short_side=size, jpeg_quality=embed.proxy_jpeg_quality)
-        images[position] = decode_proxy_image(proxy, size)
+        copy = encode_proxy_image(image, short_side=copy_size, jpeg_quality=embed.proxy_jpeg_quality)
+        images[position] = _square_of(copy, size)
     return LabelledImages(images, class_numbers(test_uri, listed, names), np.arange(len(images)))
 
 

@@ -105,6 +105,22 @@ def refuse_duplicates(key: str, values: Sequence[Any]) -> None:
 
 
 def make_workload(config: EvaluateRunsConfig) -> Workload:
+def check_image_size(key: str, size: int | None, copy_size: int) -> None:
+    """Raise ConfigError if networks would learn from larger images than the run keeps copies of."""
+    if size is not None and size > copy_size:
+        raise ConfigError(
+            f"{key}={size}: the run keeps copies of {copy_size} pixels, so give {copy_size} at most, or run the "
+            f"pipeline with embed.proxy_image_size={size}"
+        )
+
+
+def refuse_same_lines(names: Sequence[str]) -> None:
+    """Raise ConfigError if two methods have the same name in the tables, because one of them is `run`."""
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if twice:
+        raise ConfigError(f"methods: run selects by {twice[0]}, which has a line already: leave run or {twice[0]} out")
+
+
     """Check runs, methods, budgets, labels and test images; return what to do. Raises ConfigError."""
     check_neighbor_search(config.device, "device", config.ray_address)
     sources = _sources(config.runs)
@@ -114,6 +130,7 @@ def make_workload(config: EvaluateRunsConfig) -> Workload:
             f"its selection needed none: give network={LINEAR_PROBE}"
         )
     first = sources[0].run_dir
+    check_image_size("image_size", config.image_size, sources[0].config.embed.proxy_image_size)
     entries = tuple(entry for method in config.methods for entry in _entries(method, sources, config))
     index = first.complete_marker(IndexResult.stage)
     label = config.pool.label or index.config.get("pool.label")
