@@ -18,7 +18,7 @@ test_uri=   labelled images to test on, which no selection sees, in the format o
 --help-all  list every key with its default
 
 pool.label=label          where the true labels are, if the run did not copy them: a column, or folder
-methods=[random,elfs]     what to compare: random, prototypicality, d2, zcore, aum_hardest, badge, elfs, ...
+methods=[run,random]      what to compare: run (as it selected), random, auto, elfs, kmeans_centres, typiclust, ...
 budgets=[50,0.1]          numbers or fractions of the embedded images
 num_seeds=3               trainings of each method and budget
 network=linear_probe      a linear probe of the embeddings; resnet18 and others: a network from scratch
@@ -28,7 +28,7 @@ ray_address=HOST:PORT     run on a Ray cluster
 For every method, budget and seed a linear probe, or a network from scratch, is tested on images that no selection has
 seen. The same command resumes where it was stopped, and more methods, budgets or seeds repeat nothing. Example:
 
-    elfs-ray evaluate elfs-ray/photos out=judged test_uri=test pool.label=folder methods=[random,elfs+score=el2n]
+    elfs-ray evaluate elfs-ray/photos out=judged test_uri=test pool.label=folder methods=[run,random,typiclust]
 
 To evaluate a single run at the end of its own selection, give `elfs-ray select` evaluate.test_uri=... instead.
 """
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
     # Late, so that --help and --dry-run need not import torch.
     from elfs_ray.evaluation.run import run
 
-    print_results(run(config), RunDir(config.out))
+    print_results((run(config), RunDir(config.out)))
 
 
 def _as_list(override: str) -> str:

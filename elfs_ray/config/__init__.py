@@ -18,7 +18,13 @@ from elfs_ray.config.cluster import NEIGHBOR_KEYS, ClusterConfig
 from elfs_ray.config.declaration import Bounds, ConfigError, fields_of, option
 from elfs_ray.config.duplicates import MEASURED_ENCODER, DuplicatesConfig
 from elfs_ray.config.embed import SELF_SUPERVISED, EmbedConfig
-from elfs_ray.config.evaluate import EVALUATED_METHODS, LINEAR_PROBE, EvaluateConfig
+from elfs_ray.config.evaluate import (
+    EVALUATED_METHODS,
+    LINEAR_PROBE,
+    PAPERS_METHOD,
+    EvaluateConfig,
+    name_in_tables,
+)
 from elfs_ray.config.files import DIGEST, digests_of_files
 from elfs_ray.config.loading import deciding_keys, describe_keys, expand_home, load_config, load_keys
 from elfs_ray.config.pool import PoolConfig
@@ -38,6 +44,7 @@ __all__ = [
     "LINEAR_PROBE",
     "MEASURED_ENCODER",
     "NEIGHBOR_KEYS",
+    "PAPERS_METHOD",
     "PCA_SAMPLES",
     "SELF_SUPERVISED",
     "USES_HARD_FRACTION",
@@ -68,6 +75,7 @@ __all__ = [
     "fields_of",
     "load_config",
     "load_keys",
+    "name_in_tables",
     "option",
     "proxy_workers",
     "scaled_lr",

@@ -6,11 +6,18 @@ from typing import Any
 from elfs_ray.config.declaration import BATCH, POSITIVE, PROXY_SIDE, Bounds, option, precision_option
 
 EVALUATED_METHODS = (
+    *("run", "auto", "coverage"),
     *("random", "prototypicality", "d2", "zcore", "kmeans_centres", "typiclust", "aum_hardest"),
     *("elfs", "elfs_auto", "elfs_search", "dual", "badge", "aum_ccs", "el2n", "forgetting", "full"),
 )
 LINEAR_PROBE = "linear_probe"  # the one that learns from embeddings instead of images
+PAPERS_METHOD = "double_end"  # the select.method that is ELFS as in the paper
 PUBLISHED_POOLS = ("cifar10", "cifar100", "imagenet")
+
+
+def name_in_tables(method: str) -> str:
+    """Return how the tables of an evaluation name the selection of a run with this select.method."""
+    return "elfs" if method == PAPERS_METHOD else method
 
 
 @dataclass
@@ -55,9 +62,9 @@ class EvaluateConfig:
         is_path=True,
     )
     methods: list[str] = option(
-        ["elfs", "random"],
-        f"{', '.join(EVALUATED_METHODS)}; keys of select may follow a method that selects from a run, as in "
-        "elfs+score=el2n+hard_fraction=0.2+balance=true",
+        ["run", "random"],
+        f"{', '.join(EVALUATED_METHODS)}; run is the selection that the run made, and is named after its method; keys "
+        "of select may follow a method that selects from a run, as in elfs+score=el2n+hard_fraction=0.2+balance=true",
     )
     num_seeds: int = option(
         3, "number of trainings for each selection; random also selects anew for each", bounds=POSITIVE
@@ -68,13 +75,6 @@ class EvaluateConfig:
         "resnet18 (3x3 stem), resnet18_imagenet, resnet34, resnet50 or small_cnn; auto: resnet18 on GPUs, if "
         "the run keeps copies of its images, else linear_probe",
     )
-    iterations: int = option(40_000, "steps of each training, whatever the budget", unit="steps", bounds=POSITIVE)
-    batch_size: int = option(256, "images in one step", unit="images", bounds=BATCH)
-    lr: float = option(0.1, "SGD learning rate at the start of the cosine decay", bounds=Bounds(above=0))
-    num_tests: int = option(10, "number of tests during each training, the last one at its end", bounds=POSITIVE)
-    precision: str = precision_option()
-    published: str | None = option(
-        None, "show the paper's numbers for this pool next to the measured ones", choices=PUBLISHED_POOLS
     image_size: int | None = option(
         None,
         "side of the square images that a network from scratch learns from; null means the size of the run's copies, "
@@ -82,6 +82,13 @@ class EvaluateConfig:
         unit="pixels",
         bounds=PROXY_SIDE,
     )
+    iterations: int = option(40_000, "steps of each training, whatever the budget", unit="steps", bounds=POSITIVE)
+    batch_size: int = option(256, "images in one step", unit="images", bounds=BATCH)
+    lr: float = option(0.1, "SGD learning rate at the start of the cosine decay", bounds=Bounds(above=0))
+    num_tests: int = option(10, "number of tests during each training, the last one at its end", bounds=POSITIVE)
+    precision: str = precision_option()
+    published: str | None = option(
+        None, "show the paper's numbers for this pool next to the measured ones", choices=PUBLISHED_POOLS
     )
     device: str = option(
         "auto", "device on which trainings run; auto uses GPUs if the cluster has any", choices=("auto", "cpu", "cuda")

@@ -16,8 +16,10 @@ from elfs_ray.evaluation.workload import (
     check_image_size,
     check_neighbor_search,
     describe_trainings,
+    line_name,
     parse_method,
     refuse_duplicates,
+    refuse_same_lines,
     selection_config,
 )
 from elfs_ray.pipeline import rewrite_report, runner
@@ -89,15 +91,18 @@ def check(config: Config, *, images_are_there: bool = True) -> None:
     if evaluate.test_uri is None:
         return
     check_network("evaluate.network", evaluate.network, "auto", LINEAR_PROBE)
+    check_image_size("evaluate.image_size", evaluate.image_size, config.embed.proxy_image_size)
     check_neighbor_search(evaluate.device, "evaluate.device", config.ray_address)
     try:
-    check_image_size("evaluate.image_size", evaluate.image_size, config.embed.proxy_image_size)
         refuse_duplicates("methods", evaluate.methods)
+        names = []
         for text in evaluate.methods:
             selection = selection_config(
                 text, evaluate, asdict(config), config.run_dir, config.budgets, config.select.hard_fraction
             )
             _check_stages(text, selection, config)
+            names.append(line_name(text, selection))
+        refuse_same_lines(names)
         if images_are_there:
             columns = PoolColumns(config.pool.image_column, config.pool.label)
             list_test_images(evaluate.test_uri, config.pool.format, columns)

@@ -33,10 +33,6 @@ class EvaluateRunsConfig(EvaluateConfig):
     test_uri: str = option(
         MISSING, "labelled images to test on, in the same format as the pool; no selection sees them", is_path=True
     )
-    methods: list[str] = option(
-        ["random", "prototypicality", "d2", "aum_hardest", "elfs"],
-        EvaluateConfig.__dataclass_fields__["methods"].metadata["help"],
-    )
     budgets: list[Any] = option(
         [0.1, 0.2, 0.3, 0.5, 0.7],
         "samples to train on: fractions of the embedded images or integer counts",
@@ -45,7 +41,7 @@ class EvaluateRunsConfig(EvaluateConfig):
     )
     hard_fraction: Any = option(
         AS_IN_RUN,
-        "elfs: the hard fraction, or auto or search; [...] gives one for each budget; run takes that of the run",
+        "for run and elfs: the hard fraction, or auto or search; [...] gives one for each budget; run takes the run's",
         unit="fraction",
         choices=(AS_IN_RUN, "auto", "search"),
         bounds=Bounds(at_least=0, below=1),

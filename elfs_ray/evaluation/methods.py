@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from elfs_ray.config import EVALUATED_METHODS
+from elfs_ray.config import EVALUATED_METHODS, PAPERS_METHOD
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Method:
 
 LEAVES_NOTHING_OUT = ("select.labelled=null", "select.exclude=null", "duplicates.threshold=null")
 """Keys of a selection in which every image may be chosen."""
+_ELFS = f"select.method={PAPERS_METHOD}"
 
 
 def _unbalanced(method: str, *keys: str) -> tuple[str, ...]:
@@ -32,13 +33,14 @@ def _unbalanced(method: str, *keys: str) -> tuple[str, ...]:
         f"select.method={method}",
         *keys,
         "select.balance=false",
-        "select.labelled=null",
-        "select.exclude=null",
-        "duplicates.threshold=null",
+        *LEAVES_NOTHING_OUT,
     )
 
 
 METHODS = {
+    "run": Method("as the run selects, at each budget", ()),
+    "auto": Method("coverage of each pseudo-class, or of the pool", ("select.method=auto", "select.balance=false")),
+    "coverage": Method("coverage of the pool", ("select.method=coverage", "select.balance=false"), "embeddings"),
     "random": Method("sampled uniformly, anew for each seed", _unbalanced("random"), "first run", is_per_seed=True),
     "prototypicality": Method(
         "the samples farthest from their k-means centroid", _unbalanced("prototypicality"), "embeddings"
@@ -50,12 +52,14 @@ METHODS = {
     "kmeans_centres": Method("the samples nearest to as many k-means centres", None, "embeddings"),
     "typiclust": Method("TypiClust: the most typical sample of each k-means cluster", None, "embeddings"),
     "aum_hardest": Method("lowest AUM on pseudo-labels", _unbalanced("hardest", "select.score=aum")),
-    "elfs": Method("the run's selection settings, at each budget", ()),
+    "elfs": Method("ELFS as in the paper, with the run's other keys of select", (_ELFS,)),
     "elfs_auto": Method(
-        "the same, with the hard fraction estimated from the training dynamics", ("select.hard_fraction=auto",)
+        "the same, with the hard fraction estimated from the training dynamics",
+        (_ELFS, "select.hard_fraction=auto"),
     ),
     "elfs_search": Method(
-        "the same, with the hard fraction found by short trainings on pseudo-labels", ("select.hard_fraction=search",)
+        "the same, with the hard fraction found by short trainings on pseudo-labels",
+        (_ELFS, "select.hard_fraction=search"),
     ),
     "dual": Method(
         "DUAL with Beta sampling, on pseudo-labels, anew for each seed", _unbalanced("dual_beta"), is_per_seed=True

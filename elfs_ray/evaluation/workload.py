@@ -14,6 +14,7 @@ from elfs_ray.config import (
     check_budgets,
     load_config,
     load_keys,
+    name_in_tables,
 )
 from elfs_ray.evaluation.held_out import class_numbers, list_test_images, refuse_shared_images
 from elfs_ray.evaluation.keys import AS_IN_RUN, EvaluateRunsConfig, network_on
@@ -104,7 +105,6 @@ def refuse_duplicates(key: str, values: Sequence[Any]) -> None:
         raise ConfigError(f"{key}={list(values)} names one twice")
 
 
-def make_workload(config: EvaluateRunsConfig) -> Workload:
 def check_image_size(key: str, size: int | None, copy_size: int) -> None:
     """Raise ConfigError if networks would learn from larger images than the run keeps copies of."""
     if size is not None and size > copy_size:
@@ -121,6 +121,7 @@ def refuse_same_lines(names: Sequence[str]) -> None:
         raise ConfigError(f"methods: run selects by {twice[0]}, which has a line already: leave run or {twice[0]} out")
 
 
+def make_workload(config: EvaluateRunsConfig) -> Workload:
     """Check runs, methods, budgets, labels and test images; return what to do. Raises ConfigError."""
     check_neighbor_search(config.device, "device", config.ray_address)
     sources = _sources(config.runs)
@@ -129,9 +130,10 @@ def refuse_same_lines(names: Sequence[str]) -> None:
             f"network={config.network} learns from copies of the images, and {sources[0].run_dir.uri} keeps none, as "
             f"its selection needed none: give network={LINEAR_PROBE}"
         )
-    first = sources[0].run_dir
     check_image_size("image_size", config.image_size, sources[0].config.embed.proxy_image_size)
+    first = sources[0].run_dir
     entries = tuple(entry for method in config.methods for entry in _entries(method, sources, config))
+    refuse_same_lines([entry.name for entry in entries])
     index = first.complete_marker(IndexResult.stage)
     label = config.pool.label or index.config.get("pool.label")
     if label is None:
@@ -217,8 +219,17 @@ def _entries(text: str, sources: tuple[Source, ...], config: EvaluateRunsConfig)
     entries = []
     for source in chosen:
         selection = None if method.select_keys is None else _config_of(text, name, source, config)
-        entries.append(Entry(f"{text}-{source.name}" if len(chosen) > 1 else text, name, source, selection))
+        line = text if selection is None else line_name(text, selection)
+        entries.append(Entry(f"{line}-{source.name}" if len(chosen) > 1 else line, name, source, selection))
     return entries
+
+
+def line_name(text: str, selection: Config) -> str:
+    """Return how tables name a method of an evaluation: `run` by the method that selects, any other as it was typed."""
+    name, keys = parse_method(text)
+    if name != "run":
+        return text
+    return "+".join([name_in_tables(selection.select.method), *(key for key in keys if not key.startswith("method="))])
 
 
 def parse_method(text: str) -> tuple[str, list[str]]:
@@ -239,7 +250,7 @@ def parse_method(text: str) -> tuple[str, list[str]]:
 
 def _config_of(text: str, name: str, source: Source, config: EvaluateRunsConfig) -> Config:
     """Return the config of a selection from a finished run. Raises ConfigError if it cannot be made."""
-    hard_fraction = _hard_fraction(source, config) if name == "elfs" else None
+    hard_fraction = _hard_fraction(source, config, name) if name in ("run", "elfs") else None
     try:
         selection = selection_config(text, config, source.base, source.run_dir.uri, config.budgets, hard_fraction)
     except ConfigError as error:
@@ -267,12 +278,12 @@ def selection_config(
 ) -> Config:
     """Return the config of a method's selection: the run's, overridden by the method's keys, then by those of the text.
 
-    hard_fraction: the one that elfs uses; aum_ccs has a key for its own. Raises ConfigError for keys that contradict
-    each other.
+    hard_fraction: the one that run and elfs use; aum_ccs has a key for its own. Raises ConfigError for keys that
+    contradict each other.
     """
     name, keys = parse_method(text)
     # 0 where the method ignores it: the run's list may have another length than these budgets.
-    fraction = {"elfs": hard_fraction, "aum_ccs": settings.proxy.ccs_hard_fraction}.get(name, 0)
+    fraction = {"run": hard_fraction, "elfs": hard_fraction, "aum_ccs": settings.proxy.ccs_hard_fraction}.get(name, 0)
     overrides = [
         f"run_dir={run_uri}",
         f"budget={budgets[0] if len(budgets) == 1 else list(budgets)}",
@@ -286,10 +297,12 @@ def selection_config(
         raise ConfigError(f"methods: {text}: {error}") from error
 
 
-def _hard_fraction(source: Source, config: EvaluateRunsConfig) -> Any:
-    """Return the hard fraction of elfs: that of the config or of the run, one for all budgets or one for each."""
+def _hard_fraction(source: Source, config: EvaluateRunsConfig, name: str) -> Any:
+    """Return the hard fraction of run or elfs: that of the config or the run's, one for all budgets or one for each."""
     if config.hard_fraction != AS_IN_RUN:
         return config.hard_fraction
+    if name == "elfs" and source.base["select"]["method"] not in USES_HARD_FRACTION:
+        return "auto"  # the run has none
     fraction, budget = source.base["select"]["hard_fraction"], source.base["budget"]
     if not isinstance(fraction, list):
         return fraction

@@ -64,15 +64,24 @@ def config_of(digits: Path, run_dir: Path, *overrides: str, name: str = "cifar10
 
 
 def first_words(printed: str) -> dict[str, str]:
-    return {line.split()[0]: line for line in printed.splitlines()}
+    return {line.split()[0]: line for line in printed.splitlines() if line}
 
 
 @pytest.mark.slow
 def test_a_job_with_test_images_evaluates_all_its_budgets(ray_cluster, digits, tmp_path, capfd):
-    """Typing the command again repeats nothing, and another method adds only its trainings."""
-    run_config(config_of(digits, tmp_path))
+    """Typing the command again repeats nothing, and another method adds only its trainings.
+
+    Test images that are near-duplicates of images in the pool are told after trainings from scratch, too.
+    """
+    config = config_of(digits, tmp_path, "duplicates.threshold=0.99")
+    run_config(config)
     printed = capfd.readouterr().out
     lines = first_words(printed)
+    pool, test = (
+        embeddings_of(RunDir(place)).astype(np.float64) for place in (tmp_path, tmp_path / "evaluate" / "test")
+    )
+    num_leaking = int(((test @ pool.T).max(axis=1) >= 0.99).sum())
+    assert num_leaking and f"{num_leaking} of 100 test images" in lines["leaks:"]
     assert {"elfs", "random", "pseudo-labels:", "embeddings:", "table", "coreset", "report"} <= lines.keys()
     assert "0.1 (30)" in lines["selection"] and "0.3 (90)" in lines["selection"]
     assert lines["table"].split()[1] == str(tmp_path / "evaluate" / "results.md")
@@ -82,7 +91,7 @@ def test_a_job_with_test_images_evaluates_all_its_budgets(ray_cluster, digits, t
     ]
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "evaluate" / "trials").iterdir()}
     assert len(times) == 8
-    run_config(config_of(digits, tmp_path, "evaluate.methods=[random,elfs,aum_hardest]"))
+    run_config(config_of(digits, tmp_path, "duplicates.threshold=0.99", "evaluate.methods=[random,elfs,aum_hardest]"))
     again = capfd.readouterr()
     assert "nothing to do: every stage is complete" in again.err
     repeated = first_words(again.out)
@@ -94,9 +103,9 @@ def test_a_job_with_test_images_evaluates_all_its_budgets(ray_cluster, digits, t
 def test_a_run_without_training_is_evaluated_by_linear_probes(ray_cluster, digits, tmp_path, capfd):
     """Without a GPU; they agree with scikit-learn's logistic regression, and are never repeated."""
     keys = ["select.method=coverage", "evaluate.network=auto", "evaluate.badge.rounds=2"]
-    keys.append("evaluate.methods=[random,elfs,badge,full]")
+    keys.append("evaluate.methods=[random,run,badge,full]")
     config = config_of(digits, tmp_path, *keys)
-    assert "14 linear probes of the embeddings; on random" in job.describe(config)
+    assert "14 linear probes of the embeddings; on random, run," in job.describe(config)
     results = job.run_with_results(config)[1]
     assert not (tmp_path / "dynamics").exists() and not (tmp_path / "proxy_images").exists()
     out = tmp_path / "evaluate"
@@ -110,13 +119,15 @@ def test_a_run_without_training_is_evaluated_by_linear_probes(ray_cluster, digit
     expected = reference.score(EMBEDDING_LENGTH * test.astype(np.float64), labels[NUM_POOL:])
     assert lines["full"].cells["all"].mean == pytest.approx(expected, abs=0.02)
     assert lines["random"].cells["0.1"].spread > 0
-    assert all(lines[name].cells["0.1"].spread == 0 for name in ("elfs", "badge"))  # one selection for all seeds
+    assert all(lines[name].cells["0.1"].spread == 0 for name in ("coverage", "badge"))  # one selection for all seeds
     text = (out / "results.md").read_text()
     assert "A linear probe" in text and "steps of" not in text and "| none | – |" in text
     times = {path: path.stat().st_mtime_ns for path in (out / "trials").iterdir()}
     assert job.run_with_results(config)[1] == results
-    shown = json.loads((tmp_path / "metrics.json").read_text())["test_accuracy"]
-    assert shown == pytest.approx({name: lines[name].cells["0.1"].mean for name in ("random", "elfs", "badge")})
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    names = ("random", "coverage", "badge")
+    assert metrics["test_accuracy"] == pytest.approx({name: lines[name].cells["0.1"].mean for name in names})
+    assert f"<b>{lines['coverage'].cells['0.1'].mean:.1%}</b> right" in (tmp_path / "report.html").read_text()
     assert {path: path.stat().st_mtime_ns for path in (out / "trials").iterdir()} == times
 
 
@@ -135,6 +146,7 @@ def test_a_run_that_ends_before_select_says_that_it_is_not_evaluated(ray_cluster
         (["evaluate.test_uri=null"], r"evaluate\.network=small_cnn .* give evaluate\.test_uri="),
         (["evaluate.network=linear"], r"evaluate\.network='linear'"),
         (["evaluate.methods=[elf]"], r"evaluate\.methods: 'elf' must be one of elfs"),
+        (["evaluate.methods=[elfs,run]"], r"evaluate\.methods: run selects by elfs, which has a line already"),
         (["evaluate.methods=[elfs,elfs]"], r"evaluate\.methods=\['elfs', 'elfs'\] names one twice"),
         (["evaluate.methods=[elfs+scor=aum]"], r"did you mean select\.score"),
         (["evaluate.methods=[d2]"], r"evaluate\.methods: d2: .*give cluster\.num_neighbors=10"),
@@ -144,6 +156,7 @@ def test_a_run_that_ends_before_select_says_that_it_is_not_evaluated(ray_cluster
             ["select.method=coverage", "evaluate.methods=[aum_hardest]"],
             r"evaluate\.methods: aum_hardest needs stage cluster and stage train, which a run with select\.method",
         ),
+        (["select.method=coverage", "evaluate.methods=[elfs]"], "elfs needs stage cluster and stage train"),
     ],
 )
 def test_a_bad_evaluation_is_refused_before_any_work(digits, tmp_path, overrides, needed):

@@ -37,4 +37,4 @@ def test_leaks_are_the_test_images_near_the_pool(ray_cluster, tmp_path, monkeypa
 )
 def test_the_summary_tells_leaks(leaks, line):
     lines = (Line("random", {"10": Accuracy(10, 1, 0.5, 0.0, 0.5, 0.0)}, {}),)
-    assert re.search(line, closing_lines(Results(lines, {}, leaks)))
+    assert re.search(line, closing_lines(Results("linear_probe", lines, {}, leaks)))

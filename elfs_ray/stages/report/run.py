@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from elfs_ray.config import BY_COVERAGE, Config
+from elfs_ray.config import BY_COVERAGE, Config, name_in_tables
 from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.stages.duplicates import DuplicatesResult
 from elfs_ray.stages.embed import EmbedResult
@@ -68,6 +68,7 @@ def _metrics(config: Config, run_dir: RunDir) -> dict[str, Any]:
         optional["pseudo_label_sizes"] = _sizes_before_and_after(run_dir)
     if accuracies := _accuracies(config, run_dir):
         optional["test_accuracy"] = accuracies
+        optional["name_in_test_accuracy"] = name_in_tables(config.select.method)
     return {
         "elfs_ray": __version__,
         "pool": ", ".join(config.pool.uris),
