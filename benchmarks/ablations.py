@@ -93,13 +93,14 @@ def ablate(ablation: Ablation, pool: Path, test: Path, folder: Path, seeds: int)
         run_pipeline(track, pool, runs[-1], variant.keys)
     keys = [f"test_uri={test}", f"budgets=[{track.budgets[0]}]", f"num_seeds={seeds}", *track.evaluation]
     base_methods = ["random", *ablation.methods]  # these only select differently, so the base's run suffices
-    results = Results((), {})
+    parts = []
     for name, judged_runs, methods in (("ablated", runs, ["elfs"]), ("ablated-base", [base], base_methods)):
         out = folder / f"{track.name}-{name}"
         take_over(folder / f"{track.name}-judged", out, ["trials"])  # trainings on random samples and on the base
         places = [f"runs=[{','.join(map(str, judged_runs))}]", f"out={out}", f"methods=[{','.join(methods)}]"]
-        judged = run.run(load([*places, *keys]))
-        results = Results(results.lines + judged.lines, {**results.quality, **judged.quality})
+        parts.append(run.run(load([*places, *keys])))
+    lines = tuple(line for part in parts for line in part.lines)
+    results = Results(parts[0].network, lines, {**parts[0].quality, **parts[1].quality})
     table = closing_lines(results)
     (folder / f"{track.name}-ablated" / TABLE).write_text(f"{table}\n")
     print(table, file=sys.stderr)

@@ -112,18 +112,19 @@ def run_config(config: Config) -> None:
 
     run_dir, results = run_with_results(config)
     if results is not None:
-        print_results(results, RunDir(keys_of_job(config).out))
+        print_results((results, RunDir(keys_of_job(config).out)))
     print(closing_lines(config, run_dir))
 
 
-def print_results(results: "Results", out: RunDir) -> None:
-    """Print the table of an evaluation, and where its files are."""
+def print_results(*evaluations: tuple["Results", RunDir]) -> None:
+    """Print the tables of evaluations of the same runs, and where the files of each are."""
     from elfs_ray.evaluation.report import closing_lines as lines_of
     from elfs_ray.evaluation.run import written_files
 
-    print(lines_of(results))
-    for name, path in written_files(out):
-        print(f"{name:<9}{path}")
+    print(lines_of(*(results for results, _ in evaluations)))
+    for _, out in evaluations:
+        for name, path in written_files(out):
+            print(f"{name:<9}{path}")
 
 
 @dataclass(frozen=True)

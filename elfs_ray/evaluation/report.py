@@ -34,8 +34,12 @@ class Quality:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that an evaluation measured. quality: by name of the run; leaks: None where nobody looked for them."""
+    """Everything that an evaluation measured.
 
+    network: what learned from the selections. quality: by name of the run. leaks: None where nobody looked for them.
+    """
+
+    network: str
     lines: tuple[Line, ...]
     quality: Mapping[str, Quality]
     leaks: Leaks | None = None
@@ -72,30 +76,39 @@ def to_markdown(config: EvaluateRunsConfig, workload: Workload, results: Results
     return "\n\n".join(parts) + "\n"
 
 
-def closing_lines(results: Results) -> str:
-    """Return a summary of the results for the terminal."""
+def closing_lines(*evaluations: Results) -> str:
+    """Return a summary for the terminal: a table for each evaluation of the same runs, and the quality of these."""
+    shown = [line for results in evaluations for line in (*_accuracy_table(results), "")]
+    first = evaluations[0]
+    for name, quality in first.quality.items():
+        of_run = f" of {name}" if len(first.quality) > 1 else ""
+        shown += [_describe_clustering(quality.clustering, of_run)] if quality.clustering else []
+        shown.append(_describe_embeddings(quality.neighbors, of_run))
+    if first.leaks is not None:
+        shown.append(_describe_leaks(first.leaks))
+    return "\n".join(shown)
+
+
+def _accuracy_table(results: Results) -> list[str]:
+    """Return what was measured, the budgets, and a line for each method."""
     lines = results.lines
     # Budgets in the order of the first line that has them; "all" comes with the line full.
     counts = {budget: cell.num_samples for line in lines for budget, cell in line.cells.items()}
-    heads = [f"{budget} ({num_samples:,})" for budget, num_samples in counts.items()]
+    heads = [f"{count:,}" if budget == str(count) else f"{budget} ({count:,})" for budget, count in counts.items()]
     width = max(len("selection"), *(len(line.name) for line in lines))
     widths = [max(len(head), 13) for head in heads]
     num_seeds = max(cell.num_seeds for line in lines for cell in line.cells.values())
+    learner = "linear probe of the embeddings" if results.network == LINEAR_PROBE else f"{results.network} from scratch"
     shown = [
-        "test accuracy in % by budget (images)" + (f", mean ± spread of {num_seeds} seeds" if num_seeds > 1 else ""),
+        f"{learner}: test accuracy in % by budget (images)"
+        + (f", mean ± spread of {num_seeds} seeds" if num_seeds > 1 else ""),
         f"{'selection':<{width}}" + "".join(f"  {head:>{wide}}" for head, wide in zip(heads, widths, strict=True)),
     ]
     for line in lines:
         cells = [_short_cell(line.cells.get(budget)) for budget in counts]
         row = "".join(f"  {cell:>{wide}}" for cell, wide in zip(cells, widths, strict=True))
         shown.append(f"{line.name:<{width}}{row}")
-    for name, quality in results.quality.items():
-        of_run = f" of {name}" if len(results.quality) > 1 else ""
-        shown += [_describe_clustering(quality.clustering, of_run)] if quality.clustering else []
-        shown.append(_describe_embeddings(quality.neighbors, of_run))
-    if results.leaks is not None:
-        shown.append(_describe_leaks(results.leaks))
-    return "\n".join(shown)
+    return shown
 
 
 def _describe_learning(config: EvaluateRunsConfig) -> str:
@@ -184,7 +197,8 @@ def _published_cell(numbers: Mapping[float, float], share: float) -> str:
 def _short_cell(cell: Accuracy | None) -> str:
     if cell is None:
         return "–"
-    spread = f" ± {100 * cell.spread:.1f}" if cell.num_seeds > 1 else ""
+    # One selection for all seeds gives a probe one result, which has no spread.
+    spread = f" ± {100 * cell.spread:.1f}" if cell.spread > 0 else ""
     return f"{100 * cell.mean:.1f}{spread}"
 
 

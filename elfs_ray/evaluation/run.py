@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from elfs_ray.config import LINEAR_PROBE, TrainConfig
+from elfs_ray.config import LINEAR_PROBE, ConfigError, TrainConfig
 from elfs_ray.evaluation.chart import draw_chart
 from elfs_ray.evaluation.from_scratch import FromScratch
 from elfs_ray.evaluation.keys import EvaluateRunsConfig, network_on
@@ -73,8 +73,8 @@ def run(config: EvaluateRunsConfig, train: TrainConfig | None = None) -> Results
         rows = _train(config, out, selections, learner, place)
         table = pa.Table.from_pylist(rows, schema=schema.RESULTS_SCHEMA)
         filesystem.write_table(out.path(schema.RESULTS_FILE), table)
-        leaks = _leaks(workload, learner, out, device)
-        results = Results(tuple(_lines(rows)), _quality(workload, out, labels, device), leaks)
+        leaks = _leaks(config, workload, learner, out, device)
+        results = Results(config.network, tuple(_lines(rows)), _quality(workload, out, labels, device), leaks)
         filesystem.write_bytes(out.path(RESULTS_MD), to_markdown(config, workload, results).encode())
         _write_chart(config, workload, out, results)
         return results
@@ -185,18 +185,22 @@ def _lines(rows: list[dict[str, Any]]) -> Iterator[Line]:
         yield Line(name, cells, fractions)
 
 
-def _leaks(workload: Workload, learner: Learner, out: RunDir, device: str) -> Leaks | None:
-    """Return which test images have a near-duplicate in the pool, where the first run says what one is.
-
-    A network that learns from images has no embeddings of the test images: then nobody looks for leaks.
-    """
+def _leaks(config: EvaluateRunsConfig, workload: Workload, learner: Learner, out: RunDir, device: str) -> Leaks | None:
+    """Return which test images have a near-duplicate in the pool, where the first run says what one is."""
     source = workload.sources[0]
     threshold = source.config.duplicates.threshold
-    if threshold is None or not isinstance(learner, Probes):
+    if threshold is None:
         return None
-    return find_leaks(
-        source.run_dir, learner.test.embeddings, learner.test.uris, threshold, device, out.path("quality")
-    )
+    if isinstance(learner, Probes):
+        test = learner.test
+    else:
+        # Networks learn from images, but embedding the test images once takes a fraction of their trainings' time.
+        try:
+            test = embed_test_images(config.test_uri, workload, learner.labels.names, device, out.path("test"))
+        except (ConfigError, OSError) as error:  # the encoder's weights may be on the machine of the run alone
+            say(f"leaks     not looked for: {error}")
+            return None
+    return find_leaks(source.run_dir, test.embeddings, test.uris, threshold, device, out.path("quality"))
 
 
 def _quality(workload: Workload, out: RunDir, labels: TrueLabels, device: str) -> dict[str, Quality]:

@@ -130,7 +130,7 @@ def _run_trial(references: list[ray.ObjectRef], trial: Trial, path: str, place: 
 class Accuracy:
     """Test accuracies of one selection over its seeds: of the last test, and of the best test of each training.
 
-    A spread is the sample standard deviation over the seeds, 0 for a single seed.
+    A spread is the sample standard deviation over the seeds, 0 if all results are equal.
     """
 
     num_samples: int
@@ -150,4 +150,5 @@ def summarize(rows: Iterable[dict[str, Any]]) -> Accuracy:
 
 
 def _mean_and_spread(values: np.ndarray) -> tuple[float, float]:
-    return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else 0.0
+    # Rounding could give equal values a deviation that is not quite 0.
+    return float(values.mean()), float(values.std(ddof=1)) if len(np.unique(values)) > 1 else 0.0
