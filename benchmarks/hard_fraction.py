@@ -78,11 +78,12 @@ def write_pool(folder: Path, source: str | None, num_images: int) -> tuple[Path,
 
 
 def configure(folder: Path, images: Path, *, of_digits: bool, quick: bool) -> Config:
-    """Return the config of jobs/quickstart.py for this pool."""
+    """Return the config of jobs/quickstart.py for this pool, with longer trainings."""
     overrides = [f"pool.uri={images}", f"run_dir={folder / 'run'}", f"budget={0.05 if quick else BUDGETS}"]
-    overrides += ["select.search_iterations=200", "until=select"]
-    if not of_digits:  # the quickstart's 30 clusters and its balance suit the digits only
-        overrides += ["cluster.num_clusters=10", "select.balance=false"]
+    overrides += ["select.search_iterations=200", "train.epochs=12", "until=select"]
+    overrides += ["evaluate.iterations=200", "evaluate.batch_size=64"]
+    if of_digits:
+        overrides += ["cluster.num_clusters=30", "select.balance=true"]
     if quick:
         overrides += ["train.epochs=4", "train.num_workers=1", "select.search_step=0.4", "select.search_iterations=40"]
     return load_config(JOBS / "quickstart.yaml", overrides)
