@@ -1,4 +1,4 @@
-# make demo   run the whole pipeline on real images, then evaluate the coreset vs. random samples
+# make demo   run the whole pipeline on real images, then test its selections and baselines
 # make test   check style and types, build the documentation, run the tests
 # make docs   build the documentation only, in site/
 # make test-export  import exports with Label Studio, CVAT's SDK, FiftyOne, datasets and webdataset themselves

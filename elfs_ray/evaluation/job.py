@@ -10,15 +10,12 @@ from typing import TYPE_CHECKING
 
 from elfs_ray.config import LINEAR_PROBE, Config, ConfigError
 from elfs_ray.evaluation.held_out import list_test_images, refuse_shared_units
-from elfs_ray.evaluation.keys import keys_of_job
+from elfs_ray.evaluation.keys import check_image_size, check_neighbor_search, keys_of_job, refuse_duplicates
 from elfs_ray.evaluation.workload import (
     MIN_SAMPLES,
-    check_image_size,
-    check_neighbor_search,
     describe_trainings,
     line_name,
     parse_method,
-    refuse_duplicates,
     refuse_same_lines,
     selection_config,
 )

@@ -1,11 +1,12 @@
-"""The keys of `elfs-ray evaluate`: those of the section `evaluate`, plus the runs to compare and where to write."""
+"""The keys of `elfs-ray evaluate`: those of section evaluate, the runs to compare and where to write; their checks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
 
-from elfs_ray.config import LINEAR_PROBE, Config, EvaluateConfig
+from elfs_ray.config import LINEAR_PROBE, Config, ConfigError, EvaluateConfig
 from elfs_ray.config.declaration import Bounds, option
 from elfs_ray.storage import schema
 from elfs_ray.storage.run_dir import RunDir
@@ -78,3 +79,30 @@ def keys_of_job(config: Config) -> EvaluateRunsConfig:
         ray_logs=config.ray_logs,
         pool=LabelConfig(config.pool.label),
     )
+
+
+def refuse_duplicates(key: str, values: Sequence[Any]) -> None:
+    """Raise ConfigError if a list has an item twice."""
+    if len({str(value) for value in values}) < len(values):
+        raise ConfigError(f"{key}={list(values)} names one twice")
+
+
+def check_image_size(key: str, size: int | None, copy_size: int) -> None:
+    """Raise ConfigError if networks would learn from larger images than the run keeps copies of."""
+    if size is not None and size > copy_size:
+        raise ConfigError(
+            f"{key}={size}: the run keeps copies of {copy_size} pixels, so give {copy_size} at most, or run the "
+            f"pipeline with embed.proxy_image_size={size}"
+        )
+
+
+def check_neighbor_search(device: str, key: str, ray_address: str | None) -> None:
+    """Raise ConfigError if nearest neighbours, which measure the embeddings, cannot be searched on the device."""
+    # Late, so that `--help` does not import Ray.
+    from elfs_ray.methods.numeric.faiss_build import check_faiss
+    from elfs_ray.runtime.cluster import find_devices
+
+    try:
+        check_faiss("an evaluation, which searches nearest neighbours,", find_devices(ray_address).resolve(device, key))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

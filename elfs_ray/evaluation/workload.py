@@ -17,7 +17,14 @@ from elfs_ray.config import (
     name_in_tables,
 )
 from elfs_ray.evaluation.held_out import class_numbers, list_test_images, refuse_shared_images
-from elfs_ray.evaluation.keys import AS_IN_RUN, EvaluateRunsConfig, network_on
+from elfs_ray.evaluation.keys import (
+    AS_IN_RUN,
+    EvaluateRunsConfig,
+    check_image_size,
+    check_neighbor_search,
+    network_on,
+    refuse_duplicates,
+)
 from elfs_ray.evaluation.methods import METHODS, Method
 from elfs_ray.pipeline.reselect import check_stages, config_of
 from elfs_ray.pipeline.stages import STAGES
@@ -99,21 +106,6 @@ def load(overrides: list[str]) -> EvaluateRunsConfig:
     return config
 
 
-def refuse_duplicates(key: str, values: Sequence[Any]) -> None:
-    """Raise ConfigError if a list has an item twice."""
-    if len({str(value) for value in values}) < len(values):
-        raise ConfigError(f"{key}={list(values)} names one twice")
-
-
-def check_image_size(key: str, size: int | None, copy_size: int) -> None:
-    """Raise ConfigError if networks would learn from larger images than the run keeps copies of."""
-    if size is not None and size > copy_size:
-        raise ConfigError(
-            f"{key}={size}: the run keeps copies of {copy_size} pixels, so give {copy_size} at most, or run the "
-            f"pipeline with embed.proxy_image_size={size}"
-        )
-
-
 def refuse_same_lines(names: Sequence[str]) -> None:
     """Raise ConfigError if two methods have the same name in the tables, because one of them is `run`."""
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
@@ -150,18 +142,6 @@ def make_workload(config: EvaluateRunsConfig) -> Workload:
         class_numbers(config.test_uri, listed, names)
     refuse_shared_images(config.test_uri, listed, first)
     return workload
-
-
-def check_neighbor_search(device: str, key: str, ray_address: str | None) -> None:
-    """Raise ConfigError if nearest neighbours, which measure the embeddings, cannot be searched on the device."""
-    # Late, so that `--help` does not import Ray.
-    from elfs_ray.methods.numeric.faiss_build import check_faiss
-    from elfs_ray.runtime.cluster import find_devices
-
-    try:
-        check_faiss("an evaluation, which searches nearest neighbours,", find_devices(ray_address).resolve(device, key))
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def _sources(uris: list[str]) -> tuple[Source, ...]:

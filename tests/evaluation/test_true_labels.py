@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from elfs_ray.config import ConfigError, EmbedConfig
+from elfs_ray.evaluation.keys import check_image_size
 from elfs_ray.evaluation.true_labels import load_images, load_test_images
-from elfs_ray.evaluation.workload import check_image_size
 from elfs_ray.pool.images import encode_png
 from elfs_ray.pool.listing import PoolColumns
 from elfs_ray.storage import filesystem, schema
