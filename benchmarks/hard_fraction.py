@@ -80,8 +80,8 @@ def write_pool(folder: Path, source: str | None, num_images: int) -> tuple[Path,
 def configure(folder: Path, images: Path, *, of_digits: bool, quick: bool) -> Config:
     """Return the config of jobs/quickstart.py for this pool, with longer trainings."""
     overrides = [f"pool.uri={images}", f"run_dir={folder / 'run'}", f"budget={0.05 if quick else BUDGETS}"]
-    overrides += ["select.search_iterations=200", "train.epochs=12", "until=select"]
-    overrides += ["evaluate.iterations=200", "evaluate.batch_size=64"]
+    overrides += ["select.search_iterations=200", "train.epochs=12", "train.num_workers=2", "until=select"]
+    overrides += ["embed.proxy_image_size=28", "evaluate.iterations=200", "evaluate.batch_size=64"]
     if of_digits:
         overrides += ["cluster.num_clusters=30", "select.balance=true"]
     if quick:

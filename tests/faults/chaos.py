@@ -201,7 +201,7 @@ def main() -> None:
             three_nodes(folder) as (cluster, nodes),
         ):
             overrides = [f"pool.uri={write_pool(folder, num_images)}", "pool.label=null", "budget=0.1"]
-            overrides += [f"train.epochs={epochs}", "train.cpus_per_worker=1"]
+            overrides += [f"train.epochs={epochs}", "train.num_workers=2", "train.cpus_per_worker=1"]
             places = [
                 Place(str(disk), folder, cluster, nodes, disk if can_fill else None),
                 Place(root, folder, cluster, nodes, store=store),
