@@ -289,7 +289,7 @@ def test_the_closing_lines_have_every_selection_and_the_quality_of_the_run(judge
 
 def test_the_dry_run_describes_the_trainings_and_does_nothing(finished, tmp_path):
     text = describe(load(keys(finished, tmp_path / "out")))
-    assert "38 trainings of small_cnn, 12 steps each" in text and "0.3: 300 images" in text
+    assert "46 trainings of small_cnn, 12 steps each" in text and "0.3: 300 images" in text
     assert "elfs: ELFS as in the paper" in text and "hard fraction 0.1" in text
     assert not (tmp_path / "out").exists()
 
