@@ -26,6 +26,7 @@ from elfs_ray.config.evaluate import (
     name_in_tables,
 )
 from elfs_ray.config.files import DIGEST, digests_of_files
+from elfs_ray.config.labels import label_selector, parse_label_selector
 from elfs_ray.config.loading import deciding_keys, describe_keys, expand_home, load_config, load_keys
 from elfs_ray.config.pool import PoolConfig
 from elfs_ray.config.pretrain import PretrainConfig
@@ -73,10 +74,12 @@ __all__ = [
     "digests_of_files",
     "expand_home",
     "fields_of",
+    "label_selector",
     "load_config",
     "load_keys",
     "name_in_tables",
     "option",
+    "parse_label_selector",
     "proxy_workers",
     "scaled_lr",
     "worker_range",

@@ -10,6 +10,7 @@ from typing import Any
 
 from elfs_ray.config.cluster import ClusterConfig
 from elfs_ray.config.declaration import Bounds, ConfigError, fields_of
+from elfs_ray.config.labels import label_selector
 from elfs_ray.config.run import Config
 from elfs_ray.config.select import BY_COVERAGE
 from elfs_ray.config.temi import PCA_SAMPLES, TEMI_NEIGHBORS
@@ -226,6 +227,8 @@ def check_relations(config: Config) -> None:
     worker_range(config.train.num_workers, "train.num_workers")
     worker_range(config.embed.num_workers, "embed.num_workers")
     _check_proxy_images(config)
+    for section in ("embed", "cluster", "train", "pretrain"):
+        label_selector(config, section)
 
 
 def _check_clustering(config: Config) -> None:

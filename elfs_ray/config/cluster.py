@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from elfs_ray.config.declaration import POSITIVE, Bounds, device_option, memory_option, option
+from elfs_ray.config.declaration import POSITIVE, Bounds, device_option, label_option, memory_option, option
 from elfs_ray.config.temi import TEMI_NEIGHBORS, TemiConfig
 
 NEIGHBOR_KEYS = ("num_neighbors", "neighbor_search", "neighbor_recall")
@@ -70,6 +70,7 @@ class ClusterConfig:
         decides=False,
     )
     memory_gib: float | None = memory_option("shard")
+    label_selector: str | None = label_option("shards, neighbour search and TEMI", "label_selector of the whole run")
     temi: TemiConfig = field(default_factory=TemiConfig)
 
     @property

@@ -88,6 +88,15 @@ def memory_option(worker: str) -> Any:
     return option(None, meaning, unit="GiB", bounds=Bounds(above=0), decides=False)
 
 
+def label_option(whose: str, unset: str) -> Any:
+    """Declare the labels that the nodes of a stage must have; `whose` names the stage, `unset` what null means."""
+    meaning = (
+        f"labels that a node must have to run {whose}, such as ray.io/market-type=spot; with commas between several, "
+        f"and !value, in(value,value) or !in(value,value) for a value; null means {unset}"
+    )
+    return option(None, meaning, decides=False)
+
+
 def device_option(what_runs: str) -> Any:
     """Declare the device of a stage; `what_runs` is a phrase such as "training runs"."""
     meaning = f"device on which {what_runs}; auto uses GPUs if the cluster has any"

@@ -2,7 +2,16 @@
 
 from dataclasses import dataclass
 
-from elfs_ray.config.declaration import POSITIVE, PROXY_SIDE, SIDE, Bounds, device_option, memory_option, option
+from elfs_ray.config.declaration import (
+    POSITIVE,
+    PROXY_SIDE,
+    SIDE,
+    Bounds,
+    device_option,
+    label_option,
+    memory_option,
+    option,
+)
 
 SELF_SUPERVISED = "self_supervised"
 
@@ -61,6 +70,7 @@ class EmbedConfig:
         None, "CPUs reserved for each encoder; null means 1", unit="CPUs", bounds=POSITIVE, decides=False
     )
     memory_gib: float | None = memory_option("encoder")
+    label_selector: str | None = label_option("tasks and encoders", "label_selector of the whole run")
 
     @property
     def weights_file(self) -> str | None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from elfs_ray.config.cluster import ClusterConfig
-from elfs_ray.config.declaration import Bounds, option
+from elfs_ray.config.declaration import Bounds, label_option, option
 from elfs_ray.config.duplicates import DUPLICATE_NEIGHBORS, DuplicatesConfig
 from elfs_ray.config.embed import SELF_SUPERVISED, EmbedConfig
 from elfs_ray.config.evaluate import LINEAR_PROBE, EvaluateConfig
@@ -62,6 +62,7 @@ class Config:
         "'local' always starts a new one",
         decides=False,
     )
+    label_selector: str | None = label_option("the stages", "any node")
     ray_logs: bool = option(False, "also show what Ray's workers print", decides=False)
     pool: PoolConfig = field(default_factory=PoolConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)

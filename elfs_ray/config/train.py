@@ -9,6 +9,7 @@ from elfs_ray.config.declaration import (
     Bounds,
     compile_option,
     device_option,
+    label_option,
     max_failures_option,
     memory_option,
     option,
@@ -84,4 +85,5 @@ class TrainConfig:
         decides=False,
     )
     memory_gib: float | None = memory_option("worker")
+    label_selector: str | None = label_option("training workers", "label_selector of the whole run")
     max_failures: int = max_failures_option("training")

@@ -66,12 +66,12 @@ def describe_plan(known: Look) -> str:
         "",
     ]
     for planned in plan:
-        stage = planned.stage
-        work, requests = stage.describe(config, pool.num_samples), _describe_requests(stage, config, devices)
+        stage, of_stage = planned.stage, planned.stage.devices(config, devices)
+        work, requests = stage.describe(config, pool.num_samples), _describe_requests(stage, config, of_stage)
         lines.append(f"{stage.name:<9} {planned.action:<9} {work}; {requests}")
         lines.extend(f"{'':<20}{line}" for line in planned.differences)
         if planned.action != "done":
-            lines.extend(f"{'':<20}{line}" for line in stage.advice(config, devices))
+            lines.extend(f"{'':<20}{line}" for line in stage.advice(config, of_stage))
     return "\n".join(lines)
 
 

@@ -21,7 +21,7 @@ from elfs_ray.stages.select import STAGE, SelectResult
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import Marker, Overlay, RunDir
 
-KEYS = ("run_dir", "budget", "seed", "on_change", "ray_address", "ray_logs")
+KEYS = ("run_dir", "budget", "seed", "on_change", "ray_address", "label_selector", "ray_logs")
 SELECT = STAGE.name
 SELECTION_PREFIXES = (SELECT, schema.CORESET)  # of the names that a selection writes; all others are the run's
 
@@ -110,15 +110,13 @@ def write(config: Config, folder: Overlay) -> Marker:
 
     Resumes a selection that was started with the same config; deletes anything else in the folder.
     """
-    from elfs_ray.stages.select.run import run_select
-
     marker = marker_of(config, folder)
     started = folder.started_marker(SELECT)
     if folder.success_marker(SELECT) or started is None or not started.is_made_as(marker):
         filesystem.delete(folder.uri)
     folder.mark_started(marker)
     start_s = time.time()
-    result = run_select(config, folder)
+    result = STAGE.run(config, folder)
     complete = dataclasses.replace(
         marker,
         result=result.to_json(),

@@ -109,17 +109,19 @@ def _announce_requests(plan: list[PlannedStage], config: Config) -> None:
     devices = devices_of_cluster()
     say(f"devices   {devices.describe()}")
     stages = [planned.stage for planned in plan if planned.action != "done"]
-    requests = {stage.name: stage.requests(config, devices) for stage in stages}
+    of_stage = {stage.name: stage.devices(config, devices) for stage in stages}
+    requests = {stage.name: stage.requests(config, of_stage[stage.name]) for stage in stages}
     # All are checked before any is printed: an error comes alone, rather than after promises for earlier stages.
     for stage in stages:
         for request in requests[stage.name]:
-            check_request(request, devices)
+            check_request(request, of_stage[stage.name])
     for stage in stages:
         if requests[stage.name]:
             say(f"{stage.name:<9} will request {', '.join(request.describe() for request in requests[stage.name])}")
-        for shortage in filter(None, (describe_shortage(request, devices) for request in requests[stage.name])):
+        shortages = (describe_shortage(request, of_stage[stage.name]) for request in requests[stage.name])
+        for shortage in filter(None, shortages):
             say(f"{stage.name:<9} will wait for nodes: {shortage}")
-        for line in stage.advice(config, devices):
+        for line in stage.advice(config, of_stage[stage.name]):
             say(f"{stage.name:<9} {line}")
 
 

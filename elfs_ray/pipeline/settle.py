@@ -77,7 +77,7 @@ def _settle_profile(config: Config, run_dir: RunDir, stage: Stage, key: str, on_
         return profile, f"profile   {key}={profile}, with which this run has begun"
     from elfs_ray.runtime.cluster import find_devices
 
-    devices = find_devices(config.ray_address)
+    devices = stage.devices(config, find_devices(config.ray_address))
     section: PretrainConfig | ClusterConfig = getattr(config, stage.section)
     profile = on_gpus if devices.resolve(section.device, f"{stage.section}.device") == "cuda" else "cpu"
     return profile, f"profile   {key}={profile}, for {devices.describe()}"

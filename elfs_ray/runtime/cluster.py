@@ -15,6 +15,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elfs_ray.config import ConfigError
+from elfs_ray.runtime.placement import describe_placement, is_chosen, placement
 from elfs_ray.runtime.progress import Progress, count
 
 # By default BLAS and OpenMP start a thread for each CPU of the machine in every worker. With a worker on each CPU that
@@ -96,7 +97,7 @@ class Devices:
     """The CPUs, GPUs and memory on which stages can run now.
 
     where: a phrase for messages, such as "on this machine". node_cpus, node_memory_bytes: those of the largest node.
-    may_grow: whether nodes may join while a stage waits.
+    may_grow: whether nodes may join while a stage waits. num_nodes: how many nodes there are.
     """
 
     num_cpus: int
@@ -105,6 +106,7 @@ class Devices:
     node_cpus: int
     node_memory_bytes: int | None = None
     may_grow: bool = False
+    num_nodes: int = 1
 
     def resolve(self, device: str, key: str) -> str:
         """Return cpu or cuda for auto, cpu or cuda. Raises ConfigError for cuda where there can be no GPU.
@@ -123,7 +125,7 @@ class Devices:
 
 
 def find_devices(address: str | None) -> Devices:
-    """Return the devices of the Ray cluster at `address` or RAY_ADDRESS.
+    """Return the devices of the Ray cluster at `address` or RAY_ADDRESS, on the nodes that placement.py chooses.
 
     Without either, or for "local", return those of this machine. Start no cluster, so that a dry run is quick. Raises
     ConfigError if no cluster answers.
@@ -133,6 +135,8 @@ def find_devices(address: str | None) -> Devices:
     if (address or os.environ.get("RAY_ADDRESS") or "local") == "local":
         import torch
 
+        if not is_chosen({}):  # a Ray that starts on this machine has no labels of the user's
+            return Devices(0, 0, f"on this machine{describe_placement()}", 0, num_nodes=0)
         # The CPUs that this process may use, which in a container or a batch job are fewer than the machine's.
         num_cpus = len(os.sched_getaffinity(0))
         return Devices(num_cpus, torch.cuda.device_count(), "on this machine", num_cpus)
@@ -141,18 +145,19 @@ def find_devices(address: str | None) -> Devices:
 
 
 def devices_of_cluster() -> Devices:
-    """Return the devices of the cluster that this process is connected to."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    """Return the devices of the cluster that this process is connected to, on the nodes that placement.py chooses."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and is_chosen(node["Labels"])]
     # A cluster that this process started is this machine and never grows; one that it joined may have an autoscaler.
     # Ray has no public way to tell the two apart.
     driver: Any = ray._private.worker._global_node
     return Devices(
         num_cpus=int(sum(node.get("CPU", 0) for node in nodes)),
         num_gpus=int(sum(node.get("GPU", 0) for node in nodes)),
-        where="in the Ray cluster now",
-        node_cpus=int(max(node.get("CPU", 0) for node in nodes)),
-        node_memory_bytes=int(max(node.get("memory", 0) for node in nodes)),
+        where=f"in the Ray cluster now{describe_placement()}",
+        node_cpus=int(max((node.get("CPU", 0) for node in nodes), default=0)),
+        node_memory_bytes=int(max((node.get("memory", 0) for node in nodes), default=0)),
         may_grow=not driver.is_head(),
+        num_nodes=len(nodes),
     )
 
 
@@ -185,7 +190,7 @@ def run_tasks(
 
     Memory: the references of the tasks in flight; results stay with Ray until they are yielded.
     """
-    remote = ray.remote(num_cpus=num_cpus_each, num_gpus=num_gpus_each, max_retries=3)(function)
+    remote = ray.remote(num_cpus=num_cpus_each, num_gpus=num_gpus_each, max_retries=3, **placement())(function)
     in_flight: dict[ray.ObjectRef, int] = {}
     for position, argument in enumerate(arguments):
         # The CPUs are counted anew each time: waiting tasks make a cluster grow, and new CPUs can take more tasks.

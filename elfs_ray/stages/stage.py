@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from elfs_ray.config import Config, deciding_keys, digests_of_files
+from elfs_ray.config import Config, ConfigError, deciding_keys, digests_of_files, label_selector
+from elfs_ray.runtime.placement import on_nodes
 from elfs_ray.runtime.resources import Request
 from elfs_ray.storage.run_dir import RunDir
 
@@ -110,6 +111,25 @@ class Stage:
         """Return every table and file that it writes."""
         return (*self.tables(config), *self.files(config))
 
+    def devices(self, config: Config, devices: "Devices") -> "Devices":
+        """Return the part of a cluster's devices on which the stage may run.
+
+        Raises ConfigError if no node has the labels that it needs, unless the cluster may grow.
+        """
+        selector, key = label_selector(config, self.section)
+        if not selector or self.is_on_driver:
+            return devices
+        from elfs_ray.runtime.cluster import find_devices
+
+        with on_nodes(selector):
+            chosen = find_devices(config.ray_address)
+        if not chosen.num_nodes and not chosen.may_grow:
+            raise ConfigError(
+                f"{key} requires labels that no node has: there is no device {chosen.where}. Correct it, or start "
+                "nodes with these labels (ray start --labels)"
+            )
+        return chosen
+
     def estimate(self, work: Any) -> Any:
         """Return the Estimate of a `Work`: call `estimate` of the stage's estimate.py; None for a stage of seconds.
 
@@ -123,4 +143,5 @@ class Stage:
         """Do the work: call `run_<name>` of the stage's run.py."""
         # Imported only now, since run.py imports torch and Ray (see the module's docstring).
         module = importlib.import_module(f"elfs_ray.stages.{self.name}.run")
-        return getattr(module, f"run_{self.name}")(config, run_dir)
+        with on_nodes(label_selector(config, self.section)[0]):
+            return getattr(module, f"run_{self.name}")(config, run_dir)

@@ -18,6 +18,7 @@ from elfs_ray.methods.kmeans.assignment import FASTEST_ENGINE, add_rows, squared
 from elfs_ray.methods.kmeans.points import ArrayPoints, PartialSums, smallest_ids
 from elfs_ray.methods.numeric.exact_arithmetic import to_fixed_point
 from elfs_ray.runtime.cluster import devices_of_cluster, get_result
+from elfs_ray.runtime.placement import placement
 from elfs_ray.runtime.resources import GIB
 from elfs_ray.stages.cluster import request_shards
 from elfs_ray.storage import filesystem, schema
@@ -91,7 +92,7 @@ class ShardedPoints:
             request = self._request
             memory = int((request.memory_gib or 0) * GIB)
             options: dict[str, Any] = {"num_cpus": request.cpus, "num_gpus": request.gpus, "memory": memory}
-            actor: Any = ray.remote(**options, max_restarts=-1, max_task_retries=-1)(_Shard)
+            actor: Any = ray.remote(**options, **placement(), max_restarts=-1, max_task_retries=-1)(_Shard)
             self._shards = [actor.remote(files, request.device, self._engine) for files in self._shares]
         return self._shards
 
@@ -103,8 +104,9 @@ class ShardedPoints:
     def _total(self, sums: list[Any], centroid_bytes: int) -> PartialSums:
         """Return the total of the shards' sums, added up on the driver if they are small, else by a tree of tasks."""
         if len(sums) * 2 * centroid_bytes > MAX_BYTES_TO_DRIVER:
+            add_up = _add_up.options(**placement())
             while len(sums) > 1:
-                sums = [_add_up.remote(*sums[i : i + FAN_IN]) for i in range(0, len(sums), FAN_IN)]
+                sums = [add_up.remote(*sums[i : i + FAN_IN]) for i in range(0, len(sums), FAN_IN)]
         return _add(*(get_result(partial) for partial in sums))
 
 

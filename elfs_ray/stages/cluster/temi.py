@@ -32,6 +32,7 @@ from elfs_ray.methods.temi.training import (
     train_epoch,
 )
 from elfs_ray.runtime.cluster import devices_of_cluster, remote_progress
+from elfs_ray.runtime.placement import placement
 from elfs_ray.runtime.progress import Progress
 from elfs_ray.stages.cluster import request_temi_workers
 from elfs_ray.stages.cluster.shards import write_label_file
@@ -108,9 +109,9 @@ def _load(run_dir: RunDir, pca_dim: int | None, seed: int) -> ray.ObjectRef:
     GB.
     """
     names = [filesystem.basename(path) for path in run_dir.table_files(schema.EMBEDDINGS)]
-    read = ray.remote(num_cpus=1)(_read_file)
+    read = ray.remote(num_cpus=1, **placement())(_read_file)
     parts = [read.remote(run_dir, name) for name in names]
-    return ray.remote(num_cpus=1)(_join).remote(pca_dim, seed, *parts)
+    return ray.remote(num_cpus=1, **placement())(_join).remote(pca_dim, seed, *parts)
 
 
 def _read_file(run_dir: RunDir, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -37,6 +37,7 @@ from elfs_ray.methods.encoders.encoder import (
 from elfs_ray.pool.images import describe_bad_copy, has_own_range, open_proxy_image, resize_center_crop
 from elfs_ray.runtime.cluster import devices_of_cluster
 from elfs_ray.runtime.metrics import report_rejected
+from elfs_ray.runtime.placement import placement
 from elfs_ray.runtime.progress import Progress, say
 from elfs_ray.runtime.resources import GIB, Request
 from elfs_ray.stages.embed import EmbedResult, request_encoders
@@ -158,7 +159,7 @@ def _encoder_pool(request: Request, num_blocks: int) -> dict[str, Any]:
     fewest, most = min(request.fewest, num_blocks), min(request.most, num_blocks)
     # All are requested at once: an autoscaling cluster grows by what waits, and work begins on the first that comes.
     pool = ray.data.ActorPoolStrategy(min_size=fewest, max_size=most, initial_size=most)
-    options: dict[str, Any] = {"compute": pool, "num_cpus": request.cpus}
+    options: dict[str, Any] = {"compute": pool, "num_cpus": request.cpus, **placement()}
     if request.gpus:
         options["num_gpus"] = request.gpus
     if request.memory_gib:
@@ -169,7 +170,7 @@ def _encoder_pool(request: Request, num_blocks: int) -> dict[str, Any]:
 def _embed_on_gpus(dataset: ray.data.Dataset, job: EmbedJob, encoder_pool: dict[str, Any]) -> ray.data.Dataset:
     """Decode in tasks on CPUs and embed on an encoder for each GPU."""
     decode: Any = _read_block
-    decoded = dataset.map_batches(decode, batch_size=1, num_cpus=1, fn_kwargs={"job": job})
+    decoded = dataset.map_batches(decode, batch_size=1, num_cpus=1, fn_kwargs={"job": job}, **placement())
     encode: Any = _EncodeBlock
     return decoded.map_batches(encode, batch_size=1, fn_constructor_args=(job, "cuda"), **encoder_pool)
 

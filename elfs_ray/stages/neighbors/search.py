@@ -26,6 +26,7 @@ from elfs_ray.methods.neighbors.exact import Neighbors, nearest_neighbors
 from elfs_ray.methods.neighbors.inverted import InvertedFile, choose_nprobe, merge_neighbors, search_lists
 from elfs_ray.methods.numeric.hashing import hash_uniform
 from elfs_ray.runtime.cluster import devices_of_cluster, get_result, num_cpus, run_tasks
+from elfs_ray.runtime.placement import placement
 from elfs_ray.runtime.progress import Progress
 from elfs_ray.stages.cluster.shards import read_embeddings
 from elfs_ray.stages.neighbors import searches_on_gpus
@@ -163,11 +164,11 @@ def _build_lists(
 
     The last nprobe is the one to use.
     """
-    prepare = ray.remote(num_cpus=1)(_prepare)
+    prepare = ray.remote(num_cpus=1, **placement())(_prepare)
     centroids, queries, query_ids, exact = get_result(prepare.remote(files, num_neighbors, seed, copies_alone))
     # With half a CPU each, so many leave at least half of the CPUs to the tasks that query them.
     num_workers = min(config.num_workers or max(1, num_cpus() // 2), num_cpus())
-    actor = ray.remote(num_cpus=CPUS_OF_A_TURN, max_restarts=-1, max_task_retries=-1)(_ListShard)
+    actor = ray.remote(num_cpus=CPUS_OF_A_TURN, max_restarts=-1, max_task_retries=-1, **placement())(_ListShard)
     shared = ray.put(centroids)
     lists: list[Any] = [actor.remote(share, shared) for share in _group(files, -(-_num_rows(files) // num_workers))]
 

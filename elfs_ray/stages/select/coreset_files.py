@@ -13,6 +13,7 @@ import ray
 
 from elfs_ray.methods.selection.quantiles import Cut, assign_parts, hard_first_order, part_ranks
 from elfs_ray.runtime.cluster import run_tasks
+from elfs_ray.runtime.placement import placement
 from elfs_ray.runtime.progress import Progress
 from elfs_ray.stages.select.scored_pool import ScoredPool, ScoredRows
 from elfs_ray.stages.select.selection import Selection, find_part_cuts, num_parts
@@ -41,7 +42,7 @@ def write_coresets(run_dir: RunDir, pool: ScoredPool, selections: Mapping[str, S
     wanted = [(selection, parts[table]) for table, selection in selections.items()]
     places = [(table, part) for table, cuts in parts.items() for part in range(len(cuts) - 1)]
     # One return for each file to write, so that the task which writes it fetches nothing else.
-    collect: Any = ray.remote(num_cpus=1, max_retries=3, num_returns=len(places) + 1)(_collect)
+    collect: Any = ray.remote(num_cpus=1, max_retries=3, num_returns=len(places) + 1, **placement())(_collect)
     collected = [collect.remote(run_dir, pool, files, wanted) for files in pool.shares()]
 
     tasks = []

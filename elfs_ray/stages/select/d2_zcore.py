@@ -19,6 +19,7 @@ from elfs_ray.methods.selection.d2 import d2_selection
 from elfs_ray.methods.selection.quantiles import Direction
 from elfs_ray.methods.selection.zcore import zcore_draws, zcore_sum, zcore_votes
 from elfs_ray.runtime.cluster import run_tasks
+from elfs_ray.runtime.placement import placement
 from elfs_ray.runtime.progress import Progress
 from elfs_ray.stages.select.scored_pool import ScoredPool
 from elfs_ray.storage import filesystem, schema
@@ -49,7 +50,7 @@ def score_whole_pool(config: Config, run_dir: RunDir, pool: ScoredPool, max_coun
 
 def _zcore(config: Config, run_dir: RunDir, sample_ids: np.ndarray) -> np.ndarray:
     files = run_dir.table_files(schema.EMBEDDINGS)
-    embeddings = ray.remote(num_cpus=1)(_load_embeddings).remote(files, sample_ids)
+    embeddings = ray.remote(num_cpus=1, **placement())(_load_embeddings).remote(files, sample_ids)
     ranges = zcore_draws(config.select.zcore_draws)
     tasks = [(embeddings, draws, config.seed) for draws in ranges]
 

@@ -22,6 +22,7 @@ from elfs_ray.methods.training import augmentation
 from elfs_ray.methods.training.dynamics import BatchPlan, epoch_order
 from elfs_ray.pool.images import decode_proxy_image, describe_bad_copy
 from elfs_ray.runtime.cluster import get_result
+from elfs_ray.runtime.placement import placement
 from elfs_ray.stages.training import planned_reading
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
@@ -251,10 +252,10 @@ def load_embeddings(run_dir: RunDir) -> list[ray.ObjectRef]:
 def _load(read: Callable[..., tuple[np.ndarray, np.ndarray]], tasks: list[tuple]) -> tuple[np.ndarray, ray.ObjectRef]:
     """Return (sample_ids, reference of the rows) of all files; `read` returns the ids and rows of one."""
     # Two returns, so that the ids come to the driver and the rows stay in the object store.
-    remote = ray.remote(num_cpus=1, num_returns=2)(read)
+    remote = ray.remote(num_cpus=1, num_returns=2, **placement())(read)
     parts: list[Any] = [remote.remote(*task) for task in tasks]
     sample_ids = np.concatenate([get_result(ids) for ids, _ in parts])
-    joined = ray.remote(num_cpus=1)(_join).remote(*[rows for _, rows in parts])
+    joined = ray.remote(num_cpus=1, **placement())(_join).remote(*[rows for _, rows in parts])
     ray.wait([joined], fetch_local=False)  # the parts' memory is free before training starts
     return sample_ids, joined
 

@@ -20,6 +20,7 @@ import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from elfs_ray.runtime.cluster import call_interruptibly
+from elfs_ray.runtime.placement import placement
 from elfs_ray.runtime.resources import GIB, Request
 from elfs_ray.storage import filesystem
 
@@ -82,6 +83,7 @@ def run_workers(group: WorkerGroup, worker: Callable[[Any], None], job: Any) -> 
         scaling_config=ray.train.ScalingConfig(
             use_gpu=bool(group.request.gpus),
             resources_per_worker=group.resources,
+            **placement(),
             **scaling,
         ),
         run_config=ray.train.RunConfig(
