@@ -38,7 +38,7 @@ CONTAINER = fields(
     envFrom=array(ANY),
     ports=array(fields(("containerPort",), name=STRING, containerPort=INTEGER, protocol=enum("TCP", "UDP", "SCTP"))),
     resources=fields(requests=QUANTITIES, limits=QUANTITIES),
-    lifecycle=ANY,
+    lifecycle=fields(preStop=fields(exec=fields(("command",), command=array(STRING))), postStart=ANY),
     securityContext=ANY,
     volumeMounts=array(ANY),
 )
@@ -121,6 +121,19 @@ CLUSTER = fields(
     rayVersion=STRING,
     workerGroupSpecs=array(WORKERS),
 )
+DELETION_CONDITION = {
+    **fields(
+        jobStatus=enum("SUCCEEDED", "FAILED"),
+        jobDeploymentStatus=enum("Failed"),
+        ttlSeconds={"type": "integer", "minimum": 0},
+    ),
+    "oneOf": [{"required": ["jobStatus"]}, {"required": ["jobDeploymentStatus"]}],
+}
+DELETION_RULE = fields(
+    ("policy", "condition"),
+    policy=enum("DeleteCluster", "DeleteWorkers", "DeleteSelf", "DeleteNone"),
+    condition=DELETION_CONDITION,
+)
 RAY_JOB = fields(
     ("apiVersion", "kind", "metadata", "spec"),
     apiVersion=enum("ray.io/v1"),
@@ -135,7 +148,7 @@ RAY_JOB = fields(
         clusterSelector=STRINGS,
         submitterConfig=fields(backoffLimit=INTEGER),
         managedBy=STRING,
-        deletionStrategy=ANY,
+        deletionStrategy=fields(("deletionRules",), deletionRules={**array(DELETION_RULE), "minItems": 1}),
         entrypoint=STRING,
         runtimeEnvYAML=STRING,
         jobId=STRING,
@@ -147,5 +160,12 @@ RAY_JOB = fields(
         ttlSecondsAfterFinished=INTEGER,
         shutdownAfterJobFinishes=BOOLEAN,
         suspend=BOOLEAN,
-    ),
+    )
+    # The operator refuses deletion rules beside either of these, and a time to live without a shutdown.
+    | {
+        "dependentSchemas": {
+            "deletionStrategy": {"properties": {"shutdownAfterJobFinishes": False, "ttlSecondsAfterFinished": False}}
+        },
+        "dependentRequired": {"ttlSecondsAfterFinished": ["shutdownAfterJobFinishes"]},
+    },
 )

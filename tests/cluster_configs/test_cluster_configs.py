@@ -1,8 +1,15 @@
 """The files in cluster_configs/ are valid for Ray's launcher and KubeRay, and do what their comments promise."""
 
 import copy
+import http.server
+import os
 import re
+import shutil
+import subprocess
+import threading
+import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +126,77 @@ def test_launcher_nodes_install_nothing_when_they_start(name: str):
     assert not [command for command in commands if "install" in command]
 
 
+class _Metadata(http.server.BaseHTTPRequestHandler):
+    """A cloud's metadata server, which gives notice from the third question on; AWS's wants a token with each."""
+
+    num_asked = 0
+
+    def do_PUT(self) -> None:
+        self._answer(b"a-token" if self.headers["X-aws-ec2-metadata-token-ttl-seconds"] else None)
+
+    def do_GET(self) -> None:
+        _Metadata.num_asked += 1
+        has_notice = _Metadata.num_asked > 2
+        if (
+            self.path == "/latest/meta-data/spot/instance-action"
+            and self.headers["X-aws-ec2-metadata-token"] == "a-token"
+        ):
+            self._answer(b'{"action": "terminate"}' if has_notice else None)
+        elif self.path == "/computeMetadata/v1/instance/preempted" and self.headers["Metadata-Flavor"] == "Google":
+            self._answer(b"TRUE" if has_notice else b"FALSE")
+        else:
+            self._answer(None)
+
+    def _answer(self, body: bytes | None) -> None:
+        self.send_response(404 if body is None else 200)
+        self.end_headers()
+        self.wfile.write(body or b"")
+
+    def log_message(self, *arguments: Any) -> None:
+        """Print nothing."""
+
+
+@pytest.mark.skipif(shutil.which("wget") is None, reason="needs wget, which Ray's image has")
+@on_each_cloud
+def test_a_launchers_worker_drains_itself_when_its_cloud_gives_notice(name: str, tmp_path: Path):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Metadata)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    _Metadata.num_asked = 0
+    ray, drained = tmp_path / "ray", tmp_path / "drained"
+    ray.write_text(f'#!/bin/bash\necho "$@" > {drained}.new; mv {drained}.new {drained}\n')
+    ray.chmod(0o755)
+    command = load(name)["worker_start_ray_commands"][-1].replace("/tmp/spot-notice.log", str(tmp_path / "log"))
+    for host in ("169.254.169.254", "metadata.google.internal"):
+        command = command.replace(f"http://{host}/", f"http://127.0.0.1:{server.server_port}/")
+    command = re.sub(r"sleep \d", "sleep 0.1", command)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    try:
+        subprocess.run(["bash", "-c", command], env=environment, check=True, timeout=20)
+        _wait_until(drained.exists)
+    finally:
+        server.shutdown()
+    assert _Metadata.num_asked == 3
+    assert drained.read_text().startswith(
+        "drain-node --reason=DRAIN_NODE_REASON_PREEMPTION --reason-message=spot notice"
+    )
+
+
+def _wait_until(is_true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not is_true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@on_each_cloud
+def test_the_launchers_nodes_have_labels_of_their_market(name: str):
+    config = launched(name)
+    nodes = dict(config["available_node_types"])
+    assert nodes.pop(config["head_node_type"])["labels"]["ray.io/market-type"] == "on-demand"
+    assert all(node["labels"]["ray.io/market-type"] == "spot" for node in nodes.values())
+    assert {node["labels"]["ray.io/availability-region"] for node in nodes.values()} == {config["provider"]["region"]}
+
+
 def test_the_rayjob_is_valid_for_kuberay(ray_job: dict[str, Any]):
     validate(ray_job, RAY_JOB)
 
@@ -134,6 +212,9 @@ def test_the_rayjob_is_valid_for_kuberay(ray_job: dict[str, Any]):
         ("spec.rayClusterSpec.workerGroupSpecs.0", "maxReplicas", "2"),
         ("spec.rayClusterSpec.workerGroupSpecs.0.template.spec", "nodeSelectors", {}),
         ("spec.rayClusterSpec.workerGroupSpecs.0.template.spec.containers.0.resources.limits", "memory", "160 GB"),
+        ("spec.rayClusterSpec.workerGroupSpecs.0.template.spec.containers.0.lifecycle", "prestop", {}),
+        ("spec.rayClusterSpec.workerGroupSpecs.0", "labels", {"spot": True}),
+        ("spec", "deletionStrategy", {"deletionRules": [{"policy": "DeleteCluster", "condition": {}}]}),
     ],
 )
 def test_a_misspelt_key_or_a_wrong_type_in_the_rayjob_is_detected(ray_job, place, key, value):
@@ -176,6 +257,28 @@ def test_the_rayjob_deletes_its_cluster_and_retries_a_failed_job(ray_job: dict[s
     assert ray_job["spec"]["shutdownAfterJobFinishes"] is True
     assert ray_job["spec"]["ttlSecondsAfterFinished"] > 0
     assert ray_job["spec"]["backoffLimit"] > 0
+
+
+def test_the_deletion_rules_in_the_comments_are_valid_in_place_of_the_shutdown(ray_job: dict[str, Any]):
+    text = (CLUSTER_CONFIGS / "kuberay-rayjob.yaml").read_text()
+    commented = re.search(r"^#   deletionStrategy:\n(?:#     .*\n)+", text, re.MULTILINE)
+    assert commented is not None
+    changed = copy.deepcopy(ray_job)
+    changed["spec"] |= yaml.safe_load(re.sub(r"^#   ", "", commented[0], flags=re.MULTILINE))
+    with pytest.raises(ValidationError):  # as the operator refuses both
+        validate(changed, RAY_JOB)
+    del changed["spec"]["shutdownAfterJobFinishes"], changed["spec"]["ttlSecondsAfterFinished"]
+    validate(changed, RAY_JOB)
+
+
+def test_a_rayjobs_pod_that_must_go_drains_its_node_in_time(ray_cluster_spec: dict[str, Any]):
+    for group in ray_cluster_spec["workerGroupSpecs"]:
+        assert group["labels"] == {"ray.io/market-type": "spot"}
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        command = container["lifecycle"]["preStop"]["exec"]["command"][-1]
+        assert command.startswith("ray drain-node --reason=DRAIN_NODE_REASON_PREEMPTION ")
+        assert pod["terminationGracePeriodSeconds"] > int(re.findall(r"--deadline-remaining-seconds=(\d+)", command)[0])
 
 
 def test_the_rayjobs_gpus_are_requested_by_stages_and_released_after(ray_job: dict[str, Any]):
