@@ -2,8 +2,9 @@
 
 A row group can only be read from its first row, and some writers put a million images into one. So a large group is
 never loaded as a whole, and the reader keeps its position for the next block of ids: a process that reads a file in
-ascending order reads it once, however long its groups are. Processes that share a long group each read all of it, as
-they must skip one another's blocks. With many workers, groups of a few hundred images are better.
+ascending order reads it once, however long its groups are. Processes that share a long group each read it from its
+start, to skip one another's blocks: they should take many adjacent blocks at a time (`has_long_groups`). With many
+workers, groups of a few hundred images are better.
 
 Memory does not depend on the length of a group. A group that is read at once takes at most twice 32 MiB. Otherwise each
 leaf column of the images takes 8 MiB, a page of the file compressed and uncompressed (1,024 images from pandas and
@@ -16,10 +17,11 @@ from itertools import groupby
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from elfs_ray.pool.files import PoolColumns, read_file, rejection
 from elfs_ray.pool.images import BadImage
-from elfs_ray.pool.parquet import against, column_bytes, find_image_column, open_parquet
+from elfs_ray.pool.parquet import ROW_URI, against, column_bytes, find_image_column, open_parquet
 from elfs_ray.storage import filesystem
 
 MAX_WHOLE_BYTES = 32 << 20  # of images in a row group that is read at once
@@ -46,6 +48,25 @@ def read_parquet_rows(container: str, rows: list[int], columns: PoolColumns) -> 
     _kept.append(reader)
 
 
+def has_long_groups(uri: str, column: str | None) -> bool:
+    """Return whether an image is in a row group too large to be read at once; from the footer of its Parquet file.
+
+    Raises ValueError or OSError for a file that cannot be read.
+    """
+    row = ROW_URI.fullmatch(uri)
+    if row is None:
+        return False
+    with open_parquet(row["container"]) as file:
+        column = find_image_column(file.schema_arrow, row["container"], column)
+        return _longest(file, column) > MAX_WHOLE_BYTES
+
+
+def _longest(file: pq.ParquetFile, column: str) -> int:
+    """Return the bytes of a column in the row group that has most of them."""
+    groups = (file.metadata.row_group(group) for group in range(file.metadata.num_row_groups))
+    return max((column_bytes(group, column) for group in groups), default=0)
+
+
 class _RowReader:
     """A stream over the column of images of one Parquet file."""
 
@@ -61,7 +82,7 @@ class _RowReader:
         self._ends = np.cumsum([group.num_rows for group in groups])
         # Arrow buffers a whole row group by default, and only a file that is opened with a buffer size is read in
         # pieces. The footer is passed on: reading it again would cost another request.
-        if max((column_bytes(group, self._column) for group in groups), default=0) > MAX_WHOLE_BYTES:
+        if _longest(self._file, self._column) > MAX_WHOLE_BYTES:
             self._file = open_parquet(container, BUFFER_BYTES, metadata)
         self._group: int | None = None
         self._first, self._values = 0, pa.nulls(0)

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from elfs_ray.pool import images
+from elfs_ray.pool import images, parquet_rows
 from elfs_ray.stages.copy.run import _copy_block
 from elfs_ray.stages.embed import run as embed
-from elfs_ray.stages.embed.blocks import say_own_range
+from elfs_ray.stages.embed.blocks import blocks_a_turn, say_own_range
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 from tests.image_files import encode, png_of
@@ -58,3 +59,27 @@ def test_the_run_says_how_many_images_are_shown_in_their_own_range(capsys):
     assert capsys.readouterr().err.startswith(
         "embed     1,200 images of more than 8 bits: the file does not say what is white"
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows_per_group", "num_workers", "turn"),
+    [
+        ("parquet", 100, 2, 16),
+        ("parquet", 100, 5, 10),
+        ("parquet", 100, 40, 1),
+        ("parquet", 10, 2, 1),
+        ("files", 100, 2, 1),
+    ],
+)
+def test_a_worker_takes_many_blocks_of_a_long_row_group(tmp_path, monkeypatch, kind, rows_per_group, num_workers, turn):
+    monkeypatch.setattr(parquet_rows, "MAX_WHOLE_BYTES", 5000)
+    table = pa.table({"image": [bytes(100)] * 100})
+    pq.write_table(table, tmp_path / "pool.parquet", row_group_size=rows_per_group, use_dictionary=False)
+    uris = [
+        f"{tmp_path}/pool.parquet#row={row}" if kind == "parquet" else f"{tmp_path}/{row}.png" for row in range(100)
+    ]
+    run_dir = RunDir(tmp_path / "run")
+    index = pa.table([np.arange(100), uris, pa.nulls(100, pa.int32())], schema=schema.INDEX_SCHEMA)
+    filesystem.write_table(run_dir.path(schema.INDEX, schema.range_file(0, 99)), index)
+    blocks = [(row, row) for row in range(100)] * 2  # 200 blocks
+    assert blocks_a_turn(config_of(run_dir), run_dir, blocks, num_workers) == turn

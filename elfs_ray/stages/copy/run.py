@@ -11,11 +11,12 @@ from typing import Any
 
 from elfs_ray.config import Config
 from elfs_ray.pool.images import has_own_range
-from elfs_ray.runtime.cluster import run_tasks
+from elfs_ray.runtime.cluster import num_cpus, run_tasks
 from elfs_ray.runtime.metrics import report_rejected
 from elfs_ray.runtime.progress import Progress
 from elfs_ray.stages.copy import CopyResult
 from elfs_ray.stages.embed.blocks import (
+    blocks_a_turn,
     blocks_of,
     copy_images,
     rejected_by_copy,
@@ -44,14 +45,22 @@ def run_copy(config: Config, run_dir: RunDir) -> CopyResult:
     num_done = num_samples - sum(last - first + 1 for first, last in pending)
     with Progress("copy", num_samples, "images", done=num_done) as progress:
         num_rejected = num_own_range = 0
-        for position, (added, own_range) in run_tasks(_copy_block, [(config, run_dir, *block) for block in pending]):
-            first, last = pending[position]
+        step = blocks_a_turn(config, run_dir, pending, num_cpus())
+        turns = [pending[start : start + step] for start in range(0, len(pending), step)]
+        for position, (added, own_range) in run_tasks(_copy_blocks, [(config, run_dir, turn) for turn in turns]):
             num_rejected += added
             num_own_range += own_range
             report_rejected(num_rejected)
-            progress.advance(last - first + 1, f"{num_rejected:,} rejected" if num_rejected else "")
+            num_images = sum(last - first + 1 for first, last in turns[position])
+            progress.advance(num_images, f"{num_rejected:,} rejected" if num_rejected else "")
     say_own_range("copy", num_own_range)
     return _count_copies(run_dir, num_samples)
+
+
+def _copy_blocks(config: Config, run_dir: RunDir, blocks: list[tuple[int, int]]) -> tuple[int, int]:
+    """Write the copies of some blocks. Return the same as `_copy_block`, of all."""
+    counts = [_copy_block(config, run_dir, *block) for block in blocks]
+    return sum(rejected for rejected, _ in counts), sum(own_range for _, own_range in counts)
 
 
 def _copy_block(config: Config, run_dir: RunDir, first: int, last: int) -> tuple[int, int]:

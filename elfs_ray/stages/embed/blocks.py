@@ -15,6 +15,7 @@ from PIL import Image
 from elfs_ray.config import Config
 from elfs_ray.pool.images import BadImage, decode_image, encode_proxy_image
 from elfs_ray.pool.listing import PoolColumns, read_images
+from elfs_ray.pool.parquet_rows import has_long_groups
 from elfs_ray.runtime.progress import count, say
 from elfs_ray.stages.index import IndexResult
 from elfs_ray.storage import filesystem, schema
@@ -25,6 +26,8 @@ MAX_BLOCK_IMAGES = 8192
 PROXY_GROUP_BYTES = 1 << 20  # encoded images in a row group, which streamed training reads at once
 MIN_BLOCKS = 16  # a small pool still has enough blocks to share among workers
 MIN_BLOCK_IMAGES = 64
+MAX_BLOCKS_A_TURN = 16  # a lost worker repeats its turn
+MIN_TURNS = 4  # of each worker, so that all are busy until the end
 
 
 def plan_blocks(block_images: int | None, side: int, num_samples: int) -> list[tuple[int, int]]:
@@ -46,6 +49,22 @@ def blocks_of(index: IndexResult, block_images: int | None, side: int) -> list[t
         for start, end in index.ranges
         for first, last in plan_blocks(block_images, side, end - start)
     ]
+
+
+def blocks_a_turn(config: Config, run_dir: RunDir, blocks: list[tuple[int, int]], num_workers: int) -> int:
+    """Return how many adjacent blocks a worker should take at a time: one, unless the pool has long row groups.
+
+    A row group of Parquet is read from its start. If each block of a long one went to another worker, every worker
+    would read all of it. The pool's first image stands for all.
+    """
+    most = min(MAX_BLOCKS_A_TURN, len(blocks) // (MIN_TURNS * num_workers))
+    if most < 2:
+        return 1
+    first = run_dir.read_rows(schema.INDEX, np.array([blocks[0][0]]), [schema.URI])[schema.URI][0].as_py()
+    try:
+        return most if has_long_groups(first, config.pool.image_column) else 1
+    except (OSError, ValueError):  # whoever reads the block will say so
+        return 1
 
 
 def rows_by_file(run_dir: RunDir, *table: str) -> dict[str, int]:

@@ -35,13 +35,14 @@ from elfs_ray.methods.encoders.encoder import (
     to_unit_float16,
 )
 from elfs_ray.pool.images import describe_bad_copy, has_own_range, open_proxy_image, resize_center_crop
-from elfs_ray.runtime.cluster import devices_of_cluster
+from elfs_ray.runtime.cluster import devices_of_cluster, num_cpus
 from elfs_ray.runtime.metrics import report_rejected
 from elfs_ray.runtime.placement import placement
 from elfs_ray.runtime.progress import Progress, say
 from elfs_ray.runtime.resources import GIB, Request
 from elfs_ray.stages.embed import EmbedResult, request_encoders
 from elfs_ray.stages.embed.blocks import (
+    blocks_a_turn,
     blocks_of,
     copy_images,
     rejected_by_copy,
@@ -147,10 +148,17 @@ def _stream(job: EmbedJob, blocks: list[tuple[int, int]]):
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     rows = [{"first": first, "last": last} for first, last in blocks]
-    # One of our blocks in each of Ray Data's: these are what it schedules and retries, and by default it makes few.
-    todo = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_INPUT_BLOCKS))
+    # Ray Data's blocks are what it schedules and retries, and by default it makes few: one for each turn of a worker.
+    num_turns = -(-len(rows) // _blocks_a_turn(job, blocks))
+    todo = ray.data.from_items(rows, override_num_blocks=min(num_turns, MAX_INPUT_BLOCKS))
     embed = _embed_on_gpus if request.gpus else _embed_on_cpus
     return embed(todo, job, _encoder_pool(request, len(blocks))).iter_rows()
+
+
+def _blocks_a_turn(job: EmbedJob, blocks: list[tuple[int, int]]) -> int:
+    if job.config.pretrains:  # the encoder reads the copies
+        return 1
+    return blocks_a_turn(job.config, job.run_dir, blocks, num_cpus())
 
 
 def _encoder_pool(request: Request, num_blocks: int) -> dict[str, Any]:
