@@ -307,6 +307,25 @@ def test_a_group_that_grows_and_shrinks_records_every_sample(tmp_path):
         np.testing.assert_array_equal(np.sort(records(tmp_path, epoch)["sample_id"]), EMBEDDED)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_notice_within_an_epoch_costs_no_step_and_changes_no_byte(tmp_path):
+    """On a cluster of its own, in a process of its own: a node is drained, and killed when its time is up."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("spot_train.py")), str(tmp_path)],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "PYTHONPATH": "."},
+        capture_output=True,
+        text=True,
+        timeout=380,
+    )
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout.splitlines()[-1])
+    assert (counts["steps"], counts["repeated_steps"]) == (3 * -(-len(EMBEDDED) // 10), 0)
+    assert contents(tmp_path / "spot", "dynamics") == contents(tmp_path / "undisturbed", "dynamics")
+    assert weights(tmp_path / "spot") == weights(tmp_path / "undisturbed")
+
+
 def _plain_logits(
     config: Config, model: nn.Module, see: Callable[[np.ndarray, int], torch.Tensor]
 ) -> tuple[list[np.ndarray], np.ndarray]:

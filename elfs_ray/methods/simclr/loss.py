@@ -140,11 +140,21 @@ class CollapseMonitor:
         self._sums[-1] += rows.sum(0)
         self._count += len(rows)
 
-    def finish(self, group: distributed.ProcessGroup | None = None) -> CollapseMeasures:
-        """Return the measures of all features that were added since the last call, on every worker of the group."""
+    def state(self, group: distributed.ProcessGroup | None = None) -> torch.Tensor:
+        """Return the sums of all workers of the group since `finish` as one vector, on every worker."""
         sums = torch.cat([self._sums.flatten(), self._sums.new_tensor([self._count])])
         if group is not None:
             distributed.all_reduce(sums, group=group)
+        return sums
+
+    def load_state(self, sums: torch.Tensor) -> None:
+        """Go on from the sums of `state`; one worker of a group must do so, the others begin with none."""
+        self._sums.copy_(sums[:-1].view(self._sums.shape))
+        self._count = int(sums[-1])
+
+    def finish(self, group: distributed.ProcessGroup | None = None) -> CollapseMeasures:
+        """Return the measures of all features that were added since the last call, on every worker of the group."""
+        sums = self.state(group)
         self._sums.zero_()
         self._count = 0
         moments = sums[:-1].view(self._sums.shape).cpu() / sums[-1].cpu()

@@ -126,9 +126,14 @@ class BatchPlan:
         full_steps, tail = divmod(self.num_samples, self.global_batch)
         return full_steps * self._rows_a_step(self.global_batch) + (self._rows_a_step(tail) if tail else 0)
 
-    def steps(self) -> Iterator[Step]:
-        """Yield this rank's steps of an epoch, in order."""
-        for index in range(self.num_steps):
+    def num_rows_before(self, step: int) -> int:
+        """Return the number of rows that each rank puts through the network before a step of an epoch."""
+        assert 0 <= step < self.num_steps, f"step {step} of {self.num_steps}"  # all but the last step are full
+        return step * self._rows_a_step(self.global_batch)
+
+    def steps(self, first: int = 0) -> Iterator[Step]:
+        """Yield this rank's steps of an epoch from step `first` on, in order."""
+        for index in range(first, self.num_steps):
             start = index * self.global_batch
             num_real = min(self.global_batch, self.num_samples - start)
             yield Step(index, num_real, tuple(self._micro_batches(start, num_real)))
@@ -183,6 +188,12 @@ class DynamicsRecorder:
         self._sample_ids = np.empty(num_rows, dtype=np.int64)
         self._mask = np.empty(num_rows, dtype=bool)
         self._num_added = 0
+        self._earlier: list[dict[str, np.ndarray]] = []
+
+    def resume(self, num_rows: int, records: list[dict[str, np.ndarray]]) -> None:
+        """Go on after the first `num_rows` rows of an epoch, whose records another recorder or several have made."""
+        self._mask[:num_rows] = False
+        self._num_added, self._earlier = num_rows, records
 
     def add(self, sample_ids: np.ndarray, mask: np.ndarray, logits: torch.Tensor, targets: torch.Tensor) -> None:
         """Record a batch: sample_ids (b,) integers and mask (b,) bool on the host, logits (b, c) and targets (b,)."""
@@ -199,10 +210,25 @@ class DynamicsRecorder:
         Returns sample_id int64 and target_prob, max_other_prob, el2n float32, each (number of real rows,).
         """
         assert self._num_added == len(self._mask), f"{self._num_added} rows of {len(self._mask)} planned were recorded"
-        self._num_added = 0
-        real = np.flatnonzero(self._mask)
+        records = self.records()
+        self._num_added, self._earlier = 0, []
+        return records
+
+    def records(self) -> dict[str, np.ndarray]:
+        """Return the same as `finish` for the rows so far, and change nothing."""
+        real = np.flatnonzero(self._mask[: self._num_added])
         real = real[np.argsort(self._sample_ids[real], kind="stable")]
-        sample_ids = self._sample_ids[real]
-        assert (np.diff(sample_ids) > 0).all(), "a sample was recorded twice in an epoch"
         target_prob, max_other_prob, el2n = self._values.cpu().numpy()[:, real]
-        return {"sample_id": sample_ids, "target_prob": target_prob, "max_other_prob": max_other_prob, "el2n": el2n}
+        records = {
+            "sample_id": self._sample_ids[real],
+            "target_prob": target_prob,
+            "max_other_prob": max_other_prob,
+            "el2n": el2n,
+        }
+        if self._earlier:
+            parts = [*self._earlier, records]
+            joined = {name: np.concatenate([part[name] for part in parts]) for name in records}
+            order = np.argsort(joined["sample_id"], kind="stable")
+            records = {name: values[order] for name, values in joined.items()}
+        assert (np.diff(records["sample_id"]) > 0).all(), "a sample was recorded twice in an epoch"
+        return records

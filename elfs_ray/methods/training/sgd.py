@@ -170,11 +170,26 @@ class LossMonitor:
 
         With several ranks the mean of this over ranks is the mean over the epoch's samples.
         """
-        while self._pending:
-            self._check(self._pending.popleft())
+        self._check_all()
         mean = self._sum / self._num_real
         self._sum, self._num_real = 0.0, 0
         return mean
+
+    def state(self) -> tuple[float, int]:
+        """Return the sum of the losses since `finish`, each weighted by its real rows, and the number of these rows.
+
+        Raises as `add` does.
+        """
+        self._check_all()
+        return self._sum, self._num_real
+
+    def load_state(self, loss_sum: float, num_real: int) -> None:
+        """Go on from a sum and its rows."""
+        self._sum, self._num_real = loss_sum, num_real
+
+    def _check_all(self) -> None:
+        while self._pending:
+            self._check(self._pending.popleft())
 
     @staticmethod
     def _has_arrived(pending: _PendingLoss) -> bool:

@@ -38,6 +38,7 @@ from elfs_ray.stages.cluster import request_temi_workers
 from elfs_ray.stages.cluster.shards import write_label_file
 from elfs_ray.stages.training.checkpoints import CheckpointReporter, load_checkpoint
 from elfs_ray.stages.training.group_member import GroupMember
+from elfs_ray.stages.training.notice import LeftOnNotice, Notice
 from elfs_ray.stages.training.worker_group import WorkerGroup, run_workers
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
@@ -89,14 +90,17 @@ def run_temi(config: Config, run_dir: RunDir, num_clusters: int, num_samples: in
     temi = config.cluster.temi
     request = request_temi_workers(config.cluster, devices_of_cluster())
     settings = temi_settings(temi, num_clusters, num_samples, request.most)
-    data = _load(run_dir, settings.pca_dim, config.seed)
     total = settings.num_epochs * steps_per_epoch(num_samples, settings)
     with Progress("cluster", total, "TEMI steps") as progress, remote_progress(progress) as board:
-        job = _Job(settings, temi.precision, config.seed, run_dir, [data], board)
+
+        def make_job() -> _Job:
+            data = _load(run_dir, settings.pca_dim, config.seed)
+            return _Job(settings, temi.precision, config.seed, run_dir, [data], board)
+
         group = WorkerGroup(
             folder=run_dir.path("cluster"), name=CHECKPOINTS_DIR, request=request, max_failures=temi.max_failures
         )
-        run_workers(group, _train_heads, job)
+        run_workers(group, _train_heads, make_job)
     metrics = json.loads(filesystem.read_bytes(run_dir.path("cluster", CHECKPOINTS_DIR, RESULT_FILE)))
     check_clustering_collapse(np.array(metrics["sizes"]))
     return metrics
@@ -151,25 +155,29 @@ def _train_heads(job: _Job) -> None:
     )
     # Copied, because memory of the object store is read-only and torch warns of it.
     rows = torch.from_numpy(embeddings.copy()).to(member.device) if member.device.type == "cuda" else embeddings
-    first_epoch, losses = _load_checkpoint(job, trainer)
-    checkpoints = CheckpointReporter(member)
+    first_epoch, losses = _load_checkpoint(job, trainer, member)
+    checkpoints, notice = CheckpointReporter(member), Notice(member)
     for epoch in range(first_epoch, job.settings.num_epochs):
         losses.append(train_epoch(trainer, rows, neighbors, job.seed, epoch).tolist())
         if member.rank == 0:
             note = f"epoch {epoch + 1}/{job.settings.num_epochs}, lowest head loss {min(losses[-1]):.4f}"
             job.board.write.remote((epoch + 1) * num_steps, note)
+        is_last = epoch == job.settings.num_epochs - 1
+        leaves = notice.is_here() and not is_last
         checkpoints.end_epoch(
             {"epoch": epoch},
             lambda: {"trainer": trainer.state_dict(), "losses": losses},
-            is_last=epoch == job.settings.num_epochs - 1,
+            is_last=is_last or leaves,
         )
+        if leaves:
+            raise LeftOnNotice
     if member.rank == 0:
         _write_result(job, trainer, sample_ids, embeddings, losses)
 
 
-def _load_checkpoint(job: _Job, trainer: TemiTrainer) -> tuple[int, list[list[float]]]:
+def _load_checkpoint(job: _Job, trainer: TemiTrainer, member: GroupMember) -> tuple[int, list[list[float]]]:
     """Restore the last checkpoint, if there is one. Returns the next epoch and the losses of the epochs before it."""
-    state = load_checkpoint(job.run_dir.path("cluster", CHECKPOINTS_DIR))
+    state = load_checkpoint(job.run_dir.path("cluster", CHECKPOINTS_DIR), member)
     if state is None:
         return 0, []
     trainer.load_state_dict(state["trainer"])

@@ -12,7 +12,6 @@ last minute.
 """
 
 import dataclasses
-from typing import Any
 
 from elfs_ray.config import Config
 from elfs_ray.methods.simclr.training import SimclrSettings, simclr_settings
@@ -44,7 +43,7 @@ def run_pretrain(config: Config, run_dir: RunDir) -> PretrainResult:
     settings = simclr_settings(vars(pretrain), pretrain.image_size or proxy_size)
     if settings.epochs == 0:
         say("pretrain  no epochs: the encoder stays untrained")
-    _train(config, run_dir, settings, request, load_data(run_dir, reading, proxy_size, every_image))
+    _train(config, run_dir, settings, request, reading)
     encoder = run_dir.path("pretrain", schema.ENCODER_FILE)
     say(f"pretrain  the encoder is {encoder}")
     history = [read_metrics(run_dir, "pretrain", epoch) for epoch in range(settings.epochs)]
@@ -59,24 +58,27 @@ def run_pretrain(config: Config, run_dir: RunDir) -> PretrainResult:
     )
 
 
-def _train(config: Config, run_dir: RunDir, settings: SimclrSettings, request: Request, data: list[Any]) -> None:
-    """Run the workers until the metrics of every epoch and the encoder are on disk; `data` is from `load_data`."""
+def _train(config: Config, run_dir: RunDir, settings: SimclrSettings, request: Request, reading: str) -> None:
+    """Run the workers until the metrics of every epoch and the encoder are on disk."""
     pretrain, proxy_size = config.pretrain, config.embed.proxy_image_size
     group = WorkerGroup(
         folder=run_dir.path("pretrain"), name=CHECKPOINTS_DIR, request=request, max_failures=pretrain.max_failures
     )
     total = CopyResult.read(run_dir).rows * settings.epochs
     with Progress("pretrain", total, "images") as progress, remote_progress(progress) as board:
-        job = PretrainJob(
-            settings=settings,
-            precision=pretrain.precision,
-            compile=pretrain.compile,
-            seed=config.seed,
-            image_size=pretrain.image_size or proxy_size,
-            proxy_size=proxy_size,
-            run_dir=run_dir,
-            data=data,
-            board=board,
-            num_decoders=request.cpus,
-        )
-        run_workers(group, pretrain_worker, job)
+
+        def make_job() -> PretrainJob:
+            return PretrainJob(
+                settings=settings,
+                precision=pretrain.precision,
+                compile=pretrain.compile,
+                seed=config.seed,
+                image_size=pretrain.image_size or proxy_size,
+                proxy_size=proxy_size,
+                run_dir=run_dir,
+                data=load_data(run_dir, reading, proxy_size, every_image),
+                board=board,
+                num_decoders=request.cpus,
+            )
+
+        run_workers(group, pretrain_worker, make_job)

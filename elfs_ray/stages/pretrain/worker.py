@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import ray
@@ -104,24 +104,30 @@ class PretrainWorker:
             compiles=job.compile,
         )
         self.losses, self.collapse = LossMonitor(), CollapseMonitor(self.trainer.dim, member.device)
+        self.earlier_s = 0.0  # of the epoch, before a resume within it
         self.log = EpochLog(
             STAGE, job.run_dir, job.board, member, num_samples=num_samples, num_epochs=self.settings.epochs
         )
 
     def train(self) -> None:
         """Train the epochs that are left; then rank 0 writes the encoder."""
-        for epoch in self.log.epochs_left(self.trainer.load_state_dict):
-            metrics = self.train_epoch(epoch)
+        for epoch, first_step in self.log.epochs_left(self._load_state_dict):
+            metrics = self.train_epoch(epoch, first_step)
             note = f"spread {metrics['spread']:.3f}, effective rank {metrics['effective_rank']:.1f}"
             self.log.end_epoch(metrics, note, self.trainer.state_dict)
         if self.member.rank == 0:
             filesystem.write_bytes(self.job.run_dir.path("pretrain", schema.ENCODER_FILE), self._encoder().to_bytes())
 
-    def train_epoch(self, epoch: int) -> dict[str, float]:
-        """Train one epoch. Returns its metrics, over all workers. Raises EncoderCollapseError."""
-        clock, world_size = StepClock(self.member.device), self.member.world_size
-        steps = self.reader.steps(epoch)
-        for index in range(self.plan.num_steps):
+    def train_epoch(self, epoch: int, first_step: int = 0) -> dict[str, float]:
+        """Train one epoch. Returns its metrics, over all workers.
+
+        first_step: the step to begin with, if the checkpoint was saved within the epoch. Raises EncoderCollapseError,
+        and LeftOnNotice if the group has to leave.
+        """
+        clock, world_size = StepClock(self.member.device, self.earlier_s), self.member.world_size
+        self.earlier_s = 0.0
+        steps = self.reader.steps(epoch, first_step)
+        for index in range(first_step, self.plan.num_steps):
             num_real, (batch,) = clock.next_step(steps)
             features, loss, lr = self.trainer.step(
                 real_views(batch), shares_of(num_real, world_size), epoch=epoch, step=index
@@ -130,6 +136,8 @@ class PretrainWorker:
             if index >= self.plan.num_steps - MEASURED_STEPS:
                 self.collapse.add(features)
             self.log.end_step(epoch, (index + 1) * self.plan.global_batch)
+            if self.log.must_leave() and index + 1 < self.plan.num_steps:
+                self._leave(epoch, index + 1, clock)
         # The loss first: it raises for a NaN, which would otherwise reach the measures and look like a collapse.
         mean_loss = self.losses.finish()
         measures = self.collapse.finish(self.member.process_group)
@@ -147,6 +155,28 @@ class PretrainWorker:
             "data_wait_share": waiting / world_size,
             "workers": world_size,
         }
+
+    def _leave(self, epoch: int, next_step: int, clock: StepClock) -> NoReturn:
+        """Save all that the rest of the epoch needs, and raise LeftOnNotice."""
+        loss_sum, num_real = self.losses.state()
+        mean_loss_sum = self.member.sum_over_workers(loss_sum)[0] / self.member.world_size
+        within = {
+            "losses": (mean_loss_sum, num_real),
+            "collapse": self.collapse.state(self.member.process_group),
+            "seconds": clock.seconds,
+        }
+        self.log.leave(epoch, next_step, lambda: {**self.trainer.state_dict(), **within})
+
+    def _load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume from the content of a checkpoint."""
+        self.trainer.load_state_dict(state)
+        if "losses" not in state:
+            return
+        # It was saved within an epoch (`_leave`).
+        self.losses.load_state(*state["losses"])
+        self.earlier_s = state["seconds"]
+        if self.member.rank == 0:
+            self.collapse.load_state(state["collapse"])
 
     def _encoder(self) -> TrainedEncoder:
         """Return the backbone with the settings that it was trained with."""

@@ -66,23 +66,26 @@ def _train(config: Config, run_dir: RunDir, reading: str, num_samples: int) -> N
     """Run the workers until the records and metrics of every epoch are on disk."""
     train, proxy_size = config.train, config.embed.proxy_image_size
     request = request_proxy_workers(config, devices_of_cluster(), reading)
-    data = load_embeddings(run_dir) if reading == FROM_EMBEDDINGS else load_data(run_dir, reading, proxy_size)
     group = WorkerGroup(
         folder=run_dir.path("train"), name=CHECKPOINTS_DIR, request=request, max_failures=train.max_failures
     )
     total = num_samples * train.epochs
     with Progress("train", total, "images") as progress, remote_progress(progress) as board:
-        job = ProxyTrainingJob(
-            config=train,
-            seed=config.seed,
-            num_classes=ClusterResult.read(run_dir).num_clusters,
-            proxy_size=proxy_size,
-            run_dir=run_dir,
-            data=data,
-            board=board,
-            num_decoders=request.cpus,
-        )
-        run_workers(group, train_proxy, job)
+
+        def make_job() -> ProxyTrainingJob:
+            data = load_embeddings(run_dir) if reading == FROM_EMBEDDINGS else load_data(run_dir, reading, proxy_size)
+            return ProxyTrainingJob(
+                config=train,
+                seed=config.seed,
+                num_classes=ClusterResult.read(run_dir).num_clusters,
+                proxy_size=proxy_size,
+                run_dir=run_dir,
+                data=data,
+                board=board,
+                num_decoders=request.cpus,
+            )
+
+        run_workers(group, train_proxy, make_job)
 
 
 def _check_records(run_dir: RunDir, num_samples: int, num_epochs: int) -> None:

@@ -6,7 +6,7 @@ of a node (training/reader.py).
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +30,8 @@ from elfs_ray.methods.training.sgd import (
     update,
 )
 from elfs_ray.stages.train import STAGE
-from elfs_ray.stages.training.epoch_log import EpochLog
+from elfs_ray.stages.training.checkpoints import PARTS
+from elfs_ray.stages.training.epoch_log import NEXT_STEP, EpochLog
 from elfs_ray.stages.training.group_member import GroupMember
 from elfs_ray.stages.training.reader import Augmenter, Batch, UnchangedEmbeddings
 from elfs_ray.stages.training.step_clock import StepClock
@@ -106,6 +107,7 @@ class ProxyTrainingWorker:
         )
         self.scaler = make_grad_scaler(self.precision, member.device)
         self.recorder, self.losses = DynamicsRecorder(self.plan.num_rows, member.device), LossMonitor()
+        self.earlier_s = 0.0  # of the epoch, before a resume within it
         self.log = EpochLog(
             STAGE, job.run_dir, job.board, member, num_samples=self.plan.num_samples, num_epochs=config.epochs
         )
@@ -125,23 +127,30 @@ class ProxyTrainingWorker:
 
     def train(self) -> None:
         """Train the epochs that are left."""
-        for epoch in self.log.epochs_left(self.load_state_dict):
-            metrics, records = self.train_epoch(epoch)
+        for epoch, first_step in self.log.epochs_left(self.load_state_dict):
+            metrics, records = self.train_epoch(epoch, first_step)
             # Before the checkpoint is reported: a group that resumes from it never trains this epoch again.
             self._write_records(epoch, records)
             self.log.end_epoch(metrics, f"accuracy {metrics['accuracy']:.1%}", self.state_dict)
 
-    def train_epoch(self, epoch: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """Train one epoch. Returns its metrics, over all workers, and this worker's records."""
-        clock, num_steps = StepClock(self.member.device), self.plan.num_steps
-        steps = self.reader.steps(epoch)
-        for index in range(num_steps):
+    def train_epoch(self, epoch: int, first_step: int = 0) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Train one epoch. Returns its metrics, over all workers, and this worker's records.
+
+        first_step: the step to begin with, if the checkpoint was saved within the epoch. Raises LeftOnNotice if the
+        group has to leave.
+        """
+        clock, num_steps = StepClock(self.member.device, self.earlier_s), self.plan.num_steps
+        self.earlier_s = 0.0
+        steps = self.reader.steps(epoch, first_step)
+        for index in range(first_step, num_steps):
             num_real, batches = clock.next_step(steps)
             lr = self._learning_rate(epoch * num_steps + index)
             set_learning_rate(self.optimizer, lr)
             loss = self._step(batches, num_real, clock)
             self.losses.add(loss, num_real=num_real, epoch=epoch, step=index, lr=lr)
             self.log.end_step(epoch, (index + 1) * self.config.batch_size)
+            if self.log.must_leave() and index + 1 < num_steps:
+                self._leave(epoch, index + 1, clock)
         records, mean_loss, times = self.recorder.finish(), self.losses.finish(), clock.finish()
         # A sample counts as right if its pseudo-label was the likeliest class in the pass that trained on it.
         num_right = int((records[schema.TARGET_PROB] > records[schema.MAX_OTHER_PROB]).sum())
@@ -160,6 +169,17 @@ class ProxyTrainingWorker:
             "workers": self.member.world_size,
         }
         return metrics, records
+
+    def _leave(self, epoch: int, next_step: int, clock: StepClock) -> NoReturn:
+        """Save all that the rest of the epoch needs, and raise LeftOnNotice."""
+        loss_sum, num_real = self.losses.state()
+        mean_loss_sum = self.member.sum_over_workers(loss_sum)[0] / self.member.world_size
+        self.log.leave(
+            epoch,
+            next_step,
+            lambda: {**self.state_dict(), "losses": (mean_loss_sum, num_real), "seconds": clock.seconds},
+            {name: torch.from_numpy(column) for name, column in self.recorder.records().items()},
+        )
 
     def _learning_rate(self, step: int) -> float:
         """Return the learning rate of a step; steps are counted over all epochs."""
@@ -219,3 +239,10 @@ class ProxyTrainingWorker:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        if "losses" not in state:
+            return
+        # It was saved within an epoch (`_leave`).
+        self.losses.load_state(*state["losses"])
+        self.earlier_s = state["seconds"]
+        records = [{name: column.numpy() for name, column in part.items()} for part in state[PARTS]]
+        self.recorder.resume(self.plan.num_rows_before(state[NEXT_STEP]), records)

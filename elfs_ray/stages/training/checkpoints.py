@@ -14,13 +14,14 @@ from typing import Any
 
 import ray.train
 import torch
-from torch import distributed
 
 from elfs_ray.stages.training.group_member import GroupMember
 from elfs_ray.storage import filesystem
 
 CHECKPOINTS_DIR = "checkpoints"
 STATE_FILE = "state.pt"
+NUM_PARTS = "num_parts"
+PARTS = "parts"
 # A report waits until Ray Train's controller has polled. In a small pool, whose epochs take a fraction of a second,
 # that would be most of the run; at 3% it is not felt, and a loss still costs little.
 MAX_REPORT_SHARE = 0.03
@@ -41,56 +42,99 @@ class CheckpointReporter:
     def end_epoch(self, metrics: dict[str, Any], make_state: Callable[[], dict[str, Any]], *, is_last: bool) -> None:
         """Report the epoch if a report is due or if it is the last one. All workers must call this together.
 
-        `make_state` returns the content of the checkpoint, plain data and tensors; it is called on rank 0 only, and
-        only for a report.
+        is_last: the group trains no further epoch, as training ends or the group leaves. `make_state` returns the
+        content of the checkpoint, plain data and tensors; it is called on rank 0 only, and only for a report.
         """
         if not (self._is_due() or is_last):
             return
         start_s = time.monotonic()
-        if self._member.rank == 0:
-            with tempfile.TemporaryDirectory() as folder:
-                torch.save(make_state(), os.path.join(folder, STATE_FILE))
-                ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
-        else:
-            ray.train.report(metrics)  # every rank must report: Ray Train waits for all of them
+        self._report(metrics, {STATE_FILE: make_state()} if self._member.rank == 0 else {})
         self._ended_s = time.monotonic()
         self._cost_s = self._ended_s - start_s
+
+    def save_within_epoch(
+        self, metrics: dict[str, Any], make_state: Callable[[], dict[str, Any]], part: dict[str, Any]
+    ) -> None:
+        """Report a checkpoint at once. All workers must call this together; `make_state` is called on rank 0 only.
+
+        part: what this worker alone knows, such as its records; plain data and tensors.
+        """
+        contents = {part_file(self._member.rank): part}
+        if self._member.rank == 0:
+            contents[STATE_FILE] = {NUM_PARTS: self._member.world_size, **make_state()}
+        self._report(metrics, contents)
+
+    @staticmethod
+    def _report(metrics: dict[str, Any], contents: dict[str, Any]) -> None:
+        """Report an epoch with the files of this worker; Ray Train puts those of all workers into one folder."""
+        if not contents:
+            ray.train.report(metrics)  # every rank must report: Ray Train waits for all of them
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in contents.items():
+                torch.save(content, os.path.join(folder, name))
+            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
     def _is_due(self) -> bool:
         """Return True if this epoch must be reported."""
         trained_s = time.monotonic() - self._ended_s
         due = self._cost_s <= MAX_REPORT_SHARE * (trained_s + self._cost_s) or trained_s >= MAX_UNREPORTED_S
-        if self._member.world_size == 1:
-            return due
         # Clocks differ between workers, and a report in which not all take part never ends: rank 0 decides for all.
-        decision = torch.tensor([due], dtype=torch.uint8, device=self._member.device)
-        distributed.broadcast(decision, src=0)
-        return bool(decision.item())
+        return bool(self._member.from_rank_0(due))
 
 
-def load_checkpoint(folder: str) -> dict[str, Any] | None:
+def part_file(rank: int) -> str:
+    """Return the name of the file that holds what one worker alone knew when it saved within an epoch."""
+    return f"part-{rank:05d}.pt"
+
+
+def load_checkpoint(folder: str, member: GroupMember) -> dict[str, Any] | None:
     """Return the state in the newest intact checkpoint, with its tensors on the CPU; None if there is none.
 
-    Must be called in a worker; all workers of a group get the same state. `folder` holds the group's checkpoints,
-    including those that Ray Train no longer lists.
+    Must be called in a worker; all workers of a group get the same state, but for `parts`: the parts that were saved
+    within an epoch are dealt out, each to one worker. `folder` holds the group's checkpoints, including those that Ray
+    Train no longer lists.
     """
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as local:
-            state = _load_plain(Path(local, STATE_FILE).read_bytes)
+            state = _load(lambda name: Path(local, name).read_bytes(), member)
             if state is not None:
                 return state
     # Ray Train names the folders of checkpoints by time, so the last name is the newest.
     for name in sorted((info.base_name for info in filesystem.list_dirs(folder)), reverse=True):
-        path = filesystem.join(folder, name, STATE_FILE)
-        if filesystem.exists(path) and (state := _load_plain(partial(filesystem.read_bytes, path))) is not None:
+        state = _load(partial(_read_from, filesystem.join(folder, name)), member)
+        if state is not None:
             return state
     return None
 
 
-def _load_plain(read: Callable[[], bytes]) -> dict[str, Any] | None:
-    """Return the plain data that torch.save wrote, or None for a truncated file."""
-    data = io.BytesIO(read())
+def _read_from(folder: str, name: str) -> bytes:
+    return filesystem.read_bytes(filesystem.join(folder, name))
+
+
+def _load(read: Callable[[str], bytes], member: GroupMember) -> dict[str, Any] | None:
+    """Return the state of a checkpoint, whose files `read` reads by their names; None if any of them is not intact."""
+    state = _load_plain(read, STATE_FILE)
+    if state is None:
+        return None
+    parts = []
+    # Every worker reads all parts, so that all agree whether the checkpoint is intact.
+    for number in range(state.get(NUM_PARTS, 0)):
+        part = _load_plain(read, part_file(number))
+        if part is None:
+            return None
+        if number % member.world_size == member.rank:  # an elastic group may have fewer workers than parts, or more
+            parts.append(part)
+    return {**state, PARTS: parts}
+
+
+def _load_plain(read: Callable[[str], bytes], name: str) -> dict[str, Any] | None:
+    """Return the plain data that torch.save wrote, or None for a file that is missing or truncated."""
+    try:
+        data = io.BytesIO(read(name))
+    except FileNotFoundError:
+        return None
     try:
         return torch.load(data, map_location="cpu", weights_only=True)
     except Exception:  # which one torch raises depends on where the file ends

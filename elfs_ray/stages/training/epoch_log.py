@@ -2,8 +2,8 @@
 
 import json
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 import ray
 
@@ -11,10 +11,12 @@ from elfs_ray.runtime.metrics import report_epoch
 from elfs_ray.stages.stage import Stage
 from elfs_ray.stages.training.checkpoints import CHECKPOINTS_DIR, CheckpointReporter, load_checkpoint
 from elfs_ray.stages.training.group_member import GroupMember
+from elfs_ray.stages.training.notice import LeftOnNotice, Notice
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
 HISTORY_DIR = "history"
+NEXT_STEP = "next_step"  # in a checkpoint within an epoch
 REPORT_INTERVAL_S = 0.5
 
 
@@ -29,16 +31,19 @@ class EpochLog:
     ):
         self._stage, self._run_dir, self._board, self._member = stage, run_dir, board, member
         self._num_samples, self._num_epochs = num_samples, num_epochs
-        self._checkpoints = CheckpointReporter(member)
+        self._checkpoints, self._notice = CheckpointReporter(member), Notice(member)
         self._shown_s = 0.0
 
-    def epochs_left(self, load_state: Callable[[dict[str, Any]], None]) -> range:
-        """Load the last checkpoint, if there is one, and return the epochs that are left to train."""
-        state = load_checkpoint(self._run_dir.path(self._stage.name, CHECKPOINTS_DIR))
-        if state is None:
-            return range(self._num_epochs)
-        load_state(state)
-        return range(state["next_epoch"], self._num_epochs)
+    def epochs_left(self, load_state: Callable[[dict[str, Any]], None]) -> Iterator[tuple[int, int]]:
+        """Load the last checkpoint, if there is one; yield each epoch that is left to train, with its first step."""
+        state = load_checkpoint(self._run_dir.path(self._stage.name, CHECKPOINTS_DIR), self._member)
+        first_epoch, first_step = 0, 0
+        if state is not None:
+            load_state(state)
+            first_epoch, first_step = state["next_epoch"], state.get(NEXT_STEP, 0)
+        for epoch in range(first_epoch, self._num_epochs):
+            yield epoch, first_step
+            first_step = 0
 
     def end_step(self, epoch: int, num_seen: int) -> None:
         """Show the progress within an epoch: `num_seen` samples."""
@@ -46,6 +51,19 @@ class EpochLog:
         if self._member.rank == 0 and time.monotonic() - self._shown_s > REPORT_INTERVAL_S:
             self._shown_s = time.monotonic()
             self._board.write.remote(epoch * self._num_samples + min(num_seen, self._num_samples), "")
+
+    def must_leave(self) -> bool:
+        """Return True if the group must call `leave` now; every worker must ask after every step."""
+        return self._notice.is_here()
+
+    def leave(
+        self, epoch: int, next_step: int, make_state: Callable[[], dict[str, Any]], part: dict[str, Any] | None = None
+    ) -> NoReturn:
+        """Save a checkpoint before step `next_step` of an epoch, with each worker's part; raise LeftOnNotice."""
+        self._checkpoints.save_within_epoch(
+            {"epoch": epoch}, lambda: {"next_epoch": epoch, NEXT_STEP: next_step, **make_state()}, part or {}
+        )
+        raise LeftOnNotice
 
     def end_epoch(self, metrics: dict[str, Any], note: str, make_state: Callable[[], dict[str, Any]]) -> None:
         """Write the metrics, report a checkpoint if one is due (checkpoints.py), then show the epoch.

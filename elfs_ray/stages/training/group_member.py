@@ -1,4 +1,4 @@
-"""Know a worker's place in its group, and sum values over the group."""
+"""Know a worker's place in its group, and exchange numbers with the group."""
 
 from dataclasses import dataclass
 
@@ -26,6 +26,14 @@ class GroupMember:
     def process_group(self) -> distributed.ProcessGroup | None:
         """Return the process group that exchanges tensors; None if there is only one worker."""
         return distributed.group.WORLD if self.world_size > 1 else None
+
+    def from_rank_0(self, value: float) -> float:
+        """Return rank 0's value on every worker; every worker must call this."""
+        if self.world_size == 1:
+            return value
+        shared = torch.tensor([value], dtype=torch.float64, device=self.device)
+        distributed.broadcast(shared, src=0)
+        return shared.item()
 
     def sum_over_workers(self, *values: float) -> list[float]:
         """Return the sum of each value over all workers; every worker must call this with as many values."""

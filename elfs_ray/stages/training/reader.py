@@ -49,8 +49,11 @@ class Batch(NamedTuple):
 class Reader(Protocol):
     """The source of one worker's batches."""
 
-    def steps(self, epoch: int) -> Iterator[tuple[int, list[Batch]]]:
-        """Yield (rows of the global batch without padding, this worker's micro-batches) for each step of an epoch."""
+    def steps(self, epoch: int, first: int = 0) -> Iterator[tuple[int, list[Batch]]]:
+        """Yield (rows of the global batch without padding, this worker's micro-batches) for each step of an epoch.
+
+        first: the step to begin with, where an epoch is resumed.
+        """
 
 
 @dataclass(frozen=True)
@@ -157,9 +160,9 @@ class InMemoryReader:
         if device.type == "cuda" and images.nbytes < MAX_GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
             self._images = self._images.to(device)
 
-    def steps(self, epoch: int) -> Iterator[tuple[int, list[Batch]]]:
+    def steps(self, epoch: int, first: int = 0) -> Iterator[tuple[int, list[Batch]]]:
         order = epoch_order(len(self._pool.sample_ids), self._augmenter.seed, epoch)
-        for step in self._plan.steps():
+        for step in self._plan.steps(first):
             yield step.num_real, [self._batch(order[m.positions], m.mask, epoch) for m in step.micro_batches]
 
     def _batch(self, samples: np.ndarray, mask: np.ndarray, epoch: int) -> Batch:

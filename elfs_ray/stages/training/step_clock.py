@@ -12,10 +12,10 @@ T = TypeVar("T")
 
 
 class StepClock:
-    """Measures one epoch, which begins when the clock is made."""
+    """Measures one epoch, which begins when the clock is made, or the rest of one after its first `earlier_s`."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, earlier_s: float = 0.0) -> None:
+        self._device, self._earlier_s = device, earlier_s
         self._start_s = time.perf_counter()
         self._waiting_s = self._recording_s = 0.0
         self._num_batches = 0
@@ -47,15 +47,20 @@ class StepClock:
         else:
             yield
 
+    @property
+    def seconds(self) -> float:
+        """Return the seconds of the epoch so far."""
+        return self._earlier_s + time.perf_counter() - self._start_s
+
     def finish(self) -> dict[str, float]:
-        """Return the seconds of the epoch and the shares of them spent waiting for data and recording."""
+        """Return the seconds of the epoch and the shares of the time spent waiting for data and recording."""
         if self._events:
             torch.cuda.synchronize(self._device)
             timed_s = sum(start.elapsed_time(end) for start, end in self._events) / 1e3
             self._recording_s = timed_s / len(self._events) * self._num_batches
         seconds = time.perf_counter() - self._start_s
         return {
-            "seconds": seconds,
+            "seconds": self._earlier_s + seconds,
             "data_wait_share": self._waiting_s / seconds,
             "recorder_share": self._recording_s / seconds,
         }

@@ -153,11 +153,11 @@ class StreamedReader:
         decoder = _Decoder(chunks, augmenter, proxy_size, max_chunks=lanes * (WINDOW_CHUNKS + 2))
         self._loader = _make_loader(decoder, _PartsOfTheEpoch(self), num_decoders, pin_memory=device.type == "cuda")
 
-    def steps(self, epoch: int) -> Iterator[tuple[int, list[Batch]]]:
+    def steps(self, epoch: int, first: int = 0) -> Iterator[tuple[int, list[Batch]]]:
         order = streamed_order(self._chunks.sizes, self._augmenter.seed, epoch, self._plan.global_batch)
-        self._parts = self._make_parts(order, epoch)
+        self._parts = self._make_parts(order, epoch, first)
         decoded = iter(self._loader)
-        for step in self._plan.steps():
+        for step in self._plan.steps(first):
             yield step.num_real, [self._batch(order[m.positions], m.mask, decoded, epoch) for m in step.micro_batches]
 
     def _batch(self, samples: np.ndarray, mask: np.ndarray, decoded: Iterator[torch.Tensor | str], epoch: int) -> Batch:
@@ -173,9 +173,9 @@ class StreamedReader:
         images = self._augmenter.finish(torch.cat(parts), sample_ids, epoch)
         return Batch(sample_ids, mask, images, targets_on(self._device, self._pool.targets[samples]))
 
-    def _make_parts(self, order: np.ndarray, epoch: int) -> Iterator[_Part]:
-        """Yield every micro-batch of the epoch in as many parts as there are decoders."""
-        parts = self._split(order, self._plan.steps())
+    def _make_parts(self, order: np.ndarray, epoch: int, first: int) -> Iterator[_Part]:
+        """Yield every micro-batch of the epoch from step `first` on in as many parts as there are decoders."""
+        parts = self._split(order, self._plan.steps(first))
         ahead = deque(islice(parts, READ_AHEAD * self._num_decoders))
         while ahead:
             samples, chunks = ahead.popleft()

@@ -1,6 +1,8 @@
 """Run a group of data-parallel workers on Ray Train (V2), restart it after a failure, or give up.
 
-If a worker dies or fails, Ray Train restarts the whole group, which resumes from the last checkpoint. Ray Train retries
+If a worker dies or fails, Ray Train restarts the whole group, which resumes from the last checkpoint. If a machine is
+about to be taken away, the group saves and leaves (notice.py), and is started again here: a worker that only returned
+would end training, and one that failed would use up a retry. Ray Train retries
 after every exception and knows no final one. So a worker that meets an error which a retry would meet again writes
 its message to a file, and the restarted group returns without working.
 
@@ -21,16 +23,21 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from elfs_ray.runtime.cluster import call_interruptibly
 from elfs_ray.runtime.placement import placement
+from elfs_ray.runtime.progress import say
 from elfs_ray.runtime.resources import GIB, Request
+from elfs_ray.stages.training.notice import LeftOnNotice
 from elfs_ray.storage import filesystem
 
 FINAL_ERRORS = (FloatingPointError, ValueError)  # a diverged loss, a damaged input: the same in every try
 FAILURE_FILE = "failure.txt"
+LEFT = "left"  # what a worker returns that has saved and left its node
 SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"  # Ray Train's
 RESIZE_INTERVAL_S = 60.0  # an elastic group loses the epoch in progress when it resizes
 # A report blocks until the controller has polled for the one before it, by default every 2 s: longer than an epoch of a
 # small pool. A value from the user's environment is kept.
 POLL_VARIABLE, POLL_INTERVAL_S = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", 0.2
+# Ray Train looks for notices every 5 s by default, and some clouds give 30 s or less.
+NOTICE_VARIABLE, NOTICE_INTERVAL_S = "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", 1.0
 
 
 @dataclass(frozen=True)
@@ -63,21 +70,43 @@ class WorkerGroup:
         return filesystem.join(self.folder, self.name)
 
 
-def run_workers(group: WorkerGroup, worker: Callable[[Any], None], job: Any) -> None:
-    """Call `worker(job)` in every worker of a group until it has returned in all of them.
+def run_workers(group: WorkerGroup, worker: Callable[[Any], None], make_job: Callable[[], Any]) -> None:
+    """Call `worker(make_job())` in every worker of a group until it has returned in all of them.
+
+    make_job: called again when the group has left its nodes. What it puts into the object store may be lost with them,
+    and while workers hold all CPUs, Ray cannot restore it.
 
     Raises RuntimeError with the worker's message after a final error or too many failures.
     """
     os.environ.setdefault(POLL_VARIABLE, str(POLL_INTERVAL_S))
+    os.environ.setdefault(NOTICE_VARIABLE, str(NOTICE_INTERVAL_S))
+    # A message of an earlier run would end this one before it has tried.
+    filesystem.delete(group.failure_file)
+    _drop_broken_snapshot(group.checkpoints)
+    try:
+        while call_interruptibly(_make_trainer(group, worker, make_job()).fit).return_value == LEFT:
+            say("the workers have saved and left, as a node is about to be taken away; they go on when there is room")
+    except ray.train.WorkerGroupError as error:
+        if not filesystem.exists(group.failure_file):
+            cause = "; ".join(dict.fromkeys(str(cause) for cause in error.worker_failures.values()))
+            raise RuntimeError(f"training gave up after {group.max_failures} retries: {cause}") from error
+    if filesystem.exists(group.failure_file):
+        raise RuntimeError(f"training stopped: {filesystem.read_bytes(group.failure_file).decode()}")
+
+
+def _make_trainer(group: WorkerGroup, worker: Callable[[Any], None], job: Any) -> TorchTrainer:
+    """Return Ray Train's trainer of a group, which resumes from the last checkpoint in the group's folder."""
     fewest, most = group.request.fewest, group.request.most
-    # A dictionary, because type checkers see the ScalingConfig of Ray Train V1, which has no ranges.
+    # Without types, because type checkers see Ray Train V1, whose workers return nothing and whose ScalingConfig has no
+    # ranges.
+    work: Any = _work
     scaling: dict[str, Any] = {
         "num_workers": fewest if fewest == most else (fewest, most),
         "elastic_resize_monitor_interval_s": RESIZE_INTERVAL_S,
     }
     store, path = filesystem.resolve(group.folder)
-    trainer = TorchTrainer(
-        _work,
+    return TorchTrainer(
+        work,
         train_loop_config={"group": group, "worker": worker, "job": job},
         torch_config=TorchConfig(backend="nccl" if group.request.gpus else "gloo"),
         scaling_config=ray.train.ScalingConfig(
@@ -94,17 +123,6 @@ def run_workers(group: WorkerGroup, worker: Callable[[Any], None], job: Any) -> 
             failure_config=ray.train.FailureConfig(max_failures=group.max_failures),
         ),
     )
-    # A message of an earlier run would end this one before it has tried.
-    filesystem.delete(group.failure_file)
-    _drop_broken_snapshot(group.checkpoints)
-    try:
-        call_interruptibly(trainer.fit)
-    except ray.train.WorkerGroupError as error:
-        if not filesystem.exists(group.failure_file):
-            cause = "; ".join(dict.fromkeys(str(cause) for cause in error.worker_failures.values()))
-            raise RuntimeError(f"training gave up after {group.max_failures} retries: {cause}") from error
-    if filesystem.exists(group.failure_file):
-        raise RuntimeError(f"training stopped: {filesystem.read_bytes(group.failure_file).decode()}")
 
 
 def _drop_broken_snapshot(folder: str) -> None:
@@ -125,14 +143,17 @@ def _drop_broken_snapshot(folder: str) -> None:
         filesystem.delete(path)
 
 
-def _work(loop_config: dict[str, Any]) -> None:
-    """Run one worker; return at once if an earlier group met a final error."""
+def _work(loop_config: dict[str, Any]) -> str | None:
+    """Run one worker; return at once if an earlier group met a final error. Returns LEFT if the group must go on."""
     group: WorkerGroup = loop_config["group"]
     if filesystem.exists(group.failure_file):
-        return
+        return None
     try:
         torch.set_num_threads(group.request.cpus)
         loop_config["worker"](loop_config["job"])
+        return None
+    except LeftOnNotice:
+        return LEFT
     except pa.ArrowException:  # some are ValueErrors, but a retry may read the file whole
         raise
     except FINAL_ERRORS as error:

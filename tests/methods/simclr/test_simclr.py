@@ -136,6 +136,16 @@ def test_measures_are_the_formulas_over_all_embeddings_in_float64():
     assert isotropic.spread == pytest.approx(1, abs=0.02) and isotropic.effective_rank == pytest.approx(8, abs=0.1)
 
 
+def test_measures_go_on_from_saved_sums():
+    features = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+    whole, saved, resumed = (CollapseMonitor(8, CPU) for _ in range(3))
+    whole.add(features)
+    saved.add(features[:120])
+    resumed.load_state(saved.state())
+    resumed.add(features[120:])
+    assert resumed.finish() == pytest.approx(whole.finish())
+
+
 @pytest.mark.parametrize(
     "features", [torch.ones(50, 4), torch.zeros(50, 4), torch.linspace(-1, 1, 50)[:, None] * torch.eye(4)[:1]]
 )

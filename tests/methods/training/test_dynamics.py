@@ -156,6 +156,40 @@ def test_an_epochs_records_hold_every_sample_once_with_its_own_values(num_sample
             np.testing.assert_allclose(np.concatenate([each[name] for each in records]), values, atol=1e-6)
 
 
+def recorded(plan: BatchPlan, recorder: DynamicsRecorder, steps: range) -> None:
+    """Record some steps of an epoch in the order of ids; the logits of a sample are a function of its id."""
+    for step in plan.steps(steps.start):
+        if step.index in steps:
+            for m in step.micro_batches:
+                logits = torch.from_numpy(np.outer(m.positions, [0.01, 0.02, -0.01]))
+                recorder.add(m.positions, m.mask, logits, torch.zeros(len(m.positions), dtype=torch.int64))
+
+
+@pytest.mark.parametrize("resumed_by", [1, 2, 3, 4])
+def test_an_epoch_resumed_by_any_number_of_ranks_has_every_record_once(resumed_by):
+    first, last = range(3), range(3, 6)
+    states = []
+    for plan in plans(103, 20, 3, 5):
+        recorder = DynamicsRecorder(plan.num_rows, "cpu")
+        recorded(plan, recorder, first)
+        states.append(recorder.records())
+    records = []
+    for plan in plans(103, 20, resumed_by, 5):
+        recorder = DynamicsRecorder(plan.num_rows, "cpu")
+        recorder.resume(plan.num_rows_before(last.start), states[plan.rank :: resumed_by])
+        recorded(plan, recorder, last)
+        records.append(recorder.finish())
+    ids = np.concatenate([each["sample_id"] for each in records])
+    assert np.array_equal(np.sort(ids), np.arange(103))
+    (alone,) = plans(103, 20, 1, 5)
+    undisturbed = DynamicsRecorder(alone.num_rows, "cpu")
+    recorded(alone, undisturbed, range(6))
+    expected = undisturbed.finish()
+    for name in ("target_prob", "max_other_prob", "el2n"):
+        values = np.concatenate([each[name] for each in records])[np.argsort(ids)]
+        assert values.tobytes() == expected[name].tobytes()
+
+
 def test_records_of_an_epoch_do_not_change_while_the_next_is_recorded():
     recorder, targets = DynamicsRecorder(2, "cpu"), torch.tensor([0, 1])
     recorder.add(np.arange(2), np.ones(2, dtype=bool), torch.eye(2), targets)

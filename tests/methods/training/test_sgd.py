@@ -217,6 +217,14 @@ def test_the_epochs_loss_weighs_steps_by_their_rows_and_starts_anew():
     assert monitor.finish() == 7.0
 
 
+def test_the_epochs_loss_goes_on_from_a_saved_sum():
+    saved, resumed = LossMonitor(), LossMonitor()
+    saved.add(torch.tensor(2.0), num_real=10, epoch=0, step=0, lr=0.1)
+    resumed.load_state(*saved.state())
+    resumed.add(torch.tensor(5.0), num_real=5, epoch=0, step=1, lr=0.1)
+    assert resumed.finish() == pytest.approx(3.0)
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_a_nan_is_noticed_within_eight_steps_without_waiting():
     monitor, losses = LossMonitor(), torch.ones(20, device="cuda")

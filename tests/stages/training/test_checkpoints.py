@@ -1,5 +1,7 @@
-"""How often a worker group reports an epoch with its checkpoint."""
+"""How often a worker group reports an epoch with its checkpoint, and which checkpoint it resumes from."""
 
+import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,6 +59,55 @@ def test_after_a_slow_report_the_next_comes_within_a_minute(make_reports):
         reports.now_s += passed_s
         reporter.end_epoch({"epoch": epoch}, dict, is_last=False)
     assert list(reports.states) == [0, 2]
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path, monkeypatch):
+    """Return a function that writes a checkpoint as a group of `num_workers` workers does."""
+    monkeypatch.setattr(checkpoints.ray.train, "get_checkpoint", lambda: None)
+
+    def make(name: str, num_workers: int, state: dict) -> Path:
+        folder = tmp_path / name
+
+        def copy(metrics, checkpoint):
+            with checkpoint.as_directory() as files:
+                shutil.copytree(files, folder, dirs_exist_ok=True)
+
+        monkeypatch.setattr(checkpoints.ray.train, "report", copy)
+        for rank in range(num_workers):
+            reporter = CheckpointReporter(GroupMember(rank, num_workers, torch.device("cpu")))
+            reporter.save_within_epoch({}, lambda: state, {"rank": rank})
+        return folder
+
+    return make
+
+
+def loaded_by(folder: Path, num_workers: int) -> list[dict]:
+    device = torch.device("cpu")
+    return [
+        checkpoints.load_checkpoint(str(folder), GroupMember(rank, num_workers, device)) for rank in range(num_workers)
+    ]
+
+
+@pytest.mark.parametrize(("num_workers", "parts"), [(3, [[0], [1], [2]]), (2, [[0, 2], [1]]), (4, [[0], [1], [2], []])])
+def test_parts_saved_within_an_epoch_are_dealt_out(tmp_path, make_checkpoint, num_workers, parts):
+    make_checkpoint("checkpoint_1", 3, {"next_step": 7})
+    states = loaded_by(tmp_path, num_workers)
+    assert [state["next_step"] for state in states] == [7] * num_workers
+    assert [[part["rank"] for part in state[checkpoints.PARTS]] for state in states] == parts
+
+
+@pytest.mark.parametrize("file", [checkpoints.STATE_FILE, checkpoints.part_file(1)])
+@pytest.mark.parametrize("is_missing", [True, False])
+def test_a_checkpoint_that_lacks_a_part_is_passed_over(tmp_path, make_checkpoint, file, is_missing):
+    make_checkpoint("checkpoint_1", 2, {"next_step": 7})
+    path = make_checkpoint("checkpoint_2", 2, {"next_step": 9}) / file
+    assert loaded_by(tmp_path, 2)[0]["next_step"] == 9
+    if is_missing:
+        path.unlink()
+    else:
+        os.truncate(path, path.stat().st_size // 2)
+    assert [state["next_step"] for state in loaded_by(tmp_path, 2)] == [7, 7]
 
 
 def _end_epochs(rank: int, folder: str) -> None:

@@ -96,6 +96,18 @@ def test_any_number_of_workers_takes_the_same_global_batches(ray_cluster, run_di
     assert alone[2] == dict(zip(EMBEDDED.tolist(), digit_images(NUM_SAMPLES)[1][EMBEDDED].tolist(), strict=True))
 
 
+@pytest.mark.parametrize("make", [in_memory, pytest.param(streamed, marks=pytest.mark.slow)])
+def test_a_resumed_epoch_goes_on_with_the_same_batches(ray_cluster, run_dir, make):
+    whole = list(make(run_dir, rank=1, num_workers=2).steps(3))
+    rest = list(make(run_dir, rank=1, num_workers=2).steps(3, first=13))
+    assert len(rest) == len(whole) - 13
+    for (num_real, batches), (expected_real, expected) in zip(rest, whole[13:], strict=True):
+        assert num_real == expected_real
+        for batch, other in zip(batches, expected, strict=True):
+            assert batch.sample_ids.tolist() == other.sample_ids.tolist()
+            assert torch.equal(batch.inputs, other.inputs) and torch.equal(batch.targets, other.targets)
+
+
 @pytest.mark.slow
 def test_streamed_images_equal_those_in_memory_for_any_number_of_decoders(ray_cluster, run_dir):
     _, expected, targets = epoch_of(in_memory(run_dir), 1)

@@ -39,7 +39,7 @@ def test_a_torn_read_uses_a_retry(ray_cluster, tmp_path):
             path.write_bytes(whole)
             raise
 
-    run_workers(group(tmp_path, max_failures=1), work, tmp_path)
+    run_workers(group(tmp_path, max_failures=1), work, lambda: tmp_path)
     assert (tmp_path / "rows").read_text() == "10000"
     assert len(list(tmp_path.glob("try-*"))) == 2
 
@@ -54,7 +54,7 @@ def test_a_damaged_file_ends_training_after_its_retries_and_is_named(ray_cluster
         filesystem.num_rows(str(path))
 
     with pytest.raises(RuntimeError, match=rf"gave up after 1 retries: .*{path} cannot be read: Parquet magic bytes"):
-        run_workers(group(tmp_path, max_failures=1), work, tmp_path)
+        run_workers(group(tmp_path, max_failures=1), work, lambda: tmp_path)
     assert len(list(tmp_path.glob("try-*"))) == 2
 
 
@@ -65,7 +65,7 @@ def test_any_other_value_error_ends_training_at_once(ray_cluster, tmp_path):
         raise ValueError("sample_id 7 has no image")
 
     with pytest.raises(RuntimeError, match="training stopped: sample_id 7 has no image"):
-        run_workers(group(tmp_path, max_failures=-1), work, tmp_path)
+        run_workers(group(tmp_path, max_failures=-1), work, lambda: tmp_path)
     assert len(list(tmp_path.glob("try-*"))) == 1
 
 

@@ -1,0 +1,129 @@
+"""Train on a node that a cloud takes away after a notice; print what was trained twice, as JSON.
+
+    python tests/stages/spot_train.py FOLDER
+
+The proxy is trained into FOLDER/undisturbed. It is then trained into FOLDER/spot: within the second epoch, the node of
+all workers gets a notice of NOTICE_S seconds, another node is added, and the first node is killed when the time is up.
+"""
+
+import json
+import os
+import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import ray
+from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
+
+from elfs_ray.stages.train import run as train
+from elfs_ray.stages.train import worker
+from elfs_ray.storage.run_dir import RunDir
+from tests.tables import digits_config, write_clustered
+
+NUM_SAMPLES, BATCH = 1003, 10
+STEP_S = 0.1  # of sleep, so that an epoch takes as long on a fast machine
+NOTICE_S = 15
+NODE = {"num_cpus": 2, "object_store_memory": 100 << 20}
+
+
+def main(folder: Path) -> None:
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "1"  # tests switch it off
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 100 << 20})
+    spot = cluster.add_node(**NODE)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    try:
+        _train(folder / "undisturbed", 0.0)
+        # Ray starts nodes from the main thread only.
+        training = ThreadPoolExecutor().submit(_train, folder / "spot", STEP_S)
+        _wait_for_step(folder / "spot", epoch=1, step=30, training=training)
+        drained_s = time.time()
+        _give_notice(cluster.address, spot.node_id)
+        cluster.add_node(**NODE)
+        while time.time() < drained_s + NOTICE_S and not training.done():
+            time.sleep(0.1)
+        cluster.remove_node(spot, allow_graceful=False)
+        result = training.result()
+        print(json.dumps({"workers": result.workers, **_repeated(folder / "spot", drained_s)}))
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def _train(folder: Path, step_s: float):
+    write_clustered(RunDir(str(folder)), NUM_SAMPLES)
+    config = digits_config(
+        folder,
+        "train.num_workers=2",
+        "train.cpus_per_worker=1",
+        "train.epochs=3",
+        f"train.batch_size={BATCH}",
+        "train.max_failures=0",
+    )
+    train.train_proxy = partial(_train_and_log, folder=folder, step_s=step_s)
+    return train.run_train(config, RunDir(str(folder)))
+
+
+def _train_and_log(job: worker.ProxyTrainingJob, folder: Path, step_s: float) -> None:
+    """Train as the stage does; rank 0 writes a line for each step: its number over all epochs, and the time."""
+    trainer = worker.ProxyTrainingWorker(job)
+    rate_of, log = trainer._learning_rate, Path(folder, "steps.txt")
+
+    def rate_and_log(step: int) -> float:
+        time.sleep(step_s)
+        if trainer.member.rank == 0:
+            with log.open("a") as file:
+                file.write(f"{step} {time.time()}\n")
+        return rate_of(step)
+
+    trainer._learning_rate = rate_and_log
+    trainer.train()
+
+
+def _steps(folder: Path) -> list[tuple[int, float]]:
+    log = folder / "steps.txt"
+    lines = log.read_text().splitlines() if log.exists() else []
+    return [(int(line.split()[0]), float(line.split()[1])) for line in lines if line.count(" ") == 1]
+
+
+def _wait_for_step(folder: Path, epoch: int, step: int, training: Future) -> None:
+    num_steps = -(-NUM_SAMPLES // BATCH)
+    while not any(number >= epoch * num_steps + step for number, _ in _steps(folder)):
+        assert not training.done(), training.result()
+        time.sleep(0.05)
+
+
+def _give_notice(address: str, node_id: str) -> None:
+    """Do what `ray drain-node` does."""
+    accepted, reason = ray._raylet.GcsClient(address=address).drain_node(
+        node_id,
+        autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
+        "a spot node is about to be taken away",
+        int(time.time() * 1000) + NOTICE_S * 1000,
+    )
+    assert accepted, reason
+
+
+def _repeated(folder: Path, drained_s: float) -> dict[str, float]:
+    """Return how much was trained twice, and for how long no step was taken after the notice."""
+    steps = _steps(folder)
+    took_s: dict[int, float] = {}
+    again = []
+    for (_, before), (number, after) in pairwise(steps):
+        again += [number] if number in took_s else []
+        took_s.setdefault(number, after - before)
+    pause_s, left_s = max((after - before, before) for (_, before), (_, after) in pairwise(steps))
+    return {
+        "steps": len({number for number, _ in steps}),
+        "repeated_steps": len(again),
+        "repeated_s": round(sum(took_s[number] for number in again), 1),
+        "left_after_s": round(left_s - drained_s, 1),
+        "pause_s": round(pause_s, 1),
+    }
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
