@@ -1,9 +1,9 @@
 """Train on a node that a cloud takes away after a notice; print what was trained twice, as JSON.
 
-    python tests/stages/spot_train.py FOLDER
+    python tests/stages/spot_train.py train|pretrain FOLDER
 
-The proxy is trained into FOLDER/undisturbed. It is then trained into FOLDER/spot: within the second epoch, the node of
-all workers gets a notice of NOTICE_S seconds, another node is added, and the first node is killed when the time is up.
+The stage runs into FOLDER/undisturbed. It then runs into FOLDER/spot: within the second epoch, the node of all workers
+gets a notice of NOTICE_S seconds, another node is added, and the first node is killed when the time is up.
 """
 
 import json
@@ -19,68 +19,104 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
+from elfs_ray.pipeline import runner
+from elfs_ray.stages.pretrain import run as pretrain
+from elfs_ray.stages.pretrain.worker import PretrainJob, PretrainWorker
 from elfs_ray.stages.train import run as train
-from elfs_ray.stages.train import worker
+from elfs_ray.stages.train.worker import ProxyTrainingJob, ProxyTrainingWorker
 from elfs_ray.storage.run_dir import RunDir
-from tests.tables import digits_config, write_clustered
+from tests.tables import digit_images, digits_config, png, write_clustered
 
-NUM_SAMPLES, BATCH = 1003, 10
-STEP_S = 0.1  # of sleep, so that an epoch takes as long on a fast machine
+NUM_SAMPLES, BATCH = {"train": 1003, "pretrain": 600}, {"train": 10, "pretrain": 40}
+STEP_S = {"train": 0.1, "pretrain": 0.5}  # of sleep, so that an epoch takes as long on a fast machine
 NOTICE_S = 15
 NODE = {"num_cpus": 2, "object_store_memory": 100 << 20}
 
 
-def main(folder: Path) -> None:
+def main(stage: str, folder: Path) -> None:
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "1"  # tests switch it off
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 100 << 20})
     spot = cluster.add_node(**NODE)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     try:
-        _train(folder / "undisturbed", 0.0)
+        run = {"train": _train, "pretrain": _pretrain}[stage]
+        run(folder / "undisturbed", 0.0)
         # Ray starts nodes from the main thread only.
-        training = ThreadPoolExecutor().submit(_train, folder / "spot", STEP_S)
-        _wait_for_step(folder / "spot", epoch=1, step=30, training=training)
+        training = ThreadPoolExecutor().submit(run, folder / "spot", STEP_S[stage])
+        _wait_for_step(folder / "spot", NUM_SAMPLES[stage] // BATCH[stage] * 4 // 3, training)
         drained_s = time.time()
         _give_notice(cluster.address, spot.node_id)
         cluster.add_node(**NODE)
         while time.time() < drained_s + NOTICE_S and not training.done():
             time.sleep(0.1)
         cluster.remove_node(spot, allow_graceful=False)
-        result = training.result()
-        print(json.dumps({"workers": result.workers, **_repeated(folder / "spot", drained_s)}))
+        training.result()
+        print(json.dumps(_repeated(folder / "spot", drained_s)))
     finally:
         ray.shutdown()
         cluster.shutdown()
 
 
-def _train(folder: Path, step_s: float):
-    write_clustered(RunDir(str(folder)), NUM_SAMPLES)
+def _train(folder: Path, step_s: float) -> None:
+    write_clustered(RunDir(str(folder)), NUM_SAMPLES["train"])
     config = digits_config(
         folder,
         "train.num_workers=2",
         "train.cpus_per_worker=1",
         "train.epochs=3",
-        f"train.batch_size={BATCH}",
+        f"train.batch_size={BATCH['train']}",
         "train.max_failures=0",
     )
     train.train_proxy = partial(_train_and_log, folder=folder, step_s=step_s)
-    return train.run_train(config, RunDir(str(folder)))
+    train.run_train(config, RunDir(str(folder)))
 
 
-def _train_and_log(job: worker.ProxyTrainingJob, folder: Path, step_s: float) -> None:
-    """Train as the stage does; rank 0 writes a line for each step: its number over all epochs, and the time."""
-    trainer = worker.ProxyTrainingWorker(job)
-    rate_of, log = trainer._learning_rate, Path(folder, "steps.txt")
+def _train_and_log(job: ProxyTrainingJob, folder: Path, step_s: float) -> None:
+    """Train as the stage does; rank 0 writes a line for each step."""
+    training = ProxyTrainingWorker(job)
+    rate_of = training._learning_rate
 
     def rate_and_log(step: int) -> float:
-        time.sleep(step_s)
-        if trainer.member.rank == 0:
-            with log.open("a") as file:
-                file.write(f"{step} {time.time()}\n")
+        if training.member.rank == 0:
+            _log(folder, step, step_s)
         return rate_of(step)
 
-    trainer._learning_rate = rate_and_log
-    trainer.train()
+    training._learning_rate = rate_and_log
+    training.train()
+
+
+def _pretrain(folder: Path, step_s: float) -> None:
+    (folder / "pool").mkdir(parents=True)
+    for number, image in enumerate(digit_images(NUM_SAMPLES["pretrain"])[0]):
+        (folder / "pool" / f"{number:03d}.png").write_bytes(png(image))
+    config = digits_config(
+        folder / "run",
+        *(f"pool.uri={folder / 'pool'}", "until=pretrain", "embed.encoder=self_supervised"),
+        *("embed.proxy_image_size=16", "pretrain.profile=cpu", "pretrain.epochs=3", "pretrain.cpus_per_worker=1"),
+        *(f"pretrain.batch_size={BATCH['pretrain']}", "pretrain.lr=0.1", "pretrain.max_failures=0"),
+    )
+    pretrain.pretrain_worker = partial(_pretrain_and_log, folder=folder, step_s=step_s)
+    runner.run(config)
+
+
+def _pretrain_and_log(job: PretrainJob, folder: Path, step_s: float) -> None:
+    """Pretrain as the stage does; write a line for each step."""
+    training = PretrainWorker(job)
+    rate_of = training.trainer.learning_rate
+
+    def rate_and_log(epoch: int, step: int) -> float:
+        _log(folder, epoch * training.plan.num_steps + step, step_s)
+        return rate_of(epoch, step)
+
+    training.trainer.learning_rate = rate_and_log
+    training.train()
+
+
+def _log(folder: Path, step: int, step_s: float) -> None:
+    """Write a step, counted over all epochs, and the time; sleep before."""
+    time.sleep(step_s)
+    with Path(folder, "steps.txt").open("a") as file:
+        file.write(f"{step} {time.time()}\n")
 
 
 def _steps(folder: Path) -> list[tuple[int, float]]:
@@ -89,9 +125,8 @@ def _steps(folder: Path) -> list[tuple[int, float]]:
     return [(int(line.split()[0]), float(line.split()[1])) for line in lines if line.count(" ") == 1]
 
 
-def _wait_for_step(folder: Path, epoch: int, step: int, training: Future) -> None:
-    num_steps = -(-NUM_SAMPLES // BATCH)
-    while not any(number >= epoch * num_steps + step for number, _ in _steps(folder)):
+def _wait_for_step(folder: Path, step: int, training: Future) -> None:
+    while not any(number >= step for number, _ in _steps(folder)):
         assert not training.done(), training.result()
         time.sleep(0.05)
 
@@ -126,4 +161,4 @@ def _repeated(folder: Path, drained_s: float) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -346,3 +347,27 @@ def test_a_gpu_trains_an_encoder_and_embeds_with_it(pool, tmp_path, reading):
     assert history[-1]["loss"] < history[0]["loss"]
     assert read_trained_encoder(tmp_path / ENCODER).network == "resnet18"
     assert vectors(tmp_path).shape == (NUM_DIGITS, 512)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_notice_within_an_epoch_costs_no_step_and_gives_the_same_encoder(tmp_path):
+    """On a cluster of its own, in a process of its own: a node is drained, and killed when its time is up."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("spot_train.py")), "pretrain", str(tmp_path)],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "PYTHONPATH": "."},
+        capture_output=True,
+        text=True,
+        timeout=380,
+    )
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout.splitlines()[-1])
+    assert (counts["steps"], counts["repeated_steps"]) == (45, 0)
+    weights, expected = (read_trained_encoder(tmp_path / run / "run" / ENCODER) for run in ("spot", "undisturbed"))
+    assert all(torch.equal(weights.state_dict[name], tensor) for name, tensor in expected.state_dict.items())
+    spread, undisturbed = (
+        [json.loads(path.read_text())["spread"] for path in sorted((tmp_path / run / "run").glob("pretrain/history/*"))]
+        for run in ("spot", "undisturbed")
+    )
+    assert spread == pytest.approx(undisturbed)

@@ -312,7 +312,7 @@ def test_a_group_that_grows_and_shrinks_records_every_sample(tmp_path):
 def test_a_notice_within_an_epoch_costs_no_step_and_changes_no_byte(tmp_path):
     """On a cluster of its own, in a process of its own: a node is drained, and killed when its time is up."""
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("spot_train.py")), str(tmp_path)],
+        [sys.executable, str(Path(__file__).with_name("spot_train.py")), "train", str(tmp_path)],
         cwd=Path(__file__).parents[2],
         env={**os.environ, "PYTHONPATH": "."},
         capture_output=True,
