@@ -33,6 +33,12 @@ def parse_label_selector(text: str | None, key: str) -> dict[str, str]:
 
 def label_selector(config: "Config", section: str) -> tuple[dict[str, str], str]:
     """Return the requirements for the nodes of the stages of a section, and the key that sets them."""
-    text = getattr(getattr(config, section), "label_selector", None)
+    of_sections = {
+        "embed": config.embed.label_selector,
+        "cluster": config.cluster.label_selector,
+        "train": config.train.label_selector,
+        "pretrain": config.pretrain.label_selector,
+    }
+    text = of_sections.get(section)
     key = "label_selector" if text is None else f"{section}.label_selector"
     return parse_label_selector(config.label_selector if text is None else text, key), key
