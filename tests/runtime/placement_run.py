@@ -17,7 +17,6 @@ from elfs_ray.presets import preset
 from tests.tables import digit_images, png
 
 NODE = {"num_cpus": 3, "object_store_memory": 200 << 20}
-NOT_OURS = ("TrainController", "PreemptionWatcher", "SynchronizationActor", "_Board", "_StatsActor", "AutoscalingReq")
 
 
 def main(folder: Path) -> None:
@@ -55,14 +54,19 @@ def _config(folder: Path, until: str):
 
 
 def _ran_on(seen: set[str]) -> set[str]:
-    """Return the nodes of the tasks and workers with CPUs that were not seen yet, and remember them."""
-    tasks = [task for task in list_tasks(detail=True, limit=10_000) if (task.required_resources or {}).get("CPU")]
-    places = {task.task_id: task.node_id for task in tasks if task.node_id}
-    actors = list_actors(detail=True, limit=10_000)
-    places |= {a.actor_id: a.node_id for a in actors if a.node_id and not any(n in a.class_name for n in NOT_OURS)}
-    new = {node for name, node in places.items() if name not in seen}
-    seen |= set(places)
-    return new
+    """Return the nodes of the tasks and actors with CPUs that were not seen yet, and remember them.
+
+    Without CPUs are Ray's own actors, and the one that shows the progress.
+    """
+    tasks = [(task.task_id, task) for task in list_tasks(detail=True, limit=10_000)]
+    actors = [(actor.actor_id, actor) for actor in list_actors(detail=True, limit=10_000)]
+    nodes = set()
+    for name, each in [*tasks, *actors]:
+        has_cpus = any(resource.startswith("CPU") for resource in each.required_resources or {})
+        if has_cpus and each.node_id and name not in seen:
+            seen.add(name)
+            nodes.add(each.node_id)
+    return nodes
 
 
 if __name__ == "__main__":
