@@ -125,8 +125,8 @@ class Stage:
             chosen = find_devices(config.ray_address)
         if not chosen.num_nodes and not chosen.may_grow:
             raise ConfigError(
-                f"{key} requires labels that no node has: there is no device {chosen.where}. Correct it, or start "
-                "nodes with these labels (ray start --labels)"
+                f"{key}: no node {devices.where} has the labels {','.join(f'{k}={v}' for k, v in selector.items())}. "
+                "Correct it, or start nodes with these labels (ray start --labels)"
             )
         return chosen
 
