@@ -1,5 +1,6 @@
 """Run directories with real digits, as earlier stages would leave them, for tests of a single stage."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -148,6 +149,25 @@ def write_selected(run_dir: RunDir, uris: Mapping[int, str] | None = None) -> np
     )
     mark(run_dir, SelectResult(len(chosen), len(ids), {schema.CORESET: result}))
     return chosen
+
+
+def write_later(run_dir: RunDir, name: str, ids: np.ndarray, **keys: object) -> None:
+    """Write a coreset of some samples in this order below coresets/, as `elfs-ray reselect` does after `write_selected`.
+
+    keys: keys of select by which the selection was made.
+    """
+    folder = RunDir(run_dir.path(schema.CORESETS_DIR, name))
+    labels = digit_images(1003)[1][ids].astype(np.int32)
+    uris = run_dir.read_rows(schema.INDEX, ids, [schema.URI])[schema.URI]
+    columns = [ids, uris, labels, np.ones(len(ids), np.float32), np.arange(len(ids))]
+    coreset = pa.table(columns, schema=schema.CORESET_SCHEMA)
+    filesystem.write_table(folder.path(schema.CORESET, schema.range_file(0, len(ids) - 1)), coreset)
+    result = SelectResult.read(run_dir).coresets[schema.CORESET]
+    covered = {"coreset": 0.875, "random": 0.75, "inside_classes": True}
+    result = dataclasses.replace(result, rows=len(ids), hardest_examples=[], easiest_examples=[7], coverage=covered)
+    selected = SelectResult(len(ids), 1000, {schema.CORESET: result}, left_out={"labelled": 100})
+    config = {"select.method": "auto", **{f"select.{key}": value for key, value in keys.items()}}
+    folder.mark_complete(Marker(SelectResult.stage, config, {}, selected.to_json(), seconds=1.0))
 
 
 def files_of(num_samples: int):

@@ -1,6 +1,5 @@
 """Read a coreset from a run directory, in the order of its ranks, with what other tools show beside an image."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +9,7 @@ from elfs_ray.config import ConfigError
 from elfs_ray.methods.selection.earlier import highest_cosine_before
 from elfs_ray.pool.files import PoolColumns
 from elfs_ray.stages.index import IndexResult
-from elfs_ray.stages.select import SelectResult
+from elfs_ray.stages.select.kept_coresets import list_coresets
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
@@ -58,12 +57,12 @@ def read_coreset(run_dir: RunDir, name: str) -> Coreset:
     Memory: the embeddings of the coreset, and 200 bytes an image. Raises ConfigError for a name that the run does not
     have, and FileNotFoundError for a run that has not selected yet.
     """
-    tables = _coreset_tables(run_dir)
+    kept = {coreset.name: coreset for coreset in list_coresets(run_dir)}
     name = name.rstrip("/")
-    key = name if name in tables else f"{schema.CORESETS_DIR}/{name}"
-    if key not in tables:
-        raise ConfigError(f"coreset={name!r} is not in {run_dir.uri}: give one of {', '.join(tables)}")
-    folder, table = tables[key]
+    key = name if name in kept else f"{schema.CORESETS_DIR}/{name}"
+    if key not in kept:
+        raise ConfigError(f"coreset={name!r} is not in {run_dir.uri}: give one of {', '.join(kept)}")
+    folder, table = kept[key].folder, kept[key].table
     # The run's columns and embeddings are those of every later selection.
     rows = pa.concat_tables(folder.read_table(table))
     embeddings = run_dir.read_rows(schema.EMBEDDINGS, rows[schema.SAMPLE_ID].to_numpy(), [schema.EMBEDDING])
@@ -77,19 +76,6 @@ def read_coreset(run_dir: RunDir, name: str) -> Coreset:
         places=tuple(rows[schema.URI].to_pylist()),
         columns=PoolColumns(pool.get("pool.image_column")),
     )
-
-
-def _coreset_tables(run_dir: RunDir) -> Mapping[str, tuple[RunDir, str]]:
-    """Return every coreset of a run by its name: the folder that holds its table, and the table."""
-    tables = {table: (run_dir, table) for table in SelectResult.read(run_dir).coresets}
-    for info in filesystem.list_dirs(run_dir.path(schema.CORESETS_DIR)):
-        folder = RunDir(run_dir.path(schema.CORESETS_DIR, info.base_name))
-        if folder.success_marker(SelectResult.stage) is None:
-            continue
-        for table in SelectResult.read(folder).coresets:
-            key = f"{schema.CORESETS_DIR}/{info.base_name}"
-            tables[key if table == schema.CORESET else f"{key}/{table}"] = (folder, table)
-    return tables
 
 
 def _short(value: Any) -> Any:

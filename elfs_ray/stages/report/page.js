@@ -1,5 +1,5 @@
 "use strict";
-// The map and the gallery. Names of images are text of strangers: they are set as text, never as HTML.
+// What is shown, and the gallery; map.js and controls.js follow it in the same script. Names of images are text of strangers: they are set as text, never as HTML.
 const data = JSON.parse(document.getElementById("data").textContent);
 const element = (id) => document.getElementById(id);
 const count = (number) => number.toLocaleString("en-US");
@@ -15,23 +15,33 @@ for (const image of document.querySelectorAll("img[data-id]")) sources.set(Numbe
 for (const [id, text] of Object.entries(data.thumbnails)) {
   sources.set(Number(id), `data:image/${text.startsWith("iVBOR") ? "png" : "jpeg"};base64,${text}`);
 }
-const kinds = Object.fromEntries(Object.entries(data.kinds).map(([kind, ids]) => [kind, new Set(ids)]));
+const setsOf = (kinds) => Object.fromEntries(Object.entries(kinds).map(([kind, ids]) => [kind, new Set(ids)]));
+const kinds = setsOf(data.kinds);
 const items = data.ids.map((id, i) => ({
-  id, uri: data.prefix + data.uris[i], rank: data.ranks[i], group: data.groups[i], x: data.x[i], y: data.y[i],
-  is: (kind) => kind === "chosen" ? data.ranks[i] >= 0 : Boolean(kinds[kind] && kinds[kind].has(id)),
+  id, uri: data.prefix + data.uris[i], rank: -1, group: data.groups[i], x: data.x[i], y: data.y[i],
+  is(kind) {
+    return kind === "chosen" ? this.rank >= 0 : [kinds, list.kinds].some((sets) => sets[kind] && sets[kind].has(id));
+  },
 }));
+const itemOf = new Map(items.map((item) => [item.id, item]));
+const lists = data.lists.map((one) => ({ ...one, kinds: setsOf(one.kinds) }));
+let list = lists[0]; // the one that is shown
 const hasGroups = items.some((item) => item.group >= 0);
-const state = { first: data.total, group: -1, show: "chosen", text: "", page: 0, current: null, selected: new Set() };
+const state = { first: 0, group: -1, show: "chosen", text: "", page: 0, current: null, selected: new Set() };
 
 // What is shown -------------------------------------------------------------------------------------------------------
 const isChosen = (item) => item.rank >= 0 && item.rank < state.first;
 const matches = (item) => (state.group < 0 || item.group === state.group) && item.uri.toLowerCase().includes(state.text);
-const isOnMap = (item) => matches(item) && (isChosen(item) || item.rank >= 0 || item.is("pool") || item.is(state.show));
-const inGallery = () => items.filter((item) => matches(item) && item.is(state.show) && (state.show !== "chosen" || isChosen(item)));
+const isOnMap = (item) => matches(item) && (item.rank >= 0 || ["pool", "labelled", state.show].some((kind) => item.is(kind)));
+// By their ranks; those that the list does not have stay in their order.
+const inOrder = (shown) => shown.sort((a, b) => (a.rank < 0) - (b.rank < 0) || a.rank - b.rank);
+const inGallery = () => inOrder(items.filter(
+  (item) => matches(item) && item.is(state.show) && (state.show !== "chosen" || isChosen(item)),
+));
 
 function describe(item) {
   const parts = [];
-  if (isChosen(item)) parts.push(`chosen, number ${count(item.rank + 1)} of ${count(data.total)}`);
+  if (isChosen(item)) parts.push(`chosen, number ${count(item.rank + 1)} of ${count(list.total)}`);
   else if (item.rank >= 0) parts.push(`number ${count(item.rank + 1)} of the list`);
   else parts.push(WHY[["labelled", "duplicate", "hard", "easy"].find((kind) => item.is(kind)) || "pool"]);
   parts.push(...["near", "representative"].filter(item.is).map((kind) => WHY[kind]));
@@ -71,14 +81,14 @@ function drawGallery() {
   element("gallery").replaceChildren(...tiles);
   if (tiles.length) tiles[0].tabIndex = 0;
   const listed = items.filter((item) => item.rank >= 0).length;
-  const all = state.show === "chosen" && listed < data.total
-    ? ` (this page holds ${count(listed)} of the ${count(data.total)}, spread evenly over the list)` : "";
+  const all = state.show === "chosen" && listed < list.total
+    ? ` (this page holds ${count(listed)} of the ${count(list.total)})` : "";
   element("shown").textContent = plural(shown.length, "image") + all;
   element("page").textContent = `page ${count(state.page + 1)} of ${count(numPages)}`;
   element("previous").disabled = state.page === 0;
   element("next").disabled = state.page === numPages - 1;
-  element("first-label").textContent = state.first === data.total
-    ? `all ${count(data.total)} of the list` : `the first ${count(state.first)} of the list`;
+  element("first-label").textContent = state.first === list.total
+    ? `all ${count(list.total)} of the list` : `the first ${count(state.first)} of the list`;
   drawSelection();
 }
 
@@ -153,200 +163,3 @@ gallery.addEventListener("keydown", (event) => {
   else if (boxes[to]) boxes[to].focus();
   event.preventDefault();
 });
-
-// The map -------------------------------------------------------------------------------------------------------------
-const map = element("map");
-const view = { x: 0.5, y: 0.5, zoom: 1 };
-const MARGIN = 16;
-const colourOf = (item) => item.group < 0 ? css("--pool") : `hsl(${(210 + item.group * 137.508) % 360} 65% ${isDark.matches ? 62 : 45}%)`;
-const isDark = matchMedia("(prefers-color-scheme: dark)");
-const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name);
-
-function place(item) {
-  const width = map.clientWidth - 2 * MARGIN, height = map.clientHeight - 2 * MARGIN;
-  return [
-    MARGIN + ((item.x - view.x) * view.zoom + 0.5) * width,
-    MARGIN + ((view.y - item.y) * view.zoom + 0.5) * height,
-  ];
-}
-
-function drawMap() {
-  const scale = window.devicePixelRatio || 1;
-  map.width = map.clientWidth * scale;
-  map.height = map.clientHeight * scale;
-  const pen = map.getContext("2d");
-  pen.scale(scale, scale);
-  const shown = items.filter(isOnMap);
-  const chosen = shown.filter(isChosen);
-  // Many marks would hide each other and the pool; zooming in makes room for larger ones.
-  const radius = Math.min(5, Math.max(2, 5 * Math.sqrt(300 * view.zoom / chosen.length)));
-  const ink = css("--ink"), accent = css("--line"), chosenColour = css("--chosen");
-  for (const item of shown) {
-    if (isChosen(item)) continue;
-    const [x, y] = place(item);
-    pen.globalAlpha = 0.7;
-    pen.fillStyle = colourOf(item);
-    const side = item.is("labelled") ? 8 : Math.min(4, 1 + radius);
-    pen.fillRect(x - side / 2, y - side / 2, side, side);
-    if (side > 4) outline(pen, x, y, ink);
-  }
-  pen.globalAlpha = 1;
-  for (const item of chosen) {
-    disc(pen, ...place(item), radius, item.group < 0 ? chosenColour : colourOf(item), ink, radius * 0.3);
-  }
-  for (const item of state.selected) disc(pen, ...place(item), 8, null, accent, 2);
-  if (state.current) disc(pen, ...place(state.current), 11, null, ink, 3);
-  element("on-map").textContent = `${count(chosen.length)} chosen and ${count(shown.length - chosen.length)} other images`;
-}
-
-function disc(pen, x, y, radius, fill, stroke, width) {
-  pen.beginPath();
-  pen.arc(x, y, radius, 0, 7);
-  if (fill) { pen.fillStyle = fill; pen.fill(); }
-  pen.strokeStyle = stroke;
-  pen.lineWidth = width;
-  pen.stroke();
-}
-
-function outline(pen, x, y, ink) {
-  pen.globalAlpha = 1;
-  pen.strokeStyle = ink;
-  pen.lineWidth = 1;
-  pen.strokeRect(x - 4, y - 4, 8, 8);
-}
-
-function nearest(event) {
-  const box = map.getBoundingClientRect();
-  let best = null, least = 14;
-  for (const item of items) {
-    if (!isOnMap(item)) continue;
-    const [x, y] = place(item);
-    // A chosen image lies on top of others.
-    const distance = Math.hypot(x - event.clientX + box.left, y - event.clientY + box.top) - (isChosen(item) ? 3 : 0);
-    if (distance < least) [best, least] = [item, distance];
-  }
-  return best;
-}
-
-function zoomBy(factor) {
-  view.zoom = Math.min(50, Math.max(1, view.zoom * factor));
-  if (view.zoom === 1) view.x = view.y = 0.5;
-  drawMap();
-}
-
-let drag = null;
-map.addEventListener("pointerdown", (event) => {
-  drag = { x: event.clientX, y: event.clientY, moved: false };
-  map.setPointerCapture(event.pointerId);
-});
-map.addEventListener("pointermove", (event) => {
-  if (!drag) {
-    const item = nearest(event);
-    if (item && item !== state.current) show(item);
-    return;
-  }
-  const right = event.clientX - drag.x, down = event.clientY - drag.y;
-  if (!drag.moved && Math.hypot(right, down) < 4) return;
-  view.x -= right / (map.clientWidth - 2 * MARGIN) / view.zoom;
-  view.y += down / (map.clientHeight - 2 * MARGIN) / view.zoom;
-  drag = { x: event.clientX, y: event.clientY, moved: true };
-  drawMap();
-});
-map.addEventListener("pointerup", (event) => {
-  const item = drag && !drag.moved ? nearest(event) : null;
-  drag = null;
-  if (item) { show(item); toggle(item); }
-});
-map.addEventListener("pointercancel", () => { drag = null; });
-map.addEventListener("wheel", (event) => {
-  if (document.activeElement !== map && !event.ctrlKey) return; // else the page could not be scrolled past the map
-  event.preventDefault();
-  zoomBy(event.deltaY < 0 ? 1.25 : 0.8);
-}, { passive: false });
-map.addEventListener("keydown", (event) => {
-  const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
-  if (event.key === "+" || event.key === "=") zoomBy(1.5);
-  else if (event.key === "-") zoomBy(1 / 1.5);
-  else if ((event.key === " " || event.key === "Enter") && state.current) toggle(state.current);
-  else if (step) {
-    const shown = items.filter(isOnMap);
-    const at = shown.indexOf(state.current);
-    const next = at < 0 ? 0 : (at + step + shown.length) % shown.length;
-    if (shown.length) show(shown[next]);
-  } else return;
-  event.preventDefault();
-});
-
-// The controls --------------------------------------------------------------------------------------------------------
-function draw() {
-  drawGallery();
-  drawMap();
-  for (const button of element("legend").querySelectorAll("button")) {
-    button.setAttribute("aria-pressed", Number(button.value) === state.group);
-  }
-}
-
-function change(name, value) {
-  state[name] = value;
-  state.page = 0;
-  draw();
-}
-
-function turn(pages) {
-  state.page += pages;
-  drawGallery();
-}
-
-function setGroup(group) {
-  element("group").value = group;
-  change("group", group);
-}
-
-function addGroups() {
-  const groups = Object.entries(data.groupSizes);
-  for (const [group, [pool, chosen]] of groups) {
-    element("group").add(new Option(`group ${group}: ${count(chosen)} of ${count(pool)} chosen`, group));
-  }
-  groups.sort((a, b) => b[1][0] - a[1][0]);
-  for (const [group, [pool, chosen]] of groups.slice(0, 20)) {
-    const button = document.createElement("button");
-    button.value = group;
-    button.title = `${count(chosen)} of ${count(pool)} chosen`;
-    const key = document.createElement("span");
-    key.className = "key";
-    key.style.background = colourOf({ group: Number(group) });
-    button.append(key, group);
-    button.addEventListener("click", () => setGroup(Number(group) === state.group ? -1 : Number(group)));
-    element("legend").append(button);
-  }
-  if (groups.length > 20) element("legend").append(`and ${groups.length - 20} smaller groups`);
-}
-
-element("first").max = data.total; // before the value, which it limits
-element("first").value = data.total;
-element("first").addEventListener("input", (event) => change("first", Number(event.target.value)));
-element("group").addEventListener("change", (event) => setGroup(Number(event.target.value)));
-element("show").addEventListener("change", (event) => change("show", event.target.value));
-element("search").addEventListener("input", (event) => change("text", event.target.value.toLowerCase()));
-element("previous").addEventListener("click", () => turn(-1));
-element("next").addEventListener("click", () => turn(1));
-element("all").addEventListener("click", () => { inGallery().forEach((item) => state.selected.add(item)); draw(); });
-element("clear").addEventListener("click", () => { state.selected.clear(); draw(); });
-element("copy").addEventListener("click", copySelected);
-element("zoom-in").addEventListener("click", () => zoomBy(1.5));
-element("zoom-out").addEventListener("click", () => zoomBy(1 / 1.5));
-element("zoom-reset").addEventListener("click", () => zoomBy(0));
-for (const option of [...element("show").options]) {
-  if (!items.some((item) => item.is(option.value))) option.remove();
-}
-for (const part of document.querySelectorAll(".with-script")) part.hidden = false;
-if (hasGroups) addGroups();
-element("group-control").hidden = !hasGroups;
-element("labelled-key").hidden = !items.some((item) => item.is("labelled"));
-gallery.setAttribute("role", "listbox");
-gallery.setAttribute("aria-label", "Images");
-gallery.setAttribute("aria-multiselectable", "true");
-new ResizeObserver(drawMap).observe(map.parentElement);
-isDark.addEventListener("change", drawMap);
-drawGallery();
-show(inGallery()[0] || null);

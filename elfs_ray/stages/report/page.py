@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from elfs_ray.stages.report.charts import (
 from elfs_ray.storage import schema
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
-STYLE, SCRIPT = TEMPLATE.with_name("page.css"), TEMPLATE.with_name("page.js")
+STYLE = TEMPLATE.with_name("page.css")
+SCRIPTS = [TEMPLATE.with_name(name) for name in ("page.js", "map.js", "controls.js")]
 MAX_EPOCHS_SHOWN = 20
 
 
@@ -35,6 +37,7 @@ def render_page(
     data: str,
     num_thumbnails: int,
     num_shown: int,
+    shown_lists: Sequence[str],
     run_uri: str,
 ) -> str:
     """Return the page as HTML.
@@ -42,9 +45,9 @@ def render_page(
     metrics: the content of metrics.json. images: the images to show for "hardest", "kept" and "easiest", each with its
     "id", its "uri" and its "source", a data: address. pairs: near-duplicates, each with the image that stands for it
     and their similarity. data: what the script reads, as JSON (data.py). num_thumbnails of the num_shown images of the
-    page have a thumbnail.
+    page have a thumbnail. shown_lists: the names of the coresets that map and gallery can show.
     """
-    script = SCRIPT.read_text()
+    script = "".join(path.read_text() for path in SCRIPTS)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     # Uris and paths are text that others have written, so everything is escaped. A missing metric raises
     # UndefinedError instead of leaving a gap on the page.
@@ -61,6 +64,7 @@ def render_page(
         "percent": lambda share, digits=1: f"{share:.{digits}%}",
         "fixed": lambda number, digits: f"{number:,.{digits}f}",
         "shown_epochs": _shown_epochs,
+        "typed": lambda value: value if isinstance(value, str) else json.dumps(value, separators=(",", ":")),
     }
     return environment.get_template(TEMPLATE.name).render(
         metrics=metrics,
@@ -74,6 +78,9 @@ def render_page(
         num_thumbnails=num_thumbnails,
         num_shown=num_shown,
         run_uri=run_uri,
+        shown_lists=shown_lists,
+        not_shown=sum(name not in shown_lists for name in metrics["later_selections"]),
+        takes_hard_fraction=USES_HARD_FRACTION,
         text_files={table: schema.coreset_text_file(table) for table in metrics["coresets"]},
         uses_hard_fraction=metrics["method"] in USES_HARD_FRACTION,
         score_chart=score_chart(metrics["score_histogram"]) if "score_histogram" in metrics else None,

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from elfs_ray.config import BY_COVERAGE, Config, name_in_tables
+from elfs_ray.config import BY_COVERAGE, DIGEST, Config, name_in_tables
 from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.stages.duplicates import DuplicatesResult
 from elfs_ray.stages.embed import EmbedResult
@@ -21,9 +21,11 @@ from elfs_ray.stages.index import IndexResult
 from elfs_ray.stages.report import STAGE, ReportResult
 from elfs_ray.stages.report.data import page_data
 from elfs_ray.stages.report.page import render_page
-from elfs_ray.stages.report.shown import EASY, HARD, collect_images
+from elfs_ray.stages.report.lists import EASY, HARD
+from elfs_ray.stages.report.shown import collect_images
 from elfs_ray.stages.report.thumbnails import make_thumbnails
 from elfs_ray.stages.select import CoresetResult, SelectResult
+from elfs_ray.stages.select.kept_coresets import list_coresets
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 from elfs_ray.version import __version__
@@ -88,10 +90,8 @@ def _metrics(config: Config, run_dir: RunDir) -> dict[str, Any]:
         "score": first.score,
         "hard_side": first.hard_side,
         "hard_fraction": first.hard_fraction,
-        "coresets": {
-            table: {name: value for name in CORESET_METRICS if (value := getattr(coreset, name)) is not None}
-            for table, coreset in coresets.items()
-        },
+        "coresets": {table: _coreset_metrics(coreset) for table, coreset in coresets.items()},
+        "later_selections": _later_selections(run_dir),
         **optional,
         "stages": {
             marker.stage: {
@@ -102,6 +102,30 @@ def _metrics(config: Config, run_dir: RunDir) -> dict[str, Any]:
             }
             for marker in markers
         },
+    }
+
+
+def _coreset_metrics(coreset: CoresetResult) -> dict[str, Any]:
+    return {name: value for name in CORESET_METRICS if (value := getattr(coreset, name)) is not None}
+
+
+def _later_selections(run_dir: RunDir) -> dict[str, dict[str, Any]]:
+    """Return what is known of each coreset below coresets/, and the keys in which its selection differs from the run's."""
+    keys = run_dir.complete_marker(SelectResult.stage).config
+    return {
+        coreset.name: {
+            "text_file": coreset.text_file,
+            "method": coreset.marker.config["select.method"],
+            "keys": {
+                key: value
+                for key, value in coreset.marker.config.items()
+                if not key.endswith(DIGEST) and keys.get(key) != value
+            },
+            "left_out": coreset.marker.result.get("left_out") or {},
+            **_coreset_metrics(coreset.result),
+        }
+        for coreset in list_coresets(run_dir)
+        if coreset.is_later
     }
 
 
@@ -162,12 +186,13 @@ def _histogram(run_dir: RunDir, coreset: CoresetResult) -> dict[str, Any]:
 def _render(config: Config, run_dir: RunDir, metrics: dict[str, Any]) -> bytes:
     """Return the page. Its size is bounded by the bytes of its thumbnails and of its names, whatever the pool."""
     shown = collect_images(config, run_dir)
+    first = shown.lists[0]
     uris = dict(zip(shown.ids.tolist(), shown.uris, strict=True))
     count = config.report.images_per_grid
     grids = {
-        "kept": shown.ids[shown.ranks >= 0][:count].tolist(),
-        "hardest": shown.kinds[HARD][:count].tolist(),
-        "easiest": shown.kinds[EASY][:count].tolist(),
+        "kept": first.ids[:count].tolist(),
+        "hardest": first.kinds[HARD][:count].tolist(),
+        "easiest": first.kinds[EASY][:count].tolist(),
     }
     pairs = _pairs(config, run_dir, set(uris))
     in_pairs = [i for pair in pairs for i in pair[:2]]
@@ -177,7 +202,9 @@ def _render(config: Config, run_dir: RunDir, metrics: dict[str, Any]) -> bytes:
     in_grids = {i for ids in (*grids.values(), in_pairs) for i in ids}
     data = page_data(shown, {i: image for i, image in thumbnails.items() if i not in in_grids}, metrics, count)
     images_of_pairs = [(image[a], image[b], similarity) for a, b, similarity in pairs if a in image and b in image]
-    return render_page(metrics, images, images_of_pairs, data, len(thumbnails), len(shown.ids), run_dir.uri).encode()
+    names = [shown_list.name for shown_list in shown.lists]
+    counts = (len(thumbnails), len(shown.ids))
+    return render_page(metrics, images, images_of_pairs, data, *counts, names, run_dir.uri).encode()
 
 
 def _pairs(config: Config, run_dir: RunDir, on_page: set[int]) -> list[tuple[int, int, float]]:

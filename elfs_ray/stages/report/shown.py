@@ -1,13 +1,13 @@
 """Collect the images that the report shows on its map and in its gallery.
 
-They are images of the coreset, spread over the list; a sample of the pool; the images nearest to the centre of their
-group; the hardest and the easiest that were left out; near-duplicates; and images that are labelled already.
+They are images of the coreset and of later ones, spread over each list; a sample of the pool; the images nearest to the
+centre of their group; the hardest and the easiest that were left out; near-duplicates; and images that are labelled
+already.
 
 Driver memory: 8 bytes a sample for the ids of a million samples at a time, one file of a table at a time, and for each
 of at most 8,000 images its uri and its embedding.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -20,47 +20,43 @@ from elfs_ray.methods.numeric.hashing import hash_uniform
 from elfs_ray.stages.duplicates import DuplicatesResult
 from elfs_ray.stages.index import IndexResult
 from elfs_ray.stages.index.records import gone_ids
-from elfs_ray.stages.select import CoresetResult, SelectResult
-from elfs_ray.stages.select.left_out import LEFT_OUT
-from elfs_ray.stages.select.named_images import read_named_images
-from elfs_ray.storage import filesystem, schema
+from elfs_ray.stages.report.lists import LABELLED, ShownList, first_by_hash, read_lists, step_to_fit
+from elfs_ray.storage import schema
 from elfs_ray.storage.run_dir import RunDir
 
-MAX_LISTED = 5_000  # images of the coreset
 POOL_SAMPLE = 2_000
-MAX_LABELLED = MAX_DUPLICATES = 200
+MAX_DUPLICATES = 200
 NEAR_CENTRES, MAX_NEAR_A_CENTRE = 300, 8
 MAX_CHOSEN_PICTURES = 1_000
-CHOSEN_URI_BYTES, OTHER_URI_BYTES = 700_000, 300_000  # on the page; longer uris leave room for fewer images
+OTHER_URI_BYTES = 300_000  # of images that no list has; longer uris leave room for fewer of them
 IDS_AT_ONCE = 1 << 20
-# What an image is shown as, besides being chosen.
-NEAR, HARD, EASY, LABELLED, SAMPLED = "near", "hard", "easy", "labelled", "pool"
-DUPLICATE, REPRESENTATIVE = "duplicate", "representative"
+# What an image is shown as in every list.
+NEAR, SAMPLED, DUPLICATE, REPRESENTATIVE = "near", "pool", "duplicate", "representative"
 
 
 @dataclass
 class ShownImages:
-    """The images that the report shows: first those of the coreset, by rank, then others by ascending sample_id.
+    """The images that the report shows: those of the first list by rank, of further ones, others by ascending sample_id.
 
-    ids, uris, ranks, groups: of each image; a rank of -1 is for images that were not chosen, a group of -1 for runs
-    without pseudo-labels. points: (n, 2) float32 in 0..1. kinds: the ids that are shown as NEAR, HARD and so
-    on, of HARD and EASY the most extreme first.
+    lists: the run's coreset and others. ids, uris, groups: of each image; a group of -1 is for runs without
+    pseudo-labels. points: (n, 2) float32 in 0..1. kinds: the ids that are shown as NEAR, SAMPLED and so on.
     """
 
+    lists: list[ShownList]
     ids: np.ndarray
     uris: list[str]
-    ranks: np.ndarray
     groups: np.ndarray
     points: np.ndarray
     kinds: dict[str, np.ndarray] = field(default_factory=dict)
 
     def by_importance(self, first: Mapping[str, Sequence[int]]) -> tuple[list[int], list[int]]:
         """Return the ids that should get thumbnails first, which begin with `first`, and those that may get one."""
-        chosen = self.ids[self.ranks >= 0]
-        spread = chosen[:: -(-len(chosen) // MAX_CHOSEN_PICTURES)]
-        others = [self.kinds.get(kind, chosen[:0]) for kind in (NEAR, LABELLED, DUPLICATE)]
-        important = dict.fromkeys(np.concatenate([*map(_ids, first.values()), spread, *others]).tolist())
-        sample = _first_by_hash(self.kinds[SAMPLED], len(self.kinds[SAMPLED])).tolist()
+        room = MAX_CHOSEN_PICTURES // len(self.lists)
+        spread = [shown.ids[:: -(-len(shown.ids) // room)] for shown in self.lists]
+        others = [self.kinds.get(kind, self.ids[:0]) for kind in (NEAR, DUPLICATE)]
+        others += [shown.kinds[LABELLED] for shown in self.lists]
+        important = dict.fromkeys(np.concatenate([*map(_ids, first.values()), *spread, *others]).tolist())
+        sample = first_by_hash(self.kinds[SAMPLED], len(self.kinds[SAMPLED])).tolist()
         return list(important), [i for i in sample if i not in important]
 
 
@@ -70,62 +66,34 @@ def _ids(ids: Sequence[int]) -> np.ndarray:
 
 def collect_images(config: Config, run_dir: RunDir) -> ShownImages:
     """Return the images to show, the same for every report of a run."""
-    chosen = _chosen(run_dir)
-    chosen_ids = chosen[schema.SAMPLE_ID].to_numpy()
     kinds = {SAMPLED: _sample(run_dir, POOL_SAMPLE)}
-    first, count = SelectResult.read(run_dir).coresets[schema.CORESET], config.report.images_per_grid
-    kinds[HARD], kinds[EASY] = _ids(first.hardest_examples[:count]), _ids(first.easiest_examples[:count])
-    if config.select.method == "double_end" and not config.select.balance:
-        hard, easy = _beyond_the_cuts(run_dir, first, kinds[SAMPLED])
-        kinds[HARD] = np.concatenate([kinds[HARD], np.setdiff1d(hard, kinds[HARD])])
-        kinds[EASY] = np.concatenate([kinds[EASY], np.setdiff1d(easy, kinds[EASY])])
-    kinds[LABELLED] = _labelled(config, run_dir)
+    lists = read_lists(config, run_dir, kinds[SAMPLED])
     if config.duplicates.threshold is not None:
         duplicates = run_dir.read_column(schema.DUPLICATES, column=schema.SAMPLE_ID)
-        pairs = DuplicatesResult.read(run_dir).examples[: count // 2]
-        kinds[DUPLICATE] = np.union1d(_first_by_hash(duplicates, MAX_DUPLICATES), _ids([pair[0] for pair in pairs]))
+        pairs = DuplicatesResult.read(run_dir).examples[: config.report.images_per_grid // 2]
+        kinds[DUPLICATE] = np.union1d(first_by_hash(duplicates, MAX_DUPLICATES), _ids([pair[0] for pair in pairs]))
         kinds[REPRESENTATIVE] = np.unique(_ids([pair[1] for pair in pairs]))
     if config.needs_clusters:
         kinds[NEAR] = _near_centres(run_dir)
+    uri_of = {i: uri for shown in lists for i, uri in zip(shown.ids.tolist(), shown.uris, strict=True)}
+    listed = _ids(list(uri_of))
     gone = gone_ids(run_dir)
-    kinds = {kind: members[~np.isin(members, gone)] for kind, members in kinds.items()}
-    others = np.setdiff1d(np.concatenate(list(kinds.values())), chosen_ids)
+    every_kind = [kinds, *(shown.kinds for shown in lists)]
+    members = np.concatenate([ids for of_kind in every_kind for ids in of_kind.values()])
+    others = np.setdiff1d(members, np.union1d(listed, gone))
     uris = run_dir.read_rows(schema.INDEX, others, [schema.URI])[schema.URI].to_pylist()
-    step = _step(uris, OTHER_URI_BYTES)
-    others, uris = others[::step], uris[::step]
-    ids = np.concatenate([chosen_ids, others])
-    kinds = {kind: members[np.isin(members, ids)] for kind, members in kinds.items()}
-    ranks = np.concatenate([chosen[schema.RANK].to_numpy(), np.full(len(others), -1)])
+    step = step_to_fit(uris, OTHER_URI_BYTES)
+    ids = np.concatenate([listed, others[::step]])
+    for of_kind in every_kind:
+        of_kind.update({kind: members[np.isin(members, ids)] for kind, members in of_kind.items()})
     return ShownImages(
+        lists,
         ids,
-        chosen[schema.URI].to_pylist() + uris,
-        ranks,
+        list(uri_of.values()) + uris[::step],
         _groups(run_dir, ids) if config.needs_clusters else np.full(len(ids), -1),
         _points(run_dir, ids, np.isin(ids, kinds[SAMPLED])),
         kinds,
     )
-
-
-def _chosen(run_dir: RunDir) -> pa.Table:
-    """Return sample_id, uri and rank of images of the coreset: of all, or of some that are spread evenly."""
-    total = SelectResult.read(run_dir).rows
-    ranks = np.unique(np.linspace(0, total - 1, min(total, MAX_LISTED)).round().astype(np.int64))
-    chosen = _at_ranks(run_dir, ranks)
-    return chosen.take(np.arange(0, len(chosen), _step(chosen[schema.URI].to_pylist(), CHOSEN_URI_BYTES)))
-
-
-def _step(uris: list[str], max_bytes: int) -> int:
-    """Return 1 if the uris fit on the page, 2 if every second does, and so on."""
-    # Their common beginning is there once; <, > and & take six bytes in JSON that is safe inside HTML.
-    length = len(os.path.commonprefix(uris))  # noqa: RUF071  # of texts: it may end inside a name
-    num_bytes = sum(len(uri[length:].encode()) + 5 * sum(map(uri.count, '<>&"')) for uri in uris)
-    return max(1, -(-num_bytes // max_bytes))
-
-
-def _at_ranks(run_dir: RunDir, ranks: np.ndarray) -> pa.Table:
-    columns = [schema.SAMPLE_ID, schema.URI, schema.RANK]
-    tables = run_dir.read_table(schema.CORESET, columns=columns)
-    return pa.concat_tables([rows.filter(np.isin(rows[schema.RANK].to_numpy(), ranks)) for rows in tables])
 
 
 def _sample(run_dir: RunDir, count: int) -> np.ndarray:
@@ -137,32 +105,6 @@ def _sample(run_dir: RunDir, count: int) -> np.ndarray:
         ids = np.arange(first, min(first + IDS_AT_ONCE, num_samples))
         sampled.append(ids[hash_uniform(0, ids) < count / num_samples])
     return np.setdiff1d(np.concatenate(sampled), absent)
-
-
-def _labelled(config: Config, run_dir: RunDir) -> np.ndarray:
-    """Return some of the ids that were labelled when the coreset was chosen."""
-    left_out = run_dir.read_column(SelectResult.stage, LEFT_OUT, column=schema.SAMPLE_ID)
-    path = config.select.labelled
-    # A page that is written again much later can do without the list, or without one that names another pool by now.
-    if path is None or not len(left_out) or not filesystem.exists(path):
-        return left_out[:0]
-    try:
-        labelled = read_named_images("select.labelled", path, run_dir)
-    except ValueError:
-        return left_out[:0]
-    return _first_by_hash(np.intersect1d(labelled, left_out), MAX_LABELLED)
-
-
-def _beyond_the_cuts(run_dir: RunDir, coreset: CoresetResult, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return those of some ids that were left out as too hard, and those left out as too easy."""
-    scores = run_dir.read_rows(coreset.score_table, ids, [coreset.score])[coreset.score].to_numpy()
-    sign = 1 if coreset.hard_side == "low" else -1
-    easiness = sign * scores
-    return ids[easiness < sign * coreset.hardest_kept], ids[easiness > sign * coreset.easiest_kept]
-
-
-def _first_by_hash(ids: np.ndarray, count: int) -> np.ndarray:
-    return ids[np.argsort(hash_uniform(0, ids), kind="stable")[:count]]
 
 
 def _near_centres(run_dir: RunDir) -> np.ndarray:

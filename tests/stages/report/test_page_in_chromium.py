@@ -7,11 +7,13 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from elfs_ray.stages.report.run import run_report
+from elfs_ray.storage import filesystem
 from elfs_ray.storage.run_dir import RunDir
-from tests.tables import digits_config, write_selected
+from tests.tables import digits_config, write_later, write_selected
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 if CHROMIUM is None:
@@ -19,6 +21,7 @@ if CHROMIUM is None:
 sync_api = pytest.importorskip("playwright.sync_api")
 
 NUM_CHOSEN = 100
+LEFT_OUT = pa.table({"sample_id": [0, 21]})
 PER_PAGE = 30
 HOSTILE = """</script><script>window.harmed = 1</script><img src=x onerror="window.harmed = 1">&lt;"""
 
@@ -41,9 +44,32 @@ def browser():
         browser.close()
 
 
+@pytest.fixture(scope="module")
+def report_of_rounds(tmp_path_factory) -> Path:
+    """Write the report of a run from which another 20 digits were selected after its own 100 had been labelled."""
+    folder = tmp_path_factory.mktemp("rounds")
+    run_dir = RunDir(folder)
+    write_selected(run_dir)
+    labelled = folder / "labelled<b>.txt"
+    labelled.write_text("/digits/0.png\n/digits/21.png\n")
+    filesystem.write_table(run_dir.path("coresets", "round2", "select", "left_out", "part.parquet"), LEFT_OUT)
+    write_later(run_dir, "round2", np.arange(1000, 900, -5), labelled=str(labelled))
+    run_report(digits_config(folder, f"report.images_per_grid={PER_PAGE}"), run_dir)
+    return folder / "report.html"
+
+
 @pytest.fixture
 def page(browser, report):
-    """Open the page as a file without a network; nothing may fail, and nothing may be loaded."""
+    yield from opened(browser, report)
+
+
+@pytest.fixture
+def page_of_rounds(browser, report_of_rounds):
+    yield from opened(browser, report_of_rounds)
+
+
+def opened(browser, report: Path):
+    """Yield the page, opened as a file without a network; nothing may fail, and nothing may be loaded."""
     context = browser.new_context(offline=True, viewport={"width": 1000, "height": 900})
     page = context.new_page()
     troubles, requests = [], []
@@ -250,6 +276,39 @@ def test_a_hostile_name_is_text_everywhere(page):
     page.locator(".tile").nth(1).hover()
     assert page.locator("#detail code").text_content() == f"/digits/{HOSTILE}11\n.png"
     assert page.locator("#detail img").get_attribute("alt") == f"/digits/{HOSTILE}11\n.png"
+
+
+def test_a_later_selection_has_its_section_and_is_shown(page_of_rounds):
+    page = page_of_rounds
+    section = page.locator("#lists + p + .scroll").inner_text()
+    assert "0.875" in section and "0.750" in section and "100 were labelled already" in section
+    assert "labelled<b>.txt" in section
+    before = picture_of_map(page)
+    page.click(".show-list[value='coresets/round2']")
+    assert page.evaluate("document.activeElement.id") == "list" and page.input_value("#list") == "1"
+    assert tiles(page) == [f"/digits/{i}.png" for i in range(1000, 900, -5)]
+    assert text(page, "first-label") == "all 20 of the list" and picture_of_map(page) != before
+    assert "number 1 of 20" in text(page, "detail")
+    slide_to(page, 3)
+    assert len(tiles(page)) == 3 and text(page, "on-map").startswith("3 chosen and ")
+    page.select_option("#show", "labelled")
+    assert tiles(page) == ["/digits/0.png", "/digits/21.png"]
+    page.select_option("#list", "0")
+    assert text(page, "shown") == f"{NUM_CHOSEN} images" and page.input_value("#show") == "chosen"
+    assert page.locator("#show option[value='labelled']").count() == 0
+    assert "number 1 of 100" in text(page, "detail")
+
+
+@pytest.mark.slow
+def test_the_groups_are_those_of_the_list_that_is_shown(page_of_rounds):
+    page = page_of_rounds
+    page.select_option("#list", "1")
+    page.click("#groups button[value='4']")
+    in_group = len(tiles(page))
+    assert 0 < in_group < 20
+    assert page.locator("#group option:checked").inner_text().startswith(f"group 4: {in_group} of ")
+    page.select_option("#list", "0")
+    assert len(tiles(page)) > in_group and page.input_value("#group") == "4"
 
 
 @pytest.mark.slow

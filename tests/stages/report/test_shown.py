@@ -13,13 +13,13 @@ from elfs_ray.pool.images import open_proxy_image
 from elfs_ray.stages.duplicates import DuplicatesResult
 from elfs_ray.stages.index.records import write_gone
 from elfs_ray.stages.neighbors import NeighborsResult
-from elfs_ray.stages.report import run, shown, thumbnails
+from elfs_ray.stages.report import lists, run, shown, thumbnails
 from elfs_ray.stages.report.thumbnails import make_thumbnails
 from elfs_ray.stages.select import SelectResult
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 from tests.image_files import encode
-from tests.tables import GAPS, digits_config, mark, write_selected
+from tests.tables import GAPS, digits_config, mark, write_later, write_selected
 
 LIMITS = {"side": 64, "max_bytes": 10**6, "max_seconds": 60.0}
 
@@ -35,9 +35,14 @@ def collect(run_dir: RunDir, *overrides: str) -> shown.ShownImages:
     return shown.collect_images(digits_config(run_dir.uri, *overrides), run_dir)
 
 
+def kinds_of_list(run_dir: RunDir, *overrides: str) -> dict[str, np.ndarray]:
+    return collect(run_dir, *overrides).lists[0].kinds
+
+
 def test_a_small_run_shows_its_whole_coreset_and_pool(run_dir):
     images = collect(run_dir)
-    assert images.ranks[:100].tolist() == list(range(100)) and (images.ranks[100:] == -1).all()
+    (shown_list,) = images.lists
+    assert shown_list.ranks.tolist() == list(range(100)) and shown_list.ids.tolist() == images.ids[:100].tolist()
     assert sorted(images.ids) == [i for i in range(1003) if i not in GAPS]
     assert images.uris == [f"/digits/{i}.png" for i in images.ids]
     assert images.points.min() == 0 and images.points.max() == 1
@@ -54,17 +59,18 @@ def test_images_that_have_left_the_pool_are_not_shown(run_dir):
 
 
 def test_a_long_list_is_shown_evenly_and_long_names_leave_room_for_fewer(run_dir, monkeypatch):
-    monkeypatch.setattr(shown, "MAX_LISTED", 34)
+    monkeypatch.setattr(lists, "MAX_LISTED", 34)
     monkeypatch.setattr(shown, "POOL_SAMPLE", 50)
     images = collect(run_dir)
-    assert images.ranks[:34].tolist() == list(range(0, 100, 3))
+    assert images.lists[0].ranks.tolist() == list(range(0, 100, 3))
     assert 25 < len(images.kinds[shown.SAMPLED]) < 80
-    monkeypatch.setattr(shown, "CHOSEN_URI_BYTES", 60)  # a third or a quarter of what they take
+    monkeypatch.setattr(lists, "URI_BYTES", 60)  # a third or a quarter of what they take
     monkeypatch.setattr(shown, "OTHER_URI_BYTES", 200)
     fewer = collect(run_dir)
-    assert fewer.ranks[fewer.ranks >= 0].tolist() == list(range(0, 100, 12))
+    assert fewer.lists[0].ranks.tolist() == list(range(0, 100, 12))
     assert len(fewer.ids) - 9 < (len(images.ids) - 34) / 2
-    assert all(np.isin(members, fewer.ids).all() for members in fewer.kinds.values())
+    kinds = (*fewer.kinds.values(), *fewer.lists[0].kinds.values())
+    assert all(np.isin(members, fewer.ids).all() for members in kinds)
 
 
 @pytest.mark.parametrize("values", [[1.0], [1.0, 0.0], [1.0, 1.0, 0.9995]])
@@ -97,12 +103,12 @@ def test_images_of_the_pool_beyond_the_cuts_are_shown_as_left_out(run_dir, side)
     changed = {"hard_side": side, "hardest_kept": cuts[0], "easiest_kept": cuts[1]}
     first = dataclasses.replace(selected.coresets[schema.CORESET], hardest_examples=[], easiest_examples=[4], **changed)
     mark(run_dir, dataclasses.replace(selected, coresets={schema.CORESET: first}))
-    low, high = (shown.HARD, shown.EASY) if side == "low" else (shown.EASY, shown.HARD)
-    kinds = collect(run_dir).kinds
+    low, high = (lists.HARD, lists.EASY) if side == "low" else (lists.EASY, lists.HARD)
+    kinds = kinds_of_list(run_dir)
     assert set(kinds[low].tolist()) | {4} == {i for i in range(101) if i not in GAPS}
     assert kinds[high].tolist() == ([4] if side == "low" else []) + list(range(803, 1003))
-    assert kinds[shown.EASY][0] == 4  # the examples first
-    assert not len(collect(run_dir, "select.method=hardest").kinds[shown.HARD])
+    assert kinds[lists.EASY][0] == 4  # the examples first
+    assert not len(kinds_of_list(run_dir, "select.method=hardest")[lists.HARD])
 
 
 def test_labelled_images_are_shown_while_their_list_exists(run_dir, tmp_path):
@@ -111,10 +117,38 @@ def test_labelled_images_are_shown_while_their_list_exists(run_dir, tmp_path):
     left_out = run_dir.path("select", "left_out", schema.range_file(0, 1002))
     filesystem.write_table(left_out, pa.table({schema.SAMPLE_ID: [5, 6]}))
     overrides = ("select.method=coverage", f"select.labelled={labelled}")
-    assert collect(run_dir, *overrides).kinds[shown.LABELLED].tolist() == [5]
+    assert kinds_of_list(run_dir, *overrides)[lists.LABELLED].tolist() == [5]
     for change in (lambda: labelled.write_text("/of/another/pool.png\n"), labelled.unlink):
         change()
-        assert not len(collect(run_dir, *overrides).kinds[shown.LABELLED])
+        assert not len(kinds_of_list(run_dir, *overrides)[lists.LABELLED])
+
+
+def test_later_selections_are_shown_by_name_beside_the_run(run_dir, monkeypatch):
+    for name in ("round2", "round10", "all"):
+        write_later(run_dir, name, np.array([8, 5, 900, 0]))
+    images = collect(run_dir)
+    names = ["coreset", "coresets/all", "coresets/round2", "coresets/round10"]
+    assert [one.name for one in images.lists] == names
+    later = images.lists[2]
+    assert later.ids.tolist() == [8, 5, 900, 0] and later.ranks.tolist() == [0, 1, 2, 3] and later.total == 4
+    assert later.uris == [f"/digits/{i}.png" for i in later.ids] and later.kinds[lists.EASY].tolist() == [7]
+    assert later.group_sizes.sum() == 4 and len(set(images.ids.tolist())) == len(images.ids) == 1000
+    monkeypatch.setattr(lists, "MAX_LATER_LISTS", 1)
+    assert [one.name for one in collect(run_dir).lists] == ["coreset", "coresets/round10"]
+
+
+def test_a_later_selection_shows_the_images_that_are_still_there(run_dir):
+    write_later(run_dir, "round2", np.array([8, 5, 900, 0]))
+    write_later(run_dir, "round3", np.array([11, 12]))
+    write_gone(run_dir, np.array([5]))
+    path = run_dir.table_files(schema.INDEX)[0]
+    uris = [uri.replace("/digits/1", "/other/1") for uri in filesystem.read_table(path)[schema.URI].to_pylist()]
+    index = pa.table([np.arange(1003), uris, pa.nulls(1003, pa.int32())], schema=schema.INDEX_SCHEMA)
+    filesystem.write_table(path, index)  # as if the images had been numbered anew
+    later = collect(run_dir).lists[1:]
+    assert [(one.name, one.ids.tolist(), one.ranks.tolist(), one.total) for one in later] == [
+        ("coresets/round2", [8, 900, 0], [0, 2, 3], 4)
+    ]
 
 
 def test_near_duplicates_are_shown_beside_what_stands_for_them(run_dir):
