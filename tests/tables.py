@@ -152,9 +152,9 @@ def write_selected(run_dir: RunDir, uris: Mapping[int, str] | None = None) -> np
 
 
 def write_later(run_dir: RunDir, name: str, ids: np.ndarray, **keys: object) -> None:
-    """Write a coreset of some samples in this order below coresets/, as `elfs-ray reselect` does after `write_selected`.
+    """Write a coreset below coresets/, of some samples in this order, as `elfs-ray reselect` does.
 
-    keys: keys of select by which the selection was made.
+    It goes beside what `write_selected` wrote. keys: keys of select by which the selection was made.
     """
     folder = RunDir(run_dir.path(schema.CORESETS_DIR, name))
     labels = digit_images(1003)[1][ids].astype(np.int32)

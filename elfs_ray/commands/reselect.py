@@ -3,6 +3,9 @@
 from elfs_ray.cli import coreset_lines, read_arguments
 from elfs_ray.config import Config, describe_keys, fields_of
 from elfs_ray.pipeline import reselect
+from elfs_ray.stages.report import ReportResult
+from elfs_ray.storage import schema
+from elfs_ray.storage.run_dir import RunDir
 
 HELP = """\
 Choose again from a finished run, in seconds, with another budget, method or seed.
@@ -39,6 +42,9 @@ def main(arguments: list[str]) -> None:
         return
     for table, coreset in reselect.run(config, name).coresets.items():
         print("\n".join(coreset_lines(reselect.folder_of(config, name), table, coreset)))
+    run_dir = RunDir(config.run_dir)
+    if run_dir.success_marker(ReportResult.stage):
+        print(f"report   {run_dir.path(schema.REPORT_FILE)}")
 
 
 def all_keys() -> str:

@@ -1,8 +1,9 @@
 """Select another coreset from a finished run, into coresets/<name>/ of its run directory.
 
 Reads the tables of the run, its scores among them, and replaces none. Writes coreset/, coreset.txt, a
-coreset-<budget>/ for each further budget and select/, in the layout of the run. Keys that are not set keep the values
-of the run. Nothing is trained, except for select.hard_fraction=search.
+coreset-<budget>/ for each further budget and select/, in the layout of the run; then the report of the run once more,
+which shows every selection. Keys that are not set keep the values of the run. Nothing is trained, except for
+select.hard_fraction=search.
 """
 
 import dataclasses
@@ -12,11 +13,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from elfs_ray.config import DIGEST, Config, ConfigError, check_budgets, expand_home, load_config
+from elfs_ray.pipeline import rewrite_report
 from elfs_ray.pipeline.plan import wanted_marker
 from elfs_ray.pipeline.runner import locked
 from elfs_ray.runtime.progress import format_duration, say
 from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.stages.embed import num_selectable
+from elfs_ray.stages.report import STAGE as REPORT
 from elfs_ray.stages.select import STAGE, SelectResult
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import Marker, Overlay, RunDir
@@ -100,6 +103,7 @@ def run(config: Config, name: str) -> SelectResult:
             if not _is_done(config, folder):
                 marker = write(config, folder)
                 say(f"select    complete in {format_duration(marker.seconds)}")
+                _show_on_page(folder.base)
                 return SelectResult.from_json(marker.result)
     say(f"nothing to do: {folder.uri} is complete")
     return SelectResult.read(folder)
@@ -126,6 +130,16 @@ def write(config: Config, folder: Overlay) -> Marker:
     )
     folder.mark_complete(complete)
     return complete
+
+
+def _show_on_page(run_dir: RunDir) -> None:
+    """Write the report of the run again, if it has one: it shows every selection."""
+    if run_dir.success_marker(REPORT.name) is None:
+        return
+    try:
+        rewrite_report.write(rewrite_report.load([f"run_dir={run_dir.uri}"]), run_dir)
+    except ConfigError as error:  # such as damage to a table that the selection did not need
+        say(f"report    not written again: {error}")
 
 
 def config_of(run_dir: RunDir) -> dict[str, Any]:

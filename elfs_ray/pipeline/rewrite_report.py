@@ -46,11 +46,16 @@ def rewrite(config: Config) -> None:
     """Replace report.html and metrics.json. Raises ConfigError for a run that is not complete or is damaged."""
     run_dir = RunDir(config.run_dir)
     with locked(run_dir):
-        markers = {}
-        for stage in STAGE.inputs(config):
-            marker = run_dir.success_marker(stage)
-            if marker is None or (damage := run_dir.damage(stage)):
-                problem = "is damaged: " + "; ".join(damage) if marker else f"has no complete stage {stage}"
-                raise ConfigError(f"{run_dir.uri} {problem}. Run `elfs-ray select` there first")
-            markers[stage] = marker
-        run_stage(PlannedStage(STAGE, "rerun", wanted_marker(STAGE, config, markers)), config, run_dir)
+        write(config, run_dir)
+
+
+def write(config: Config, run_dir: RunDir) -> None:
+    """Do what `rewrite` does in a run directory that this driver has locked."""
+    markers = {}
+    for stage in STAGE.inputs(config):
+        marker = run_dir.success_marker(stage)
+        if marker is None or (damage := run_dir.damage(stage)):
+            problem = "is damaged: " + "; ".join(damage) if marker else f"has no complete stage {stage}"
+            raise ConfigError(f"{run_dir.uri} {problem}. Run `elfs-ray select` there first")
+        markers[stage] = marker
+    run_stage(PlannedStage(STAGE, "rerun", wanted_marker(STAGE, config, markers)), config, run_dir)

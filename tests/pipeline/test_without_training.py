@@ -1,5 +1,6 @@
 """A run that selects from embeddings alone: no clusters, no training, no copies of images."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import elfs_ray
 from elfs_ray.config import ConfigError, load_config
 from elfs_ray.pipeline import reselect
 from elfs_ray.pipeline.dry_run import describe_plan, look
+from elfs_ray.pipeline.plan import make_plan
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 from tests.tables import contents, digit_images, png
@@ -113,7 +115,7 @@ def test_elfs_in_its_place_is_refused_with_what_is_missing(covered, pool):
         reselect.load([f"run_dir={covered}", "name=elfs", "select.method=double_end", "select.hard_fraction=0.2"])
 
 
-def test_a_random_coreset_and_another_budget_are_selected_from_it(covered):
+def test_a_random_coreset_and_another_budget_are_selected_from_it(covered, pool):
     reselect.run(*reselect.load([f"run_dir={covered}", "name=random", "select.method=random"]))
     reselect.run(*reselect.load([f"run_dir={covered}", "name=fewer", "budget=9"]))
     lines = {
@@ -122,6 +124,12 @@ def test_a_random_coreset_and_another_budget_are_selected_from_it(covered):
     }
     assert lines["fewer"] == lines["all"][:9]
     assert len(set(lines["random"])) == 30 and lines["random"] != lines["all"]
+    metrics = json.loads((covered / "metrics.json").read_text())
+    assert metrics["later_selections"]["coresets/random"]["keys"] == {"select.method": "random"}
+    assert metrics["later_selections"]["coresets/fewer"]["keys"] == {"budget": 9}
+    assert 'value="coresets/fewer"' in (covered / "report.html").read_text()
+    plan = make_plan(config_for(pool, covered, "select.method=coverage"), RunDir(covered))
+    assert {planned.action for planned in plan} == {"done"}
 
 
 @pytest.mark.slow

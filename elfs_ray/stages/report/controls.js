@@ -30,7 +30,7 @@ function drawGroups() {
   element("group").value = state.group;
   groups.sort((a, b) => b[1] - a[1]);
   element("groups").replaceChildren(...groups.slice(0, 20).map(groupButton));
-  if (groups.length > 20) element("groups").append(`and ${groups.length - 20} smaller groups`);
+  element("more-groups").textContent = groups.length > 20 ? `and ${groups.length - 20} smaller groups` : "";
 }
 
 function groupButton([group, pool, chosen]) {

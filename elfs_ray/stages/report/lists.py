@@ -33,8 +33,8 @@ class ShownList:
     """A coreset as the page shows it.
 
     total: how many images it has. ids, uris, ranks: of those that the page shows, by rank: of all that are still in the
-    pool, or of some that are spread evenly. group_sizes: how many of its images have each pseudo-label, (k,). kinds: the
-    ids that were left out as HARD or EASY, the most extreme first, and of some that were LABELLED.
+    pool, or of some that are spread evenly. group_sizes: how many of its images have each pseudo-label, (k,).
+    kinds: the ids that were left out as HARD or EASY, the most extreme first, and of some that were LABELLED.
     """
 
     name: str

@@ -35,12 +35,28 @@ function drawMap() {
     if (side > 4) outline(pen, x, y, ink);
   }
   pen.globalAlpha = 1;
+  nameGroups(pen, shown, ink);
   for (const item of chosen) {
     disc(pen, ...place(item), radius, item.group < 0 ? chosenColour : colourOf(item), ink, radius * 0.3);
   }
   for (const item of state.selected) disc(pen, ...place(item), 8, null, accent, 2);
   if (state.current) disc(pen, ...place(state.current), 11, null, ink, 3);
   element("on-map").textContent = `${count(chosen.length)} chosen and ${count(shown.length - chosen.length)} other images`;
+}
+
+function nameGroups(pen, shown, ink) {
+  pen.font = "600 13px system-ui, sans-serif";
+  pen.textAlign = "center";
+  pen.lineWidth = 3;
+  pen.strokeStyle = css("--back");
+  pen.fillStyle = ink;
+  for (const button of element("groups").children) {
+    const members = shown.filter((item) => item.group === Number(button.value)).map(place);
+    if (!members.length) continue;
+    const [x, y] = [0, 1].map((axis) => members.map((point) => point[axis]).sort((a, b) => a - b)[members.length >> 1]);
+    pen.strokeText(button.value, x, y - 14);
+    pen.fillText(button.value, x, y - 14);
+  }
 }
 
 function disc(pen, x, y, radius, fill, stroke, width) {

@@ -20,8 +20,8 @@ from elfs_ray.stages.embed import EmbedResult
 from elfs_ray.stages.index import IndexResult
 from elfs_ray.stages.report import STAGE, ReportResult
 from elfs_ray.stages.report.data import page_data
-from elfs_ray.stages.report.page import render_page
 from elfs_ray.stages.report.lists import EASY, HARD
+from elfs_ray.stages.report.page import render_page
 from elfs_ray.stages.report.shown import collect_images
 from elfs_ray.stages.report.thumbnails import make_thumbnails
 from elfs_ray.stages.select import CoresetResult, SelectResult
@@ -110,7 +110,7 @@ def _coreset_metrics(coreset: CoresetResult) -> dict[str, Any]:
 
 
 def _later_selections(run_dir: RunDir) -> dict[str, dict[str, Any]]:
-    """Return what is known of each coreset below coresets/, and the keys in which its selection differs from the run's."""
+    """Return each coreset below coresets/ with its metrics and the keys in which its selection differs from the run's."""
     keys = run_dir.complete_marker(SelectResult.stage).config
     return {
         coreset.name: {

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
-from scipy.sparse.linalg import svds
 
 from elfs_ray.config import Config
 from elfs_ray.methods.numeric.hashing import hash_uniform
+from elfs_ray.methods.numeric.layout import lay_out
 from elfs_ray.stages.duplicates import DuplicatesResult
 from elfs_ray.stages.index import IndexResult
 from elfs_ray.stages.index.records import gone_ids
@@ -36,7 +36,7 @@ NEAR, SAMPLED, DUPLICATE, REPRESENTATIVE = "near", "pool", "duplicate", "represe
 
 @dataclass
 class ShownImages:
-    """The images that the report shows: those of the first list by rank, of further ones, others by ascending sample_id.
+    """The images that the report shows: those of the first list by rank, of further lists, others by ascending id.
 
     lists: the run's coreset and others. ids, uris, groups: of each image; a group of -1 is for runs without
     pseudo-labels. points: (n, 2) float32 in 0..1. kinds: the ids that are shown as NEAR, SAMPLED and so on.
@@ -137,17 +137,8 @@ def _groups(run_dir: RunDir, ids: np.ndarray) -> np.ndarray:
 
 
 def _points(run_dir: RunDir, ids: np.ndarray, is_sampled: np.ndarray) -> np.ndarray:
-    """Return where each image lies on the map: the first two principal components of a sample of the pool."""
+    """Return where each image lies on the map, 0 to 1 in either direction."""
     table = run_dir.read_rows(schema.EMBEDDINGS, ids, [schema.EMBEDDING])
-    embeddings = schema.matrix_of(table, schema.EMBEDDING).astype(np.float32)
-    sample = embeddings[is_sampled]
-    if min(sample.shape) <= 2 or (sample == sample[0]).all():
-        return np.full((len(ids), 2), 0.5, np.float32)
-    mean = sample.mean(axis=0)
-    # Two axes of a thousand: Lanczos iterations take a fraction of the time of all (fit_pca). They begin with a fixed
-    # vector, so that the map of a run is always the same.
-    _, _, axes = svds(sample - mean, k=2, v0=hash_uniform(0, np.arange(min(sample.shape))))
-    axes = axes[::-1] * np.where(axes[::-1].sum(axis=1, keepdims=True) < 0, -1, 1)
-    points = (embeddings - mean) @ axes.T
-    low, high = points.min(axis=0), points.max(axis=0)
-    return (points - low) / np.maximum(high - low, np.finfo(np.float32).tiny)
+    points = lay_out(schema.matrix_of(table, schema.EMBEDDING).astype(np.float32), is_sampled)
+    low, width = points.min(axis=0), np.ptp(points, axis=0)
+    return np.divide(points - low, width, out=np.full_like(points, 0.5), where=width > 0)
