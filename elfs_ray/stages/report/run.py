@@ -110,7 +110,7 @@ def _coreset_metrics(coreset: CoresetResult) -> dict[str, Any]:
 
 
 def _later_selections(run_dir: RunDir) -> dict[str, dict[str, Any]]:
-    """Return each coreset below coresets/ with its metrics and the keys in which its selection differs from the run's."""
+    """Return the metrics of each coreset below coresets/, and the keys in which it differs from the run."""
     keys = run_dir.complete_marker(SelectResult.stage).config
     return {
         coreset.name: {

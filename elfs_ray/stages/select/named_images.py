@@ -101,9 +101,10 @@ def _checked_ids(ids: pa.Array, num_samples: int, source: str) -> np.ndarray:
 
 
 def _ids_of_uris(uris: pa.Array, run_dir: RunDir, source: str) -> np.ndarray:
-    matches, sample_ids = np.zeros(len(uris), bool), []
+    matches, sample_ids, first = np.zeros(len(uris), bool), [], ""
     for rows in run_dir.read_table(schema.INDEX, columns=[schema.SAMPLE_ID, schema.URI]):
         escaped = [schema.escape_line_breaks(uri) for uri in rows[schema.URI].to_pylist()]
+        first = first or next(iter(escaped), "")
         positions = pc.index_in(pa.array(escaped, pa.large_string()), value_set=uris)
         matches[positions.drop_null().to_numpy()] = True
         sample_ids.append(rows[schema.SAMPLE_ID].to_numpy()[pc.is_valid(positions).to_numpy(zero_copy_only=False)])
@@ -111,7 +112,7 @@ def _ids_of_uris(uris: pa.Array, run_dir: RunDir, source: str) -> np.ndarray:
         unknown = uris.filter(pa.array(~matches)).to_pylist()
         shown = ", ".join(unknown[:MAX_NAMED]) + (", …" if len(unknown) > MAX_NAMED else "")
         raise ValueError(
-            f"{source} names {len(unknown)} images that are not in the pool: {shown}. Uris must "
-            "be those of index/, as in coreset.txt"
+            f"{source} names {len(unknown)} images that are not in the pool: {shown}. Give uris "
+            f"as in index/ and coreset.txt, such as {first}"
         )
     return np.concatenate(sample_ids)
