@@ -35,10 +35,10 @@ function drawMap() {
     if (side > 4) outline(pen, x, y, ink);
   }
   pen.globalAlpha = 1;
-  nameGroups(pen, shown, ink);
   for (const item of chosen) {
     disc(pen, ...place(item), radius, item.group < 0 ? chosenColour : colourOf(item), ink, radius * 0.3);
   }
+  nameGroups(pen, shown, ink);
   for (const item of state.selected) disc(pen, ...place(item), 8, null, accent, 2);
   if (state.current) disc(pen, ...place(state.current), 11, null, ink, 3);
   element("on-map").textContent = `${count(chosen.length)} chosen and ${count(shown.length - chosen.length)} other images`;
