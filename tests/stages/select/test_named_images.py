@@ -61,7 +61,7 @@ def test_every_kind_of_file_names_the_same_images(run_dir, tmp_path, kind):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", "/digits/5.png\n/other/1.png\n", r"not in the pool: /other/1.png. Give uris .*, such as /digits/0.png"),
+        ("a.txt", "/digits/5.png\n/other/1.png\n", r"/other/1.png. Give uris .*, such as /digits/0.png"),
         ("a.csv", "sample_id\n2000\n", "names sample_id 2000, which is not in the pool: its 1003 samples"),
         ("a.csv", "name\nx\n", r"has columns \['name'\]: it must have sample_id or uri"),
         ("a.json", "{}", "must be a list of tasks"),
