@@ -79,7 +79,6 @@ def render_page(
         num_shown=num_shown,
         run_uri=run_uri,
         shown_lists=shown_lists,
-        not_shown=sum(name not in shown_lists for name in metrics["later_selections"]),
         takes_hard_fraction=USES_HARD_FRACTION,
         text_files={table: schema.coreset_text_file(table) for table in metrics["coresets"]},
         uses_hard_fraction=metrics["method"] in USES_HARD_FRACTION,

@@ -134,12 +134,15 @@ def test_later_selections_are_shown_by_name_beside_the_run(run_dir, monkeypatch)
     assert later.uris == [f"/digits/{i}.png" for i in later.ids] and later.kinds[lists.EASY].tolist() == [7]
     assert later.group_sizes.sum() == 4 and len(set(images.ids.tolist())) == len(images.ids) == 1000
     monkeypatch.setattr(lists, "MAX_LATER_LISTS", 1)
-    assert [one.name for one in collect(run_dir).lists] == ["coreset", "coresets/round10"]
+    last = lists.read_lists(digits_config(run_dir.uri), run_dir, np.arange(4, 8))
+    assert [one.name for one in last] == ["coreset", "coresets/round10"]
 
 
 def test_a_later_selection_shows_the_images_that_are_still_there(run_dir):
     write_later(run_dir, "round2", np.array([8, 5, 900, 0]))
     write_later(run_dir, "round3", np.array([11, 12]))
+    write_later(run_dir, "round4", np.array([8]))
+    filesystem.delete(run_dir.path("coresets", "round4", "coreset"))
     write_gone(run_dir, np.array([5]))
     path = run_dir.table_files(schema.INDEX)[0]
     uris = [uri.replace("/digits/1", "/other/1") for uri in filesystem.read_table(path)[schema.URI].to_pylist()]
