@@ -65,8 +65,8 @@ def _read(config: Config, run_dir: RunDir, coreset: KeptCoreset, sample: np.ndar
     rows, group_sizes = _rows(run_dir, coreset, num_lists)
     labelled = coreset.marker.config.get("select.labelled") if coreset.is_later else config.select.labelled
     count = config.report.images_per_grid
-    kinds = {HARD: coreset.result.hardest_examples[:count], EASY: coreset.result.easiest_examples[:count]}
-    kinds = {kind: np.array(ids, np.int64) for kind, ids in kinds.items()}
+    examples = {HARD: coreset.result.hardest_examples[:count], EASY: coreset.result.easiest_examples[:count]}
+    kinds = {kind: np.array(ids, np.int64) for kind, ids in examples.items()}
     if not coreset.is_later and config.select.method == "double_end" and not config.select.balance:
         for kind, ids in zip(kinds, _beyond_the_cuts(run_dir, coreset.result, sample), strict=True):
             kinds[kind] = np.concatenate([kinds[kind], np.setdiff1d(ids, kinds[kind])])
