@@ -44,7 +44,7 @@ def nearest_neighbors(
     Raises ValueError for embeddings that are not finite or not of unit length (with their ids), for a k that is not
     below the number of samples, and for a GPU or a build of faiss that is not there.
     Memory on the device: (m + n)·d·2 bytes for the queries and the largest shard, 16 m·k for the rankings, and to work
-    in 500·d KB and 100 MB (CPU) or 8·d MB and 4 GB (GPU).
+    in 600·d KB and 100 MB (CPU) or 8·d MB and 4 GB (GPU).
     """
     if k < 1:
         raise ValueError(f"k={k}; it must be at least 1")
@@ -85,8 +85,11 @@ class FlatSearch:
         starts = range(0, len(queries), self._query_rows)
         for start in range(0, len(points), self._point_rows):
             block = points[start : start + self._point_rows]
-            # faiss takes float32 on a CPU: convert a block of points once for all queries.
-            rows_of_block = block.embeddings if self._gpu_resources else block.embeddings.float()
+            rows_of_block = block.embeddings
+            if not self._gpu_resources:
+                # On a CPU faiss takes float32 and `exact_products` float64: convert a block once for all queries.
+                rows_of_block = block.embeddings.float()
+                block = Points(rows_of_block.double(), block.ids)
             ranking = Ranking.joined(
                 [
                     self._rank_block(ranking[rows], queries[rows], block, rows_of_block)

@@ -16,7 +16,7 @@ from elfs_ray.methods.neighbors.exact import FlatSearch, Neighbors, points_on, r
 from elfs_ray.methods.neighbors.ranking import MARGIN, NO_ID, Points, Ranking, rank_candidates, rank_exhaustively
 
 _CPU = torch.device("cpu")
-_QUERIES = 4096  # per search
+_QUERIES = 512  # per search, which bounds the memory of their candidates
 _ADDED = 1 << 15  # rows that are converted to float32 at a time, for faiss to add
 
 
@@ -49,8 +49,8 @@ class InvertedFile:
         """Return the k most similar samples in each query's lists (m, p), the query itself (by id) left out.
 
         The similarity stays float64 until `merge_neighbors`, as rounding first could change the order. Where the lists
-        hold fewer than k samples, the rest of a row has id -1 and similarity -inf. Memory beside the result: 200 k KB,
-        and 8·d bytes per sample of a query's lists.
+        hold fewer than k samples, the rest of a row has id -1 and similarity -inf. Memory beside the result: 7·k·d KB
+        for candidates, and 8·d bytes per sample of a query's lists.
         """
         wanted = points_on(queries, query_ids, _CPU)
         blocks = (slice(start, start + _QUERIES) for start in range(0, len(queries), _QUERIES))
@@ -77,8 +77,10 @@ class InvertedFile:
                 parts.append(rank_exhaustively(ranking[one], queries[one], self._points[torch.from_numpy(members)]))
             return Ranking.joined(parts)
 
-        candidates = (torch.from_numpy(products), torch.from_numpy(positions))
-        return rank_candidates(ranking, queries, self._points, *candidates, rank_all)
+        # An exact comparison converts all rows of its points, so it gets no more than the candidates.
+        distinct, places = torch.from_numpy(positions).clamp(min=0).unique(return_inverse=True)
+        places[torch.from_numpy(positions < 0)] = -1
+        return rank_candidates(ranking, queries, self._points[distinct], torch.from_numpy(products), places, rank_all)
 
     def _start(self, number: int) -> int:
         return self._ends[number - 1] if number else 0

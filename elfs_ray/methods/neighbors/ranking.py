@@ -10,13 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
-from elfs_ray.methods.numeric.exact_arithmetic import MAX_NORM, exact_rows, product_error, row_chunks
+from elfs_ray.methods.numeric.exact_arithmetic import MAX_NORM, exact_products, exact_rows, product_error, row_chunks
 
 # Candidates beyond k + 1 (one may be the query itself). Adjacent ranks usually differ by some 1e-4 and the bound is
 # some 2e-5, so a few spare candidates settle nearly every query; each costs an exact product.
 MARGIN = 4
 NO_ID = torch.iinfo(torch.int64).max
-_CHUNK = {"cpu": 16, "cuda": 1024}  # queries whose candidates' coordinates fit a core's cache, or fill a GPU
 
 
 @dataclass(frozen=True)
@@ -89,11 +88,8 @@ def rank_candidates(
     level = ranking.similarity[:, -1:]
     ids = points.ids[positions.clamp(min=0)]
     wanted = (positions >= 0) & (bound >= level) & (ids != queries.ids.unsqueeze(1))
-    similarity = _similarity_of(queries.embeddings, points.embeddings, positions, bound >= level)
-    merged = ranking.merged(
-        similarity.masked_fill_(~wanted, -torch.inf),
-        ids.masked_fill_(~wanted, NO_ID),
-    )
+    similarity = _similarity_of(queries.embeddings, points.embeddings, positions, wanted)
+    merged = ranking.merged(similarity, ids.masked_fill_(~wanted, NO_ID))
     # A point that faiss left out is no better than the last candidate. Where candidates end with -1, there were fewer
     # points than requested, and none was left out.
     unproven = (positions[:, -1] >= 0) & (bound[:, -1] >= merged.similarity[:, -1])
@@ -105,33 +101,16 @@ def rank_candidates(
 
 
 def _similarity_of(
-    queries: torch.Tensor, points: torch.Tensor, positions: torch.Tensor, relevant: torch.Tensor
+    queries: torch.Tensor, points: torch.Tensor, positions: torch.Tensor, wanted: torch.Tensor
 ) -> torch.Tensor:
-    """Return exact products (m, c) float64 of queries with the points at positions, where they are relevant."""
-    # Candidates descend, so the relevant ones come first in every row: cut each chunk of rows to its longest.
-    result = torch.full(positions.shape, -torch.inf, dtype=torch.float64, device=queries.device)
-    positions, queries = positions.clamp(min=0), queries.float()
-    step = _CHUNK[queries.device.type]
-    size = (step * positions.shape[1], points.shape[1])
-    # All chunks share these buffers: new ones would have to be cleared by the OS each time.
-    halves, singles, doubles = (
-        torch.empty(size, dtype=dtype, device=queries.device) for dtype in (torch.float16, torch.float32, torch.float64)
-    )
-    for start, width in zip(range(0, len(queries), step), _widths(relevant, step), strict=True):
-        rows = slice(start, start + step)
-        chosen = positions[rows, :width].flatten()
-        pairs = slice(0, len(chosen))
-        torch.index_select(points, 0, chosen, out=halves[pairs])
-        # Products of two float16 numbers, of 11 bits each, are exact in float32: only the sum needs float64. Converting
-        # before the sum is faster than a sum that converts.
-        products = singles[pairs].copy_(halves[pairs]).view(-1, width, size[1]).mul_(queries[rows].unsqueeze(1))
-        torch.sum(doubles[pairs].view(products.shape).copy_(products), 2, out=result[rows, :width])
-    return result
-
-
-def _widths(relevant: torch.Tensor, step: int) -> list[int]:
-    """Return, for each chunk of `step` queries, the largest number of relevant candidates of a query, at least 1."""
-    return [int(part.max()) for part in relevant.sum(1).clamp(min=1).split(step)]
+    """Return exact products (m, c) float64 of queries with the points at positions, -inf where they are not wanted."""
+    # Queries that share their first candidate, in the order of points, share many others, too. One after another they
+    # read the same points while these are in the cache.
+    order = positions.amin(1).argsort()
+    positions, chosen = positions[order], wanted[order]
+    similarity = torch.full(positions.shape, -torch.inf, dtype=torch.float64, device=positions.device)
+    similarity[chosen] = exact_products(queries[order], chosen.nonzero()[:, 0], points, positions[chosen])
+    return torch.empty_like(similarity).index_copy_(0, order, similarity)
 
 
 def rank_exhaustively(ranking: Ranking, queries: Points, points: Points) -> Ranking:
