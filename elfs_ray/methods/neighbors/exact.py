@@ -44,7 +44,7 @@ def nearest_neighbors(
     Raises ValueError for embeddings that are not finite or not of unit length (with their ids), for a k that is not
     below the number of samples, and for a GPU or a build of faiss that is not there.
     Memory on the device: (m + n)·d·2 bytes for the queries and the largest shard, 16 m·k for the rankings, and to work
-    in 600·d KB and 100 MB (CPU) or 8·d MB and 4 GB (GPU).
+    in 700·d KB and 100 MB (CPU) or 8·d MB and 4 GB (GPU).
     """
     if k < 1:
         raise ValueError(f"k={k}; it must be at least 1")

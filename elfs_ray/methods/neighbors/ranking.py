@@ -88,7 +88,9 @@ def rank_candidates(
     level = ranking.similarity[:, -1:]
     ids = points.ids[positions.clamp(min=0)]
     wanted = (positions >= 0) & (bound >= level) & (ids != queries.ids.unsqueeze(1))
-    similarity = _similarity_of(queries.embeddings, points.embeddings, positions, wanted)
+    similarity = torch.full(positions.shape, -torch.inf, dtype=torch.float64, device=positions.device)
+    rows = wanted.nonzero()[:, 0]
+    similarity[wanted] = exact_products(queries.embeddings, rows, points.embeddings, positions[wanted])
     merged = ranking.merged(similarity, ids.masked_fill_(~wanted, NO_ID))
     # A point that faiss left out is no better than the last candidate. Where candidates end with -1, there were fewer
     # points than requested, and none was left out.
@@ -98,19 +100,6 @@ def rank_candidates(
         settled = rank_all(rows)
         merged.similarity[rows], merged.ids[rows] = settled.similarity, settled.ids
     return merged
-
-
-def _similarity_of(
-    queries: torch.Tensor, points: torch.Tensor, positions: torch.Tensor, wanted: torch.Tensor
-) -> torch.Tensor:
-    """Return exact products (m, c) float64 of queries with the points at positions, -inf where they are not wanted."""
-    # Queries that share their first candidate, in the order of points, share many others, too. One after another they
-    # read the same points while these are in the cache.
-    order = positions.amin(1).argsort()
-    positions, chosen = positions[order], wanted[order]
-    similarity = torch.full(positions.shape, -torch.inf, dtype=torch.float64, device=positions.device)
-    similarity[chosen] = exact_products(queries[order], chosen.nonzero()[:, 0], points, positions[chosen])
-    return torch.empty_like(similarity).index_copy_(0, order, similarity)
 
 
 def rank_exhaustively(ranking: Ranking, queries: Points, points: Points) -> Ranking:

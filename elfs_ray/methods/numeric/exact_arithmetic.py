@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from scipy.sparse import csr_array
 
 from elfs_ray.methods.numeric.workspace import Workspace
 
@@ -111,17 +112,17 @@ def exact_products(
         for pairs in _pair_chunks(len(left_rows)):
             result[pairs] = (exact_rows(left[left_rows[pairs]]) * exact_rows(right[right_rows[pairs]])).sum(1)
         return result
-    # torch's sampled product reads the rows where they are; gathering the pairs first takes longer than the arithmetic.
-    ends = torch.bincount(left_rows, minlength=len(left)).cumsum(0)
+    # torch's sampled product reads rows where they are; gathering those of each pair takes longer than the arithmetic.
+    # Pair by pair in the order of the right rows, which are read once and one after another. scipy sorts pairs in a
+    # single pass, and its values say which pair went where.
+    starts = np.append(0, np.bincount(left_rows.numpy(), minlength=len(left)).cumsum())
+    pairs = csr_array((np.arange(len(left_rows)), right_rows.numpy(), starts), shape=(len(left), len(right))).tocsc()
+    starts, columns, pair = (torch.from_numpy(part).long() for part in (pairs.indptr, pairs.indices, pairs.data))
+    zeros = torch.zeros(len(pair), dtype=torch.float64)
     with warnings.catch_warnings(action="ignore"):  # torch warns that sparse matrices are in beta
-        places = torch.sparse_csr_tensor(
-            torch.cat([ends.new_zeros(1), ends]),
-            right_rows,
-            torch.zeros(len(right_rows), dtype=torch.float64),
-            size=(len(left), len(right)),
-            check_invariants=False,  # which takes as long as the products; and columns need not ascend here
-        )
-        return torch.sparse.sampled_addmm(places, exact_rows(left), exact_rows(right).T, beta=0.0).values()
+        places = torch.sparse_csr_tensor(starts, columns, zeros, size=(len(right), len(left)))
+        products = torch.sparse.sampled_addmm(places, exact_rows(right), exact_rows(left).T, beta=0.0).values()
+    return zeros.index_copy_(0, pair, products)
 
 
 def _pair_chunks(num_pairs: int) -> Iterator[slice]:
