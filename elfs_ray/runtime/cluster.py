@@ -7,11 +7,12 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._private.services import find_bootstrap_address
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elfs_ray.config import ConfigError
@@ -50,14 +51,15 @@ def connect(address: str | None, *, show_worker_logs: bool = False, **init_optio
     for name in ("ray", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
     on_sigterm = signal.getsignal(signal.SIGTERM)
+    common = {"address": address, "log_to_driver": show_worker_logs, "logging_level": logging.ERROR}
     try:
-        ray.init(
-            address=address,
-            log_to_driver=show_worker_logs,
-            logging_level=logging.ERROR,
-            runtime_env={"env_vars": WORKER_ENVIRONMENT},
-            **init_options,
-        )
+        if _starts_cluster(address, init_options.get("_temp_dir")):
+            # Workers inherit the environment of the Ray that starts them. With a runtime_env none would start before
+            # the first task needs it. The dashboard would take seconds of the CPUs that the first stages wait for.
+            with _environment(WORKER_ENVIRONMENT):
+                ray.init(**common, **{"include_dashboard": False, **init_options})
+        else:
+            ray.init(**common, runtime_env={"env_vars": WORKER_ENVIRONMENT}, **init_options)
     except ConnectionError as error:
         raise ConfigError(_no_answer(key, value, error)) from error
     # Ray raises errors of many kinds, and few of them say what to do.
@@ -72,6 +74,28 @@ def connect(address: str | None, *, show_worker_logs: bool = False, **init_optio
         # again restores it. `ray job stop` and batch schedulers send SIGTERM, and the job must then say what it has
         # kept.
         signal.signal(signal.SIGTERM, on_sigterm if callable(on_sigterm) else signal.getsignal(signal.SIGTERM))
+
+
+def _starts_cluster(address: str | None, temp_dir: str | None) -> bool:
+    """Return whether ray.init will start a Ray on this machine, rather than join one."""
+    address = address or os.environ.get("RAY_ADDRESS")
+    # Without an address ray.init joins what `ray start` has started here. Ray has no public way to ask for that.
+    return address == "local" if address else find_bootstrap_address(temp_dir) is None
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set variables of this process's environment within the context."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _refuse_if_nothing_listens(key: str, address: str) -> None:

@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray
+
+from elfs_ray.runtime.cluster import WORKER_ENVIRONMENT, _starts_cluster
 
 CONNECT = """
 import sys
@@ -54,3 +57,27 @@ def test_an_address_where_nothing_listens_is_refused_at_once(address):
         message = connect(place) if address == "given" else connect(address, RAY_ADDRESS=place)
     key = "ray_address" if address == "given" else "RAY_ADDRESS"
     assert f"no Ray cluster answers at {key}={place}: " in message and "give ray_address=local" in message
+
+
+def test_workers_alone_get_the_environment_of_workers(ray_cluster):
+    def environment() -> dict[str, str]:
+        return dict(os.environ)
+
+    of_worker = ray.get(ray.remote(environment).remote())
+    assert {name: of_worker.get(name) for name in WORKER_ENVIRONMENT} == WORKER_ENVIRONMENT
+    assert "MKL_NUM_THREADS" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("address", "variable", "starts"),
+    [("local", "10.0.0.1:6379", True), ("10.0.0.1:6379", "", False), (None, "10.0.0.1:6379", False), (None, "", True)],
+)
+def test_a_ray_is_started_where_no_address_is_given(tmp_path, monkeypatch, address, variable, starts):
+    monkeypatch.setenv("RAY_ADDRESS", variable)
+    assert _starts_cluster(address, str(tmp_path)) == starts
+
+
+def test_a_ray_that_was_started_on_this_machine_is_joined(tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (tmp_path / "ray_current_cluster").write_text("10.0.0.1:6379")
+    assert not _starts_cluster(None, str(tmp_path))

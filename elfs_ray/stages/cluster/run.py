@@ -28,7 +28,6 @@ from elfs_ray.runtime.progress import Progress, say
 from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.stages.cluster.external_labels import write_external_labels
 from elfs_ray.stages.cluster.shards import LABELS_DIR, ShardedPoints
-from elfs_ray.stages.cluster.temi import run_temi
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
@@ -54,6 +53,9 @@ def run_cluster(config: Config, run_dir: RunDir) -> ClusterResult:
         optional |= {"objective": result.objective / points.count, "iterations": result.num_iterations}
 
     if cluster.method == "temi":
+        # Imported only here: it imports Ray Train, which takes seconds.
+        from elfs_ray.stages.cluster.temi import run_temi
+
         points.release()  # TEMI needs the same CPUs, GPUs and memory
         optional["temi"] = run_temi(config, run_dir, num_clusters, points.count)
     if cluster.method == "kmeans":
