@@ -13,6 +13,8 @@ from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
 
 from elfs_ray.pool.metadata import PNG_SIGNATURE, drop_metadata, orientation
 from elfs_ray.pool.rgb import OWN_RANGE, BadImage, to_rgb
@@ -192,7 +194,10 @@ def encode_png(image: Image.Image, *, compress_level: int = -1) -> bytes:
 
 def open_proxy_image(data: bytes) -> Image.Image:
     """Decode what `encode_proxy_image` wrote. Raises OSError and others of Pillow's errors for damaged bytes."""
-    return Image.open(io.BytesIO(data), formats=("PNG", "JPEG")).convert("RGB")
+    # Not by Image.open: of a copy of 32 pixels it takes a sixth of the time to find out which format this is.
+    open_format = PngImageFile if data.startswith(PNG_SIGNATURE) else JpegImageFile
+    image = open_format(io.BytesIO(data))
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy the pixels
 
 
 def describe_bad_copy(sample_id: int, path: str, error: Exception) -> str:
