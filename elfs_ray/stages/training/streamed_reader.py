@@ -251,27 +251,28 @@ class _Decoder(Dataset):
         # one, chunks would be read twice.
         while len(self._read) > max(self._max_chunks, len(needed) + len(part.upcoming)):
             self._read.popitem(last=False)
-        images = []
-        for sample_id, chunk, row in zip(part.sample_ids, part.chunks.tolist(), part.rows.tolist(), strict=True):
+        # Whole photographs differ in size, so they are cropped one by one; centre squares are cropped as a batch.
+        is_whole, side = self._augmenter.takes_whole_images, self._proxy_size
+        squares = np.empty((0 if is_whole else len(part.sample_ids), side, side, 3), np.uint8)
+        crops = []
+        for position, (chunk, row) in enumerate(zip(part.chunks.tolist(), part.rows.tolist(), strict=True)):
             encoded = needed[chunk].result()[row].as_py()
             try:
-                images.append(self._decode(encoded, sample_id, part.epoch))
+                if is_whole:
+                    crops.append(self._crop_whole(encoded, part.sample_ids[position : position + 1], part.epoch))
+                else:
+                    squares[position] = decode_proxy_image(encoded, side)
             except Exception as error:
-                return describe_bad_copy(sample_id, self._chunks.paths[self._chunks.files[chunk]], error)
-        if not images:  # of a batch smaller than the decoders are many; `crop` gives the shape
-            none = torch.empty((0, self._proxy_size, self._proxy_size, 3), dtype=torch.uint8)
-            return self._augmenter.crop(none, part.sample_ids, part.epoch)
-        if self._augmenter.takes_whole_images:
-            return torch.cat(images)
-        return self._augmenter.crop(torch.cat(images), part.sample_ids, part.epoch)
+                path = self._chunks.paths[self._chunks.files[chunk]]
+                return describe_bad_copy(part.sample_ids[position], path, error)
+        if crops:
+            return torch.cat(crops)
+        # Without any image, of a batch smaller than the decoders are many, `crop` gives the shape.
+        return self._augmenter.crop(torch.from_numpy(squares), part.sample_ids, part.epoch)
 
-    def _decode(self, encoded: bytes, sample_id: int, epoch: int) -> torch.Tensor:
-        """Return an image as (1, ..., size, size, 3) uint8: cropped, or as its centre square to crop later."""
-        if not self._augmenter.takes_whole_images:
-            return torch.from_numpy(decode_proxy_image(encoded, self._proxy_size)[None].copy())
-        # Whole photographs differ in size, so they are cropped one by one; centre squares are cropped as a batch.
-        whole = torch.from_numpy(decode_proxy_image(encoded)[None].copy())
-        return self._augmenter.crop(whole, np.array([sample_id]), epoch)
+    def _crop_whole(self, encoded: bytes, sample_ids: np.ndarray, epoch: int) -> torch.Tensor:
+        """Return a crop of one photograph, (1, ..., size, size, 3) uint8."""
+        return self._augmenter.crop(torch.from_numpy(decode_proxy_image(encoded)[None].copy()), sample_ids, epoch)
 
     def _request(self, chunks: np.ndarray) -> "dict[int, Future[pa.Array]]":
         """Start reading the chunks that are not in memory; return them all. They will be the last to be dropped."""
