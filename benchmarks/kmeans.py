@@ -52,12 +52,13 @@ def main() -> None:
     parser.add_argument("--points", help=".npy file of points (n, d), for the parts in one process")
     parser.add_argument("--classes", help=".npy file of their classes (n,), for the part quality")
     parser.add_argument("--num-clusters", type=int, help="for the parts iteration, bounds and workers")
+    parser.add_argument("--num-points", type=int, help="made-up points, for the parts iteration, bounds and workers")
     arguments = parser.parse_args()
     if torch.cuda.is_available():
         measure_gpu(1_000_000, 1000)
         return
     num_points, num_clusters, rounds = (20_000, 100, 3) if arguments.quick else (200_000, 256, 5)
-    num_clusters = arguments.num_clusters or num_clusters
+    num_clusters, num_points = arguments.num_clusters or num_clusters, arguments.num_points or num_points
 
     @cache
     def points() -> np.ndarray:
