@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,15 +52,17 @@ def connect(address: str | None, *, show_worker_logs: bool = False, **init_optio
     for name in ("ray", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    common = {"address": address, "log_to_driver": show_worker_logs, "logging_level": logging.ERROR}
+    environment: AbstractContextManager[None] = contextlib.nullcontext()
+    if _starts_cluster(address, init_options.get("_temp_dir")):
+        # Workers inherit the environment of the Ray that starts them. With a runtime_env none would start before the
+        # first task needs it. The dashboard would take seconds of the CPUs that the first stages wait for.
+        environment = _environment(WORKER_ENVIRONMENT)
+        init_options.setdefault("include_dashboard", False)
+    else:
+        init_options["runtime_env"] = {"env_vars": WORKER_ENVIRONMENT}
     try:
-        if _starts_cluster(address, init_options.get("_temp_dir")):
-            # Workers inherit the environment of the Ray that starts them. With a runtime_env none would start before
-            # the first task needs it. The dashboard would take seconds of the CPUs that the first stages wait for.
-            with _environment(WORKER_ENVIRONMENT):
-                ray.init(**common, **{"include_dashboard": False, **init_options})
-        else:
-            ray.init(**common, runtime_env={"env_vars": WORKER_ENVIRONMENT}, **init_options)
+        with environment:
+            ray.init(address=address, log_to_driver=show_worker_logs, logging_level=logging.ERROR, **init_options)
     except ConnectionError as error:
         raise ConfigError(_no_answer(key, value, error)) from error
     # Ray raises errors of many kinds, and few of them say what to do.

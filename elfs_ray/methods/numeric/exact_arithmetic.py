@@ -115,8 +115,9 @@ def exact_products(
     # torch's sampled product reads rows where they are; gathering those of each pair takes longer than the arithmetic.
     # Pair by pair in the order of the right rows, which are read once and one after another. scipy sorts pairs in a
     # single pass, and its values say which pair went where.
-    starts = np.append(0, np.bincount(left_rows.numpy(), minlength=len(left)).cumsum())
-    pairs = csr_array((np.arange(len(left_rows)), right_rows.numpy(), starts), shape=(len(left), len(right))).tocsc()
+    ends = np.bincount(left_rows.numpy(), minlength=len(left)).cumsum()
+    by_left = (np.arange(len(left_rows)), right_rows.numpy(), np.append(0, ends))
+    pairs = csr_array(by_left, shape=(len(left), len(right))).tocsc()
     starts, columns, pair = (torch.from_numpy(part).long() for part in (pairs.indptr, pairs.indices, pairs.data))
     zeros = torch.zeros(len(pair), dtype=torch.float64)
     with warnings.catch_warnings(action="ignore"):  # torch warns that sparse matrices are in beta
