@@ -45,6 +45,15 @@ def test_the_time_of_every_long_stage_is_stated(pool, tmp_path):
     assert lines[-1].endswith("of workers, besides embed")
 
 
+@pytest.mark.slow
+def test_the_copies_that_an_encoder_is_trained_on_are_measured(pool, tmp_path):
+    (pool / "broken.png").write_bytes(b"no image")
+    config = config_of(pool, tmp_path / "run", "embed.encoder=self_supervised", "embed.image_size=null", "until=copy")
+    copy, total = describe_time(replace(look(config), pool=PoolCount(50_000))).splitlines()[1:]
+    assert copy.startswith("copy      about ") and " GiB a worker; measured here: " in copy
+    assert "in all" in total and "not estimated" not in total
+
+
 def test_a_run_of_days_is_worth_a_warning(pool, tmp_path):
     config = config_of(pool, tmp_path / "run", "train.network=resnet34", *PHOTOGRAPHS)
     plan = look(config).plan

@@ -28,6 +28,7 @@ STAGE = Stage(
     section="embed",
     section_keys=("proxy_image_size", "proxy_jpeg_quality", "max_image_pixels", "block_images"),
     global_keys=(),
+    is_estimated=True,
     grows=True,
     is_part_of=lambda config: config.pretrains,
     inputs=lambda config: ("index",),
