@@ -111,9 +111,9 @@ def _score(
     """Return the pool with the scores of a method that has its own, and how coresets of `counts` cover it, if known."""
     coverages: Sequence[Mapping[str, float] | None] = [None] * len(counts)
     if config.select.method in WHOLE_POOL_METHODS:
-        # As many more as could be among the first of D2's order and are left out of it.
-        depth = min(max(counts) + len(left_out.never_chosen), pool.num_samples)
-        pool = score_whole_pool(config, run_dir, pool, depth)
+        # As many more as could be among the first of D2's order and have a label already.
+        depth = max(counts) + len(left_out.labelled)
+        pool = score_whole_pool(config, run_dir, pool, depth, left_out.ignored)
     elif config.select.method == "random":
         pool = score_at_random(run_dir, pool, config.seed)
     elif config.select.method in BY_COVERAGE:

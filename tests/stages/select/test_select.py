@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from elfs_ray.methods.selection import d2, pruning, zcore
+from elfs_ray.methods.selection import pruning
 from elfs_ray.stages.select import coreset_files, scored_pool, selection
 from elfs_ray.stages.select import run as select
 from elfs_ray.stages.select.coreset_files import write_coresets
@@ -234,46 +234,6 @@ def test_several_budgets_at_once_are_the_coresets_of_each_alone(ray_cluster, tmp
         assert {filesystem.basename(path): data for path, data in together.items()} == {
             filesystem.basename(path): data for path, data in separate.items()
         }
-
-
-def write_neighbors(run_dir: RunDir, num_neighbors: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Write neighbors/ by brute force. Returns (sample_ids, positions of neighbours, similarity)."""
-    tables = list(run_dir.read_table("embeddings"))
-    ids = np.concatenate([table["sample_id"].to_numpy() for table in tables])
-    vectors = np.concatenate([schema.matrix_of(table, "embedding") for table in tables]).astype(np.float32)
-    cosine = vectors @ vectors.T
-    np.fill_diagonal(cosine, -2)
-    nearest = np.argsort(-cosine, axis=1, kind="stable")[:, :num_neighbors]
-    similarity = np.take_along_axis(cosine, nearest, axis=1)
-    columns = [ids, schema.matrix_column(ids[nearest]), schema.matrix_column(similarity)]
-    table = pa.table(columns, schema=schema.neighbors_schema(num_neighbors))
-    filesystem.write_table(run_dir.path("neighbors", schema.range_file(0, int(ids[-1]))), table)
-    return ids, nearest, similarity
-
-
-def test_d2_over_files_is_d2_in_memory_and_a_missing_graph_is_named(ray_cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr(select, "IDS_PER_FILE", 300)
-    run_dir = RunDir(tmp_path)
-    write_trained(run_dir)
-    config = digits_config(tmp_path, "select.method=d2", "select.d2_neighbors=5", "cluster.num_neighbors=8")
-    with pytest.raises(ValueError, match=r"run stage neighbors with cluster\.num_neighbors=5"):
-        select.run_select(config, run_dir)
-    ids, nearest, similarity = write_neighbors(run_dir, 8)
-    select.run_select(config, run_dir)
-    expected = ids[d2.d2_selection(nearest[:, :5], similarity[:, :5], 200)]
-    np.testing.assert_array_equal(read(run_dir, "coreset")["sample_id"], expected)
-
-
-def test_zcore_over_files_is_zcore_in_memory(ray_cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr(select, "IDS_PER_FILE", 300)
-    monkeypatch.setattr(zcore, "_DRAWS_PER_RANGE", 40)
-    run_dir = RunDir(tmp_path)
-    ids = write_trained(run_dir)["sample_id"]
-    select.run_select(digits_config(tmp_path, "select.method=zcore", "select.zcore_draws=100"), run_dir)
-    vectors = np.concatenate([schema.matrix_of(table, "embedding") for table in run_dir.read_table("embeddings")])
-    votes = [zcore.zcore_votes(vectors, draws, 0) for draws in (range(40), range(40, 80), range(80, 100))]
-    scores = zcore.zcore_sum(ids, votes, seed=0)
-    np.testing.assert_array_equal(read(run_dir, "coreset")["sample_id"], ids[np.lexsort((ids, -scores))][:200])
 
 
 def test_prototypicality_keeps_what_is_farthest_from_its_centroid(ray_cluster, tmp_path):
