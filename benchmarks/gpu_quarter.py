@@ -2,7 +2,7 @@
 
     until python benchmarks/gpu_quarter.py --data pools/cifar10; do [ $? = 3 ] || break; done
     python benchmarks/gpu_quarter.py --data pools/cifar10 --part encoder [key=value ...]
-    python benchmarks/gpu_quarter.py --quick
+    python benchmarks/gpu_quarter.py --quick [--folder FOLDER]
 
 --data has train/ and test/ as `elfs-ray prepare` writes them, or train.parquet and test.parquet (image, label). Nothing
 else is needed: the encoder, a ResNet-18, is trained on the pool. The parts, in order:
@@ -29,6 +29,7 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -93,13 +94,15 @@ class Work:
         return self.folder / "run"
 
 
+NUM_SEEDS = {0.1: 2, 0.3: 1}  # by the share of the images
 METHODS = (
     *("random", "elfs", "elfs+hard_fraction=0.4", "elfs+balance=true", "elfs+method=coverage"),
-    *("prototypicality", "aum_ccs"),
+    *("elfs+method=auto", "aum_ccs"),
 )
 CIFAR10: dict[str, Any] = {
     "pipeline": (
         *("embed.encoder=self_supervised", "embed.image_size=null", "pretrain.epochs=150", "pretrain.compile=true"),
+        "pretrain.num_workers=1",
         *("pretrain.temperature=0.2", "pretrain.lr=0.15", "pretrain.min_crop_area=0.2"),
         *("train.epochs=25", "train.compile=true", "select.hard_fraction=auto", "budget=[0.1,0.3]"),
     ),
@@ -107,10 +110,10 @@ CIFAR10: dict[str, Any] = {
     "methods": METHODS,
     "predicted_s": {
         "tests": 60,
-        "encoder": 230,
+        "encoder": 240,
         "clusters": 75,
-        "proxy": 55,
-        "pruned_90": 260,
+        "proxy": 60,
+        "pruned_90": 250,
         "pruned_70": 110,
         "rates": 60,
     },
@@ -140,7 +143,9 @@ QUICK: dict[str, Any] = {
 def main() -> int:
     parser = command_line(__doc__)
     parser.add_argument("--data", type=Path, help="folder with train.parquet and test.parquet")
-    parser.add_argument("--folder", type=Path, default=Path("runs/gpu_quarter"), help="folder of the run and results")
+    parser.add_argument(
+        "--folder", type=Path, help="of the run and results; default runs/gpu_quarter, with --quick none"
+    )
     parser.add_argument("--part", choices=list(PARTS), action="append", help="run this part only; repeatable")
     parser.add_argument("--minutes", type=float, default=9.5, help="stop after so many minutes")
     parser.add_argument("--quick", action="store_true", help="every part on 1,000 digits and CPUs")
@@ -148,13 +153,13 @@ def main() -> int:
     arguments = parser.parse_args()
     names = arguments.part or list(PARTS)
     if arguments.quick:
-        with tempfile.TemporaryDirectory() as folder:
+        with nullcontext(arguments.folder) if arguments.folder else tempfile.TemporaryDirectory() as folder:
             work = Work(*write_digits(Path(folder)), Path(folder), **QUICK)
             return run_for(arguments.minutes, partial(run_parts, work, names))
     if arguments.data is None:
         parser.error("give --data, a folder with train.parquet and test.parquet, or --quick")
     settings = {**CIFAR10, "pipeline": (*CIFAR10["pipeline"], *arguments.keys)}
-    work = Work(*parts_of(arguments.data), arguments.folder, **settings)
+    work = Work(*parts_of(arguments.data), arguments.folder or Path("runs/gpu_quarter"), **settings)
     return run_for(arguments.minutes, partial(run_parts, work, names))
 
 
@@ -230,7 +235,7 @@ def evaluate_pruned_90(work: Work) -> dict[str, Any]:
 
 def evaluate_pruned_70(work: Work) -> dict[str, Any]:
     """Train on 30% of the images by the methods without a proxy of their own, and on all images as the ceiling."""
-    return _evaluate(work, 0.3, ("full", *(name for name in work.methods if name != "aum_ccs")), num_seeds=1)
+    return _evaluate(work, 0.3, ("full", *(name for name in work.methods if name != "aum_ccs")))
 
 
 def measure_rates(work: Work) -> dict[str, Any]:
@@ -259,9 +264,9 @@ def _run_pipeline(work: Work, until: str | None) -> RunDir:
     return runner.run(load_config(preset("cifar10"), keys))
 
 
-def _evaluate(work: Work, budget: float, methods: tuple[str, ...], num_seeds: int = 3) -> dict[str, Any]:
+def _evaluate(work: Work, budget: float, methods: tuple[str, ...]) -> dict[str, Any]:
     keys = [f"runs=[{work.run_dir}]", f"out={work.folder / 'judged'}", f"test_uri={work.test}"]
-    keys += [f"methods=[{','.join(methods)}]", f"budgets=[{budget}]", f"num_seeds={num_seeds}"]
+    keys += [f"methods=[{','.join(methods)}]", f"budgets=[{budget}]", f"num_seeds={NUM_SEEDS[budget]}"]
     results = evaluation.run(load([*keys, *work.evaluation]))
     (quality,) = results.quality.values()
     assert quality.clustering is not None

@@ -116,6 +116,7 @@ def write_digits(folder: Path, num_pool: int = 1000) -> tuple[Path, Path]:
     from jobs.quickstart import write_digits
 
     write_digits(folder)
-    pool = pq.read_table(folder / "pool.parquet").slice(0, num_pool)
-    filesystem.write_table(str(folder / "chosen.parquet"), pool)
-    return folder / "chosen.parquet", folder / "test.parquet"
+    chosen = folder / "chosen.parquet"
+    if not chosen.exists():  # a file that is written again counts as another pool
+        filesystem.write_table(str(chosen), pq.read_table(folder / "pool.parquet").slice(0, num_pool))
+    return chosen, folder / "test.parquet"
