@@ -1,4 +1,4 @@
-"""A cluster that loses a node in every stage gives the tables of a single node."""
+"""A cluster of several nodes gives the results of a single one, even where it loses a node in every stage."""
 
 import shutil
 import subprocess
@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from ray.cluster_utils import Cluster
 
 from tests.tables import contents, digit_images, png
 
@@ -15,6 +16,7 @@ SCRIPT = Path(__file__).with_name("nodes_run.py")
 NAMESPACES = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--net", "--mount"]
 MAY_UNSHARE = shutil.which("ip") and subprocess.run([*NAMESPACES, "true"], capture_output=True).returncode == 0
 TABLES = ("index", "rejected", "embeddings", "proxy_images", "clusters", "dynamics", "scores", "coreset")
+UNTRAINED = ("index", "embeddings", "neighbors", "duplicates", "clusters", "coreset")
 
 
 @pytest.fixture
@@ -26,14 +28,19 @@ def folder():
 
 
 @pytest.fixture
-def overrides(folder) -> list[str]:
+def pool(folder) -> Path:
     images, _ = digit_images(800)
     for number, image in enumerate(images):
         path = folder / "pool" / str(number % 8) / f"{number:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(png(image))
+    return folder / "pool"
+
+
+@pytest.fixture
+def overrides(pool) -> list[str]:
     return [
-        *(f"pool.uri={folder / 'pool'}", "budget=0.25", "embed.encoder=pixels", "embed.image_size=8"),
+        *(f"pool.uri={pool}", "budget=0.25", "embed.encoder=pixels", "embed.image_size=8"),
         *("embed.proxy_image_size=8", "embed.block_images=64", "cluster.method=kmeans", "cluster.num_clusters=10"),
         *("cluster.num_tries=20", "train.network=small_cnn", "train.epochs=5", "train.batch_size=64"),
         *("train.augmentation=crop", "train.crop_padding=1", "train.num_workers=2", "train.cpus_per_worker=2"),
@@ -53,3 +60,29 @@ def test_a_node_lost_in_each_stage_changes_nothing(folder, overrides, kind):
     lost = [line for line in result.stdout.splitlines() if line.startswith("lost ")]
     assert lost == [f"lost {stage} in time" for stage in ("index", "embed", "cluster", "train", "select")]
     assert contents(folder / "three", *TABLES) == contents(folder / "one", *TABLES)
+
+
+@pytest.fixture
+def address(folder) -> str:
+    """Yield the address of a cluster of three nodes with a CPU each."""
+    cluster = Cluster(shutdown_at_exit=True)
+    try:
+        cluster.add_node(num_cpus=1, temp_dir=str(folder / "ray"), include_dashboard=False)
+        for _ in range(2):
+            cluster.add_node(num_cpus=1)
+        yield cluster.address
+    finally:
+        cluster.shutdown()
+
+
+def test_a_typed_command_chooses_the_same_images_on_three_nodes(folder, pool, address):
+    command = [sys.executable, "-m", "elfs_ray", "select", str(pool), "--budget", "60"]
+    command += ["embed.encoder=pixels", "embed.block_images=64"]
+    for name, where in {"here": "local", "nodes": address}.items():
+        place = [f"ray_address={where}", f"run_dir={folder / name}"]
+        ended = subprocess.run([*command, *place], capture_output=True, text=True, timeout=500)
+        assert ended.returncode == 0, ended.stderr[-5000:]
+    assert "3 CPUs and 0 GPUs in the Ray cluster" in ended.stderr
+    chosen = (folder / "nodes" / "coreset.txt").read_text()
+    assert chosen == (folder / "here" / "coreset.txt").read_text() and len(chosen.splitlines()) == 60
+    assert contents(folder / "nodes", *UNTRAINED) == contents(folder / "here", *UNTRAINED)
