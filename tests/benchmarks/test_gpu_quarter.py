@@ -1,0 +1,94 @@
+"""benchmarks/gpu_quarter.py in small: every part runs on CPUs, and one that is killed repeats nothing that was done."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_quarter.py"
+# What a part that takes long has written once it is in the middle of its work.
+HALFWAY = {
+    "encoder": "run/pretrain/_STARTED.json",
+    "clusters": "run/cluster/_STARTED.json",
+    "proxy": "run/dynamics/epoch=000/*.parquet",
+    "pruned_90": "judged/trials/*.json",
+}
+# What depends on the machine and its load.
+RATES = ("seconds", "images_per_s")
+
+
+def command(folder: Path) -> list[str]:
+    return [sys.executable, str(SCRIPT), "--quick", "--minutes", "20", "--folder", str(folder)]
+
+
+def results(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the line of each part, without what depends on the machine."""
+    path = folder / "results.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    assert len({line["part"] for line in lines}) == len(lines)
+    return {line["part"]: {name: line[name] for name in line if name not in RATES} for line in lines}
+
+
+def finished_files(folder: Path) -> dict[Path, int]:
+    """Return the markers of complete stages and the results of trainings, with the times when they were written."""
+    paths = [*folder.rglob("_SUCCESS.json"), *folder.glob("judged/trials/*.json")]
+    return {path: path.stat().st_mtime_ns for path in paths}
+
+
+def wait_until(is_met: Callable[[], bool], process: subprocess.Popen) -> None:
+    while not is_met():
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.05)
+
+
+def kill_in(part: str, folder: Path, log: Path) -> None:
+    """Start the command and kill it, with all of its workers, in the middle of this part."""
+    with (
+        log.open("wb") as sink,
+        subprocess.Popen(command(folder), stdout=sink, stderr=sink, start_new_session=True) as process,
+    ):
+        wait_until(lambda: f"{part}: ? s predicted" in log.read_text(), process)
+        wait_until(lambda: part not in HALFWAY or bool(list(folder.glob(HALFWAY[part]))), process)
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    ended = subprocess.run(command(folder), capture_output=True, text=True, timeout=1200)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return folder
+
+
+def test_every_part_leaves_a_line(undisturbed):
+    lines = results(undisturbed)
+    assert list(lines) == ["tests", "encoder", "clusters", "proxy", "pruned_90", "pruned_70", "rates"]
+    assert lines["tests"] == {"part": "tests", "predicted_s": None, "exit_code": 0}
+    assert sum(lines["clusters"]["sizes"]) == 1000
+    assert set(lines["pruned_70"]["accuracies"]) >= {"full", "random", "elfs"}
+
+
+def test_a_run_killed_in_every_part_repeats_nothing_that_was_finished(undisturbed, tmp_path):
+    parts = list(results(undisturbed))
+    folder, finished = tmp_path / "killed", {}
+    for number, part in enumerate(parts):
+        kill_in(part, folder, tmp_path / f"{part}.log")
+        assert list(results(folder)) == parts[:number]
+        finished |= finished_files(folder)
+    ended = subprocess.run(command(folder), capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    killed, whole = results(folder), results(undisturbed)
+    for part in parts[:-1]:  # the last one has rates alone
+        assert killed[part] == whole[part]
+    assert killed["rates"].keys() == whole["rates"].keys()
+    begun = [line for log in tmp_path.glob("*.log") for line in log.read_text().splitlines() if "s predicted" in line]
+    assert len(begun) == 2 * len(parts) - 1  # a part is begun in the run that it is killed in, and in the next
