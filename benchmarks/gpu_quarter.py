@@ -95,10 +95,7 @@ class Work:
 
 
 NUM_SEEDS = {0.1: 2, 0.3: 1}  # by the share of the images
-METHODS = (
-    *("random", "elfs", "elfs+hard_fraction=0.4", "elfs+balance=true", "elfs+method=coverage"),
-    *("elfs+method=auto", "aum_ccs"),
-)
+METHODS = ("random", "elfs", "elfs+hard_fraction=0.4", "elfs+balance=true", "coverage", "auto", "aum_ccs")
 CIFAR10: dict[str, Any] = {
     "pipeline": (
         *("embed.encoder=self_supervised", "embed.image_size=null", "pretrain.epochs=150", "pretrain.compile=true"),
