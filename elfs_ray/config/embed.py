@@ -12,8 +12,10 @@ from elfs_ray.config.declaration import (
     memory_option,
     option,
 )
+from elfs_ray.methods.encoders.processor import BF16, FP32, OPENVINO, TORCH
 
 SELF_SUPERVISED = "self_supervised"
+AUTO = "auto"
 
 
 @dataclass
@@ -58,7 +60,22 @@ class EmbedConfig:
         unit="images",
         bounds=POSITIVE,
     )
-    batch_size: int = option(128, "images in one forward pass of the encoder", unit="images", bounds=POSITIVE)
+    batch_size: int = option(
+        128, "images in one forward pass of the encoder; OpenVINO always takes 16", unit="images", bounds=POSITIVE
+    )
+    # Without a trace in the markers of runs by torch, which are those of earlier releases, too.
+    runtime: str = option(
+        AUTO,
+        "what computes the encoder; auto means openvino on CPUs if it is installed (extra cpu-fast), else torch",
+        choices=(AUTO, TORCH, OPENVINO),
+        decides=lambda section: section.runtime != TORCH,
+    )
+    precision: str = option(
+        AUTO,
+        "precision of the encoder; auto means bf16 on GPUs, bf16 by openvino on CPUs that have it, and else fp32",
+        choices=(AUTO, FP32, BF16),
+        decides=lambda section: section.precision != AUTO,
+    )
     device: str = device_option("encoders run")
     num_workers: int | str | None = option(
         None,

@@ -15,6 +15,7 @@ from elfs_ray.evaluation.held_out import class_numbers, list_test_images
 from elfs_ray.evaluation.trials import Trial, TrialPlace
 from elfs_ray.evaluation.true_labels import TrueLabels, digest
 from elfs_ray.evaluation.workload import Workload
+from elfs_ray.methods.encoders.processor import OPENVINO
 from elfs_ray.methods.training.linear_probe import fit_linear_probe
 from elfs_ray.pipeline import runner
 from elfs_ray.stages.index.records import gone_ids
@@ -66,6 +67,8 @@ def embed_test_images(
     source, columns = workload.sources[0], workload.columns
     keys = [f"run_dir={folder}", f"pool.uri={test_uri}", f"pool.format={workload.pool_format}"]
     keys += [f"pool.label={columns.label}", *([f"pool.image_column={columns.image}"] if columns.image else [])]
+    # Where OpenVINO has computed the pool's embeddings, on CPUs, it computes these, too.
+    device = "cpu" if source.config.embed.runtime == OPENVINO else device
     keys += [f"embed.device={device}", "budget=1.0", "until=embed", "on_change=rerun"]
     keys.append("on_pool_change=extend")
     # A method that needs no copies of the images.

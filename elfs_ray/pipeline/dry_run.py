@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from elfs_ray.config import USES_HARD_FRACTION, Config
 from elfs_ray.pipeline.estimates import describe_estimates
 from elfs_ray.pipeline.plan import PlannedStage, PoolCount, check, count_pool, is_done
-from elfs_ray.pipeline.settle import settle
+from elfs_ray.pipeline.settle import settle, settle_runtime
 from elfs_ray.pool.files import describe_passed_over
 from elfs_ray.runtime.cluster import Devices, find_devices
 from elfs_ray.runtime.progress import count
@@ -38,7 +38,9 @@ def look(config: Config, pool: PoolCount | None = None) -> Look:
     config, decisions = settle(config, run_dir)
     plan = check(config, run_dir, pool)
     pool = pool or count_pool(config, run_dir, plan)
-    return Look(config, run_dir, plan, pool, find_devices(config.ray_address), decisions)
+    devices = find_devices(config.ray_address)
+    config, more = settle_runtime(config, plan, devices)
+    return Look(config, run_dir, plan, pool, devices, decisions + more)
 
 
 def describe_time(known: Look) -> str:

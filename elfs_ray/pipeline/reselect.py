@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from elfs_ray.config import DIGEST, Config, ConfigError, check_budgets, expand_home, load_config
+from elfs_ray.methods.encoders.processor import TORCH
 from elfs_ray.pipeline import rewrite_report
 from elfs_ray.pipeline.plan import wanted_marker
 from elfs_ray.pipeline.runner import locked
@@ -161,6 +162,7 @@ def config_of(run_dir: RunDir) -> dict[str, Any]:
                 continue
             section, _, name = key.rpartition(".")
             (base[section] if section else base)[name] = value
+    base["embed"].setdefault("runtime", TORCH)  # the only one that leaves no key
     # A run without a search has no search_* keys among those that decide, but may have been told them.
     base["select"] |= SelectResult.read(run_dir).search
     index = run_dir.success_marker("index")

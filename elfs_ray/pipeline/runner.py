@@ -8,20 +8,21 @@ import dataclasses
 import platform
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 from elfs_ray.config import Config, ConfigError
 from elfs_ray.pipeline.estimates import estimate_stages, may_take_days, warn_of_days
 from elfs_ray.pipeline.plan import PlannedStage, check, check_listed, make_plan, refuse_differences
 from elfs_ray.pipeline.replace import remove_stage
-from elfs_ray.pipeline.settle import settle
+from elfs_ray.pipeline.settle import settle, settle_runtime
 from elfs_ray.runtime.progress import count, format_duration, listen, say
 from elfs_ray.stages.index import IndexResult
 from elfs_ray.storage import filesystem
 from elfs_ray.storage.run_dir import RunDir
 from elfs_ray.storage.run_lock import RunDirInUse, RunLock
 
-RECORDED_VERSIONS = ("elfs-ray", "ray", "torch", "torchvision", "pyarrow", "numpy", "pillow")
+# Those of them that are installed.
+RECORDED_VERSIONS = ("elfs-ray", "ray", "torch", "torchvision", "openvino", "pyarrow", "numpy", "pillow")
 
 
 def run(config: Config) -> RunDir:
@@ -41,6 +42,7 @@ def run(config: Config) -> RunDir:
     for line in decisions:
         say(line)
     _connect(config)
+    config = _settle_runtime(config, plan)
     _announce_requests(plan, config)
     with locked(run_dir) as lock:
         # Planned again: until this one got the lock, another driver may have completed, started or replaced stages.
@@ -101,6 +103,16 @@ def _connect(config: Config) -> None:
     listen(report_progress)
 
 
+def _settle_runtime(config: Config, plan: list[PlannedStage]) -> Config:
+    """Return the config with what computes the encoder, and say what does."""
+    from elfs_ray.runtime.cluster import devices_of_cluster
+
+    config, decisions = settle_runtime(config, plan, devices_of_cluster())
+    for line in decisions:
+        say(line)
+    return config
+
+
 def _announce_requests(plan: list[PlannedStage], config: Config) -> None:
     """Print what each stage that will run asks of the cluster. Raises ConfigError for what the cluster cannot have."""
     from elfs_ray.runtime.cluster import devices_of_cluster
@@ -136,6 +148,14 @@ def _warn_of_days(config: Config, run_dir: RunDir, plan: list[PlannedStage]) -> 
             say(f"time      {line}")
 
 
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in RECORDED_VERSIONS:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
+
+
 def run_stage(planned: PlannedStage, config: Config, run_dir: RunDir) -> None:
     """Run one stage of a plan, with its markers before and after. The caller holds the lock."""
     stage, marker = planned.stage, planned.marker
@@ -160,7 +180,7 @@ def run_stage(planned: PlannedStage, config: Config, run_dir: RunDir) -> None:
         # Sizes, by which later runs notice files that were lost or cut short.
         outputs=run_dir.measure(marker.outputs),
         seconds=round(time.time() - start_s, 3),
-        versions={name: version(name) for name in RECORDED_VERSIONS} | {"python": platform.python_version()},
+        versions=_versions(),
     )
     # Last of all: only this makes the tables readable to later stages.
     run_dir.mark_complete(complete)

@@ -1,17 +1,23 @@
-"""Settle what `auto` stands for in a run: the encoder, by the weights that are here, and profiles, by the devices.
+"""Settle what `auto` stands for in a run: the encoder, by the weights that are here, and the rest by the machines.
 
 It is decided once, on the driver, before anything else, and the markers record the decision as if it had been typed. A
 run that is resumed keeps it, even where another choice would be made by now.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from elfs_ray.config import ClusterConfig, Config, ConfigError, EmbedConfig, PretrainConfig
+from elfs_ray.methods.encoders.processor import BF16, FP32, INSTALL, OPENVINO, TORCH, common, find_processor
+from elfs_ray.pipeline.plan import PlannedStage
 from elfs_ray.pipeline.replace import has_written, marker_of
 from elfs_ray.stages import cluster, embed, pretrain
 from elfs_ray.stages.stage import Stage
-from elfs_ray.storage.run_dir import BadMarkerError, RunDir
+from elfs_ray.storage.run_dir import BadMarkerError, Marker, RunDir
+
+if TYPE_CHECKING:
+    from elfs_ray.runtime.cluster import Devices
 
 AUTO = "auto"
 
@@ -26,6 +32,8 @@ def settle(config: Config, run_dir: RunDir) -> tuple[Config, list[str]]:
         section, line = _settle_encoder(config.embed, run_dir)
         config = dataclasses.replace(config, embed=section)
         lines.append(line)
+    if config.embed.runtime == AUTO:
+        config = dataclasses.replace(config, embed=_keep_runtime(config.embed, run_dir))
     if config.pretrain.profile == AUTO:
         profile = "gpu"
         if config.pretrains:
@@ -42,13 +50,59 @@ def settle(config: Config, run_dir: RunDir) -> tuple[Config, list[str]]:
     return config, lines
 
 
-def _recorded(stage: Stage, run_dir: RunDir, key: str) -> Any:
-    """Return the value of a key with which the tables of a stage are made, None if it has written nothing."""
+def settle_runtime(config: Config, plan: Sequence[PlannedStage], devices: "Devices") -> tuple[Config, list[str]]:
+    """Return the config with what is to compute the encoder, and lines about it. Raises ConfigError.
+
+    It needs the machines, and so comes after `settle`, once a cluster has been joined.
+    """
+    section = config.embed
+    is_done = any(planned.stage is embed.STAGE and planned.action == "done" for planned in plan)
+    if is_done or devices.resolve(section.device, "embed.device") == "cuda":
+        return config, []
+    from elfs_ray.methods.encoders.encoder import can_use_openvino
+    from elfs_ray.runtime.cluster import on_every_machine
+
+    if section.runtime == TORCH or not can_use_openvino(section.encoder):
+        return config, []
+    processor = common(on_every_machine(find_processor))
+    if not processor.has_openvino:
+        if section.runtime == OPENVINO:
+            raise ConfigError(f"embed.runtime=openvino, and not every machine has OpenVINO: {INSTALL} on each")
+        section = dataclasses.replace(section, runtime=TORCH)
+        return dataclasses.replace(config, embed=section), [f"runtime   torch; faster on CPUs: OpenVINO, {INSTALL}"]
+    if section.precision == BF16 and not processor.has_bf16:
+        raise ConfigError(
+            "embed.precision=bf16, and not every machine's processor has bf16: give embed.precision=fp32, or auto"
+        )
+    precision = (BF16 if processor.has_bf16 else FP32) if section.precision == AUTO else section.precision
+    section = dataclasses.replace(section, runtime=OPENVINO, precision=precision)
+    return dataclasses.replace(config, embed=section), [f"runtime   OpenVINO in {precision}"]
+
+
+def _keep_runtime(section: EmbedConfig, run_dir: RunDir) -> EmbedConfig:
+    """Return the section with the runtime and precision with which stage embed has begun, if it has."""
+    marker = _begun(embed.STAGE, run_dir)
+    if marker is None:
+        return section
+    # Torch in automatic precision leaves no keys.
+    runtime = marker.config.get("embed.runtime", TORCH)
+    precision = marker.config.get("embed.precision", AUTO) if section.precision == AUTO else section.precision
+    return dataclasses.replace(section, runtime=runtime, precision=precision)
+
+
+def _begun(stage: Stage, run_dir: RunDir) -> Marker | None:
+    """Return the marker with which the tables of a stage are made, None if it has written nothing."""
     try:
         marker = marker_of(stage, run_dir)
-        return marker.config.get(key) if marker and has_written(marker, run_dir) else None
+        return marker if marker and has_written(marker, run_dir) else None
     except BadMarkerError as error:
         raise ConfigError(str(error)) from error
+
+
+def _recorded(stage: Stage, run_dir: RunDir, key: str) -> Any:
+    """Return the value of a key with which the tables of a stage are made, None if it has written nothing."""
+    marker = _begun(stage, run_dir)
+    return marker.config.get(key) if marker else None
 
 
 def _settle_encoder(section: EmbedConfig, run_dir: RunDir) -> tuple[EmbedConfig, str]:

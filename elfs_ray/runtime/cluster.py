@@ -202,6 +202,19 @@ def num_gpus() -> int:
     return devices.num_gpus or int(devices.may_grow)
 
 
+def on_every_machine(function: Callable[[], Any]) -> list[Any]:
+    """Return the results of a function on every machine that has CPUs for workers, or of this one where it is alone."""
+    if not ray.is_initialized() or not devices_of_cluster().may_grow:
+        return [function()]
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0)]
+    calls = [
+        ray.remote(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))(function).remote()
+        for node in nodes
+    ]
+    # A cluster that has no worker yet will have machines like this one, as far as anybody knows.
+    return [get_result(call) for call in calls] or [function()]
+
+
 def resolve_device(device: str, key: str) -> str:
     """Return `Devices.resolve` for the cluster as it is now."""
     return devices_of_cluster().resolve(device, key)

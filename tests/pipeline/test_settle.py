@@ -6,14 +6,18 @@ import pytest
 
 from elfs_ray.config import Config, ConfigError, load_config
 from elfs_ray.methods.encoders import choice
+from elfs_ray.methods.encoders.processor import INSTALL, Processor
 from elfs_ray.pipeline.plan import make_plan
-from elfs_ray.pipeline.settle import settle
+from elfs_ray.pipeline.settle import settle, settle_runtime
 from elfs_ray.presets import preset
+from elfs_ray.runtime import cluster
 from elfs_ray.stages import embed
 from elfs_ray.storage import filesystem
 from elfs_ray.storage.run_dir import RunDir
 
 DINO = choice.CANDIDATES[0]
+TWO_CPUS = cluster.Devices(2, 0, "here", 2)
+NEW, OLD, WITHOUT = Processor(True, True), Processor(True, False), Processor(False, False)
 
 
 def photos(run_dir: Path, *more: str) -> Config:
@@ -69,8 +73,6 @@ def test_without_any_weights_the_message_says_what_to_install(tmp_path, monkeypa
 
 @pytest.mark.parametrize("num_gpus", [0, 1])
 def test_profiles_fit_the_devices(tmp_path, monkeypatch, num_gpus):
-    from elfs_ray.runtime import cluster
-
     devices = cluster.Devices(2, num_gpus, "here", 2)
     monkeypatch.setattr(cluster, "find_devices", lambda address: devices)
     keys = ("embed.encoder=self_supervised", "cluster.method=temi", "cluster.num_clusters=5")
@@ -93,3 +95,58 @@ def test_a_stage_without_rows_takes_other_keys(tmp_path):
     assert {planned.stage.name: planned.action for planned in make_plan(other, run_dir)}["embed"] == "run"
     begin_embed(photos(tmp_path, "embed.encoder=pixels"), run_dir, with_rows=True)
     assert {planned.stage.name: planned.action for planned in make_plan(other, run_dir)}["embed"] == "rerun"
+
+
+def settled_on(machines: list[Processor], monkeypatch, config: Config, devices=TWO_CPUS) -> tuple[Config, list[str]]:
+    """Settle a config as a run on these machines does."""
+    monkeypatch.setattr(cluster, "on_every_machine", lambda function: machines)
+    run_dir = RunDir(config.run_dir)
+    config, _ = settle(config, run_dir)
+    return settle_runtime(config, make_plan(config, run_dir), devices)
+
+
+@pytest.mark.parametrize(
+    ("machines", "runtime", "precision", "line"),
+    [
+        ([NEW, NEW], "openvino", "bf16", "runtime   OpenVINO in bf16"),
+        ([NEW, OLD], "openvino", "fp32", "runtime   OpenVINO in fp32"),
+        (
+            [NEW, WITHOUT],
+            "torch",
+            "auto",
+            "runtime   torch; faster on CPUs: OpenVINO, pip install 'elfs-ray[cpu-fast]'",
+        ),
+    ],
+)
+def test_the_runtime_is_one_that_all_machines_have(tmp_path, monkeypatch, machines, runtime, precision, line):
+    config, lines = settled_on(machines, monkeypatch, photos(tmp_path))
+    assert (config.embed.runtime, config.embed.precision, lines) == (runtime, precision, [line])
+    recorded = {key: embed.STAGE.deciding_config(config).get(key) for key in ("embed.runtime", "embed.precision")}
+    kept = (None, None) if runtime == "torch" else (runtime, precision)
+    assert tuple(recorded.values()) == kept
+
+
+def test_gpus_and_what_is_no_network_stay_with_torch(tmp_path, monkeypatch):
+    for typed, devices in (((), cluster.Devices(2, 1, "here", 2)), (("embed.encoder=pixels",), TWO_CPUS)):
+        config, lines = settled_on([NEW], monkeypatch, photos(tmp_path, *typed), devices)
+        assert (embed.request_encoders(config, devices).gpus, lines) == (devices.num_gpus, [])
+        assert "openvino" not in (config.embed.runtime, config.embed.precision)
+
+
+@pytest.mark.parametrize("begun_on", [OLD, WITHOUT])
+def test_a_run_keeps_the_runtime_with_which_it_has_begun(tmp_path, monkeypatch, begun_on):
+    run_dir = RunDir(tmp_path)
+    begun, _ = settled_on([begun_on], monkeypatch, photos(tmp_path))
+    begin_embed(begun, run_dir, with_rows=True)
+    config, _ = settled_on([NEW], monkeypatch, photos(tmp_path))
+    assert config.embed == begun.embed
+
+
+def test_a_typed_runtime_that_a_machine_lacks_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"not every machine has OpenVINO: pip install 'elfs-ray\[cpu-fast\]'"):
+        settled_on([NEW, WITHOUT], monkeypatch, photos(tmp_path, "embed.runtime=openvino"))
+    with pytest.raises(ConfigError, match=r"embed\.precision=bf16, and not every machine's processor has bf16"):
+        settled_on([NEW, OLD], monkeypatch, photos(tmp_path, "embed.precision=bf16"))
+    openvino = photos(tmp_path, "embed.runtime=openvino", "embed.device=cuda")
+    with pytest.raises(ConfigError, match=r"embed\.runtime=openvino, which is for CPUs"):
+        embed.request_encoders(openvino, cluster.Devices(2, 1, "here", 2))

@@ -23,9 +23,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from elfs_ray.methods.encoders.networks import Preprocessing, SelfSupervisedSource, Source, find_source
+from elfs_ray.methods.encoders.openvino_runtime import OpenVinoRuntime
+from elfs_ray.methods.encoders.processor import OPENVINO, TORCH
+from elfs_ray.methods.encoders.torch_runtime import TorchRuntime
 from elfs_ray.methods.encoders.weights import check_sha256, read_trained_encoder, sha256_of
 
 _RANDOM_WEIGHTS = re.compile(r"random:(\d{1,18})")
@@ -56,7 +58,14 @@ def encoder_input(
     return _encoder_input(source.preprocessing_of(model, path), image_size, resize)
 
 
-def check_encoder(name: str, weights: str | None = None, weights_sha256: str | None = None) -> None:
+def can_use_openvino(name: str) -> bool:
+    """Return whether OpenVINO can compute an encoder: a network, and not a program, which computes as exported."""
+    return find_source(name)[0].is_network
+
+
+def check_encoder(
+    name: str, weights: str | None = None, weights_sha256: str | None = None, runtime: str = TORCH
+) -> None:
     """Check an encoder's settings before any work starts, without building a network or downloading anything.
 
     With `weights_sha256` (64 hex digits) it reads the weights file once. Raises ValueError for an unknown name, a
@@ -64,6 +73,8 @@ def check_encoder(name: str, weights: str | None = None, weights_sha256: str | N
     """
     source, model = find_source(name)
     source.preprocessing(model)
+    if runtime == OPENVINO and not source.is_network:
+        raise ValueError(f"Encoder {name!r} is no network that OpenVINO could take; give embed.runtime=torch.")
     if weights_sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", weights_sha256):
         raise ValueError(f"weights_sha256 is {weights_sha256!r}; it must be the 64 hex digits of a SHA-256.")
     if not source.takes_weights:
@@ -93,15 +104,19 @@ def load_encoder(
     weights_sha256: str | None = None,
     image_size: int | None = None,
     device: str | torch.device = "cpu",
+    runtime: str = TORCH,
+    precision: str = "auto",
 ) -> "Encoder":
     """Build an encoder on a device; the module's docstring lists names and weights.
+
+    runtime: what computes: torch, or openvino on a CPU. precision: fp32, bf16 or auto (bf16 on a GPU, else fp32).
 
     `image_size` (pixels) defaults to the encoder's native size. `weights_sha256` also checks downloaded weights. The
     call leaves torch's random state as it was. Memory: the weights twice while loading.
     Raises ValueError as `check_encoder` does, and for weights or a size that do not fit the network; ConnectionError
     where a download fails.
     """
-    check_encoder(name, weights, weights_sha256)
+    check_encoder(name, weights, weights_sha256, runtime)
     source, model = find_source(name)
     path, seed = _path_or_seed(source, model, weights)
     preprocessing = source.preprocessing_of(model, path)
@@ -113,38 +128,29 @@ def load_encoder(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = source.network(model, size.crop, path, target)
-    return Encoder(name, network, preprocessing, size, target, is_program=source.is_program)
+    if runtime == OPENVINO:
+        compiled = OpenVinoRuntime(network, preprocessing, size.crop, precision=precision)
+        return Encoder(name, compiled, size, target)
+    on_torch = TorchRuntime(network, preprocessing, target, is_program=source.is_program, precision=precision)
+    return Encoder(name, on_torch, size, target)
 
 
 class Encoder:
     """A network that turns images into feature vectors of `dim` values; made by `load_encoder`.
 
-    On a GPU it computes in bfloat16 where autocast does, on a CPU in float32 with torch's number of threads. A
-    program computes as it was exported. The last bits of a row depend on the size of its batch (EfficientNet-lite0 on a
-    CPU: not from 16 rows on, but with fewer rows features changed by up to 1.5e-5). To get the same bytes again, encode
-    the same batches.
+    By torch it computes in bfloat16 where autocast does on a GPU, and in float32 on a CPU, with torch's number of
+    threads. A program computes as it was exported. The last bits of a row depend on the size of its batch
+    (EfficientNet-lite0 on a CPU: not from 16 rows on, but with fewer rows features changed by up to 1.5e-5). To get the
+    same bytes again, encode the same batches. By OpenVINO a row depends on no other.
     """
 
     def __init__(
-        self,
-        name: str,
-        network: nn.Module,
-        preprocessing: Preprocessing,
-        size: EncoderInput,
-        device: torch.device,
-        *,
-        is_program: bool,
+        self, name: str, runtime: TorchRuntime | OpenVinoRuntime, size: EncoderInput, device: torch.device
     ) -> None:
         self.name = name
         self.input = size
         self.device = device
-        self._on_gpu = device.type == "cuda"
-        self._is_program = is_program
-        self._network = network
-        if not is_program:  # channels last is about twice as fast for convolutions; a program has its layout built in
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._mean = torch.tensor(preprocessing.mean, dtype=torch.float32, device=device).view(1, 3, 1, 1)
-        self._std = torch.tensor(preprocessing.std, dtype=torch.float32, device=device).view(1, 3, 1, 1)
+        self._runtime = runtime
         # Networks do not agree on how they name their width: encode one image and look. A size that does not fit fails
         # here as well, before any work.
         self.dim = self._probe_dim()
@@ -162,25 +168,12 @@ class Encoder:
             )
         if len(images) == 0:
             return np.zeros((0, self.dim), dtype=np.float32)
-        return self._features(images).float().cpu().numpy()
-
-    @torch.inference_mode()
-    def _features(self, images: np.ndarray) -> torch.Tensor:
-        # Images reach a GPU as uint8, a quarter of float32's bytes, from pinned memory, so that the host does not wait.
-        host = torch.empty(images.shape, dtype=torch.uint8, pin_memory=self._on_gpu)
-        host.numpy()[...] = images
-        # Images arrive channels last, which is also the fastest layout for convolutions: permute moves no bytes.
-        inputs = host.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float()
-        inputs.sub_(self._mean).div_(self._std)
-        if self._is_program:
-            return self._network(inputs.contiguous())  # an export may have fixed the strides of its input
-        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=self._on_gpu):
-            return self._network(inputs)
+        return self._runtime(images).float().cpu().numpy()
 
     def _probe_dim(self) -> int:
         crop = self.input.crop
         try:
-            features = self._features(np.zeros((1, crop, crop, 3), dtype=np.uint8))
+            features = self._runtime(np.zeros((1, crop, crop, 3), dtype=np.uint8))
         except (RuntimeError, AssertionError, ValueError) as error:
             raise ValueError(
                 f"Encoder {self.name!r} cannot take one image of {crop} × {crop}: {str(error)[:300]}. Set an "

@@ -49,12 +49,14 @@ _LEGACY_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)")
 class Source(ABC):
     """Encoders of one origin. `model` is the name without the source's prefix, '' where the source has one model.
 
-    `is_program`: the networks are exported programs, whose precision and memory layout stay as exported.
+    `is_program`: the networks are exported programs, whose precision and memory layout stay as exported. `is_network`:
+    they are networks of torch, which other runtimes can take over.
     """
 
     takes_weights = True
     takes_random_weights = True
     is_program = False
+    is_network = True
     wanted_file = "a local weights file"
 
     @abstractmethod
@@ -85,6 +87,7 @@ class PixelSource(Source):
 
     takes_weights = False
     takes_random_weights = False
+    is_network = False
 
     def preprocessing(self, model: str) -> Preprocessing:
         return Preprocessing(32, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
@@ -98,6 +101,7 @@ class FileSource(Source):
 
     takes_random_weights = False
     is_program = True
+    is_network = False
     wanted_file = (
         "a torch.export (.pt2) or TorchScript file that maps (n, 3, s, s) float32, normalised with ImageNet's mean "
         "and standard deviation, to (n, d) features"

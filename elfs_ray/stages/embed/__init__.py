@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from elfs_ray.config import SELF_SUPERVISED, Config, ConfigError, check_against_pool
+from elfs_ray.methods.encoders.processor import OPENVINO
 from elfs_ray.runtime.resources import Request, request_workers
 from elfs_ray.stages.index import IndexResult
 from elfs_ray.stages.stage import Result, Stage
@@ -54,13 +55,21 @@ def _describe(config: Config, num_samples: int) -> str:
 
 
 def request_encoders(config: Config, devices: "Devices") -> Request:
-    """Return the workers that embed, each with one encoder."""
+    """Return the workers that embed, each with one encoder. Raises ConfigError for a GPU where OpenVINO computes."""
     embed = config.embed
+    device = embed.device
+    if embed.runtime == OPENVINO:
+        if device == "cuda":
+            raise ConfigError(
+                "embed.device=cuda, and embed.runtime=openvino, which is for CPUs: give embed.device=cpu, or "
+                "embed.runtime=torch, which makes other embeddings"
+            )
+        device = "cpu"
     return request_workers(
         devices,
         "embed",
         "encoder",
-        device=embed.device,
+        device=device,
         num_workers=embed.num_workers,
         usual=devices.num_cpus,
         cpus=embed.cpus_per_worker or 1,
@@ -78,7 +87,7 @@ def _check(config: Config) -> None:
     file = embed.weights_file
     with filesystem.local_file(file) if file is not None else nullcontext(embed.weights) as weights:
         try:
-            check_encoder(embed.encoder, weights, embed.weights_sha256)
+            check_encoder(embed.encoder, weights, embed.weights_sha256, embed.runtime)
             if weights is None:
                 reach_weights(embed.encoder)
         except (ValueError, ConnectionError) as error:

@@ -9,6 +9,8 @@ import torch
 
 from elfs_ray.config import Config
 from elfs_ray.methods.encoders.encoder import EncoderInput, encoder_input, is_fetched, load_encoder
+from elfs_ray.methods.encoders.openvino_runtime import BATCH_SIZE as OPENVINO_BATCH
+from elfs_ray.methods.encoders.processor import OPENVINO
 from elfs_ray.methods.simclr.training import simclr_settings
 from elfs_ray.methods.training.networks import build_backbone
 from elfs_ray.pool.images import BadImage, decode_image, encode_proxy_image, resize_center_crop
@@ -78,7 +80,14 @@ def measure(config: Config, images: list[bytes], device: str) -> dict[str, Any]:
     file = embed.weights_file
     with filesystem.local_file(file) if file is not None else nullcontext(weights) as weights:
         shape = encoder_input(embed.encoder, embed.image_size, embed.resize, weights)
-        encoder = load_encoder(embed.encoder, weights=weights, image_size=embed.image_size, device=device)
+        encoder = load_encoder(
+            embed.encoder,
+            weights=weights,
+            image_size=embed.image_size,
+            device=device,
+            runtime=embed.runtime,
+            precision=embed.precision,
+        )
     pixels: list[np.ndarray] = []
 
     def decode(number: int) -> None:
@@ -87,8 +96,11 @@ def measure(config: Config, images: list[bytes], device: str) -> dict[str, Any]:
     decode_rate = rate_of(decode, len(images))
     if not pixels:
         raise RuntimeError("none of the first images can be decoded")
-    batch = np.stack([pixels[position % len(pixels)] for position in range(embed.batch_size)])
-    encode_rate = rate_of(lambda number: encoder.encode(batch[:number]), embed.batch_size)
+    # OpenVINO always computes whole batches: fewer images would take as long.
+    step = OPENVINO_BATCH if embed.runtime == OPENVINO else 1
+    most = max(2, embed.batch_size // step)
+    batch = np.stack([pixels[position % len(pixels)] for position in range(most * step)])
+    encode_rate = step * rate_of(lambda number: encoder.encode(batch[: number * step]), most)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"decode": decode_rate, "encode": encode_rate, "dim": encoder.dim, "peak_bytes": peak}
 

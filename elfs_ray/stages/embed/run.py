@@ -34,6 +34,8 @@ from elfs_ray.methods.encoders.encoder import (
     load_encoder,
     to_unit_float16,
 )
+from elfs_ray.methods.encoders.openvino_runtime import BATCH_SIZE as OPENVINO_BATCH
+from elfs_ray.methods.encoders.processor import OPENVINO
 from elfs_ray.pool.images import describe_bad_copy, has_own_range, open_proxy_image, resize_center_crop
 from elfs_ray.runtime.cluster import devices_of_cluster, num_cpus
 from elfs_ray.runtime.metrics import report_rejected
@@ -266,14 +268,17 @@ class _EncodeBlock:
     def __init__(self, job: EmbedJob, device: str):
         torch.set_num_threads(1)
         self._job, config = job, job.config
-        self._batch_size = config.embed.batch_size
+        embed = config.embed
+        self._batch_size = OPENVINO_BATCH if embed.runtime == OPENVINO else embed.batch_size
         with _weights(config, job.run_dir) as weights:
             self._encoder = load_encoder(
-                config.embed.encoder,
+                embed.encoder,
                 weights=weights,
-                weights_sha256=config.embed.weights_sha256,
-                image_size=config.embed.image_size,
+                weights_sha256=embed.weights_sha256,
+                image_size=embed.image_size,
                 device=device,
+                runtime=embed.runtime,
+                precision=embed.precision,
             )
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
