@@ -6,7 +6,7 @@ import pytest
 
 from elfs_ray.config import Config, ConfigError, load_config
 from elfs_ray.methods.encoders import choice
-from elfs_ray.methods.encoders.processor import INSTALL, Processor
+from elfs_ray.methods.encoders.processor import Processor
 from elfs_ray.pipeline.plan import make_plan
 from elfs_ray.pipeline.settle import settle, settle_runtime
 from elfs_ray.presets import preset

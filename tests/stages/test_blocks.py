@@ -1,5 +1,7 @@
 """Decode and copy a block of images of which each has something odd: none ends the run. Without Ray."""
 
+import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 
 from elfs_ray.pool import images, parquet_rows
 from elfs_ray.stages.copy.run import _copy_block
+from elfs_ray.stages.embed import clock
 from elfs_ray.stages.embed import run as embed
 from elfs_ray.stages.embed.blocks import blocks_a_turn, say_own_range
 from elfs_ray.storage import filesystem, schema
@@ -39,8 +42,13 @@ def config_of(run_dir: RunDir):
 def test_an_image_whose_copy_cannot_be_encoded_is_a_rejected_row(run_dir, monkeypatch):
     monkeypatch.setattr(images, "MAX_PROXY_ASPECT", 2000)  # wide.png would be 72,600 pixels wide: JPEG ends at 65,500
     config = config_of(run_dir)
-    summary = embed._DecodeAndEncodeBlock(embed.make_job(config, run_dir), "cpu")({"first": [0], "last": [3]})
+    encoder = embed._DecodeAndEncodeBlock(embed.make_job(config, run_dir), "cpu")
+    start_s = time.perf_counter()
+    summary = encoder({"first": [0], "last": [3]})
+    seconds = json.loads(summary.pop("seconds")[0])
     assert summary == {"rows": [4], "rejected": [1], "own_range": [1]}
+    assert seconds.keys() == {clock.WAIT, clock.READ, clock.COPY, clock.RESIZE, clock.ENCODE, clock.WRITE}
+    assert 0 < sum(seconds.values()) - seconds[clock.WAIT] <= time.perf_counter() - start_s
     (row,) = filesystem.read_table(run_dir.table_files(schema.REJECTED)[0]).to_pylist()
     assert row["uri"].endswith("/wide.png") and row["stage"] == "embed"
     assert row["reason"].startswith("its proxy image cannot be encoded: ")
@@ -83,3 +91,8 @@ def test_a_worker_takes_many_blocks_of_a_long_row_group(tmp_path, monkeypatch, k
     filesystem.write_table(run_dir.path(schema.INDEX, schema.range_file(0, 99)), index)
     blocks = [(row, row) for row in range(100)] * 2  # 200 blocks
     assert blocks_a_turn(config_of(run_dir), run_dir, blocks, num_workers) == turn
+
+
+def test_shares_of_time_begin_with_the_largest():
+    text = clock.describe_shares({clock.WRITE: 1.0, clock.ENCODE: 80.0, clock.READ: 18.8, clock.WAIT: 0.2})
+    assert text == "80% encoding, 19% reading and decoding, 1% writing"

@@ -25,6 +25,7 @@ from elfs_ray.stages.embed.blocks import (
     write_proxy_images,
     write_rejected,
 )
+from elfs_ray.stages.embed.clock import Clock
 from elfs_ray.stages.index import IndexResult
 from elfs_ray.storage import schema
 from elfs_ray.storage.run_dir import RunDir
@@ -70,7 +71,8 @@ def _copy_block(config: Config, run_dir: RunDir, first: int, last: int) -> tuple
     copies: list[bytes] = []
     rejected: list[dict[str, Any]] = []
     own_range = 0
-    for sample_id, image, copy in copy_images(config, run_dir, first, last, stage="copy", rejected=rejected):
+    images = copy_images(config, run_dir, first, last, stage="copy", rejected=rejected, clock=Clock())
+    for sample_id, image, copy in images:
         sample_ids.append(sample_id)
         copies.append(copy)
         own_range += has_own_range(image)

@@ -17,6 +17,7 @@ from elfs_ray.pool.images import BadImage, decode_image, encode_proxy_image
 from elfs_ray.pool.listing import PoolColumns, read_images
 from elfs_ray.pool.parquet_rows import has_long_groups
 from elfs_ray.runtime.progress import count, say
+from elfs_ray.stages.embed.clock import COPY, READ, Clock
 from elfs_ray.stages.index import IndexResult
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
@@ -106,6 +107,7 @@ def copy_images(
     *,
     stage: str,
     rejected: list[dict[str, Any]],
+    clock: Clock,
     min_size: int = 0,
 ) -> Iterator[tuple[int, Image.Image, bytes]]:
     """Yield (sample_id, image, its encoded copy for the proxy network) for the images of a block.
@@ -113,14 +115,17 @@ def copy_images(
     The copy is empty in a run that keeps none.
 
     Appends a row to `rejected`, in the name of `stage`, for each image that cannot be used. `min_size` is the smallest
-    short side, in pixels, to which a JPEG may be scaled while it is decoded; it is raised to that of the copy.
+    short side, in pixels, to which a JPEG may be scaled while it is decoded; it is raised to that of the copy. `clock`
+    is told what each step has taken.
     """
     min_size = max(min_size, config.embed.proxy_image_size)
     sample_ids = np.arange(first, last + 1)
     uris = run_dir.read_rows(schema.INDEX, sample_ids, [schema.URI])[schema.URI].to_pylist()
     images = decode_images(config, uris, min_size)
     for sample_id, uri, image in zip(sample_ids.tolist(), uris, images, strict=True):
+        clock.lap(READ)
         copy = _encode_copy(config, image) if config.keeps_copies else b""
+        clock.lap(COPY)
         if isinstance(image, BadImage) or isinstance(copy, BadImage):
             reason = str(image if isinstance(image, BadImage) else copy)
             rejected.append({"sample_id": sample_id, "uri": uri, "stage": stage, "reason": reason})

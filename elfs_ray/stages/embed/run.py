@@ -15,6 +15,7 @@ and nothing is decoded at full size again.
 import contextlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,7 @@ from elfs_ray.stages.embed.blocks import (
     write_proxy_images,
     write_rejected,
 )
+from elfs_ray.stages.embed.clock import ENCODE, READ, RESIZE, WAIT, WRITE, Clock, describe_shares
 from elfs_ray.stages.index import IndexResult
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
@@ -91,13 +93,17 @@ def run_embed(config: Config, run_dir: RunDir) -> EmbedResult:
             # On the driver first: a failed download is one clear error there, and one from each encoder otherwise.
             fetch_weights(config.embed.encoder, weights)
     rejected = own_range = 0
+    seconds: Counter[str] = Counter()
     with Progress("embed", num_samples, "images", done=num_done) as progress:
         for summary in _stream(job, pending) if pending else ():
             rejected += summary["rejected"]
             own_range += summary["own_range"]
+            seconds.update(json.loads(summary["seconds"]))
             report_rejected(rejected)
             progress.advance(summary["rows"], f"{rejected:,} rejected" if rejected else "")
     say_own_range("embed", own_range)
+    if seconds:
+        say(f"embed     the workers' time: {describe_shares(seconds)}")
     return _count_embeddings(config, run_dir, num_samples)
 
 
@@ -199,15 +205,20 @@ def _decode_block(batch: dict[str, Any], job: EmbedJob) -> dict[str, Any]:
     sample_ids, pixels, copies = [], [], []
     rejected: list[dict[str, Any]] = []
     own_range = 0
-    images = copy_images(job.config, job.run_dir, first, last, stage="embed", rejected=rejected, min_size=shape.resize)
+    clock = Clock()
+    images = copy_images(
+        job.config, job.run_dir, first, last, stage="embed", rejected=rejected, clock=clock, min_size=shape.resize
+    )
     for sample_id, image, copy in images:
         sample_ids.append(sample_id)
         pixels.append(_pixels(image, shape))
         copies.append(copy)
         own_range += has_own_range(image)
+        clock.lap(RESIZE)
     if job.config.keeps_copies:
         write_proxy_images(job.run_dir, schema.range_file(first, last), sample_ids, copies)
-    return _pack(first, last, shape.crop, sample_ids, pixels, rejected, own_range)
+        clock.lap(WRITE)
+    return _pack(first, last, shape.crop, sample_ids, pixels, rejected, clock, own_range)
 
 
 def _read_copies(batch: dict[str, Any], job: EmbedJob) -> dict[str, Any]:
@@ -219,15 +230,18 @@ def _read_copies(batch: dict[str, Any], job: EmbedJob) -> dict[str, Any]:
     copies = filesystem.read_table(path)
     sample_ids = copies[schema.SAMPLE_ID].to_pylist()
     pixels = []
+    clock = Clock()
     for sample_id, copy in zip(sample_ids, copies[schema.IMAGE], strict=True):
         try:
             image = open_proxy_image(copy.as_py())
         except Exception as error:  # Pillow's decoders raise many kinds for a broken image, as in decode_image
             raise ValueError(describe_bad_copy(sample_id, path, error)) from error
+        clock.lap(READ)
         pixels.append(_pixels(image, shape))
+        clock.lap(RESIZE)
     path = rejected_by_copy(job.run_dir, name)
     rejected = filesystem.read_table(path).to_pylist() if filesystem.exists(path) else []
-    return _pack(first, last, shape.crop, sample_ids, pixels, rejected)
+    return _pack(first, last, shape.crop, sample_ids, pixels, rejected, clock)
 
 
 def _pixels(image: Image.Image, shape: EncoderInput) -> np.ndarray:
@@ -247,6 +261,7 @@ def _pack(
     sample_ids: list[int],
     pixels: list[np.ndarray],
     rejected: list[dict[str, Any]],
+    clock: Clock,
     own_range: int = 0,
 ) -> dict[str, Any]:
     """Return a block as one row of bytes and JSON, which has the same schema for every block."""
@@ -259,6 +274,7 @@ def _pack(
         "pixels": [images.tobytes()],
         "rejected": [json.dumps(rejected)],
         "own_range": [own_range],
+        "seconds": [json.dumps(clock.seconds)],
     }
 
 
@@ -280,8 +296,10 @@ class _EncodeBlock:
                 runtime=embed.runtime,
                 precision=embed.precision,
             )
+        self._clock = Clock()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        self._clock.lap(WAIT)
         run_dir = self._job.run_dir
         first, last, side = (int(batch[key][0]) for key in ("first", "last", "side"))
         sample_ids = np.frombuffer(batch["sample_ids"][0], np.int64)
@@ -291,6 +309,7 @@ class _EncodeBlock:
         parts = [self._encoder.encode(images[start : start + self._batch_size]) for start in starts]
         features = np.concatenate(parts) if parts else np.empty((0, self._encoder.dim), np.float32)
         embeddings, usable = to_unit_float16(features)
+        self._clock.lap(ENCODE)
 
         if not usable.all():
             uris = run_dir.read_rows(schema.INDEX, sample_ids[~usable], [schema.URI])[schema.URI].to_pylist()
@@ -304,14 +323,20 @@ class _EncodeBlock:
         write_rejected(run_dir.path(schema.REJECTED, name), rejected)
         # Last of the block's files: a file in embeddings/ means that the block is done.
         _write_embeddings(run_dir.path(schema.EMBEDDINGS, name), sample_ids[usable], embeddings[usable])
-        return {"rows": [last - first + 1], "rejected": [len(rejected)], "own_range": batch["own_range"]}
+        self._clock.lap(WRITE)
+        seconds = self._clock.take() + Counter(json.loads(batch["seconds"][0]))
+        summary = {"rows": [last - first + 1], "rejected": [len(rejected)], "own_range": batch["own_range"]}
+        return summary | {"seconds": [json.dumps(seconds)]}
 
 
 class _DecodeAndEncodeBlock(_EncodeBlock):
     """An encoder that also decodes its blocks."""
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return super().__call__(_read_block(batch, self._job))
+        self._clock.lap(WAIT)
+        decoded = _read_block(batch, self._job)
+        self._clock.skip()  # it has measured itself
+        return super().__call__(decoded)
 
 
 def _write_embeddings(path: str, sample_ids: np.ndarray, embeddings: np.ndarray) -> None:

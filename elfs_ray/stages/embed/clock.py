@@ -1,0 +1,43 @@
+"""Measure what the workers of a stage spend their time on."""
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+
+WAIT, READ, COPY, RESIZE, ENCODE, WRITE = (
+    "waiting",
+    "reading and decoding",
+    "copying",
+    "resizing",
+    "encoding",
+    "writing",
+)
+
+
+class Clock:
+    """A stopwatch: each lap gives the time since the last one to an activity. `seconds`: activity to seconds so far."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self._last_s = time.perf_counter()
+
+    def lap(self, activity: str) -> None:
+        now_s = time.perf_counter()
+        self.seconds[activity] += now_s - self._last_s
+        self._last_s = now_s
+
+    def take(self) -> Counter[str]:
+        """Return `seconds`, and start again from nothing."""
+        seconds, self.seconds = self.seconds, Counter()
+        return seconds
+
+    def skip(self) -> None:
+        """Give the time since the last lap to nothing."""
+        self._last_s = time.perf_counter()
+
+
+def describe_shares(seconds: Mapping[str, float]) -> str:
+    """Return text such as "81% encoding, 16% reading and decoding, 3% writing", without what rounds to 0%."""
+    total = sum(seconds.values())
+    largest_first = sorted(seconds.items(), key=lambda item: -item[1])
+    return ", ".join(f"{share:.0%} {name}" for name, spent in largest_first if (share := spent / total) >= 0.005)
