@@ -3,8 +3,9 @@
 import errno
 import posixpath
 import re
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -36,6 +37,7 @@ HIDDEN, HIDDEN_FOLDERS, SPECIAL = "hidden files", "hidden folders", "pipes, sock
 MAX_EXTENSION = 16  # characters; of longer ones, and of numbers, there may be as many as files
 MAX_SHOWN = 12
 MAX_WARNINGS = 20
+READ_AHEAD = 16  # files
 # The splits of a data set in the names of files and folders. A digit or a sign ends a word: test2017, val_00.tar.
 _TRAINING = re.compile(r"(?<![a-z])train(ing)?(?![a-z])", re.IGNORECASE)
 _HELD_OUT = re.compile(r"(?<![a-z])(test(ing)?|val(id(ation)?)?|dev|eval)(?![a-z])", re.IGNORECASE)
@@ -161,6 +163,19 @@ def read_file(uri: str) -> bytes | BadImage:
         return filesystem.read_bytes(uri)
     except (OSError, ValueError) as error:
         return rejection(error, uri)
+
+
+def read_files(uris: Iterable[str]) -> Iterator[bytes | BadImage]:
+    """Yield `read_file` of each uri in turn, while some of the next are being read. Memory: READ_AHEAD files."""
+    # A store answers after tens of milliseconds, in which several images can be decoded.
+    waiting: deque[Future[bytes | BadImage]] = deque()
+    with ThreadPoolExecutor(READ_AHEAD) as threads:
+        for uri in uris:
+            if len(waiting) == READ_AHEAD:
+                yield waiting.popleft().result()
+            waiting.append(threads.submit(read_file, uri))
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def rejection(error: Exception, uri: str) -> BadImage:

@@ -29,7 +29,7 @@ from elfs_ray.pool.files import (
     format_of_name,
     image_extensions,
     is_image,
-    read_file,
+    read_files,
     split_names,
 )
 from elfs_ray.pool.folder import Folder, count_folder, inventory_of_folder, list_folder
@@ -207,14 +207,14 @@ def count_unit(unit: Unit, columns: PoolColumns, remarks: Remarks | None = None)
 def read_images(uris: list[str], columns: PoolColumns) -> Iterator[bytes | BadImage]:
     """Yield the bytes of each image in turn, or why it cannot be read.
 
-    Consecutive samples of a file are read while it is open. Memory: one image, and what is read ahead of a Parquet file
-    (see parquet_rows.py). Parquet rows that do not ascend are all held until the last consecutive one of that file is
-    read.
+    Consecutive samples of a file are read while it is open. Memory: one image, and what is read ahead: 16 files, or
+    of a Parquet file what parquet_rows.py says. Parquet rows that do not ascend are all held until the last consecutive
+    one of that file is read.
     """
     for container, group in groupby(uris, key=container_of):
         members = list(group)
         if container is None:
-            yield from (read_file(uri) for uri in members)
+            yield from read_files(members)
         elif ROW_URI.fullmatch(members[0]):
             yield from read_parquet_rows(container, [int(uri.rpartition("=")[2]) for uri in members], columns)
         else:

@@ -2,11 +2,13 @@
 
 import os
 import socket
+import threading
 import tracemalloc
 from pathlib import Path
 
 import pytest
 
+from elfs_ray.pool import files
 from elfs_ray.pool.folder import Folder
 from elfs_ray.pool.images import BadImage
 from elfs_ray.pool.listing import PoolColumns, count_unit, find_units, list_unit, read_images
@@ -153,3 +155,15 @@ def test_entries_of_a_bucket_folder_exclude_those_below_it(request, kind):
     assert sorted(folder.entries()) == [("1.png", False), ("_a.png", False), ("a", True)]
     assert sorted(folder.child("a").entries()) == [("2.png", False), ("b", True)]
     assert sorted(folder.walk()) == ["1.png", "_a.png", "a/2.png", "a/b/3.png"]
+
+
+def test_some_files_are_read_at_once_and_yielded_in_turn(monkeypatch):
+    all_are_reading = threading.Barrier(files.READ_AHEAD, timeout=20)
+
+    def read(uri: str) -> bytes:
+        all_are_reading.wait()
+        return uri.encode()
+
+    monkeypatch.setattr(files, "read_file", read)
+    uris = [f"/pool/{number}.png" for number in range(2 * files.READ_AHEAD)]
+    assert list(read_images(uris, PoolColumns())) == [uri.encode() for uri in uris]
