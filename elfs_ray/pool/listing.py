@@ -207,9 +207,9 @@ def count_unit(unit: Unit, columns: PoolColumns, remarks: Remarks | None = None)
 def read_images(uris: list[str], columns: PoolColumns) -> Iterator[bytes | BadImage]:
     """Yield the bytes of each image in turn, or why it cannot be read.
 
-    Consecutive samples of a file are read while it is open. Memory: one image, and what is read ahead: 16 files, or
-    of a Parquet file what parquet_rows.py says. Parquet rows that do not ascend are all held until the last consecutive
-    one of that file is read.
+    Consecutive samples of a file are read while it is open. Memory: one image, and what is read ahead: 16 files, 4 MiB
+    of a tar, or of a Parquet file what parquet_rows.py says. Parquet rows that do not ascend are all held until the
+    last consecutive one of that file is read.
     """
     for container, group in groupby(uris, key=container_of):
         members = list(group)

@@ -18,6 +18,7 @@ from elfs_ray.storage import filesystem, schema
 # Of zeros that writers put at the end: two blocks, and what fills the last record. More of them could be members.
 MAX_END_BYTES = 2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE
 READ_AHEAD_BYTES = 1 << 20  # of a listing, which reads 512 bytes of header and seeks over each member
+SPAN_BYTES = 4 << 20  # of members, which one request to a store reads
 # The container ends at the first ".tar#": a member's name may contain another one.
 MEMBER_URI = re.compile(
     r"(?P<container>.*?\.(?i:tar))#(?P<member>.*)\?offset=(?P<offset>\d+)&size=(?P<size>\d+)", re.DOTALL
@@ -92,10 +93,8 @@ def read_tar_members(container: str, uris: list[str]) -> Iterator[bytes | BadIma
         yield from (rejection(error, container) for _ in uris)
         return
     with file:
-        for uri in uris:
-            match = MEMBER_URI.fullmatch(uri)
-            assert match is not None, uri
-            yield _read_tar_member(file, int(match["offset"]), int(match["size"]), container)
+        for members in _spans(uris):
+            yield from _read_span(file, members, container)
 
 
 class _Seekable(io.RawIOBase):
@@ -208,11 +207,36 @@ def _read_class(file: BinaryIO, member: tarfile.TarInfo, uri: str) -> int | None
         raise ValueError(f"{uri}: {member.name} holds {text!r}; it must hold the class as an integer") from None
 
 
-def _read_tar_member(file: pa.NativeFile, offset: int, size: int, container: str) -> bytes | BadImage:
-    num_available = max(0, min(size, file.size() - offset))
-    if num_available < size:
-        return BadImage(f"{container} is cut short: it has {num_available} of the image's {size} bytes")
+def _spans(uris: list[str]) -> Iterator[list[tuple[int, int]]]:
+    """Yield the (offset, size) of each member, those together that follow each other within SPAN_BYTES."""
+    span: list[tuple[int, int]] = []
+    for uri in uris:
+        match = MEMBER_URI.fullmatch(uri)
+        assert match is not None, uri
+        offset, size = int(match["offset"]), int(match["size"])
+        if span and not (sum(span[-1]) <= offset and offset + size - span[0][0] <= SPAN_BYTES):
+            yield span
+            span = []
+        span.append((offset, size))
+    if span:
+        yield span
+
+
+def _read_span(file: pa.NativeFile, members: list[tuple[int, int]], container: str) -> Iterator[bytes | BadImage]:
+    """Yield the bytes of members that lie together, which one request to a store reads."""
+    # Not beyond the end of a tar that is cut short, where a store would answer with an error.
+    start, end = members[0][0], min(sum(members[-1]), file.size())
     try:
-        return file.read_at(size, offset)
+        data = file.read_at(end - start, start) if end > start else b""
     except OSError as error:
-        return rejection(error, container)
+        if len(members) == 1:
+            yield rejection(error, container)
+            return
+        for member in members:  # one damaged place on a disk must not cost its neighbours
+            yield from _read_span(file, [member], container)
+        return
+    for offset, size in members:
+        member = data[offset - start : offset - start + size]
+        is_whole = len(member) == size
+        reason = f"{container} is cut short: it has {len(member)} of the image's {size} bytes"
+        yield member if is_whole else BadImage(reason)
