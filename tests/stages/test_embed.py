@@ -31,6 +31,7 @@ SIZE = 16
 NUM_DIGITS = 40
 TABLES = ("embeddings", "proxy_images", "rejected")
 NETWORK = ("embed.encoder=torchvision/squeezenet1_1", "embed.weights=random:0", "embed.image_size=64")
+OPENVINO = (*NETWORK, "embed.runtime=openvino", "embed.precision=fp32")
 JOB = Path(__file__).parent.parent.parent / "jobs" / "cifar10.py"
 REASONS = {
     "bomb.png": "200000x200000 pixels, more than embed.max_image_pixels=300000",
@@ -204,6 +205,23 @@ def test_every_bad_image_is_rejected_with_its_reason(embedded, pool):
 def test_more_encoders_give_the_same_bytes(undisturbed, pool, tmp_path, num_workers):
     run(pool[0], tmp_path, *NETWORK, f"embed.num_workers={num_workers}")
     assert contents(tmp_path, *TABLES) == contents(undisturbed, *TABLES)
+
+
+def test_openvino_embeds_as_torch_up_to_rounding(undisturbed, pool, tmp_path):
+    shutil.copytree(undisturbed / "index", tmp_path / "index")
+    embed_in_this_process(settings(pool[0], tmp_path, *OPENVINO), RunDir(tmp_path))
+    by_torch, by_openvino = (rows(folder, "embeddings") for folder in (undisturbed, tmp_path))
+    assert by_openvino["sample_id"].equals(by_torch["sample_id"])
+    one, other = (np.stack(table["embedding"].to_numpy()).astype(np.float64) for table in (by_torch, by_openvino))
+    assert (one * other).sum(1).min() > 0.9999
+    assert contents(tmp_path, *TABLES[1:]) == contents(undisturbed, *TABLES[1:])
+
+
+@pytest.mark.slow
+def test_more_encoders_by_openvino_give_the_same_bytes(ray_cluster, pool, tmp_path):
+    for num_workers in (1, 2):
+        run(pool[0], tmp_path / str(num_workers), *OPENVINO, f"embed.num_workers={num_workers}")
+    assert contents(tmp_path / "1", *TABLES) == contents(tmp_path / "2", *TABLES)
 
 
 @pytest.mark.slow
