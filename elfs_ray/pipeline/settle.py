@@ -57,26 +57,36 @@ def settle_runtime(config: Config, plan: Sequence[PlannedStage], devices: "Devic
     """
     section = config.embed
     is_done = any(planned.stage is embed.STAGE and planned.action == "done" for planned in plan)
-    if is_done or devices.resolve(section.device, "embed.device") == "cuda":
+    if is_done or section.runtime == TORCH:
         return config, []
     from elfs_ray.methods.encoders.encoder import can_use_openvino
+
+    on_gpus = devices.resolve(section.device, "embed.device") == "cuda"
+    lines = []
+    if section.runtime == AUTO and (on_gpus or not can_use_openvino(section.encoder)):
+        section = dataclasses.replace(section, runtime=TORCH)
+    else:
+        section, line = _choose_runtime(section)
+        lines.append(line)
+    return dataclasses.replace(config, embed=section), lines
+
+
+def _choose_runtime(section: EmbedConfig) -> tuple[EmbedConfig, str]:
+    """Return the section with what all machines can do on their CPUs, and a line about it. Raises ConfigError."""
     from elfs_ray.runtime.cluster import on_every_machine
 
-    if section.runtime == TORCH or not can_use_openvino(section.encoder):
-        return config, []
     processor = common(on_every_machine(find_processor))
     if not processor.has_openvino:
         if section.runtime == OPENVINO:
             raise ConfigError(f"embed.runtime=openvino, and not every machine has OpenVINO: {INSTALL} on each")
         section = dataclasses.replace(section, runtime=TORCH)
-        return dataclasses.replace(config, embed=section), [f"runtime   torch; faster on CPUs: OpenVINO, {INSTALL}"]
+        return section, f"runtime   torch; faster on CPUs: OpenVINO, {INSTALL}"
     if section.precision == BF16 and not processor.has_bf16:
         raise ConfigError(
             "embed.precision=bf16, and not every machine's processor has bf16: give embed.precision=fp32, or auto"
         )
     precision = (BF16 if processor.has_bf16 else FP32) if section.precision == AUTO else section.precision
-    section = dataclasses.replace(section, runtime=OPENVINO, precision=precision)
-    return dataclasses.replace(config, embed=section), [f"runtime   OpenVINO in {precision}"]
+    return dataclasses.replace(section, runtime=OPENVINO, precision=precision), f"runtime   OpenVINO in {precision}"
 
 
 def _keep_runtime(section: EmbedConfig, run_dir: RunDir) -> EmbedConfig:

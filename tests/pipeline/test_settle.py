@@ -130,7 +130,7 @@ def test_gpus_and_what_is_no_network_stay_with_torch(tmp_path, monkeypatch):
     for typed, devices in (((), cluster.Devices(2, 1, "here", 2)), (("embed.encoder=pixels",), TWO_CPUS)):
         config, lines = settled_on([NEW], monkeypatch, photos(tmp_path, *typed), devices)
         assert (embed.request_encoders(config, devices).gpus, lines) == (devices.num_gpus, [])
-        assert "openvino" not in (config.embed.runtime, config.embed.precision)
+        assert "embed.runtime" not in embed.STAGE.deciding_config(config)
 
 
 @pytest.mark.parametrize("begun_on", [OLD, WITHOUT])
