@@ -232,8 +232,8 @@ def _read_span(file: pa.NativeFile, members: list[tuple[int, int]], container: s
         if len(members) == 1:
             yield rejection(error, container)
             return
-        for member in members:  # one damaged place on a disk must not cost its neighbours
-            yield from _read_span(file, [member], container)
+        for one in members:  # one damaged place on a disk must not cost its neighbours
+            yield from _read_span(file, [one], container)
         return
     for offset, size in members:
         member = data[offset - start : offset - start + size]

@@ -207,10 +207,9 @@ def on_every_machine(function: Callable[[], Any]) -> list[Any]:
     if not ray.is_initialized() or not devices_of_cluster().may_grow:
         return [function()]
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0)]
-    calls = [
-        ray.remote(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))(function).remote()
-        for node in nodes
-    ]
+    remote = ray.remote(num_cpus=0)(function)
+    places = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
+    calls = [remote.options(scheduling_strategy=place).remote() for place in places]
     # A cluster that has no worker yet will have machines like this one, as far as anybody knows.
     return [get_result(call) for call in calls] or [function()]
 

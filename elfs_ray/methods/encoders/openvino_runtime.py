@@ -22,6 +22,9 @@ BATCH_SIZE = 16
 class _FromBytes(nn.Module):
     """A network together with its preprocessing: OpenVINO merges both into fewer passes over the memory."""
 
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self, network: nn.Module, preprocessing: Preprocessing) -> None:
         super().__init__()
         self.network = network

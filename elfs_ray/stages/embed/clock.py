@@ -1,7 +1,6 @@
 """Measure what the workers of a stage spend their time on."""
 
 import time
-from collections import Counter
 from collections.abc import Mapping
 
 WAIT, READ, COPY, RESIZE, ENCODE, WRITE = (
@@ -18,17 +17,22 @@ class Clock:
     """A stopwatch: each lap gives the time since the last one to an activity. `seconds`: activity to seconds so far."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = {}
         self._last_s = time.perf_counter()
 
     def lap(self, activity: str) -> None:
         now_s = time.perf_counter()
-        self.seconds[activity] += now_s - self._last_s
+        self.add({activity: now_s - self._last_s})
         self._last_s = now_s
 
-    def take(self) -> Counter[str]:
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Add what another clock has measured."""
+        for activity, spent_s in seconds.items():
+            self.seconds[activity] = self.seconds.get(activity, 0.0) + spent_s
+
+    def take(self) -> dict[str, float]:
         """Return `seconds`, and start again from nothing."""
-        seconds, self.seconds = self.seconds, Counter()
+        seconds, self.seconds = self.seconds, {}
         return seconds
 
     def skip(self) -> None:

@@ -15,7 +15,6 @@ and nothing is decoded at full size again.
 import contextlib
 import json
 import logging
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -93,17 +92,17 @@ def run_embed(config: Config, run_dir: RunDir) -> EmbedResult:
             # On the driver first: a failed download is one clear error there, and one from each encoder otherwise.
             fetch_weights(config.embed.encoder, weights)
     rejected = own_range = 0
-    seconds: Counter[str] = Counter()
+    spent = Clock()
     with Progress("embed", num_samples, "images", done=num_done) as progress:
         for summary in _stream(job, pending) if pending else ():
             rejected += summary["rejected"]
             own_range += summary["own_range"]
-            seconds.update(json.loads(summary["seconds"]))
+            spent.add(json.loads(summary["seconds"]))
             report_rejected(rejected)
             progress.advance(summary["rows"], f"{rejected:,} rejected" if rejected else "")
     say_own_range("embed", own_range)
-    if seconds:
-        say(f"embed     the workers' time: {describe_shares(seconds)}")
+    if spent.seconds:
+        say(f"embed     the workers' time: {describe_shares(spent.seconds)}")
     return _count_embeddings(config, run_dir, num_samples)
 
 
@@ -324,9 +323,9 @@ class _EncodeBlock:
         # Last of the block's files: a file in embeddings/ means that the block is done.
         _write_embeddings(run_dir.path(schema.EMBEDDINGS, name), sample_ids[usable], embeddings[usable])
         self._clock.lap(WRITE)
-        seconds = self._clock.take() + Counter(json.loads(batch["seconds"][0]))
+        self._clock.add(json.loads(batch["seconds"][0]))  # of decoding, elsewhere or in a subclass
         summary = {"rows": [last - first + 1], "rejected": [len(rejected)], "own_range": batch["own_range"]}
-        return summary | {"seconds": [json.dumps(seconds)]}
+        return summary | {"seconds": [json.dumps(self._clock.take())]}
 
 
 class _DecodeAndEncodeBlock(_EncodeBlock):
