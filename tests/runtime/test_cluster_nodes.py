@@ -86,3 +86,26 @@ def test_a_typed_command_chooses_the_same_images_on_three_nodes(folder, pool, ad
     chosen = (folder / "nodes" / "coreset.txt").read_text()
     assert chosen == (folder / "here" / "coreset.txt").read_text() and len(chosen.splitlines()) == 60
     assert contents(folder / "nodes", *UNTRAINED) == contents(folder / "here", *UNTRAINED)
+
+
+ON_EVERY_MACHINE = """
+import os, sys
+import ray
+from ray.cluster_utils import Cluster
+from elfs_ray.runtime.cluster import connect, on_every_machine
+
+machines = Cluster(shutdown_at_exit=True)
+machines.add_node(num_cpus=0, temp_dir=sys.argv[1], include_dashboard=False)
+for _ in range(2):
+    machines.add_node(num_cpus=1, object_store_memory=100 << 20)
+connect(machines.address)
+parents = on_every_machine(os.getppid)
+print(len(parents), len(set(parents)), os.getppid() in parents)
+"""
+
+
+def test_a_function_runs_on_every_machine_that_has_cpus(folder):
+    """Each node's workers have a parent of their own."""
+    command = [sys.executable, "-c", ON_EVERY_MACHINE, str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert result.stdout == "2 2 False\n", result.stderr[-5000:]
