@@ -105,7 +105,7 @@ def _begun(stage: Stage, run_dir: RunDir) -> Marker | None:
     try:
         marker = marker_of(stage, run_dir)
         return marker if marker and has_written(marker, run_dir) else None
-    except BadMarkerError as error:
+    except (BadMarkerError, OSError) as error:  # OSError: a run_dir that cannot be read
         raise ConfigError(str(error)) from error
 
 
