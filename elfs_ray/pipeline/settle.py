@@ -8,10 +8,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from elfs_ray.config import ClusterConfig, Config, ConfigError, EmbedConfig, PretrainConfig
+from elfs_ray.config import ClusterConfig, Config, ConfigError, EmbedConfig, PretrainConfig, label_selector
 from elfs_ray.methods.encoders.processor import BF16, FP32, INSTALL, OPENVINO, TORCH, common, find_processor
 from elfs_ray.pipeline.plan import PlannedStage
 from elfs_ray.pipeline.replace import has_written, marker_of
+from elfs_ray.runtime.placement import on_nodes
 from elfs_ray.stages import cluster, embed, pretrain
 from elfs_ray.stages.stage import Stage
 from elfs_ray.storage.run_dir import BadMarkerError, Marker, RunDir
@@ -61,12 +62,13 @@ def settle_runtime(config: Config, plan: Sequence[PlannedStage], devices: "Devic
         return config, []
     from elfs_ray.methods.encoders.encoder import can_use_openvino
 
-    on_gpus = devices.resolve(section.device, "embed.device") == "cuda"
+    on_gpus = embed.STAGE.devices(config, devices).resolve(section.device, "embed.device") == "cuda"
     lines = []
     if section.runtime == AUTO and (on_gpus or not can_use_openvino(section.encoder)):
         section = dataclasses.replace(section, runtime=TORCH)
     else:
-        section, line = _choose_runtime(section)
+        with on_nodes(label_selector(config, embed.STAGE.section)[0]):
+            section, line = _choose_runtime(section)
         lines.append(line)
     return dataclasses.replace(config, embed=section), lines
 

@@ -203,10 +203,14 @@ def num_gpus() -> int:
 
 
 def on_every_machine(function: Callable[[], Any]) -> list[Any]:
-    """Return the results of a function on every machine that has CPUs for workers, or of this one where it is alone."""
+    """Return the results of a function on every machine for workers, or on this one where it is alone.
+
+    These are the machines with CPUs that placement.py chooses.
+    """
     if not ray.is_initialized() or not devices_of_cluster().may_grow:
         return [function()]
-    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0)]
+    alive = [node for node in ray.nodes() if node["Alive"] and is_chosen(node["Labels"])]
+    nodes = [node["NodeID"] for node in alive if node["Resources"].get("CPU", 0)]
     remote = ray.remote(num_cpus=0)(function)
     places = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
     calls = [remote.options(scheduling_strategy=place).remote() for place in places]
