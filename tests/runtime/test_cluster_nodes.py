@@ -99,7 +99,7 @@ machines.add_node(num_cpus=0, temp_dir=sys.argv[1], include_dashboard=False)
 for _ in range(2):
     machines.add_node(num_cpus=1, object_store_memory=100 << 20)
 connect(machines.address)
-parents = on_every_machine(os.getppid)
+parents = on_every_machine(lambda: os.getppid())
 print(len(parents), len(set(parents)), os.getppid() in parents)
 """
 
