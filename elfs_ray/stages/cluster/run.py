@@ -84,7 +84,10 @@ def _choose_num_clusters(config: Config, points: ShardedPoints) -> tuple[int, li
     if not isinstance(num_clusters, str):
         return int(num_clusters), []
     estimate = points.on_sample(partial(estimate_num_clusters, seed=config.seed), ESTIMATE_ROWS, config.seed)
-    say(f"cluster   {estimate.num_clusters} clusters, estimated from {min(ESTIMATE_ROWS, points.count):,} embeddings")
+    fewest, most = estimate.fitting
+    others = f"; {fewest} to {most} fit nearly as well" if fewest < most else ""
+    embeddings = f"{min(ESTIMATE_ROWS, points.count):,} embeddings"
+    say(f"cluster   {estimate.num_clusters} clusters, estimated from {embeddings}{others}")
     return estimate.num_clusters, list(estimate.evidence)
 
 
