@@ -1,12 +1,12 @@
 """Change one thing at a time to see what the quality of a coreset depends on, in one table with the baselines.
 
-    python benchmarks/ablations.py --data FOLDER [--only fashion_mnist] [--folder runs/cpu_track]
+    python benchmarks/ablations.py --data FOLDER [--only fashion_mnist] [--folder runs/scratch_track]
     python benchmarks/ablations.py --quick
 
-FOLDER and --folder are those of cpu_track.py, whose run of a dataset is the base, and is made if it does not exist. The
-variants change the encoder, the clustering, the proxy, its epochs, the score or the hard fraction, and leave the rest
-as in the base; kmeans_linear and kmeans_30_linear change several. A variant's folder gets the base's stages before the
-change, by hard links. Each line of the table is the accuracy of a coreset at the smallest budget of the dataset's
+FOLDER and --folder are those of scratch_track.py, whose run of a dataset is the base, and is made if it does not exist.
+The variants change the encoder, the clustering, the proxy, its epochs, the score or the hard fraction, and leave the
+rest as in the base; kmeans_linear and kmeans_30_linear change several. A variant's folder gets the base's stages before
+the change, by hard links. Each line of the table is the accuracy of a coreset at the smallest budget of the dataset's
 track, over three seeds; Fashion-MNIST's table also has the baselines that its track lacks. The table is
 <dataset>-ablated/ablations.txt. Every part is kept, and the same command resumes where it was stopped. --quick takes
 1,000 digits and one seed. A line of JSON compares the base with each other line.
@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cpu_track import PIXELS, QUICK, TRACKS
 from helpers.tracks import Track, emit_comparison, run_pipeline, run_sets
+from scratch_track import PIXELS, QUICK, TRACKS
 
 from elfs_ray.evaluation import run
 from elfs_ray.evaluation.report import Results, closing_lines

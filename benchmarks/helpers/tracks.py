@@ -45,10 +45,10 @@ class Track:
 
 
 def run_sets(doc: str | None, sets: Mapping[str, Work], quick: Work, measure: Measure[Work]) -> None:
-    """Read the command line of cpu_track.py and ablations.py, and measure the chosen datasets, or `quick` on digits."""
+    """Read the command line of scratch_track.py and ablations.py, and measure the datasets, or `quick` on digits."""
     parser = command_line(doc)
     parser.add_argument("--data", type=Path, help="folder of the datasets")
-    parser.add_argument("--folder", type=Path, default=Path("runs/cpu_track"), help="folder of all runs and results")
+    parser.add_argument("--folder", type=Path, default=Path("runs/scratch_track"), help="folder of runs and results")
     parser.add_argument("--only", choices=list(sets), action="append", help="measure this dataset only; repeatable")
     parser.add_argument("--quick", action="store_true", help="1,000 digits, one seed")
     arguments = parser.parse_args()
