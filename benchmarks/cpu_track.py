@@ -33,7 +33,7 @@ from elfs_ray.methods.kmeans.assignment import nearest_centroids
 from elfs_ray.methods.kmeans.lloyd import kmeans
 from elfs_ray.methods.kmeans.points import ArrayPoints
 from elfs_ray.methods.selection.cluster_centres import kmeans_centres, typiclust
-from elfs_ray.methods.selection.coverage import facility_location
+from elfs_ray.methods.selection.coverage import centred, facility_location, sum_of
 from elfs_ray.methods.training.linear_probe import fit_linear_probe
 
 IMAGES_A_CLASS = (1, 2, 5, 10, 25, 50)
@@ -96,16 +96,16 @@ class Track:
         if method in baselines:
             return [self._kept(f"{method}-{count}", baselines[method])]
         # Every beginning of these is the selection of a smaller count.
-        groups = self.labels if method == "auto" and self._looks_right() else None
-        name = "coverage" if groups is None else "inside"
-        order = self._kept(
-            f"{name}-{self.counts[-1]}",
-            lambda: facility_location(self.pool.embeddings, self.counts[-1], groups=groups).order,
-        )
-        return [order[:count]]
+        inside = method == "auto" and self.trust() >= LEAST_TRUST
+        name = f"{'inside' if inside else 'coverage'}-{self.counts[-1]}"
+        return [self._kept(name, lambda: self._cover(inside))[:count]]
 
-    def _looks_right(self) -> bool:
-        return self.trust() >= LEAST_TRUST
+    def _cover(self, inside: bool) -> np.ndarray:
+        """Return the order of the largest count, by coverage inside the pseudo-classes or of the whole pool."""
+        embeddings = self.pool.embeddings
+        if inside:
+            return facility_location(embeddings, self.counts[-1], groups=self.labels).order
+        return facility_location(centred(embeddings, sum_of(embeddings) / len(embeddings)), self.counts[-1]).order
 
     def trust(self) -> float:
         """Return the estimated share of right pseudo-labels."""

@@ -10,6 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from elfs_ray.config import Config, load_config
+from elfs_ray.methods.selection.coverage import centred
 from elfs_ray.pool.images import encode_png
 from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.stages.embed import EmbedResult
@@ -182,6 +183,11 @@ def embeddings_of(run_dir: RunDir) -> np.ndarray:
     return np.concatenate(
         [schema.matrix_of(table, schema.EMBEDDING) for table in run_dir.read_table(schema.EMBEDDINGS)]
     )
+
+
+def around_mean(embeddings: np.ndarray) -> np.ndarray:
+    """Return embeddings as coverage takes them: minus their mean, of unit length."""
+    return centred(embeddings, embeddings.mean(axis=0, dtype=np.float64))
 
 
 def mark(run_dir: RunDir, result: Result) -> None:

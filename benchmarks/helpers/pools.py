@@ -61,12 +61,12 @@ def long_tailed(pool: Labelled) -> Labelled:
 
 
 def with_near_duplicates(pool: Labelled) -> Labelled:
-    """Replace the last 30% of the images by copies of others: JPEGs of quality 75, mirrored, or cropped to 90%."""
+    """Replace 30% of the images by copies of others: JPEGs of quality 75, mirrored, or cropped to 90%."""
     images, labels = pool
-    num_originals = round((1 - COPIED_SHARE) * len(images))
-    copied = np.random.default_rng(0).permutation(num_originals)[: len(images) - num_originals]
+    originals = np.random.default_rng(0).permutation(len(images))[: round((1 - COPIED_SHARE) * len(images))]
+    copied = originals[: len(images) - len(originals)]
     copies = [_copy_of(images[row], number % 3) for number, row in enumerate(copied)]
-    return images[:num_originals] + copies, np.concatenate([labels[:num_originals], labels[copied]])
+    return [images[row] for row in originals] + copies, labels[np.concatenate([originals, copied])]
 
 
 SOURCES = {

@@ -22,6 +22,7 @@ _GRID = 4096  # coordinates become multiples of 1/4096
 _COSINE_STEPS = 32_768  # of the kernel's table, in a range of 1
 _BLOCK = 500  # rows of a block of products; a power of two would be slow to transpose
 _BATCH = 16  # candidates evaluated at once
+_AT_CENTRE = 1e-3  # so near to the centre a direction would be the rounding of float16
 
 
 class Coverage(NamedTuple):
@@ -68,6 +69,30 @@ def facility_location(
     similarity = kernel.among_points() if candidates is None else kernel.of(candidates, candidate_groups)
     covered = np.zeros(n, np.uint16) if covered_by is None else kernel.highest(covered_by, covered_by_groups)
     return _select_lazily(similarity, covered, budget)
+
+
+def sum_of(embeddings: np.ndarray) -> np.ndarray:
+    """Return the sum (d,) float64 of embeddings (n, d) float16 of unit length, exact and so the same in any order."""
+    total = np.zeros(embeddings.shape[1])
+    for start in range(0, len(embeddings), _BLOCK):
+        total += embeddings[start : start + _BLOCK].sum(axis=0, dtype=np.float64)
+    return total
+
+
+def centred(embeddings: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """Return embeddings (n, d) float16 relative to a centre (d,) float64, the mean of the pool, of unit length again.
+
+    What all images of a pool share hides how they differ (BENCHMARKS.md, "Few labels", has what this changes). An
+    embedding that lies at the centre has no direction from it and stays as it is.
+    """
+    result = np.empty(embeddings.shape, np.float16)
+    for start in range(0, len(embeddings), _BLOCK):
+        rows = embeddings[start : start + _BLOCK].astype(np.float64)
+        differences = rows - centre
+        norms = np.linalg.norm(differences, axis=1, keepdims=True)
+        is_apart = norms > _AT_CENTRE
+        result[start : start + _BLOCK] = np.where(is_apart, differences / np.where(is_apart, norms, 1), rows)
+    return result
 
 
 def highest_similarity(points: np.ndarray, chosen: np.ndarray) -> np.ndarray:

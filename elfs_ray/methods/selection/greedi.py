@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from elfs_ray.methods.numeric.hashing import hash_uint64
-from elfs_ray.methods.selection.coverage import SIMILARITY_ONE, facility_location
+from elfs_ray.methods.selection.coverage import SIMILARITY_ONE, centred, facility_location
 
 PARTITION_ROWS = 20_000  # 0.8 GB of similarities; a pool of up to so many samples is a single partition
 MEASURED_ROWS = 4_000  # samples on which coverage is measured; its standard error is then below 0.002
@@ -37,6 +37,10 @@ class Rows(NamedTuple):
     def where(self, mask: np.ndarray) -> "Rows":
         """Return the samples of a mask (n,) bool."""
         return Rows(self.embeddings[mask], self.sample_ids[mask], None if self.groups is None else self.groups[mask])
+
+    def centred(self, centre: np.ndarray) -> "Rows":
+        """Return the samples with their embeddings relative to a centre (d,) float64."""
+        return self._replace(embeddings=centred(self.embeddings, centre))
 
     @classmethod
     def concatenate(cls, parts: Sequence["Rows"]) -> "Rows":

@@ -13,7 +13,7 @@ from elfs_ray.methods.encoders.encoder import to_unit_float16
 from elfs_ray.methods.kmeans.points import smallest_ids
 from elfs_ray.methods.numeric.hashing import hash_uint64
 from elfs_ray.methods.selection import greedi
-from elfs_ray.methods.selection.coverage import SIMILARITY_ONE, highest_similarity
+from elfs_ray.methods.selection.coverage import SIMILARITY_ONE, highest_similarity, sum_of
 from elfs_ray.methods.selection.pruning import budget_count, random_selection
 
 UNIT_TOLERANCE = 0.01  # as a unit vector rounded to float16 is not exactly of length 1
@@ -62,7 +62,8 @@ def select(
     seed: int = 0,
 ) -> Selection:
     """Select the samples to label, in their order, without a cluster: in turn the one that makes all others most
-    similar to a selected one (greedy facility location).
+    similar to a selected one (greedy facility location). To cover the whole pool, similarities are those of the
+    embeddings minus their mean.
 
     embeddings: (n, d), an array or a tensor, of any length but 0. They are rounded to float16 as in a run.
     budget: a number of samples, or as a float the fraction of n.
@@ -71,7 +72,7 @@ def select(
     exclude: ids of samples that are neither selected nor covered.
     ids: (n,) int, distinct ids of the samples; 0 to n-1 by default.
 
-    Raises ValueError for shapes, ids or a budget that do not fit. Memory: 2·n·d bytes, and 2·n² of similarities up to
+    Raises ValueError for shapes, ids or a budget that do not fit. Memory: 6·n·d bytes, and 2·n² of similarities up to
     20,000 samples; above that 0.8 GB, at the end 1.6 GB.
     """
     rows = _rows_of(embeddings, ids, pseudo_labels)
@@ -83,6 +84,8 @@ def select(
         raise ValueError(f"budget is {count}, but only {len(others)} samples are neither labelled nor excluded")
     if rows.groups is not None and not _look_right(rows, seed):
         rows = rows._replace(groups=None)
+    if rows.groups is None:
+        rows = rows.centred(sum_of(rows.among(left).embeddings) / len(left))
     already = rows.among(np.setdiff1d(labelled_ids, excluded)) if len(labelled_ids) else None
     # Divided before any are excluded, as a run does.
     ranges = greedi.partitions(len(rows.sample_ids))

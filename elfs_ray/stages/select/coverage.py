@@ -3,9 +3,9 @@
 Reads   select/pool/ (ids and pseudo-labels), embeddings/; clusters/ to cover each pseudo-class by its members
 Writes  select/coverage/ (sample_id, pseudo_label, score, rank), a file for each of select/pool/
 
-A pool of up to 20,000 samples is one task. A larger one is divided into partitions, a task each, and one more task
-selects among what these nominate. The result depends on embeddings,
-pseudo-labels, labelled samples and seed alone.
+To cover the whole pool, embeddings are taken relative to the mean of the samples to be covered. A pool of up to
+20,000 samples is one task. A larger one is divided into partitions, a task each, and one more task selects among what
+these nominate. The result depends on embeddings, pseudo-labels, labelled samples and seed alone.
 
 Memory: a task holds 0.8 GB of similarities, the last one 1.6 GB, and its embeddings. The driver holds some 40 bytes a
 sample, and the embeddings of 20,000 nominees and of a sample of 44,000.
@@ -22,7 +22,7 @@ import torch
 
 from elfs_ray.methods.clustering_trust import LEAST_TRUST
 from elfs_ray.methods.selection import greedi
-from elfs_ray.methods.selection.coverage import SIMILARITY_ONE, highest_similarity
+from elfs_ray.methods.selection.coverage import SIMILARITY_ONE, highest_similarity, sum_of
 from elfs_ray.methods.selection.pruning import random_selection
 from elfs_ray.runtime.cluster import run_tasks
 from elfs_ray.runtime.progress import Progress, say
@@ -43,6 +43,13 @@ class Slice(NamedTuple):
     first: int
     end: int
     labels: str | None
+
+
+class Part(NamedTuple):
+    """Some rows of embeddings/, and the centre (d,) float64 that they are taken relative to, if any."""
+
+    slices: Sequence[Slice]
+    centre: np.ndarray | None
 
 
 class CoverageOfPool(NamedTuple):
@@ -87,7 +94,9 @@ def score_by_coverage(
     point_ids, measured_ids = greedi.samples_of(sample_ids, seed)
     labels = (schema.CLUSTERS, schema.PSEUDO_LABELS_DIR)  # in files as those of the embeddings
     label_files = [run_dir.path(*labels, filesystem.basename(path)) if inside_classes else None for path, _ in files]
-    parts = [_slices(files, label_files, part) for part in greedi.partitions(len(embedded_ids))]
+    slices = [_slices(files, label_files, part) for part in greedi.partitions(len(embedded_ids))]
+    centre = None if inside_classes else _centre(slices, ignored_ids, len(sample_ids))
+    parts = [Part(each, centre) for each in slices]
     covered = _rows_of(parts, labelled_ids) if len(labelled_ids) else None
     labelled_ids = _NONE if covered is None else covered.sample_ids
     others = np.setdiff1d(sample_ids, labelled_ids, assume_unique=True)
@@ -118,33 +127,44 @@ def _slices(files: Sequence[tuple[str, int]], label_files: Sequence[str | None],
     return slices
 
 
+def _centre(parts: Sequence[Sequence[Slice]], ignored_ids: np.ndarray, num_samples: int) -> np.ndarray:
+    """Return the mean (d,) float64 of the samples to be covered. Their sums are exact, so that no order matters."""
+    shared = ray.put(ignored_ids)
+    totals = [total for _, total in run_tasks(_sum, [(slices, shared) for slices in parts])]
+    return np.sum(totals, axis=0) / num_samples
+
+
+def _sum(slices: Sequence[Slice], ignored_ids: np.ndarray) -> np.ndarray:
+    return sum_of(_read(slices).without(ignored_ids).embeddings)
+
+
 def _select_at_once(
-    slices: Sequence[Slice],
+    part: Part,
     labelled: greedi.Rows | None,
     ignored_ids: np.ndarray,
     measured_ids: np.ndarray,
     count: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the ids in the order of selection, their gains, and the embeddings of the samples to measure on."""
-    ((_, result),) = run_tasks(_select_whole_pool, [(slices, labelled, ignored_ids, measured_ids, count)])
+    ((_, result),) = run_tasks(_select_whole_pool, [(part, labelled, ignored_ids, measured_ids, count)])
     return result
 
 
 def _select_whole_pool(
-    slices: Sequence[Slice],
+    part: Part,
     labelled: greedi.Rows | None,
     ignored_ids: np.ndarray,
     measured_ids: np.ndarray,
     count: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     torch.set_num_threads(1)
-    rows = _read(slices).without(ignored_ids)
+    rows = _read_centred(part).without(ignored_ids)
     order, gains = greedi.select(rows, count, labelled)
     return rows.sample_ids[order], gains, rows.among(measured_ids).embeddings
 
 
 def _select_in_parts(
-    parts: Sequence[Sequence[Slice]],
+    parts: Sequence[Part],
     labelled: greedi.Rows | None,
     ignored_ids: np.ndarray,
     point_ids: np.ndarray,
@@ -160,7 +180,7 @@ def _select_in_parts(
     num_candidates = greedi.num_candidates(len(parts))
     # Stored once, not once for each task.
     shared = tuple(map(ray.put, (ignored_ids, point_ids, measured_ids, labelled)))
-    tasks = [(slices, *shared, num_candidates, share) for slices in parts]
+    tasks = [(part, *shared, num_candidates, share) for part in parts]
     for position, (nominated, covered, kept) in run_tasks(_nominate, tasks):
         nominees[position], points[position], measured[position] = nominated, covered, kept
         progress.advance(1)
@@ -173,7 +193,7 @@ def _select_in_parts(
 
 
 def _nominate(
-    slices: Sequence[Slice],
+    part: Part,
     ignored_ids: np.ndarray,
     point_ids: np.ndarray,
     measured_ids: np.ndarray,
@@ -182,7 +202,7 @@ def _nominate(
     share: int,
 ) -> tuple[greedi.Nominees, greedi.Rows, np.ndarray]:
     torch.set_num_threads(1)
-    rows = _read(slices).without(ignored_ids)
+    rows = _read_centred(part).without(ignored_ids)
     nominees = greedi.nominate(rows, num_candidates, share, labelled)
     return nominees, rows.among(point_ids), rows.among(measured_ids).embeddings
 
@@ -194,20 +214,20 @@ def _merge(
     return greedi.merge(nominees, points, count, labelled)
 
 
-def _rows_of(parts: Sequence[Sequence[Slice]], sample_ids: np.ndarray) -> greedi.Rows | None:
+def _rows_of(parts: Sequence[Part], sample_ids: np.ndarray) -> greedi.Rows | None:
     """Return those samples of the pool, in the order of their ids; None if it has none of them."""
     wanted = ray.put(sample_ids)
-    rows = dict(run_tasks(_read_among, [(slices, wanted) for slices in parts]))
-    joined = greedi.Rows.concatenate([rows[part] for part in range(len(parts))])
+    rows = dict(run_tasks(_read_among, [(part, wanted) for part in parts]))
+    joined = greedi.Rows.concatenate([rows[position] for position in range(len(parts))])
     return joined if len(joined.sample_ids) else None
 
 
-def _read_among(slices: Sequence[Slice], sample_ids: np.ndarray) -> greedi.Rows:
-    return _read(slices).among(sample_ids)
+def _read_among(part: Part, sample_ids: np.ndarray) -> greedi.Rows:
+    return _read_centred(part).among(sample_ids)
 
 
 def _measure(
-    parts: Sequence[Sequence[Slice]],
+    parts: Sequence[Part],
     points: np.ndarray,
     chosen_ids: np.ndarray,
     random_ids: np.ndarray,
@@ -218,8 +238,8 @@ def _measure(
     ends = sorted(set(counts))
     shared = ray.put((points, *(_with_steps(ids, labelled_ids, ends) for ids in (chosen_ids, random_ids))))
     covered = np.zeros((2, len(ends), len(points)), np.uint16)
-    for _, part in run_tasks(_cover, [(slices, shared, len(ends)) for slices in parts]):
-        np.maximum(covered, part, out=covered)
+    for _, of_part in run_tasks(_cover, [(part, shared, len(ends)) for part in parts]):
+        np.maximum(covered, of_part, out=covered)
     # Each step covers with the samples that it adds, so a coreset covers with all steps up to its own.
     means = np.maximum.accumulate(covered, axis=1).mean(axis=2, dtype=np.float64) / SIMILARITY_ONE
     return [CoverageOfPool(*(float(mean) for mean in means[:, ends.index(count)])) for count in counts]
@@ -238,12 +258,12 @@ def _with_steps(ids: np.ndarray, first_ids: np.ndarray, ends: Sequence[int]) -> 
 
 
 def _cover(
-    slices: Sequence[Slice], shared: tuple[np.ndarray, tuple[np.ndarray, ...], tuple[np.ndarray, ...]], num_steps: int
+    part: Part, shared: tuple[np.ndarray, tuple[np.ndarray, ...], tuple[np.ndarray, ...]], num_steps: int
 ) -> np.ndarray:
     """Return the similarity (2, steps, points) of each point to the nearest chosen and random sample in these rows."""
     torch.set_num_threads(1)
     points, *selections = shared
-    embeddings, sample_ids, _ = _read(slices)
+    embeddings, sample_ids, _ = _read_centred(part)
     covered = np.zeros((2, num_steps, len(points)), np.uint16)
     for kind, (ids, steps) in enumerate(selections):
         here = (ids >= sample_ids[0]) & (ids <= sample_ids[-1])
@@ -273,6 +293,11 @@ def _write_file(source: str, target: str, selected: tuple[np.ndarray, np.ndarray
     ranks[places], scores[places] = ranks_of_ids[here], scores_of_ids[here]
     rows = rows.append_column(schema.SCORE, pa.array(scores)).append_column(schema.RANK, pa.array(ranks))
     filesystem.write_table(target, rows)
+
+
+def _read_centred(part: Part) -> greedi.Rows:
+    rows = _read(part.slices)
+    return rows if part.centre is None else rows.centred(part.centre)
 
 
 def _read(slices: Sequence[Slice]) -> greedi.Rows:

@@ -6,7 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
-from elfs_ray.methods.selection.coverage import SIMILARITY_ONE, facility_location, highest_similarity
+from elfs_ray.methods.selection.coverage import (
+    SIMILARITY_ONE,
+    centred,
+    facility_location,
+    highest_similarity,
+    sum_of,
+)
 
 
 def digit_embeddings(num_rows):
@@ -171,3 +177,25 @@ def test_points_are_covered_by_their_group_alone():
 def test_what_cannot_be_selected_is_refused(points, arguments, message):
     with pytest.raises(ValueError, match=message):
         facility_location(points, **arguments)
+
+
+def test_what_all_embeddings_share_is_gone_once_they_are_centred():
+    random = np.random.default_rng(0).normal(size=(700, 32))
+    unit = unit_float16(random + 25 * np.eye(1, 32, 5))
+    centre = sum_of(unit) / len(unit)
+    assert np.array_equal(centre, unit.astype(np.float64).mean(0))
+    rows = centred(unit, centre)
+    expected = unit - unit.astype(np.float64).mean(0)
+    np.testing.assert_allclose(rows, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-3)
+    cosines, before = (float((each.astype(np.float64) @ each.T.astype(np.float64)).mean()) for each in (rows, unit))
+    assert before > 0.9 and abs(cosines) < 0.05
+
+
+def test_equal_embeddings_and_a_single_one_stay_as_they_are():
+    one = unit_float16(np.random.default_rng(0).normal(size=(1, 16)))
+    for equal in (one, np.repeat(one, 1_001, axis=0)):
+        assert np.array_equal(centred(equal, sum_of(equal) / len(equal)), equal)
+
+
+def unit_float16(rows):
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
