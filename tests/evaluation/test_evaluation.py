@@ -376,7 +376,11 @@ def test_baselines_around_centres_are_chosen_once(finished, tmp_path, monkeypatc
     assert [(choice.entry.name, choice.seed) for choice in made] == [
         (name, seed) for name in ("kmeans_centres", "typiclust") for seed in (0, 1)
     ]
-    monkeypatch.setattr("elfs_ray.evaluation.selections._select_from_embeddings", None)
+
+    def fail(*arguments):
+        raise AssertionError("selected again")
+
+    monkeypatch.setattr("elfs_ray.evaluation.selections._select_from_embeddings", fail)
     again = select_without_labels(config, make_workload(config), RunDir(tmp_path))
     assert [choice.sample_ids.tolist() for choice in again] == [choice.sample_ids.tolist() for choice in made]
 

@@ -8,7 +8,7 @@ budget is not the beginning of that for a larger one.
 import numpy as np
 import torch
 
-from elfs_ray.methods.kmeans.assignment import nearest_centroids, squared_distances_to
+from elfs_ray.methods.kmeans.assignment import embeddings_to_device, nearest_centroids, squared_distances_to
 from elfs_ray.methods.kmeans.lloyd import kmeans
 from elfs_ray.methods.kmeans.num_clusters import count_distinct
 from elfs_ray.methods.kmeans.points import ArrayPoints
@@ -30,8 +30,9 @@ def kmeans_centres(embeddings: np.ndarray, sample_ids: np.ndarray, budget: int, 
     embeddings: (n, d) float16 of unit length; sample_ids: (n,) int64, ascending. Raises ValueError for budgets outside
     [1, n]. Time: that of k-means, n · budget · d multiplications an iteration. Memory: 8·n·d + 32·budget·d bytes.
     """
-    labels, centroids = _clusters(embeddings, sample_ids, budget, budget, seed)
-    distances = squared_distances_to(torch.from_numpy(embeddings), centroids, torch.from_numpy(labels)).numpy()
+    rows = embeddings_to_device(embeddings, sample_ids, torch.device("cpu"))
+    labels, centroids = _clusters(rows, sample_ids, budget, budget, seed)
+    distances = squared_distances_to(rows, centroids, torch.from_numpy(labels)).numpy()
     by_cluster = np.lexsort((distances, labels))  # stable: of equal distances the lowest position first
     sizes = np.bincount(labels, minlength=len(centroids))
     starts = np.cumsum(sizes) - sizes
@@ -52,31 +53,31 @@ def typiclust(embeddings: np.ndarray, sample_ids: np.ndarray, budget: int, seed:
     [1, n]. Time: that of k-means, and c²·d multiplications for each sample taken of a cluster of c.
     Memory: 8·n·d bytes, and 8,000·c.
     """
-    labels, _ = _clusters(embeddings, sample_ids, budget, min(budget, MAX_TYPICLUST_CLUSTERS), seed)
+    rows = embeddings_to_device(embeddings, sample_ids, torch.device("cpu"))
+    labels, _ = _clusters(rows, sample_ids, budget, min(budget, MAX_TYPICLUST_CLUSTERS), seed)
     members = [np.flatnonzero(labels == cluster) for cluster in range(labels.max() + 1)]
     members.sort(key=len, reverse=True)  # stable: of equal sizes the lowest cluster first
-    usual = [rows for rows in members if len(rows) >= SMALLEST_CLUSTER]
-    small = [rows for rows in members if len(rows) < SMALLEST_CLUSTER]
+    usual = [left for left in members if len(left) >= SMALLEST_CLUSTER]
+    small = [left for left in members if len(left) < SMALLEST_CLUSTER]
     taken: list[int] = []
     for clusters in (usual, small):
         while clusters and len(taken) < budget:
-            for number, rows in enumerate(clusters[: budget - len(taken)]):
-                best = _most_typical(embeddings[rows])
-                taken.append(int(rows[best]))
-                clusters[number] = np.delete(rows, best)
-            clusters = [rows for rows in clusters if len(rows)]
+            for number, left in enumerate(clusters[: budget - len(taken)]):
+                best = _most_typical(embeddings[left])
+                taken.append(int(left[best]))
+                clusters[number] = np.delete(left, best)
+            clusters = [left for left in clusters if len(left)]
     return np.array(taken, np.int64)
 
 
 def _clusters(
-    embeddings: np.ndarray, sample_ids: np.ndarray, budget: int, num_clusters: int, seed: int
+    rows: torch.Tensor, sample_ids: np.ndarray, budget: int, num_clusters: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the cluster of each sample (n,) int64 and the centroids (k, d) float32, fewer if samples repeat."""
-    if not 1 <= budget <= len(embeddings):
-        raise ValueError(f"budget is {budget} samples of a pool of {len(embeddings)}; it must be 1 to the whole pool")
-    rows = torch.from_numpy(embeddings)
+    if not 1 <= budget <= len(rows):
+        raise ValueError(f"budget is {budget} samples of a pool of {len(rows)}; it must be 1 to the whole pool")
     num_clusters = min(num_clusters, count_distinct(rows))
-    points = ArrayPoints(embeddings, sample_ids)
+    points = ArrayPoints(rows.numpy(), sample_ids)
     centroids = kmeans(points, num_clusters, seed=seed, max_iterations=_MAX_ITERATIONS).centroids
     return nearest_centroids(rows, centroids).numpy(), centroids
 

@@ -62,8 +62,8 @@ class CoverageOfPool(NamedTuple):
 def covers_inside_classes(clusters: ClusterResult) -> bool:
     """Return whether `select.method=auto` covers each pseudo-class by its members, and say so.
 
-    On the four sets where at least 60% looked right this raised accuracy by 1.7 points, on average over 10 to 500
-    labels; on the four others it cost 0.8 (BENCHMARKS.md, "Few labels").
+    On the three sets where at least 60% looked right this raised accuracy by 1.2 points, on average over 1 to 50 labels
+    a class (BENCHMARKS.md, "Few labels").
     """
     right = clusters.trust["right"] if clusters.trust else 0.0
     inside = right >= LEAST_TRUST
