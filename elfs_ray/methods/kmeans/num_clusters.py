@@ -25,9 +25,10 @@ class ClusterEstimate:
 
     @property
     def fitting(self) -> tuple[int, int]:
-        """Return the fewest and the most clusters that were tried and fit nearly as well as the best number."""
-        limit = NEARLY_AS_WELL * max(each["silhouette"] for each in self.evidence)
-        numbers = [int(each["num_clusters"]) for each in self.evidence if each["silhouette"] >= limit]
+        """Return the fewest and the most clusters that were tried and fit nearly as well as the estimate."""
+        silhouettes = {int(each["num_clusters"]): each["silhouette"] for each in self.evidence}
+        limit = NEARLY_AS_WELL * silhouettes[self.num_clusters]
+        numbers = [number for number, silhouette in silhouettes.items() if silhouette >= limit]
         return min(numbers), max(numbers)
 
 
