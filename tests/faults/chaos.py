@@ -42,7 +42,12 @@ TIMEOUT_S = 1200.0
 # Two of Ray's agents look for a lost head for a minute before they exit (gcs_rpc_server_reconnect_timeout_s).
 ALL_GONE_S = 120.0
 POLL_S = 0.02
-DRIVER = "import sys; from elfs_ray.cli import run_job; sys.exit(run_job('chaos', sys.argv[1], sys.argv[2:]))"
+DRIVER = """
+import sys
+from elfs_ray.cli import report_errors, run_config
+from elfs_ray.config import load_config
+sys.exit(report_errors(lambda: run_config(load_config(sys.argv[1], sys.argv[2:]))))
+"""
 
 
 @dataclass
@@ -200,8 +205,8 @@ def main() -> None:
             small_disk(folder) as (disk, can_fill),
             three_nodes(folder) as (cluster, nodes),
         ):
-            overrides = [f"pool.uri={write_pool(folder, num_images)}", "pool.label=null", "budget=0.1"]
-            overrides += [f"train.epochs={epochs}", "train.num_workers=2", "train.cpus_per_worker=1"]
+            overrides = [f"pool.uri={write_pool(folder, num_images)}", "pool.label=null", "evaluate.test_uri=null"]
+            overrides += ["budget=0.1", f"train.epochs={epochs}", "train.num_workers=2", "train.cpus_per_worker=1"]
             places = [
                 Place(str(disk), folder, cluster, nodes, disk if can_fill else None),
                 Place(root, folder, cluster, nodes, store=store),
