@@ -107,7 +107,9 @@ def _begun(stage: Stage, run_dir: RunDir) -> Marker | None:
     try:
         marker = marker_of(stage, run_dir)
         return marker if marker and has_written(marker, run_dir) else None
-    except (BadMarkerError, OSError) as error:  # OSError: a run_dir that cannot be read
+    except NotADirectoryError:  # run_dir is a file: the plan refuses it, and says so better
+        return None
+    except (BadMarkerError, OSError) as error:
         raise ConfigError(str(error)) from error
 
 

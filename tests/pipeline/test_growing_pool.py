@@ -10,6 +10,7 @@ from elfs_ray.config import load_config
 from elfs_ray.pipeline.dry_run import describe_plan, look
 from elfs_ray.pipeline.plan import check
 from elfs_ray.pipeline.runner import run
+from elfs_ray.pipeline.settle import settle
 from elfs_ray.stages.index import IndexResult
 from elfs_ray.stages.select import SelectResult
 from elfs_ray.storage.run_dir import RunDir
@@ -39,6 +40,7 @@ def rows(run_dir: Path, table: str) -> dict:
 
 
 def actions(config) -> dict[str, str]:
+    config, _ = settle(config, RunDir(config.run_dir))
     return {planned.stage.name: planned.action for planned in check(config, RunDir(config.run_dir))}
 
 

@@ -36,8 +36,9 @@ def go(monkeypatch, tmp_path) -> Callable[..., RunDir]:
 
 
 def config_of(folder: Path, name: str = "run", *keys: str) -> Config:
-    coverage = ("budget=2", "select.method=coverage", "until=embed", "embed.image_size=8", "embed.block_images=8")
-    return digits_config(folder / name, f"pool.uri={folder}/pool", "cluster.num_clusters=2", *coverage, *keys)
+    coverage = ("budget=2", "select.method=coverage", "until=embed", "cluster.num_clusters=2")
+    encoder = ("embed.image_size=8", "embed.block_images=8", "embed.runtime=torch")
+    return digits_config(folder / name, f"pool.uri={folder}/pool", *coverage, *encoder, *keys)
 
 
 def write_images(pool: Path, numbers: range) -> None:

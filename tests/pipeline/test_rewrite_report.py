@@ -7,6 +7,7 @@ import pytest
 
 from elfs_ray.commands import main
 from elfs_ray.pipeline.plan import make_plan
+from elfs_ray.pipeline.settle import settle
 from elfs_ray.storage.run_dir import RunDir
 from tests.small_run import config_of
 
@@ -22,7 +23,8 @@ def test_a_lost_report_is_written_again_and_the_run_stays_complete(finished, sma
     assert main(["report", str(finished)]) == 0
     assert capsys.readouterr().out == f"report   {finished}/report.html\n"
     assert json.loads((finished / "metrics.json").read_text()) == metrics
-    plan = make_plan(config_of(small_run.pool, finished), RunDir(finished))
+    config, _ = settle(config_of(small_run.pool, finished), RunDir(finished))
+    plan = make_plan(config, RunDir(finished))
     assert {planned.action for planned in plan} == {"done"}
 
 

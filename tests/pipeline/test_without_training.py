@@ -13,6 +13,7 @@ from elfs_ray.config import ConfigError, load_config
 from elfs_ray.pipeline import reselect
 from elfs_ray.pipeline.dry_run import describe_plan, look
 from elfs_ray.pipeline.plan import make_plan
+from elfs_ray.pipeline.settle import settle
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 from tests.tables import contents, digit_images, png
@@ -128,7 +129,8 @@ def test_a_random_coreset_and_another_budget_are_selected_from_it(covered, pool)
     assert metrics["later_selections"]["coresets/random"]["keys"] == {"select.method": "random"}
     assert metrics["later_selections"]["coresets/fewer"]["keys"] == {"budget": 9}
     assert 'value="coresets/fewer"' in (covered / "report.html").read_text()
-    plan = make_plan(config_for(pool, covered, "select.method=coverage"), RunDir(covered))
+    config, _ = settle(config_for(pool, covered, "select.method=coverage"), RunDir(covered))
+    plan = make_plan(config, RunDir(covered))
     assert {planned.action for planned in plan} == {"done"}
 
 
