@@ -1,9 +1,5 @@
 """Label selectors: the nodes that match, where tasks, actors, Ray Data and Ray Train run, and refusals."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +9,7 @@ from elfs_ray.config import ConfigError, parse_label_selector
 from elfs_ray.pipeline.stages import STAGES
 from elfs_ray.runtime.cluster import Devices, find_devices
 from elfs_ray.runtime.placement import is_chosen, on_nodes, placement
+from tests.scripts import run_script
 from tests.tables import digits_config
 
 
@@ -60,14 +57,5 @@ def test_a_stage_without_a_selector_has_all_devices():
 @pytest.mark.timeout(400)
 def test_every_stage_runs_on_the_nodes_that_it_selects(tmp_path):
     """On a cluster of its own, in a process of its own: two nodes with labels, one for training alone."""
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("placement_run.py")), str(tmp_path)],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "PYTHONPATH": "."},
-        capture_output=True,
-        text=True,
-        timeout=380,
-    )
-    assert done.returncode == 0, done.stderr
-    places = json.loads(done.stdout.splitlines()[-1])
+    places = run_script(Path(__file__).with_name("placement_run.py"), tmp_path)
     assert places == {"index": ["a"], "embed": ["a"], "cluster": ["a"], "train": ["b"], "select": ["a"]}

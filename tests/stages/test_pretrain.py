@@ -32,6 +32,7 @@ from elfs_ray.stages.training.reader import InMemoryReader, TrainingPool
 from elfs_ray.storage import filesystem
 from elfs_ray.storage.run_dir import RunDir
 from elfs_ray.storage.run_lock import RunLock
+from tests.scripts import run_script
 from tests.tables import contents, digit_images, digits_config, png
 from tests.workers import training_worker_pids
 
@@ -353,16 +354,7 @@ def test_a_gpu_trains_an_encoder_and_embeds_with_it(pool, tmp_path, reading):
 @pytest.mark.timeout(400)
 def test_a_notice_within_an_epoch_costs_no_step_and_gives_the_same_encoder(tmp_path):
     """On a cluster of its own, in a process of its own: a node is drained, and killed when its time is up."""
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("spot_train.py")), "pretrain", str(tmp_path)],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "PYTHONPATH": "."},
-        capture_output=True,
-        text=True,
-        timeout=380,
-    )
-    assert done.returncode == 0, done.stderr
-    counts = json.loads(done.stdout.splitlines()[-1])
+    counts = run_script(Path(__file__).with_name("spot_train.py"), "pretrain", tmp_path)
     assert (counts["steps"], counts["repeated_steps"]) == (45, 0)
     weights, expected = (read_trained_encoder(tmp_path / run / "run" / ENCODER) for run in ("spot", "undisturbed"))
     assert all(torch.equal(weights.state_dict[name], tensor) for name, tensor in expected.state_dict.items())

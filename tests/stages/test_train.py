@@ -1,6 +1,5 @@
 """Stage train: every sample recorded once an epoch, the same bytes after a crash, the values of a plain loop."""
 
-import json
 import os
 import re
 import shutil
@@ -30,6 +29,7 @@ from elfs_ray.stages.training import worker_group
 from elfs_ray.stages.training.reader import Augmenter
 from elfs_ray.storage.run_dir import RunDir
 from elfs_ray.storage.schema import matrix_of
+from tests.scripts import run_script
 from tests.tables import GAPS, contents, digit_images, digits_config, write_clustered, write_trained
 from tests.workers import training_worker_pids
 
@@ -288,20 +288,12 @@ def test_the_metrics_of_the_last_epoch_reach_the_exporter_of_ray(ray_cluster, tm
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_a_group_that_grows_and_shrinks_records_every_sample(tmp_path):
     """On a cluster of its own, in a process of its own: nodes are added and killed on the way."""
     write_clustered(RunDir(str(tmp_path)), NUM_SAMPLES)
-    script = Path(__file__).with_name("elastic_train.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "PYTHONPATH": "."},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr
-    workers = [metrics["workers"] for metrics in json.loads(done.stdout.splitlines()[-1])["history"]]
+    history = run_script(Path(__file__).with_name("elastic_train.py"), tmp_path)["history"]
+    workers = [metrics["workers"] for metrics in history]
     assert workers[0] == workers[-1] == 1 and 2 in workers
     for epoch in range(len(workers)):
         np.testing.assert_array_equal(np.sort(records(tmp_path, epoch)["sample_id"]), EMBEDDED)
@@ -311,16 +303,7 @@ def test_a_group_that_grows_and_shrinks_records_every_sample(tmp_path):
 @pytest.mark.timeout(400)
 def test_a_notice_within_an_epoch_costs_no_step_and_changes_no_byte(tmp_path):
     """On a cluster of its own, in a process of its own: a node is drained, and killed when its time is up."""
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("spot_train.py")), "train", str(tmp_path)],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "PYTHONPATH": "."},
-        capture_output=True,
-        text=True,
-        timeout=380,
-    )
-    assert done.returncode == 0, done.stderr
-    counts = json.loads(done.stdout.splitlines()[-1])
+    counts = run_script(Path(__file__).with_name("spot_train.py"), "train", tmp_path)
     assert (counts["steps"], counts["repeated_steps"]) == (3 * -(-len(EMBEDDED) // 10), 0)
     assert contents(tmp_path / "spot", "dynamics") == contents(tmp_path / "undisturbed", "dynamics")
     assert weights(tmp_path / "spot") == weights(tmp_path / "undisturbed")
