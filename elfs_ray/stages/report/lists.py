@@ -52,10 +52,10 @@ def read_lists(config: Config, run_dir: RunDir, sample: np.ndarray) -> list[Show
     sample: ids of the pool, of which those left out as too hard or too easy are told.
     """
     kept = list_coresets(run_dir)
-    own = [coreset for coreset in kept if not coreset.is_later]
+    of_run = [coreset for coreset in kept if not coreset.is_later]
     # Someone may have deleted the files of a later one: that must not cost the run its report.
     later = [coreset for coreset in kept if coreset.is_later and coreset.folder.table_files(coreset.table)]
-    coresets = own + later[-MAX_LATER_LISTS:]
+    coresets = of_run + later[-MAX_LATER_LISTS:]
     lists = [_read(config, run_dir, coreset, sample, len(coresets)) for coreset in coresets]
     # Of a list from before the images were numbered anew, none may be left.
     return [shown for position, shown in enumerate(lists) if position == 0 or len(shown.ids)]

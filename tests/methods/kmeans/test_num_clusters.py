@@ -46,6 +46,6 @@ def test_no_row_pulls_its_own_centroid():
     expected = []
     for row, label in enumerate(labels):
         others = rows[(labels == label) & (np.arange(500) != row)].astype(np.float64)
-        own = np.linalg.norm(rows[row] - others.mean(0)) if len(others) else np.inf
-        expected.append((second[row] - own) / max(own, second[row]) if len(others) else 0)
+        to_centroid = np.linalg.norm(rows[row] - others.mean(0)) if len(others) else np.inf
+        expected.append((second[row] - to_centroid) / max(to_centroid, second[row]) if len(others) else 0)
     assert measured == pytest.approx(np.mean(expected), abs=0.01)  # k-means has not quite converged
