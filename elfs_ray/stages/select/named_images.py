@@ -50,7 +50,10 @@ def _read(path: str, source: str) -> tuple[str, pa.Array]:
     if suffix == "json":
         return schema.URI, _escaped(_annotated(json.loads(filesystem.read_bytes(path)), source))
     if suffix == "csv":
-        table = csv.read_csv(pa.BufferReader(filesystem.read_bytes(path)))
+        # Guessed types would make numbers of uris such as 00012, and null of a file that has only its header.
+        types = {schema.SAMPLE_ID: pa.int64(), schema.URI: pa.large_string()}
+        options = csv.ConvertOptions(column_types=types)
+        table = csv.read_csv(pa.BufferReader(filesystem.read_bytes(path)), convert_options=options)
     else:
         table = filesystem.read_table(path)
     for name in (schema.SAMPLE_ID, schema.URI):

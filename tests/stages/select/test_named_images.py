@@ -64,6 +64,7 @@ def test_every_kind_of_file_names_the_same_images(run_dir, tmp_path, kind):
         ("a.txt", "/digits/5.png\n/other/1.png\n", r"/other/1.png. Give uris .*, such as /digits/0.png"),
         ("a.csv", "sample_id\n2000\n", "names sample_id 2000, which is not in the pool: its 1003 samples"),
         ("a.csv", "name\nx\n", r"has columns \['name'\]: it must have sample_id or uri"),
+        ("a.csv", "sample_id\nx\n", "cannot be read: .*invalid value 'x'"),
         ("a.json", "{}", "must be a list of tasks"),
         ("a.json", "[", "cannot be read"),
         ("a.json", '[{"id": 3, "data": {"text": "x"}}]', r"the task 3 has no data.image"),
@@ -75,6 +76,18 @@ def test_what_names_no_images_of_the_pool_is_refused(run_dir, tmp_path, name, co
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
         read_named_images("select.exclude", str(path), run_dir)
+
+
+@pytest.mark.parametrize("header", ["sample_id", "uri"])
+def test_a_csv_with_only_a_header_names_nothing(run_dir, tmp_path, header):
+    (tmp_path / "a.csv").write_text(f"{header}\n")
+    assert not len(read_named_images("select.labelled", str(tmp_path / "a.csv"), run_dir))
+
+
+def test_uris_in_a_csv_stay_text(run_dir, tmp_path):
+    (tmp_path / "a.csv").write_text("uri\n00012\n")
+    with pytest.raises(ValueError, match="not in the pool: 00012"):
+        read_named_images("select.labelled", str(tmp_path / "a.csv"), run_dir)
 
 
 def test_a_line_break_of_unicode_is_part_of_a_uri(tmp_path):
