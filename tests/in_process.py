@@ -1,5 +1,6 @@
 """Stages index and embed without Ray: tasks and encoders run one after the other in this process."""
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,7 @@ def run_here(monkeypatch, config: Config) -> RunDir:
         patch.setattr(runner, "_settle_runtime", lambda config, plan: _with_torch(config))
         patch.setattr(runner, "_announce_requests", lambda plan, config: None)
         patch.setattr(runner, "_warn_of_days", lambda config, run_dir, plan: None)
+        patch.setattr(runner, "_watch", lambda stage, config: contextlib.nullcontext())
         patch.setattr(index, "run_tasks", _run_tasks)
         patch.setattr(embed, "_stream", _stream)
         patch.setattr(embed, "report_rejected", lambda count: None)

@@ -8,6 +8,7 @@ import dataclasses
 import platform
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
 
 from elfs_ray.config import Config, ConfigError
@@ -17,6 +18,7 @@ from elfs_ray.pipeline.replace import remove_stage
 from elfs_ray.pipeline.settle import settle, settle_runtime
 from elfs_ray.runtime.progress import count, format_duration, listen, say
 from elfs_ray.stages.index import IndexResult
+from elfs_ray.stages.stage import Stage
 from elfs_ray.storage import filesystem
 from elfs_ray.storage.run_dir import RunDir
 from elfs_ray.storage.run_lock import RunDirInUse, RunLock
@@ -148,6 +150,15 @@ def _warn_of_days(config: Config, run_dir: RunDir, plan: list[PlannedStage]) -> 
             say(f"time      {line}")
 
 
+def _watch(stage: Stage, config: Config) -> AbstractContextManager[None]:
+    """Return a context in which it is said if nodes are lost that the stage needs."""
+    from elfs_ray.runtime.cluster import devices_of_cluster
+    from elfs_ray.runtime.lost_nodes import tell_of_lost_nodes
+
+    requests = stage.requests(config, stage.devices(config, devices_of_cluster()))
+    return tell_of_lost_nodes(stage.name, requests, devices_of_cluster) if requests else contextlib.nullcontext()
+
+
 def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for name in RECORDED_VERSIONS:
@@ -169,7 +180,8 @@ def run_stage(planned: PlannedStage, config: Config, run_dir: RunDir) -> None:
     run_dir.unmark_complete(stage.name)
     start_s = time.time()
     try:
-        result = stage.run(config, run_dir)
+        with _watch(stage, config):
+            result = stage.run(config, run_dir)
     except KeyboardInterrupt as stop:
         # The command line prints this note; see cli.py.
         stop.add_note(f"stopped in stage {stage.name}; its progress and all earlier stages are kept in {run_dir.uri}")

@@ -1,9 +1,10 @@
-"""Train on a node that a cloud takes away after a notice; print what was trained twice, as JSON.
+"""Train on a node that a cloud takes away; print what was trained twice, as JSON.
 
-    python tests/stages/spot_train.py train|pretrain FOLDER
+    python tests/stages/spot_train.py train|pretrain noticed|unnoticed FOLDER
 
 The stage runs into FOLDER/undisturbed. It then runs into FOLDER/spot: within the second epoch, the node of all workers
-gets a notice of NOTICE_S seconds, another node is added, and the first node is killed when the time is up.
+gets a notice of NOTICE_S seconds, another node is added, and the first node is killed when the time is up. Unnoticed,
+it is killed at once, and with it what the workers have read. The workers hold all CPUs of a node.
 """
 
 import json
@@ -33,23 +34,28 @@ NOTICE_S = 15
 NODE = {"num_cpus": 2, "object_store_memory": 100 << 20}
 
 
-def main(stage: str, folder: Path) -> None:
+def main(stage: str, kind: str, folder: Path) -> None:
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "1"  # tests switch it off
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 100 << 20})
     spot = cluster.add_node(**NODE)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     try:
-        run = {"train": _train, "pretrain": _pretrain}[stage]
+        run = partial(
+            {"train": _train, "pretrain": _pretrain}[stage], max_failures={"noticed": 0, "unnoticed": 3}[kind]
+        )
         run(folder / "undisturbed", 0.0)
         # Ray starts nodes from the main thread only.
         training = ThreadPoolExecutor().submit(run, folder / "spot", STEP_S[stage])
         _wait_for_step(folder / "spot", NUM_SAMPLES[stage] // BATCH[stage] * 4 // 3, training)
         drained_s = time.time()
-        _give_notice(cluster.address, spot.node_id)
-        cluster.add_node(**NODE)
-        while time.time() < drained_s + NOTICE_S and not training.done():
-            time.sleep(0.1)
+        if kind == "noticed":
+            _give_notice(cluster.address, spot.node_id)
+            cluster.add_node(**NODE)
+            while time.time() < drained_s + NOTICE_S and not training.done():
+                time.sleep(0.1)
         cluster.remove_node(spot, allow_graceful=False)
+        if kind == "unnoticed":
+            cluster.add_node(**NODE)
         training.result()
         print(json.dumps(_repeated(folder / "spot", drained_s)))
     finally:
@@ -57,7 +63,7 @@ def main(stage: str, folder: Path) -> None:
         cluster.shutdown()
 
 
-def _train(folder: Path, step_s: float) -> None:
+def _train(folder: Path, step_s: float, max_failures: int) -> None:
     write_clustered(RunDir(str(folder)), NUM_SAMPLES["train"])
     config = digits_config(
         folder,
@@ -65,7 +71,7 @@ def _train(folder: Path, step_s: float) -> None:
         "train.cpus_per_worker=1",
         "train.epochs=3",
         f"train.batch_size={BATCH['train']}",
-        "train.max_failures=0",
+        f"train.max_failures={max_failures}",
     )
     train.train_proxy = partial(_train_and_log, folder=folder, step_s=step_s)
     train.run_train(config, RunDir(str(folder)))
@@ -85,7 +91,7 @@ def _train_and_log(job: ProxyTrainingJob, folder: Path, step_s: float) -> None:
     training.train()
 
 
-def _pretrain(folder: Path, step_s: float) -> None:
+def _pretrain(folder: Path, step_s: float, max_failures: int) -> None:
     (folder / "pool").mkdir(parents=True)
     for number, image in enumerate(digit_images(NUM_SAMPLES["pretrain"])[0]):
         (folder / "pool" / f"{number:03d}.png").write_bytes(png(image))
@@ -93,7 +99,7 @@ def _pretrain(folder: Path, step_s: float) -> None:
         folder / "run",
         *(f"pool.uri={folder / 'pool'}", "until=pretrain", "embed.encoder=self_supervised"),
         *("embed.proxy_image_size=16", "pretrain.profile=cpu", "pretrain.epochs=3", "pretrain.cpus_per_worker=1"),
-        *(f"pretrain.batch_size={BATCH['pretrain']}", "pretrain.lr=0.1", "pretrain.max_failures=0"),
+        *(f"pretrain.batch_size={BATCH['pretrain']}", "pretrain.lr=0.1", f"pretrain.max_failures={max_failures}"),
     )
     pretrain.pretrain_worker = partial(_pretrain_and_log, folder=folder, step_s=step_s)
     runner.run(config)
@@ -161,4 +167,4 @@ def _repeated(folder: Path, drained_s: float) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))

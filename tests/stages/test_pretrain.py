@@ -354,7 +354,7 @@ def test_a_gpu_trains_an_encoder_and_embeds_with_it(pool, tmp_path, reading):
 @pytest.mark.timeout(400)
 def test_a_notice_within_an_epoch_costs_no_step_and_gives_the_same_encoder(tmp_path):
     """On a cluster of its own, in a process of its own: a node is drained, and killed when its time is up."""
-    counts = run_script(Path(__file__).with_name("spot_train.py"), "pretrain", tmp_path)
+    counts = run_script(Path(__file__).with_name("spot_train.py"), "pretrain", "noticed", tmp_path)
     assert (counts["steps"], counts["repeated_steps"]) == (45, 0)
     weights, expected = (read_trained_encoder(tmp_path / run / "run" / ENCODER) for run in ("spot", "undisturbed"))
     assert all(torch.equal(weights.state_dict[name], tensor) for name, tensor in expected.state_dict.items())

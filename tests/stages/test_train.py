@@ -303,8 +303,18 @@ def test_a_group_that_grows_and_shrinks_records_every_sample(tmp_path):
 @pytest.mark.timeout(400)
 def test_a_notice_within_an_epoch_costs_no_step_and_changes_no_byte(tmp_path):
     """On a cluster of its own, in a process of its own: a node is drained, and killed when its time is up."""
-    counts = run_script(Path(__file__).with_name("spot_train.py"), "train", tmp_path)
+    counts = run_script(Path(__file__).with_name("spot_train.py"), "train", "noticed", tmp_path)
     assert (counts["steps"], counts["repeated_steps"]) == (3 * -(-len(EMBEDDED) // 10), 0)
+    assert contents(tmp_path / "spot", "dynamics") == contents(tmp_path / "undisturbed", "dynamics")
+    assert weights(tmp_path / "spot") == weights(tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_node_lost_with_what_all_workers_read_changes_no_byte(tmp_path):
+    """The workers hold all CPUs of the next node, so that Ray has none to restore what was lost."""
+    counts = run_script(Path(__file__).with_name("spot_train.py"), "train", "unnoticed", tmp_path)
+    assert counts["steps"] == 3 * -(-len(EMBEDDED) // 10) and counts["repeated_steps"] > 0
     assert contents(tmp_path / "spot", "dynamics") == contents(tmp_path / "undisturbed", "dynamics")
     assert weights(tmp_path / "spot") == weights(tmp_path / "undisturbed")
 

@@ -39,6 +39,7 @@ from elfs_ray.stages.cluster.shards import write_label_file
 from elfs_ray.stages.training.checkpoints import CheckpointReporter, load_checkpoint
 from elfs_ray.stages.training.group_member import GroupMember
 from elfs_ray.stages.training.notice import LeftOnNotice, Notice
+from elfs_ray.stages.training.shared_data import share
 from elfs_ray.stages.training.worker_group import WorkerGroup, run_workers
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
@@ -115,7 +116,7 @@ def _load(run_dir: RunDir, pca_dim: int | None, seed: int) -> ray.ObjectRef:
     names = [filesystem.basename(path) for path in run_dir.table_files(schema.EMBEDDINGS)]
     read = ray.remote(num_cpus=1, **placement())(_read_file)
     parts = [read.remote(run_dir, name) for name in names]
-    return ray.remote(num_cpus=1, **placement())(_join).remote(pca_dim, seed, *parts)
+    return share(_join, pca_dim, seed, *parts)
 
 
 def _read_file(run_dir: RunDir, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

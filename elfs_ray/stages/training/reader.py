@@ -24,6 +24,7 @@ from elfs_ray.pool.images import decode_proxy_image, describe_bad_copy
 from elfs_ray.runtime.cluster import get_result
 from elfs_ray.runtime.placement import placement
 from elfs_ray.stages.training import planned_reading
+from elfs_ray.stages.training.shared_data import share
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
@@ -258,9 +259,7 @@ def _load(read: Callable[..., tuple[np.ndarray, np.ndarray]], tasks: list[tuple]
     remote = ray.remote(num_cpus=1, num_returns=2, **placement())(read)
     parts: list[Any] = [remote.remote(*task) for task in tasks]
     sample_ids = np.concatenate([get_result(ids) for ids, _ in parts])
-    joined = ray.remote(num_cpus=1, **placement())(_join).remote(*[rows for _, rows in parts])
-    ray.wait([joined], fetch_local=False)  # the parts' memory is free before training starts
-    return sample_ids, joined
+    return sample_ids, share(_join, *[rows for _, rows in parts])
 
 
 def _read_embeddings(path: str) -> tuple[np.ndarray, np.ndarray]:

@@ -8,13 +8,16 @@ its message to a file, and the restarted group returns without working.
 
 A Parquet file that cannot be read is not final: the read may have been cut short, and the next one may succeed. A file
 that is really damaged ends the group when its retries are used up.
+
+What the workers read is in the object store, on one node at first. If that node dies before the others have a copy, the
+workers return and it is loaded again (shared_data.py).
 """
 
 import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import ray.train
@@ -25,13 +28,21 @@ from elfs_ray.runtime.cluster import call_interruptibly
 from elfs_ray.runtime.placement import placement
 from elfs_ray.runtime.progress import say
 from elfs_ray.runtime.resources import GIB, Request
+from elfs_ray.stages.training.group_member import GroupMember
 from elfs_ray.stages.training.notice import LeftOnNotice
+from elfs_ray.stages.training.shared_data import hold
 from elfs_ray.storage import filesystem
 
 FINAL_ERRORS = (FloatingPointError, ValueError)  # a diverged loss, a damaged input: the same in every try
 FAILURE_FILE = "failure.txt"
-LEFT = "left"  # what a worker returns that has saved and left its node
+# What workers return if the group must start again with another job: they have saved and left their nodes, or a node
+# was lost with what they read.
+LEFT, LOST = "left", "lost"
 SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"  # Ray Train's
+REASONS = {
+    LEFT: "the workers have saved and left, as a node is about to be taken away; they go on when there is room",
+    LOST: "a node was lost with what the workers read; it is loaded again, and they go on from their last checkpoint",
+}
 RESIZE_INTERVAL_S = 60.0  # an elastic group loses the epoch in progress when it resizes
 # A report blocks until the controller has polled for the one before it, by default every 2 s: longer than an epoch of a
 # small pool. A value from the user's environment is kept.
@@ -70,11 +81,17 @@ class WorkerGroup:
         return filesystem.join(self.folder, self.name)
 
 
-def run_workers(group: WorkerGroup, worker: Callable[[Any], None], make_job: Callable[[], Any]) -> None:
+class Job(Protocol):
+    """The inputs of every worker; `data` refers to what is in the object store."""
+
+    @property
+    def data(self) -> list[ray.ObjectRef]: ...
+
+
+def run_workers(group: WorkerGroup, worker: Callable[[Any], None], make_job: Callable[[], Job]) -> None:
     """Call `worker(make_job())` in every worker of a group until it has returned in all of them.
 
-    make_job: called again when the group has left its nodes. What it puts into the object store may be lost with them,
-    and while workers hold all CPUs, Ray cannot restore it.
+    make_job: called again when the group has left its nodes, or a node was lost with what `data` refers to.
 
     Raises RuntimeError with the worker's message after a final error or too many failures.
     """
@@ -84,8 +101,8 @@ def run_workers(group: WorkerGroup, worker: Callable[[Any], None], make_job: Cal
     filesystem.delete(group.failure_file)
     _drop_broken_snapshot(group.checkpoints)
     try:
-        while call_interruptibly(_make_trainer(group, worker, make_job()).fit).return_value == LEFT:
-            say("the workers have saved and left, as a node is about to be taken away; they go on when there is room")
+        while reason := call_interruptibly(_make_trainer(group, worker, make_job()).fit).return_value:
+            say(REASONS[reason])
     except ray.train.WorkerGroupError as error:
         if not filesystem.exists(group.failure_file):
             cause = "; ".join(dict.fromkeys(str(cause) for cause in error.worker_failures.values()))
@@ -144,13 +161,20 @@ def _drop_broken_snapshot(folder: str) -> None:
 
 
 def _work(loop_config: dict[str, Any]) -> str | None:
-    """Run one worker; return at once if an earlier group met a final error. Returns LEFT if the group must go on."""
+    """Run one worker; return at once if an earlier group met a final error.
+
+    Returns LEFT or LOST if the group must go on with another job.
+    """
     group: WorkerGroup = loop_config["group"]
     if filesystem.exists(group.failure_file):
         return None
     try:
         torch.set_num_threads(group.request.cpus)
-        loop_config["worker"](loop_config["job"])
+        job: Job = loop_config["job"]
+        held = hold(job.data, GroupMember.current())
+        if held is None:
+            return LOST
+        loop_config["worker"](job)
         return None
     except LeftOnNotice:
         return LEFT
