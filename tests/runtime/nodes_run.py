@@ -16,7 +16,7 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 
-from elfs_ray.config import Config, load_config
+from elfs_ray.config import Config, ConfigError, load_config
 from elfs_ray.pipeline import runner as pipeline
 from elfs_ray.presets import preset
 from elfs_ray.runtime.cluster import connect
@@ -133,7 +133,7 @@ def connect_when_up(address: str) -> None:
     while True:
         try:
             return connect(address)
-        except ConnectionError:
+        except ConfigError:  # nothing listens there yet
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.5)
