@@ -91,9 +91,10 @@ def test_a_budget_that_only_copies_could_fill_is_refused(finished):
         STAGE.check_result(config_of(finished, "budget=21"), run_dir)
 
 
-@pytest.mark.parametrize("samples_per_task", [30, 65_536])
-def test_groups_are_those_of_a_comparison_of_all_images(ray_cluster, tmp_path, monkeypatch, samples_per_task):
+@pytest.mark.parametrize(("samples_per_task", "max_tasks"), [(30, 256), (30, 2), (65_536, 256)])
+def test_groups_are_those_of_comparing_all_images(ray_cluster, tmp_path, monkeypatch, samples_per_task, max_tasks):
     monkeypatch.setattr("elfs_ray.stages.duplicates.run.SAMPLES_PER_TASK", samples_per_task)
+    monkeypatch.setattr("elfs_ray.stages.duplicates.run.MAX_TASKS", max_tasks)
     run_dir = RunDir(tmp_path)
     ids = write_embedded(run_dir)
     config = digits_config(tmp_path, "duplicates.threshold=0.97")
