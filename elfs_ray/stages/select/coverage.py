@@ -11,6 +11,7 @@ Memory: a task holds 0.8 GB of similarities, the last one 1.6 GB, and its embedd
 sample, and the embeddings of 20,000 nominees and of a sample of 44,000.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -94,7 +95,7 @@ def score_by_coverage(
     point_ids, measured_ids = greedi.samples_of(sample_ids, seed)
     labels = (schema.CLUSTERS, schema.PSEUDO_LABELS_DIR)  # in files as those of the embeddings
     label_files = [run_dir.path(*labels, filesystem.basename(path)) if inside_classes else None for path, _ in files]
-    slices = [_slices(files, label_files, part) for part in greedi.partitions(len(embedded_ids))]
+    slices = _slices(files, label_files, greedi.partitions(len(embedded_ids)))
     centre = None if inside_classes else _centre(slices, ignored_ids, len(sample_ids))
     parts = [Part(each, centre) for each in slices]
     covered = _rows_of(parts, labelled_ids) if len(labelled_ids) else None
@@ -116,14 +117,23 @@ def score_by_coverage(
     return _write(run_dir, pool, ids, scores), coverages
 
 
-def _slices(files: Sequence[tuple[str, int]], label_files: Sequence[str | None], rows: range) -> list[Slice]:
-    """Return the slices of files that hold a range of the rows of a table."""
-    slices, start = [], 0
-    for (path, num_rows), labels in zip(files, label_files, strict=True):
-        first, end = max(rows.start - start, 0), min(rows.stop - start, num_rows)
-        if first < end:
-            slices.append(Slice(path, first, end, labels))
-        start += num_rows
+def _slices(
+    files: Sequence[tuple[str, int]], label_files: Sequence[str | None], parts: Sequence[range]
+) -> list[list[Slice]]:
+    """Return, for each part, a range of the rows of a table, the slices of files that hold it."""
+    ends = np.cumsum([num_rows for _, num_rows in files]).tolist()
+    slices: list[list[Slice]] = []
+    for part in parts:
+        slices.append([])
+        # From the file with the part's first row: to look at all files would take the square of the pool's time.
+        number = bisect_right(ends, part.start)
+        while number < len(files) and ends[number] - files[number][1] < part.stop:
+            path, num_rows = files[number]
+            start = ends[number] - num_rows
+            first, end = max(part.start - start, 0), min(part.stop - start, num_rows)
+            if first < end:
+                slices[-1].append(Slice(path, first, end, label_files[number]))
+            number += 1
     return slices
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -33,6 +34,17 @@ COVERAGE = ("select.method=coverage",)
 def read(run_dir, table):
     rows = [filesystem.read_table(path) for path in run_dir.table_files(table)]
     return {name: np.concatenate([part[name].to_numpy() for part in rows]) for name in rows[0].column_names}
+
+
+def test_parts_are_cut_from_the_files_that_hold_them():
+    sizes = [3, 0, 5, 1, 4]
+    files, labels = [(f"{number}", size) for number, size in enumerate(sizes)], list("abcde")
+    rows = [(path, row, label) for (path, size), label in zip(files, labels, strict=True) for row in range(size)]
+    for ends in ([0, 13], [0, 2, 3, 9, 13], [0, 8, 12, 13]):
+        parts = [range(first, end) for first, end in pairwise(ends)]
+        for part, slices in zip(parts, coverage._slices(files, labels, parts), strict=True):
+            cut = [(piece.path, row, piece.labels) for piece in slices for row in range(piece.first, piece.end)]
+            assert cut == rows[part.start : part.stop]
 
 
 def test_the_coreset_is_the_greedy_selection_in_its_order(ray_cluster, tmp_path, monkeypatch):
