@@ -10,7 +10,14 @@ import numpy as np
 import torch
 
 from elfs_ray.methods.kmeans.filters import FaissFilter, ProductFilter
-from elfs_ray.methods.numeric.exact_arithmetic import MAX_NORM, exact_centroids, flat_nonzero, row_chunks, squared_norms
+from elfs_ray.methods.numeric.exact_arithmetic import (
+    MAX_NORM,
+    exact_centroids,
+    flat_nonzero,
+    row_chunks,
+    select_rows,
+    squared_norms,
+)
 from elfs_ray.methods.numeric.workspace import Workspace
 
 ENGINES = ("torch", "faiss")
@@ -35,6 +42,16 @@ def check_device(device: str | torch.device) -> torch.device:
 def embeddings_to_device(embeddings: np.ndarray, sample_ids: np.ndarray, device: torch.device) -> torch.Tensor:
     """Put embeddings (n, d) float16 on a device; on a CPU the memory (or memory map) is shared, not copied.
 
+    Raises ValueError as `embeddings_with_norms`.
+    """
+    return embeddings_with_norms(embeddings, sample_ids, device)[0]
+
+
+def embeddings_with_norms(
+    embeddings: np.ndarray, sample_ids: np.ndarray, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return embeddings (n, d) float16 on a device, as `embeddings_to_device`, and their exact squared norms.
+
     Raises ValueError for shapes or dtypes that do not fit, and for embeddings that hold NaN or infinity or are not of
     unit length (within 1%), with the sample ids.
     """
@@ -48,13 +65,14 @@ def embeddings_to_device(embeddings: np.ndarray, sample_ids: np.ndarray, device:
         # torch warns of arrays that are not writable, as memory maps are. Nothing here writes to embeddings.
         warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
         on_device = torch.from_numpy(np.ascontiguousarray(embeddings)).to(device)
-    norms = np.sqrt(squared_norms(on_device).cpu().numpy())
+    squared = squared_norms(on_device)
+    norms = np.sqrt(squared.cpu().numpy())
     if not np.isfinite(norms).all():
         _raise_for(sample_ids[~np.isfinite(norms)], "hold NaN or infinity", "remove them, or embed them again")
     off_unit = (norms > MAX_NORM) | (norms < 2 - MAX_NORM)
     if off_unit.any():
         _raise_for(sample_ids[off_unit], "are not of unit length", "divide every embedding by its norm first")
-    return on_device
+    return on_device, squared
 
 
 def nearest_centroids(embeddings: torch.Tensor, centroids: np.ndarray, engine: str = FASTEST_ENGINE) -> torch.Tensor:
@@ -76,7 +94,7 @@ def nearest_centroids(embeddings: torch.Tensor, centroids: np.ndarray, engine: s
     # Contested rows are few and spread over the chunks, and a comparison has a fixed cost: gather them all first.
     unsettled = torch.cat(contested)
     for rows in row_chunks(len(unsettled), len(exact), embeddings.device):
-        labels[unsettled[rows]] = search.settle(embeddings[unsettled[rows]])
+        labels[unsettled[rows]] = search.settle(select_rows(embeddings, unsettled[rows]))
     return labels
 
 

@@ -10,11 +10,20 @@ most, the hot ones, are measured against every sample in one narrow product, and
 cold ones, loosens the bounds.
 """
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 
 from elfs_ray.methods.kmeans.filters import ProductFilter, mean_centroid
-from elfs_ray.methods.numeric.exact_arithmetic import MAX_NORM, exact_centroids, flat_nonzero, product_error, row_chunks
+from elfs_ray.methods.numeric.exact_arithmetic import (
+    MAX_NORM,
+    exact_centroids,
+    flat_nonzero,
+    product_error,
+    row_chunks,
+    select_rows,
+)
 
 _ROUNDING = 2.0**-22  # more than the relative error of a few float32 operations, 2^-24 each
 _PROBE_STEP = 64  # one row in 64 is enough to estimate what the bounds will decide
@@ -81,14 +90,14 @@ class BoundedSearch:
         num_rows = rows.stop if isinstance(rows, slice) else len(rows)
         labels, best, second = torch.empty(num_rows, dtype=torch.int64), torch.empty(num_rows), torch.empty(num_rows)
         for chunk in row_chunks(num_rows, len(search), labels.device):
-            embeddings = self._embeddings[chunk if isinstance(rows, slice) else rows[chunk]]
+            embeddings = select_rows(self._embeddings, chunk if isinstance(rows, slice) else rows[chunk])
             labels[chunk], best[chunk], second[chunk] = search.search_two(embeddings)
         close = best - second <= search.slack
         contested = flat_nonzero(close)
         for chunk in row_chunks(len(contested), len(search), labels.device):
             positions = contested[chunk]
             row_ids = positions if isinstance(rows, slice) else rows[positions]
-            labels[positions] = search.settle(self._embeddings[row_ids])
+            labels[positions] = search.settle(select_rows(self._embeddings, row_ids))
         self._labels[rows] = labels
         self.near[rows] = self._at_most(rows, best)
         # A contested row may be settled to the second-best centroid: then the best score is that of "any other".
@@ -122,17 +131,16 @@ class BoundedSearch:
     def _num_hot(self, drifts: torch.Tensor, by_drift: torch.Tensor, probe: torch.Tensor) -> int:
         """Return the cheapest number of hot centroids to measure, estimated from the bounds of the probed rows."""
         k = len(drifts)
-        steps = np.geomspace(1, max(1, k / 2 / _COLUMNS_AT_ONCE), _NUM_SIZES).astype(int)
         # Besides the grid: no centroid, and all that moved, after which nothing loosens the lower bounds.
-        sizes = {0, int(drifts.count_nonzero()), *(_COLUMNS_AT_ONCE * steps).tolist()}
-        near, far, label_drifts = self.near[probe], self.far[probe], drifts[self._labels[probe]]
-        costs = {}
-        for num_hot in sorted(size for size in sizes if size < k):
-            cold_drift = float(drifts[by_drift[num_hot]])
-            # A sample of a hot centroid gets a measured upper bound, taken here to be about the one it had.
-            loosened = near + label_drifts.where(label_drifts <= cold_drift, 0)
-            costs[num_hot] = _cost(num_hot, k, float((loosened >= far - cold_drift).float().mean()))
-        return min(costs, key=costs.__getitem__)
+        sizes = np.array(sorted(size for size in {0, int(drifts.count_nonzero()), *_grid(k)} if size < k))
+        near, far = self.near[probe].numpy(), self.far[probe].numpy()
+        label_drifts = drifts[self._labels[probe]].numpy()
+        cold_drifts = drifts[by_drift[sizes]].numpy()[:, None]
+        # A sample of a hot centroid gets a measured upper bound, taken here to be about the one it had.
+        loosened = near + np.where(label_drifts <= cold_drifts, label_drifts, 0)
+        undecided = (loosened >= far - cold_drifts).mean(1)
+        costs = [_cost(num_hot, k, share) for num_hot, share in zip(sizes.tolist(), undecided.tolist(), strict=True)]
+        return int(sizes[np.argmin(costs)])
 
     def _loosened(
         self,
@@ -152,7 +160,7 @@ class BoundedSearch:
         place = columns[labels]
         is_hot, column = (place >= 0).unsqueeze(1), place.clamp(min=0).unsqueeze(1)
         label_score, other_score = torch.empty(len(labels), 1), torch.empty(len(labels))
-        embeddings = self._embeddings[rows]
+        embeddings = select_rows(self._embeddings, rows)
         for chunk in row_chunks(len(labels), len(hot), labels.device):
             scores = search.scores(embeddings[chunk], hot)
             torch.gather(scores, 1, column[chunk], out=label_score[chunk])
@@ -161,6 +169,13 @@ class BoundedSearch:
             torch.amax(scores, 1, out=other_score[chunk])
         near = near.minimum(self._at_most(rows, label_score.squeeze(1))).where(is_hot.squeeze(1), near)
         return near, far.minimum(self._at_least(rows, other_score))
+
+
+@lru_cache
+def _grid(num_clusters: int) -> tuple[int, ...]:
+    """Return numbers of hot centroids to consider, up to half of all."""
+    steps = np.geomspace(1, max(1, num_clusters / 2 / _COLUMNS_AT_ONCE), _NUM_SIZES).astype(int)
+    return tuple((_COLUMNS_AT_ONCE * steps).tolist())
 
 
 def _cost(num_hot: int, num_clusters: int, undecided: float) -> float:

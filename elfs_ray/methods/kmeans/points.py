@@ -15,12 +15,12 @@ from elfs_ray.methods.kmeans.assignment import (
     FASTEST_ENGINE,
     add_rows,
     check_device,
-    embeddings_to_device,
+    embeddings_with_norms,
     nearest_centroids,
     squared_distances_to,
 )
 from elfs_ray.methods.kmeans.bounds import BoundedSearch
-from elfs_ray.methods.numeric.exact_arithmetic import FIXED_POINT_UNIT, flat_nonzero, row_chunks, squared_norms
+from elfs_ray.methods.numeric.exact_arithmetic import FIXED_POINT_UNIT, flat_nonzero, row_chunks, select_rows
 from elfs_ray.methods.numeric.hashing import hash_uint64
 
 T = TypeVar("T")
@@ -81,14 +81,14 @@ class ArrayPoints:
         self, embeddings: np.ndarray, sample_ids: np.ndarray, *, device: str = "cpu", engine: str = FASTEST_ENGINE
     ):
         self._device = check_device(device)
-        self._embeddings = embeddings_to_device(embeddings, sample_ids, self._device)
+        self._embeddings, norms = embeddings_with_norms(embeddings, sample_ids, self._device)
         self._sample_ids = sample_ids
         self._engine = engine
         self._order = np.argsort(sample_ids, kind="stable")  # rows are looked up by id, and shards need not be sorted
         if (np.diff(sample_ids[self._order]) == 0).any():
             raise ValueError("sample_ids hold an id more than once; every sample must have an id of its own")
         # Exact squared norms are multiples of 2^-48, whose sums would outgrow float64; of 2^-24 they stay exact.
-        self._squared_norms = squared_norms(self._embeddings).div(FIXED_POINT_UNIT).round().mul(FIXED_POINT_UNIT)
+        self._squared_norms = norms.div_(FIXED_POINT_UNIT).round_().mul_(FIXED_POINT_UNIT)
         self._bounded = BoundedSearch(self._embeddings, self._squared_norms)
         self._labels: torch.Tensor | None = None
         self._sums = torch.empty(0)
@@ -119,7 +119,7 @@ class ArrayPoints:
         # searchsorted gives the position past the end for an id above all: the modulo leaves it to the assertion.
         positions = self._order[np.searchsorted(self._sample_ids, sample_ids, sorter=self._order) % max(self.count, 1)]
         assert (self._sample_ids[positions] == sample_ids).all(), "this shard does not hold some of the sample ids"
-        return self._embeddings[torch.from_numpy(positions).to(self._device)].cpu().numpy()
+        return select_rows(self._embeddings, torch.from_numpy(positions).to(self._device)).cpu().numpy()
 
     def on_sample(self, function: Callable[[torch.Tensor], T], num_rows: int, seed: int) -> T:
         rows = self.rows(smallest_ids([self.smallest_hashes(num_rows, seed)], num_rows))
@@ -139,15 +139,14 @@ class ArrayPoints:
         else:
             assert self._labels is not None
             for rows in row_chunks(len(moved), self.dim, self._device):
-                embeddings = self._embeddings[moved[rows]]
+                embeddings = select_rows(self._embeddings, moved[rows])
                 add_rows(self._sums, embeddings, self._labels[moved[rows]], sign=-1)
                 add_rows(self._sums, embeddings, labels[moved[rows]])
         self._labels = labels
-        norms = torch.zeros(num_clusters, dtype=torch.float64, device=self._device)
         return PartialSums(
             sums=self._sums.cpu().numpy().copy(),  # cpu() copies nothing on a CPU, and the next call updates in place
             counts=torch.bincount(labels, minlength=num_clusters).cpu().numpy(),
-            squared_norms=norms.index_add_(0, labels, self._squared_norms).cpu().numpy(),
+            squared_norms=torch.bincount(labels, self._squared_norms, num_clusters).cpu().numpy(),
         )
 
     def _nearest(self, centroids: np.ndarray) -> torch.Tensor:

@@ -86,6 +86,11 @@ def rank_candidates(
     error = MAX_NORM**2 * product_error(queries.embeddings.shape[1], approximate.device)
     bound = approximate.double() + error  # an upper bound on the exact similarity of a candidate and all that follow
     level = ranking.similarity[:, -1:]
+    k = ranking.ids.shape[1]
+    if approximate.shape[1] > k:
+        # k + 1 candidates, one of which may be the query itself, have at least the similarity of the last of them.
+        # faiss gives the rest in case the bound leaves several in question: most take no exact product.
+        level = level.maximum(approximate[:, k : k + 1].double() - error)
     ids = points.ids[positions.clamp(min=0)]
     wanted = (positions >= 0) & (bound >= level) & (ids != queries.ids.unsqueeze(1))
     similarity = torch.full(positions.shape, -torch.inf, dtype=torch.float64, device=positions.device)
