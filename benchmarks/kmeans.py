@@ -2,18 +2,19 @@
 
     python benchmarks/kmeans.py [--quick] [--only PART] [--points FILE.npy [--classes FILE.npy]]
 
-All start from the same centroids, use all points and run the same number of iterations; the time of an iteration is the
-mean. Ours keeps embeddings in float16 with exact sums; faiss and scikit-learn get float32. The bounds are compared with
-a search for all points in every iteration, over 10 iterations and until convergence, and the quality of the clusters
-with that of the other libraries. The full size includes 1M x 384 and k = 1,000 on Ray workers, with the peak memory of
-driver and workers. On a GPU the assignment is compared with a product of the same shape. `--points` takes points (n, d)
-of your own.
+All start from the same centroids, use all points and run the same number of iterations; the time of an iteration is
+the mean. Ours keeps embeddings in float16 with exact sums; faiss and scikit-learn get float32. The part sizes compares
+5,000 to 200,000 points and 10 to 1,000 clusters with faiss alone. The bounds are compared with a search for all points
+in every iteration, over 10 iterations and until convergence, and the quality of the clusters with that of the other
+libraries. The full size includes 1M x 384 and k = 1,000 on Ray workers, with the peak memory of driver and workers. On
+a GPU the assignment is compared with a product of the same shape. `--points` takes points (n, d) of your own.
 """
 
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from itertools import cycle
 
@@ -39,6 +40,7 @@ from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import Marker, RunDir
 
 DIM, NUM_ITERATIONS, ROWS_PER_FILE = 384, 10, 16_384
+SIZES, NUMS_OF_CLUSTERS = (5_000, 20_000, 50_000, 200_000), (10, 100, 256, 1000)
 MAX_ITERATIONS = 50
 # Of the square matrix product that measures the machine's peak rate. Not 2048: rows that lie a power of two apart would
 # evict one another from the cache.
@@ -48,11 +50,11 @@ SIDE = 2000
 def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true", help="20,000 points, 100 clusters; under 45 s on 2 cores")
-    parser.add_argument("--only", choices=("iteration", "bounds", "workers", "quality", "million"))
+    parser.add_argument("--only", choices=("iteration", "sizes", "bounds", "workers", "quality", "million"))
     parser.add_argument("--points", help=".npy file of points (n, d), for the parts in one process")
     parser.add_argument("--classes", help=".npy file of their classes (n,), for the part quality")
-    parser.add_argument("--num-clusters", type=int, help="for the parts iteration, bounds and workers")
-    parser.add_argument("--num-points", type=int, help="made-up points, for the parts iteration, bounds and workers")
+    parser.add_argument("--num-clusters", type=int, help="for the parts iteration, sizes, bounds, workers")
+    parser.add_argument("--num-points", type=int, help="made-up points, for the same parts")
     arguments = parser.parse_args()
     if torch.cuda.is_available():
         measure_gpu(1_000_000, 1000)
@@ -67,12 +69,15 @@ def main() -> None:
     parts: dict[str, Callable[[], None]] = {
         "million": measure_million,  # first, so that no other part adds to the driver's peak
         "iteration": lambda: measure_iteration(points(), num_clusters, rounds),
+        "sizes": lambda: measure_sizes(arguments.num_points, arguments.num_clusters),
         "bounds": lambda: measure_bounds(points(), num_clusters),
         "workers": lambda: measure_workers(num_points if arguments.quick else 2 * num_points, num_clusters, rounds),
         "quality": lambda: measure_quality(quality_sets(points(), arguments.classes), 2 if arguments.quick else 5),
     }
     for name, measure in parts.items():
-        if arguments.only == name or (arguments.only is None and not (arguments.quick and name == "million")):
+        if arguments.only == name or (
+            arguments.only is None and not (arguments.quick and name in ("million", "sizes"))
+        ):
             measure()
 
 
@@ -96,11 +101,23 @@ def measure_iteration(points: np.ndarray, num_clusters: int, rounds: int) -> Non
         _measure_iteration(points, num_clusters, num_threads, rounds)
 
 
-def _measure_iteration(points: np.ndarray, num_clusters: int, num_threads: int, rounds: int) -> None:
-    ids, single, dim = np.arange(len(points)), points.astype(np.float32), points.shape[1]
-    start = sample_start(points, num_clusters)
-    flop = 2.0 * len(points) * num_clusters * dim
-    square = torch.randn(SIDE, SIDE)
+def measure_sizes(num_points: int | None, num_clusters: int | None) -> None:
+    """Measure an iteration vs. faiss.Kmeans for few and many points and clusters, with one thread and with two."""
+    for n in [num_points] if num_points else SIZES:
+        points = sample_points(n, seed=0)
+        for k in [num_clusters] if num_clusters else NUMS_OF_CLUSTERS:
+            rounds = 9 if n * k <= 2_000_000 else 3 if n * k <= 20_000_000 else 1
+            for num_threads in (1, 2):
+                with threads(num_threads):
+                    seconds = take_turns(ten_iterations(points, k), rounds)
+                ours_s, faiss_s = (total / NUM_ITERATIONS for total in seconds.values())
+                name = f"k-means iteration, {shape_of(points, k, num_threads)}"
+                emit(name, ours_s, "s", "faiss.Kmeans", faiss_s, less_is_better=True)
+
+
+def ten_iterations(points: np.ndarray, num_clusters: int) -> dict[str, Callable[[], None]]:
+    """Return fits by ours and by faiss.Kmeans from the same centroids."""
+    ids, single, start = np.arange(len(points)), points.astype(np.float32), sample_start(points, num_clusters)
 
     def ours() -> None:
         state = KMeansState(centroids=start)
@@ -110,19 +127,46 @@ def _measure_iteration(points: np.ndarray, num_clusters: int, num_threads: int, 
         assert fit.num_iterations == NUM_ITERATIONS - 1  # and a last assignment, the tenth
 
     def by_faiss() -> None:
-        fit = faiss.Kmeans(dim, num_clusters, niter=NUM_ITERATIONS, max_points_per_centroid=len(points))
+        # It would warn of every fit with fewer than 39 points a cluster.
+        fit = faiss.Kmeans(
+            points.shape[1],
+            num_clusters,
+            niter=NUM_ITERATIONS,
+            min_points_per_centroid=1,
+            max_points_per_centroid=len(points),
+        )
         fit.train(single, init_centroids=start)
+
+    return {"ours": ours, "faiss.Kmeans": by_faiss}
+
+
+@contextmanager
+def threads(num_threads: int) -> Iterator[None]:
+    """Let torch, faiss and the BLAS libraries use so many threads."""
+    torch.set_num_threads(num_threads)
+    faiss.omp_set_num_threads(num_threads)
+    with threadpool_limits(num_threads):
+        yield
+
+
+def shape_of(points: np.ndarray, num_clusters: int, num_threads: int) -> str:
+    """Return the sizes of a fit in words."""
+    return f"{len(points):,} x {points.shape[1]}, k = {num_clusters}, {num_threads} thread{'s' * (num_threads > 1)}"
+
+
+def _measure_iteration(points: np.ndarray, num_clusters: int, num_threads: int, rounds: int) -> None:
+    single, dim = points.astype(np.float32), points.shape[1]
+    start = sample_start(points, num_clusters)
+    flop = 2.0 * len(points) * num_clusters * dim
+    square = torch.randn(SIDE, SIDE)
 
     def by_scikit_learn() -> None:
         KMeans(num_clusters, init=start, n_init=1, max_iter=NUM_ITERATIONS, tol=0, algorithm="lloyd").fit(single)
 
-    torch.set_num_threads(num_threads)
-    faiss.omp_set_num_threads(num_threads)
-    with threadpool_limits(num_threads):
+    with threads(num_threads):
         seconds = take_turns(
             {
-                "ours": ours,
-                "faiss.Kmeans": by_faiss,
+                **ten_iterations(points, num_clusters),
                 "scikit-learn": by_scikit_learn,
                 "matmul": lambda: [square @ square for _ in range(10)],
                 "assignment": lambda: nearest_centroids(torch.from_numpy(points), start, "torch"),
@@ -130,8 +174,7 @@ def _measure_iteration(points: np.ndarray, num_clusters: int, num_threads: int, 
             },
             rounds,
         )
-    threads = f"{num_threads} thread{'s' if num_threads > 1 else ''}"
-    shape = f"{len(points):,} x {dim}, k = {num_clusters}, {threads}"
+    shape = shape_of(points, num_clusters, num_threads)
     for name in ("faiss.Kmeans", "scikit-learn"):
         ours_s, other_s = (seconds[key] / NUM_ITERATIONS for key in ("ours", name))
         emit(f"k-means iteration, {shape}", ours_s, "s", name, other_s, less_is_better=True)

@@ -16,9 +16,8 @@ import numpy as np
 import ray
 import torch
 from helpers.reporting import command_line, emit, take_turns
-from kmeans import DIM, SIDE, sample_points, stage_config, write_embeddings
+from kmeans import DIM, SIDE, sample_points, stage_config, threads, write_embeddings
 from sklearn.neighbors import NearestNeighbors
-from threadpoolctl import threadpool_limits
 
 from elfs_ray.methods.kmeans.lloyd import kmeans
 from elfs_ray.methods.kmeans.points import ArrayPoints
@@ -36,7 +35,7 @@ MIN_RECALL = 0.95
 def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true", help="8,000 points; under 45 s on 2 cores")
-    parser.add_argument("--only", choices=("exact", "inverted-file", "stage"))
+    parser.add_argument("--only", choices=("exact", "sizes", "inverted-file", "stage"))
     arguments = parser.parse_args()
     if torch.cuda.is_available():
         measure_gpu(200_000)
@@ -44,47 +43,53 @@ def main() -> None:
     num_points, rounds = (8_000, 1) if arguments.quick else (20_000, 2)
     points = sample_points(num_points, seed=0)
     parts: dict[str, Callable[[], None]] = {
-        "exact": lambda: measure_exact(points, rounds),
+        "exact": lambda: measure_exact(points, len(points), rounds),
+        "sizes": lambda: measure_sizes(rounds),
         "inverted-file": lambda: measure_inverted_file(
             *(8_000, 4_000) if arguments.quick else (200_000, 8_192), rounds
         ),
         "stage": lambda: measure_stage(num_points, rounds),
     }
     for name, measure in parts.items():
-        if arguments.only in (None, name):
+        if arguments.only == name or (arguments.only is None and not (arguments.quick and name == "sizes")):
             measure()
 
 
-def measure_exact(points: np.ndarray, rounds: int) -> None:
-    """Measure the exact search with one thread and with two."""
+def measure_sizes(rounds: int) -> None:
+    """Measure the exact search of few points and of some of many."""
+    for num_points, num_queries in ((5_000, 5_000), (100_000, 4_096)):
+        measure_exact(sample_points(num_points, seed=0), num_queries, rounds)
+
+
+def measure_exact(points: np.ndarray, num_queries: int, rounds: int) -> None:
+    """Measure the exact search for the first `num_queries` points with one thread and with two."""
     for num_threads in (1, 2):
-        _measure_exact(points, num_threads, rounds)
+        _measure_exact(points, num_queries, num_threads, rounds)
 
 
-def _measure_exact(points: np.ndarray, num_threads: int, rounds: int) -> None:
+def _measure_exact(points: np.ndarray, num_queries: int, num_threads: int, rounds: int) -> None:
     ids, single = np.arange(len(points)), points.astype(np.float32)
+    queries, query_ids, wanted = points[:num_queries], ids[:num_queries], single[:num_queries]
     square = torch.randn(SIDE, SIDE)
 
     def by_faiss() -> None:
         index = faiss.IndexFlatIP(DIM)
         index.add(single)
-        index.search(single, K + 1)
+        index.search(wanted, K + 1)
 
     contestants: dict[str, Callable[[], object]] = {
-        "ours": lambda: nearest_neighbors(points, ids, [(points, ids)], K),
+        "ours": lambda: nearest_neighbors(queries, query_ids, [(points, ids)], K),
         "faiss.IndexFlatIP": by_faiss,
-        "scikit-learn": lambda: NearestNeighbors(n_neighbors=K + 1, algorithm="brute").fit(single).kneighbors(single),
+        "scikit-learn": lambda: NearestNeighbors(n_neighbors=K + 1, algorithm="brute").fit(single).kneighbors(wanted),
         "matmul": lambda: [square @ square for _ in range(10)],
     }
-    torch.set_num_threads(num_threads)
-    faiss.omp_set_num_threads(num_threads)
-    with threadpool_limits(num_threads):
+    with threads(num_threads):
         seconds = take_turns(contestants, rounds)
-    threads = f"{num_threads} thread{'s' if num_threads > 1 else ''}"
-    name = f"{K} nearest of {len(points):,} x {DIM}, {threads}"
+    some = "" if num_queries == len(points) else f" for {num_queries:,} of them"
+    name = f"{K} nearest of {len(points):,} x {DIM}{some}, {num_threads} thread{'s' * (num_threads > 1)}"
     for other in ("faiss.IndexFlatIP", "scikit-learn"):
-        emit(name, len(points) / seconds["ours"], "points/s", other, len(points) / seconds[other])
-    rate = 2.0 * len(points) ** 2 * DIM / seconds["ours"] / 1e9
+        emit(name, num_queries / seconds["ours"], "points/s", other, num_queries / seconds[other])
+    rate = 2.0 * num_queries * len(points) * DIM / seconds["ours"] / 1e9
     ceiling = 10 * 2.0 * SIDE**3 / seconds["matmul"] / 1e9
     emit(f"arithmetic of the {name}", rate, "GFLOP/s", "matrix product of 2000²", ceiling)
 

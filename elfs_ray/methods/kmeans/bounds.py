@@ -24,6 +24,7 @@ from elfs_ray.methods.numeric.exact_arithmetic import (
     row_chunks,
     select_rows,
 )
+from elfs_ray.methods.numeric.workspace import Workspace
 
 _ROUNDING = 2.0**-22  # more than the relative error of a few float32 operations, 2^-24 each
 _PROBE_STEP = 64  # one row in 64 is enough to estimate what the bounds will decide
@@ -46,6 +47,7 @@ class BoundedSearch:
     def __init__(self, embeddings: torch.Tensor, squared_norms: torch.Tensor):
         self._embeddings = embeddings
         self._squared_norms = squared_norms
+        self._space = Workspace(embeddings.device)
         self._centroids: torch.Tensor | None = None
         self._labels = torch.empty(len(embeddings), dtype=torch.int64)
         self.near, self.far, self._reach = (torch.empty(len(embeddings)) for _ in range(3))
@@ -58,7 +60,7 @@ class BoundedSearch:
         if before is None or before.shape != exact.shape:
             self._take_offset(mean_centroid(exact))
             before = None
-        search = ProductFilter(exact, self._offset)
+        search = ProductFilter(exact, self._offset, self._space)
         # Bounds come from reach - 2 · score: twice a score's error, the reach's, and roundings of their float32 values.
         self._error = 2 * search.error + self._reach_error + 2.0**-21 * (search.magnitude + self._max_reach)
         undecided = None if before is None else self._undecided(search, (exact - before).norm(dim=1))

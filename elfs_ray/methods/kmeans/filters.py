@@ -17,6 +17,7 @@ from elfs_ray.methods.numeric.exact_arithmetic import (
     FIXED_POINT_UNIT,
     MAX_NORM,
     exact_products,
+    exact_rows,
     fast_product,
     flat_nonzero,
     product_error,
@@ -24,8 +25,8 @@ from elfs_ray.methods.numeric.exact_arithmetic import (
 from elfs_ray.methods.numeric.faiss_build import check_faiss
 from elfs_ray.methods.numeric.workspace import Workspace
 
-
 _COLUMN_STEP, _MIN_COLUMNS = 8, 16
+_FEW_PAIRS = 1 << 13  # on a CPU: to multiply so many exactly takes no longer than to sort out which are in question
 
 
 class ProductFilter:
@@ -37,7 +38,7 @@ class ProductFilter:
     `magnitude` its size; of two scores that differ by more than `slack`, the larger one is certainly larger.
     """
 
-    def __init__(self, centroids: torch.Tensor, offset: torch.Tensor | None = None):
+    def __init__(self, centroids: torch.Tensor, offset: torch.Tensor | None = None, space: Workspace | None = None):
         self.offset = mean_centroid(centroids) if offset is None else offset
         centred = centroids - self.offset
         self._centroids = centroids
@@ -57,7 +58,7 @@ class ProductFilter:
         roundings = product_error(centroids.shape[1] + 2, centroids.device)
         self.error = float(MAX_NORM * rounded_off) + roundings * self.magnitude
         self.slack = _rounded_up(2 * self.error)
-        self._space = Workspace(centroids.device)
+        self._space = space or Workspace(centroids.device)
 
     def __len__(self) -> int:
         return len(self._centroids)
@@ -89,6 +90,9 @@ class ProductFilter:
 
         A call takes at least 0.1 ms: gather rows before it.
         """
+        if not embeddings.is_cuda and len(embeddings) * len(self) <= _FEW_PAIRS:
+            exact_scores = exact_rows(embeddings) @ self._centroids.T - self._half_norms
+            return torch.from_numpy(exact_scores.numpy().argmax(1))  # the first of equal ones, as numpy promises
         scores = self.scores(embeddings)
         flat = flat_nonzero(scores.amax(1, keepdim=True) - scores <= self.slack)
         rows, candidates = flat // scores.shape[1], flat % scores.shape[1]

@@ -17,8 +17,8 @@ from elfs_ray.methods.kmeans.assignment import check_device, embeddings_to_devic
 from elfs_ray.methods.neighbors.ranking import MARGIN, Points, Ranking, rank_candidates, rank_exhaustively
 from elfs_ray.methods.numeric.faiss_build import check_faiss
 
-# Queries and points per search, which bound its memory. On a CPU the queries in float64 should stay in a core's share of
-# the cache: `exact_products` reads them in no order, and takes 0.18 us a pair with 1,024 queries, 0.24 us with 4,096.
+# Queries and points per search, which bound its memory. On a CPU the queries in float64 should stay in the cache:
+# `exact_products` reads them in no order, and takes 0.18 us a pair with 1,024 queries, 0.24 us with 4,096.
 _BLOCKS = {"cpu": (1024, 1 << 15), "cuda": (1 << 15, 1 << 20)}
 _MOST_ON_GPU = 2048  # the most candidates per query that faiss selects on a GPU
 

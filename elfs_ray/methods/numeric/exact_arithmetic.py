@@ -18,8 +18,7 @@ from elfs_ray.methods.numeric.workspace import Workspace
 
 FIXED_POINT_UNIT = 2.0**-24  # the smallest positive float16, of which every other one is a multiple
 MAX_NORM = 1.01  # a unit vector rounded to float16 is not exactly of length 1; 1% leaves room for any dimension
-_PAIRS_PER_CHUNK = 1 << 15  # whose rows are gathered at a time
-_FEW_PAIRS = 512  # on a CPU: gathering the rows of so few takes less time than preparing a sampled product
+_PAIRS_PER_CHUNK = 1 << 15  # on a GPU, where their rows are gathered first
 
 
 def to_fixed_point(values: np.ndarray) -> np.ndarray:
@@ -114,11 +113,10 @@ def exact_products(
 
     left_rows must ascend. Memory on a CPU: 12 d bytes for every row of a matrix that is not float64 yet, used or not.
     """
-    if left.is_cuda or len(left_rows) <= _FEW_PAIRS:
+    if left.is_cuda:
         result = torch.empty(len(left_rows), dtype=torch.float64, device=left.device)
         for pairs in _pair_chunks(len(left_rows)):
-            factors = exact_rows(left.index_select(0, left_rows[pairs]))
-            result[pairs] = (factors * exact_rows(right.index_select(0, right_rows[pairs]))).sum(1)
+            result[pairs] = (exact_rows(left[left_rows[pairs]]) * exact_rows(right[right_rows[pairs]])).sum(1)
         return result
     # torch's sampled product reads rows where they are; gathering those of each pair takes longer than the arithmetic.
     # Pair by pair in the order of the right rows, which are read once and one after another. scipy sorts pairs in a
