@@ -97,12 +97,13 @@ def check_image_size(key: str, size: int | None, copy_size: int) -> None:
 
 
 def check_neighbor_search(device: str, key: str, ray_address: str | None) -> None:
-    """Raise ConfigError if nearest neighbours, which measure the embeddings, cannot be searched on the device."""
+    """Raise ConfigError if nearest neighbours, which measure the embeddings, cannot be searched anywhere."""
     # Late, so that `--help` does not import Ray.
-    from elfs_ray.methods.numeric.faiss_build import check_faiss
+    from elfs_ray.methods.numeric.faiss_build import check_faiss, device_of_search
     from elfs_ray.runtime.cluster import find_devices
 
+    resolved = find_devices(ray_address).resolve(device, key)
     try:
-        check_faiss("an evaluation, which searches nearest neighbours,", find_devices(ray_address).resolve(device, key))
+        check_faiss("an evaluation, which searches nearest neighbours,", device_of_search(resolved))
     except ValueError as error:
         raise ConfigError(str(error)) from error

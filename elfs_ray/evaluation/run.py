@@ -36,6 +36,7 @@ from elfs_ray.evaluation.selections import Selection, buy_and_select, select_wit
 from elfs_ray.evaluation.trials import Learner, Trial, TrialPlace, run_trials, summarize
 from elfs_ray.evaluation.true_labels import TrueLabels, list_labels, load_test_images, read_labels
 from elfs_ray.evaluation.workload import Workload, make_workload
+from elfs_ray.methods.numeric.faiss_build import device_of_search
 from elfs_ray.methods.numeric.precision import resolve_precision
 from elfs_ray.methods.training.classifier import ClassifierSettings
 from elfs_ray.pipeline.runner import locked
@@ -200,14 +201,16 @@ def _leaks(config: EvaluateRunsConfig, workload: Workload, learner: Learner, out
         except (ConfigError, OSError) as error:  # the encoder's weights may be on the machine of the run alone
             say(f"leaks     not looked for: {error}")
             return None
-    return find_leaks(source.run_dir, test.embeddings, test.uris, threshold, device, out.path("quality"))
+    place = device_of_search(device)
+    return find_leaks(source.run_dir, test.embeddings, test.uris, threshold, place, out.path("quality"))
 
 
 def _quality(workload: Workload, out: RunDir, labels: TrueLabels, device: str) -> dict[str, Quality]:
+    place = device_of_search(device)
     return {
         source.name: Quality(
             judge_clustering(source.run_dir, labels) if source.has_clusters else None,
-            judge_embeddings(source.run_dir, labels, int(source.base["seed"]), device, out.path("quality")),
+            judge_embeddings(source.run_dir, labels, int(source.base["seed"]), place, out.path("quality")),
         )
         for source in workload.sources
     }

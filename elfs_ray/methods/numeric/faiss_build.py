@@ -21,3 +21,15 @@ def check_faiss(purpose: str, device: str) -> None:
             f"{purpose} runs on a GPU, but the installed faiss is built for CPUs: pip uninstall faiss-cpu, then "
             "pip install 'elfs-ray[gpu]' on every machine, or set cluster.device=cpu"
         )
+
+
+def device_of_search(device: str) -> str:
+    """Return where the installed faiss searches for a caller on a device: a CPU if it is built for those alone.
+
+    Without faiss return the device: `check_faiss` then says what to install for it.
+    """
+    try:
+        import faiss
+    except ImportError:
+        return device
+    return device if hasattr(faiss, "StandardGpuResources") else "cpu"

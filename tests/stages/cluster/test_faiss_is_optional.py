@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from elfs_ray.config import ConfigError
+from elfs_ray.methods.numeric.faiss_build import check_faiss, device_of_search
 from elfs_ray.runtime.cluster import Devices
 from elfs_ray.stages.cluster import STAGE as CLUSTER
 from elfs_ray.stages.neighbors import STAGE as NEIGHBORS
@@ -78,6 +79,13 @@ def test_a_gpu_is_refused_to_a_faiss_that_is_built_for_cpus(device, override):
     stage = CLUSTER if override == "cluster.engine=faiss" else NEIGHBORS
     with pytest.raises(ConfigError, match=rf"{override} runs on a GPU.*built for CPUs.*elfs-ray\[gpu\]"):
         stage.requests(config, GPUS)
+
+
+@pytest.mark.skipif(hasattr(faiss, "StandardGpuResources"), reason="the installed faiss is built for GPUs")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_an_evaluation_on_a_gpu_searches_on_cpus_with_a_faiss_for_those(device):
+    check_faiss("an evaluation", device_of_search(device))
+    assert device_of_search(device) == "cpu"
 
 
 def test_a_faiss_for_cpus_serves_cpus_and_the_inverted_file():
