@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from elfs_ray.config.declaration import BATCH, POSITIVE, PROXY_SIDE, Bounds, option, precision_option
+from elfs_ray.config.declaration import BATCH, POSITIVE, PROXY_SIDE, Bounds, compile_option, option, precision_option
 
 EVALUATED_METHODS = (
     *("run", "auto", "coverage"),
@@ -53,7 +53,7 @@ class EvaluateConfig:
     """Learning from the selection of each method with true labels, for each budget and seed.
 
     Settings of networks without a key here, such as augmentation and weight decay, are those of the proxy network. A
-    linear probe has no settings: it ignores the keys from image_size to precision.
+    linear probe has no settings: it ignores the keys from image_size to compile.
     """
 
     test_uri: str | None = option(
@@ -87,6 +87,7 @@ class EvaluateConfig:
     lr: float = option(0.1, "SGD learning rate at the start of the cosine decay", bounds=Bounds(above=0))
     num_tests: int = option(10, "number of tests during each training, the last one at its end", bounds=POSITIVE)
     precision: str = precision_option()
+    compile: bool = compile_option()
     published: str | None = option(
         None, "show the paper's numbers for this pool next to the measured ones", choices=PUBLISHED_POOLS
     )

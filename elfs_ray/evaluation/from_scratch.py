@@ -8,7 +8,7 @@ A killed training resumes from a state that is at most a minute old, with the sa
 
 import io
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -41,7 +41,7 @@ class FromScratch:
             self.image_size,
             self.test.images,
             self.test.labels,
-            sorted(asdict(self.settings).items()),
+            self.settings.deciding(),
         )
 
     def accuracies(self, trial: Trial, state_path: str, place: TrialPlace) -> list[float]:

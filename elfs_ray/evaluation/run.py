@@ -120,6 +120,7 @@ def _settings(
         lr=config.lr,
         num_tests=config.num_tests,
         precision=resolve_precision(config.precision, torch.device(device)),
+        compile=config.compile,
     )
 
 

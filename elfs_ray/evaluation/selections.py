@@ -6,7 +6,7 @@ Writes  selections/, badge/ and supervised/ in the folder `out` of the config (s
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -171,7 +171,7 @@ def _buy(
     ends = round_ends(workload.counts, config.badge.rounds)
     size = config.image_size or source.base["embed"]["proxy_image_size"]
     job = BadgeJob(source.run_dir, size, pool, ends, settings, int(source.base["seed"]))
-    trained_with = LINEAR_PROBE if settings is None else (size, sorted(asdict(settings).items()))
+    trained_with = LINEAR_PROBE if settings is None else (size, settings.deciding())
     made_from = (source.run_dir.identity("embed"), trained_with, ends, job.seed, pool, labels.of_id)
     bought = buy_labels(job, labels, out.path("badge", digest(*made_from)), place)
     return [

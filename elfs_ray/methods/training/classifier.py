@@ -4,7 +4,7 @@ Training takes the same number of iterations for a coreset of any size, as in th
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,11 @@ _TEST_BATCH = 512
 
 @dataclass(frozen=True)
 class ClassifierSettings:
-    """Hyperparameters of a classifier: `iterations` steps of `batch_size`, by SGD with a cosine to `min_lr`."""
+    """Hyperparameters of a classifier: `iterations` steps of `batch_size`, by SGD with a cosine to `min_lr`.
+
+    compile: whether steps run as torch.compile makes them. A process compiles once for all its trainings of one network
+    and shape of batch. Tests are not compiled.
+    """
 
     network: str
     iterations: int
@@ -47,6 +51,12 @@ class ClassifierSettings:
     std: Sequence[float]
     num_tests: int = 10
     precision: Precision = "fp32"
+    compile: bool = False
+
+    def deciding(self) -> list[tuple[str, Any]]:
+        """Return what decides a result, as (name, value) by name."""
+        # Without a key that is off: results keep the names that they had before there was the key.
+        return sorted((name, value) for name, value in asdict(self).items() if (name, value) != ("compile", False))
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,8 @@ class Classifier:
         torch.manual_seed(int(hash_uint64(seed, _INIT_STREAM)) >> 1)  # torch's seeds are int64: drop the top bit
         self.model = build_proxy_model(settings.network, num_classes).to(self.device)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # A wrapper beside the model, so that tests, of batches of other sizes, do not compile once more for each.
+        self._network: Any = torch.compile(self.model, dynamic=False) if settings.compile else self.model
         self.optimizer = make_optimizer(
             self.model,
             lr=settings.lr,
@@ -119,7 +131,7 @@ class Classifier:
                 flip=settings.flip,
             )
             _, loss = forward_backward(
-                self.model,
+                self._network,
                 normalize(batch, settings.mean, settings.std),
                 labels[chosen],
                 torch.ones(len(rows), dtype=torch.bool, device=self.device),

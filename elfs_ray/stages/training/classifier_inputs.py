@@ -23,6 +23,7 @@ def training_settings(
     lr: float,
     num_tests: int = 10,
     precision: Precision = "fp32",
+    compile: bool = False,
 ) -> ClassifierSettings:
     """Return the settings of a classifier: the arguments, and for the rest those of the proxy network."""
     return ClassifierSettings(
@@ -40,6 +41,7 @@ def training_settings(
         std=train.std,
         num_tests=num_tests,
         precision=precision,
+        compile=compile,
     )
 
 

@@ -1,6 +1,7 @@
 """Training from scratch: the same number of steps for every budget, and the same result after a resume."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -89,3 +90,19 @@ def test_features_and_probabilities_are_those_of_the_network():
     with torch.inference_mode():
         assert torch.allclose(torch.softmax(training.model.classifier(features), dim=1), probs, atol=1e-5)
     assert float((probs.argmax(1).numpy() == test.labels).mean()) == pytest.approx(training.accuracy(test))
+
+
+@pytest.mark.slow
+def test_a_process_compiles_once_for_trainings_of_one_shape():
+    train, test = digits(slice(300)), digits(slice(1000, 1200))
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
+    compiled = [train_and_test(train, test, 10, replace(SETTINGS, compile=True), seed=seed) for seed in (1, 2)]
+    assert graphs["unique_graphs"] == 1
+    plain = [train_and_test(train, test, 10, SETTINGS, seed=seed) for seed in (1, 2)]
+    np.testing.assert_allclose(compiled, plain, atol=0.05)  # of 200 test images: compiled kernels round differently
+
+
+def test_a_training_is_named_by_compile_only_where_it_is_on():
+    assert set(replace(SETTINGS, compile=True).deciding()) - set(SETTINGS.deciding()) == {("compile", True)}
