@@ -17,42 +17,43 @@ else is needed: the encoder, a ResNet-18, is trained on the pool. The parts, in 
 
 Each part writes a line to results.jsonl in --folder once it is finished, and is never repeated; a part that is stopped
 in the middle continues from its last epoch or training. Exit code 3 after --minutes means that parts are left: the same
-command continues. Keys after the options go to the pipeline, over those of CIFAR10 below. --quick runs every part on
-1,000 digits and CPUs.
+command continues. A part that fails leaves its error in its line, and the parts that do not need it still run; the exit
+code is then 1. Keys after the options go to the pipeline, with evaluate. before them to the evaluation, over those of
+CIFAR10 below. --quick runs every part on 1,000 digits and CPUs.
 """
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from helpers.reporting import command_line, take_turns
+from helpers.gpu_rates import Sizes, measure, search_device
+from helpers.reporting import command_line
 from helpers.tracks import ROOT, parts_of, run_for, write_digits
-from helpers.training import ceiling, wait
-from torch import nn
 
-from elfs_ray import load_config
+from elfs_ray.config import Config, load_config
 from elfs_ray.evaluation import run as evaluation
+from elfs_ray.evaluation.quality import judge_clustering, judge_embeddings
 from elfs_ray.evaluation.report import ALL
+from elfs_ray.evaluation.true_labels import read_labels
 from elfs_ray.evaluation.workload import load
-from elfs_ray.methods.encoders.encoder import load_encoder
-from elfs_ray.methods.kmeans.assignment import ENGINES, nearest_centroids
-from elfs_ray.methods.neighbors.exact import nearest_neighbors
-from elfs_ray.methods.training.classifier import Classifier, ClassifierSettings, LabelledImages
-from elfs_ray.methods.training.networks import build_proxy_model
 from elfs_ray.pipeline import runner
 from elfs_ray.presets import preset
+from elfs_ray.runtime.cluster import connect, num_cpus, run_tasks
 from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.stages.pretrain import PretrainResult
 from elfs_ray.stages.select import SelectResult
@@ -60,7 +61,7 @@ from elfs_ray.stages.train import TrainResult
 from elfs_ray.storage.run_dir import RunDir
 
 RESULTS = "results.jsonl"
-VIT_FLOP = 35.2e9  # of ViT-B/16 for an image of 224 pixels: 17.6 billion multiply-adds
+TESTS_LIMIT_S = 120
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Work:
     """What is measured, where, and how large.
 
     pipeline, evaluation: keys over the preset cifar10 and of the evaluation. predicted_s: by part, from published and
-    earlier rates. The rest are sizes of the part rates.
+    earlier rates. sizes: of the part rates.
     """
 
     pool: Path
@@ -78,12 +79,7 @@ class Work:
     evaluation: tuple[str, ...]
     methods: tuple[str, ...]
     predicted_s: dict[str, float]
-    encoder: str = "timm/vit_base_patch16_224.dino"
-    num_images: int = 1024
-    num_points: int = 1_000_000
-    num_clusters: int = 1000
-    network: str = "resnet18"
-    num_steps: int = 100
+    sizes: Sizes = field(default_factory=Sizes)
 
     @property
     def device(self) -> str:
@@ -92,6 +88,10 @@ class Work:
     @property
     def run_dir(self) -> Path:
         return self.folder / "run"
+
+    @property
+    def judged(self) -> Path:
+        return self.folder / "judged"
 
 
 NUM_SEEDS = {0.1: 2, 0.3: 1}  # by the share of the images
@@ -103,7 +103,7 @@ CIFAR10: dict[str, Any] = {
         *("pretrain.temperature=0.2", "pretrain.lr=0.15", "pretrain.min_crop_area=0.2"),
         *("train.epochs=25", "train.compile=true", "select.hard_fraction=auto", "budget=[0.1,0.3]"),
     ),
-    "evaluation": ("network=resnet18", "iterations=3000", "num_tests=3", "gpus_per_training=0.25"),
+    "evaluation": ("network=resnet18", "iterations=3000", "num_tests=3", "compile=true", "gpus_per_training=0.25"),
     "methods": METHODS,
     "predicted_s": {
         "tests": 60,
@@ -115,25 +115,28 @@ CIFAR10: dict[str, Any] = {
         "rates": 60,
     },
 }
+# Of Ray's environment, for --quick: no worker that waits for notices of spot machines, and idle workers are kept, which
+# saves later tasks and actors their imports.
+LIGHT_RAY = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_idle_worker_killing_time_threshold_ms": "120000",
+    "RAY_num_workers_soft_limit": "16",
+    "RAY_worker_niceness": "0",
+}
 # With --quick there is neither a GPU nor time: small networks, and an epoch or two of everything.
 QUICK: dict[str, Any] = {
     "pipeline": (
         *("embed.encoder=self_supervised", "embed.image_size=null", "pretrain.profile=cpu", "pretrain.epochs=1"),
-        *("embed.proxy_image_size=16", "cluster.temi.profile=cpu", "cluster.temi.num_epochs=1"),
-        *("train.network=small_cnn", "train.epochs=2", "train.batch_size=128", "select.hard_fraction=auto"),
-        *("budget=[0.1,0.3]", "ray_address=local"),
+        *("embed.proxy_image_size=16", "embed.runtime=torch", "embed.num_workers=1", "cluster.num_workers=1"),
+        *("cluster.temi.profile=cpu", "cluster.temi.num_epochs=1", "train.network=small_cnn", "train.epochs=2"),
+        *("train.batch_size=128", "select.hard_fraction=auto", "budget=[0.1,0.3]", "ray_address=local"),
     ),
     "evaluation": (
         *("network=small_cnn", "iterations=10", "num_tests=1", "batch_size=32", "lr=0.05", "ray_address=local"),
     ),
     "methods": METHODS,
     "predicted_s": {},
-    "encoder": "pixels",
-    "num_images": 64,
-    "num_points": 5000,
-    "num_clusters": 20,
-    "network": "small_cnn",
-    "num_steps": 5,
+    "sizes": Sizes("pixels", num_images=64, num_points=5000, num_clusters=20, network="small_cnn", num_steps=1),
 }
 
 
@@ -150,28 +153,49 @@ def main() -> int:
     arguments = parser.parse_args()
     names = arguments.part or list(PARTS)
     if arguments.quick:
+        os.environ |= LIGHT_RAY | os.environ
         with nullcontext(arguments.folder) if arguments.folder else tempfile.TemporaryDirectory() as folder:
             work = Work(*write_digits(Path(folder)), Path(folder), **QUICK)
             return run_for(arguments.minutes, partial(run_parts, work, names))
     if arguments.data is None:
         parser.error("give --data, a folder with train.parquet and test.parquet, or --quick")
-    settings = {**CIFAR10, "pipeline": (*CIFAR10["pipeline"], *arguments.keys)}
-    work = Work(*parts_of(arguments.data), arguments.folder or Path("runs/gpu_quarter"), **settings)
+    work = Work(*parts_of(arguments.data), arguments.folder or Path("runs/gpu_quarter"), **_with(arguments.keys))
     return run_for(arguments.minutes, partial(run_parts, work, names))
 
 
+def _with(keys: list[str]) -> dict[str, Any]:
+    """Return the settings for a GPU with keys of the pipeline and, where they begin with evaluate., the evaluation."""
+    of_evaluation = [key.removeprefix("evaluate.") for key in keys if key.startswith("evaluate.")]
+    of_pipeline = [key for key in keys if not key.startswith("evaluate.")]
+    added = {"pipeline": of_pipeline, "evaluation": of_evaluation}
+    return CIFAR10 | {section: (*CIFAR10[section], *more) for section, more in added.items()}
+
+
 def run_parts(work: Work, names: list[str]) -> None:
-    """Run the parts that have no line in results.jsonl yet, and write one for each."""
+    """Run the parts that have no line in results.jsonl yet, and write one for each.
+
+    A part that fails has a line with the error and runs again in the next call. The parts that go on from it are left
+    out. Raises SystemExit after the last part if any failed.
+    """
     work.folder.mkdir(parents=True, exist_ok=True)
     path = work.folder / RESULTS
-    lines = path.read_text().splitlines() if path.exists() else []
-    finished = {json.loads(line)["part"] for line in lines}
+    lines = map(json.loads, path.read_text().splitlines() if path.exists() else [])
+    finished = {line["part"] for line in lines if "error" not in line}
+    failed: set[str] = set()
     for name in names:
         if name in finished:
             continue
+        if CONTINUES.get(name) in failed:
+            print(f"{name}: left out, as {CONTINUES[name]} failed or was left out", file=sys.stderr)
+            failed.add(name)
+            continue
         print(f"{name}: {work.predicted_s.get(name, '?')} s predicted", file=sys.stderr)
         start_s = time.monotonic()
-        figures = PARTS[name](work)
+        try:
+            figures = PARTS[name](work)
+        except Exception:  # of whatever kind: it must not take the time of the other parts
+            figures = {"error": traceback.format_exc()}
+            failed.add(name)
         seconds = round(time.monotonic() - start_s, 1)
         line = {"part": name, "seconds": seconds, "predicted_s": work.predicted_s.get(name), **figures}
         with path.open("a") as file:
@@ -179,44 +203,68 @@ def run_parts(work: Work, names: list[str]) -> None:
             file.flush()
             os.fsync(file.fileno())
         print(json.dumps(line), flush=True)
+    if failed:
+        sys.exit(f"failed or left out: {', '.join(name for name in names if name in failed)}; see {path}")
 
 
 def run_tests(work: Work) -> dict[str, Any]:
-    """Run the tests that need a GPU; without one only list them."""
+    """Run the tests that need a GPU, for at most two minutes; without one only list them."""
     report = work.folder.absolute() / "junit.xml"
-    options = ["-q", f"--junitxml={report}"] if work.device == "cuda" else ["--collect-only", "-q"]
-    code = subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu", *options], cwd=ROOT, stdout=sys.stderr)
+    report.unlink(missing_ok=True)
+    # The files alone that hold such tests, as the whole suite takes half a minute to import. A file that cannot be
+    # imported, as a library is missing, must not keep the others from running.
+    files = [str(path) for path in sorted(ROOT.glob("tests/**/test_*.py")) if "pytest.mark.gpu\n" in path.read_text()]
+    options = ["--continue-on-collection-errors", "--timeout=90", f"--junitxml={report}"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", *(options if work.device == "cuda" else ["--co"])]
+    with subprocess.Popen([*command, *files], cwd=ROOT, stdout=sys.stderr) as process:
+        try:
+            _start_ray(work)  # meanwhile, for the next parts
+            process.wait(TESTS_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)  # pytest then reports the tests that have ended
+            process.wait(30)
+        finally:
+            process.kill()
     if work.device == "cpu":
-        return {"exit_code": code.returncode}
+        return {"exit_code": process.returncode}
     (suite,) = ElementTree.parse(report).getroot()
-    failed = [
-        f"{case.get('classname')}::{case.get('name')}" for case in suite if case.find("skipped") is None and len(case)
-    ]
-    return {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")} | {"failed": failed}
+    failures = {
+        f"{case.get('classname')}::{case.get('name')}": "\n".join(outcome.text or "" for outcome in case)
+        for case in suite
+        if case.find("failure") is not None or case.find("error") is not None
+    }
+    counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
+    return {"exit_code": process.returncode, **counts, "failed": failures}
 
 
 def train_encoder(work: Work) -> dict[str, Any]:
-    """Train the encoder on the pool alone."""
-    run_dir = _run_pipeline(work, "pretrain")
+    """Train the encoder on the pool alone, embed with it, and let the nearest neighbours vote on the class."""
+    config, run_dir = _run_pipeline(work, "embed")
     history = PretrainResult.read(run_dir).history
     rates = [metrics["images_per_s"] for metrics in history[1:]]
+    # In the folder where the evaluation looks for it, and then does not search again.
+    folder = str(work.judged / "quality")
+    vote = judge_embeddings(run_dir, read_labels(run_dir), config.seed, search_device(work.device), folder)
     return {
         "epochs": len(history),
         "images_per_s": float(np.median(rates)) if rates else None,
         "first_loss": history[0]["loss"],
         "last_loss": history[-1]["loss"],
+        "nearest_10_right": vote.accuracy,
     }
 
 
 def make_clusters(work: Work) -> dict[str, Any]:
-    """Embed, find neighbours and cluster."""
-    result = ClusterResult.read(_run_pipeline(work, "cluster"))
-    return {"sizes": result.sizes, "trust": dict(result.trust or {})}
+    """Find neighbours and cluster."""
+    _, run_dir = _run_pipeline(work, "cluster")
+    result = ClusterResult.read(run_dir)
+    right = judge_clustering(run_dir, read_labels(run_dir)).accuracy
+    return {"sizes": result.sizes, "pseudo_labels_right": right, "trust": dict(result.trust or {})}
 
 
 def train_proxy(work: Work) -> dict[str, Any]:
     """Train the proxy, score and select."""
-    run_dir = _run_pipeline(work, None)
+    _, run_dir = _run_pipeline(work, None)
     history = TrainResult.read(run_dir).history
     coresets = SelectResult.read(run_dir).coresets
     return {
@@ -237,11 +285,7 @@ def evaluate_pruned_70(work: Work) -> dict[str, Any]:
 
 def measure_rates(work: Work) -> dict[str, Any]:
     """Measure rates, next to those of matrix products on the same device."""
-    device = torch.device(work.device)
-    rates = {"product_tflop_s": ceiling(device, "bf16" if work.device == "cuda" else "fp32") / 1e12}
-    rates |= _rate_of_encoder(work)
-    rates |= _rates_of_assignment(work, device)
-    return rates | _rates_of_training(work, device)
+    return measure(work.sizes, torch.device(work.device))
 
 
 PARTS: dict[str, Callable[[Work], dict[str, Any]]] = {
@@ -255,119 +299,45 @@ PARTS: dict[str, Callable[[Work], dict[str, Any]]] = {
 }
 
 
-def _run_pipeline(work: Work, until: str | None) -> RunDir:
+# The part that must have ended before; the others need none.
+CONTINUES = {"clusters": "encoder", "proxy": "clusters", "pruned_90": "proxy", "pruned_70": "proxy"}
+
+
+def _start_ray(work: Work) -> None:
+    """Start the Ray of all parts, and let its workers import what the first stages need."""
+    connect(_config(work).ray_address)
+    for _ in run_tasks(_import_stages, [()] * num_cpus()):
+        pass
+
+
+def _import_stages() -> None:
+    for stage in ("index", "copy", "neighbors", "select"):
+        import_module(f"elfs_ray.stages.{stage}.run")
+
+
+def _config(work: Work, until: str | None = None) -> Config:
+    """Return the config of the pipeline up to a stage."""
     places = (f"pool.uri={work.pool}", "pool.label=label", f"run_dir={work.run_dir}")
-    keys = [*work.pipeline, *places, *([f"until={until}"] if until else [])]
-    return runner.run(load_config(preset("cifar10"), keys))
+    # Only faiss's inverted file searches on CPUs where there is a GPU.
+    search = ["cluster.neighbor_search=ivf"] if search_device(work.device) != work.device else []
+    return load_config(preset("cifar10"), [*search, *work.pipeline, *places, *([f"until={until}"] if until else [])])
+
+
+def _run_pipeline(work: Work, until: str | None) -> tuple[Config, RunDir]:
+    """Run the pipeline up to a stage; return its config and run directory."""
+    config = _config(work, until)
+    return config, runner.run(config)
 
 
 def _evaluate(work: Work, budget: float, methods: tuple[str, ...]) -> dict[str, Any]:
-    keys = [f"runs=[{work.run_dir}]", f"out={work.folder / 'judged'}", f"test_uri={work.test}"]
+    """Train from scratch on the selections of some methods; return the mean accuracies and their spreads, in %."""
+    keys = [f"runs=[{work.run_dir}]", f"out={work.judged}", f"test_uri={work.test}"]
     keys += [f"methods=[{','.join(methods)}]", f"budgets=[{budget}]", f"num_seeds={NUM_SEEDS[budget]}"]
-    results = evaluation.run(load([*keys, *work.evaluation]))
-    (quality,) = results.quality.values()
-    assert quality.clustering is not None
     accuracies = {}
-    for line in results.lines:
+    for line in evaluation.run(load([*keys, *work.evaluation])).lines:
         cell = line.cells.get(str(budget)) or line.cells[ALL]
         accuracies[line.name] = [round(100 * cell.mean, 2), round(100 * cell.spread, 2)]
-    return {
-        "accuracies": accuracies,
-        "pseudo_labels_right": quality.clustering.accuracy,
-        "nearest_10_right": quality.neighbors.accuracy,
-    }
-
-
-def _rate_of_encoder(work: Work) -> dict[str, float]:
-    """Encode images from memory."""
-    weights = None if work.encoder == "pixels" else "random:0"
-    encoder = load_encoder(work.encoder, weights=weights, device=work.device)
-    size = encoder.input.crop
-    images = np.random.default_rng(0).integers(0, 256, (work.num_images, size, size, 3), np.uint8)
-    seconds = take_turns({"encode": lambda: [encoder.encode(part) for part in np.split(images, 4)]}, 5)["encode"]
-    images_s = work.num_images / seconds
-    arithmetic = {"encoder_tflop_s": images_s * VIT_FLOP / 1e12} if weights else {}
-    return {"encoder_images_s": images_s, **arithmetic}
-
-
-def _rates_of_assignment(work: Work, device: torch.device) -> dict[str, float]:
-    """Assign points to centroids by both engines, and find the neighbours of some."""
-    rng = np.random.default_rng(0)
-    rows = rng.standard_normal((work.num_points, 384), np.float32)
-    points = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
-    on_device, centroids = torch.from_numpy(points).to(device), points[: work.num_clusters].astype(np.float32)
-
-    def assign(engine: str) -> None:
-        nearest_centroids(on_device, centroids, engine)
-        wait(device)
-
-    seconds = take_turns({engine: partial(assign, engine) for engine in ENGINES}, 5)
-    flop = 2.0 * work.num_points * work.num_clusters * 384
-    some, ids = points[: work.num_points // 10], np.arange(work.num_points // 10)
-    neighbors = take_turns(
-        {"neighbors": lambda: nearest_neighbors(some, ids, [(some, ids)], 50, device=work.device)}, 3
-    )
-    return {f"assignment_{engine}_tflop_s": flop / each / 1e12 for engine, each in seconds.items()} | {
-        "neighbors_points_s": len(some) / neighbors["neighbors"]
-    }
-
-
-def _rates_of_training(work: Work, device: torch.device) -> dict[str, float]:
-    """Train from scratch as an evaluation does, and by a bare loop over the same network."""
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (5120, 32, 32, 3), np.uint8)
-    train = LabelledImages(images, rng.integers(0, 10, len(images)), np.arange(len(images)))
-    settings = ClassifierSettings(
-        network=work.network,
-        iterations=10**6,
-        batch_size=256,
-        lr=0.01,
-        min_lr=0.0,
-        momentum=0.9,
-        weight_decay=5e-4,
-        nesterov=True,
-        crop_padding=4,
-        flip=True,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.25, 0.25, 0.25),
-        precision="bf16" if device.type == "cuda" else "fp32",
-    )
-    training = Classifier(10, settings, seed=0, device=work.device)
-    steps = training.steps(train)
-    bare = _BareSteps(work.network, device)
-
-    def take_steps() -> None:
-        for _ in range(work.num_steps):
-            next(steps)
-        wait(device)
-
-    def take_bare_steps() -> None:
-        for _ in range(work.num_steps):
-            bare.step()
-        wait(device)
-
-    seconds = take_turns({"training_images_s": take_steps, "bare_training_images_s": take_bare_steps}, 3)
-    return {name: 256 * work.num_steps / each for name, each in seconds.items()}
-
-
-class _BareSteps:
-    """Steps on one batch that is on the device already: no augmentation, no records, compiled on a GPU."""
-
-    def __init__(self, network: str, device: torch.device):
-        self._on_gpu = device.type == "cuda"
-        self._model = build_proxy_model(network, 10).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if self._on_gpu:
-            self._model.compile(dynamic=False)
-        self._optimizer = torch.optim.SGD(self._model.parameters(), 0.01, 0.9, nesterov=True, fused=True)
-        self._images = torch.randn(256, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
-        self._labels = torch.randint(0, 10, (256,), device=device)
-
-    def step(self) -> None:
-        with torch.autocast(self._images.device.type, torch.bfloat16, enabled=self._on_gpu):
-            logits = self._model(self._images)
-        nn.functional.cross_entropy(logits.float(), self._labels).backward()
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+    return {"accuracies": accuracies}
 
 
 if __name__ == "__main__":

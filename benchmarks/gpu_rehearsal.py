@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_quarter import CIFAR10, NUM_SEEDS, Work
+from gpu_quarter import CIFAR10, NUM_SEEDS
+from helpers.gpu_rates import Sizes
 from helpers.reporting import command_line
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -111,11 +112,11 @@ def kinds(share: float) -> Iterator[Kind]:
     yield Kind("clusters", name, num_steps, lambda: heads.train_step(x, x), len(x) / temi.batch_size)
 
     yield from trainings(share, config.train)
-    encoder = load_encoder(Work.encoder, weights="random:0")
+    encoder = load_encoder(Sizes.encoder, weights="random:0")
     size = encoder.input.crop
     pixels = rng.integers(0, 256, (max(1, int(32 * share)), size, size, 3), np.uint8)
-    name = f"{Work.encoder}, 32 images of {size} pixels"
-    yield Kind("rates", name, 6 * Work.num_images // 32, lambda: encoder.encode(pixels), len(pixels) / 32)
+    name = f"{Sizes.encoder}, 32 images of {size} pixels"
+    yield Kind("rates", name, 6 * Sizes.num_images // 32, lambda: encoder.encode(pixels), len(pixels) / 32)
 
 
 def trainings(share: float, proxy: TrainConfig) -> Iterator[Kind]:

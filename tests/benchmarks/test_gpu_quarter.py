@@ -21,8 +21,20 @@ HALFWAY = {
     "proxy": "run/dynamics/epoch=000/*.parquet",
     "pruned_90": "judged/trials/*.json",
 }
+# An encoder that does not exist stands for a library that is not installed.
+WITHOUT_POOL = """
+import dataclasses, sys
+from pathlib import Path
+import gpu_quarter as quarter
+
+folder = Path(sys.argv[1])
+settings = quarter.QUICK | {"sizes": dataclasses.replace(quarter.QUICK["sizes"], encoder="timm/no_such_encoder")}
+work = quarter.Work(folder / "missing.parquet", folder / "test.parquet", folder, **settings)
+quarter.run_parts(work, ["encoder", "clusters", "rates"])
+"""
 # What depends on the machine and its load.
 RATES = ("seconds", "images_per_s")
+PARTS = ["tests", "encoder", "clusters", "proxy", "pruned_90", "pruned_70", "rates"]
 
 
 def command(folder: Path) -> list[str]:
@@ -70,25 +82,37 @@ def undisturbed(tmp_path_factory) -> Path:
 
 def test_every_part_leaves_a_line(undisturbed):
     lines = results(undisturbed)
-    assert list(lines) == ["tests", "encoder", "clusters", "proxy", "pruned_90", "pruned_70", "rates"]
+    assert list(lines) == PARTS
     assert lines["tests"] == {"part": "tests", "predicted_s": None, "exit_code": 0}
     assert sum(lines["clusters"]["sizes"]) == 1000
+    for part, figure in (("encoder", "nearest_10_right"), ("clusters", "pseudo_labels_right")):
+        assert 0.1 < lines[part][figure] < 1
     assert set(lines["pruned_70"]["accuracies"]) >= {"full", "random", "elfs"}
 
 
 def test_a_run_killed_in_every_part_repeats_nothing_that_was_finished(undisturbed, tmp_path):
-    parts = list(results(undisturbed))
     folder, finished = tmp_path / "killed", {}
-    for number, part in enumerate(parts):
+    for number, part in enumerate(PARTS):
         kill_in(part, folder, tmp_path / f"{part}.log")
-        assert list(results(folder)) == parts[:number]
+        assert list(results(folder)) == PARTS[:number]
         finished |= finished_files(folder)
     ended = subprocess.run(command(folder), capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     killed, whole = results(folder), results(undisturbed)
-    for part in parts[:-1]:  # the last one has rates alone
+    for part in PARTS[:-1]:  # the last one has rates alone
         assert killed[part] == whole[part]
     assert killed["rates"].keys() == whole["rates"].keys()
     begun = [line for log in tmp_path.glob("*.log") for line in log.read_text().splitlines() if "s predicted" in line]
-    assert len(begun) == 2 * len(parts) - 1  # a part is begun in the run that it is killed in, and in the next
+    assert len(begun) == 2 * len(PARTS) - 1  # a part is begun in the run that it is killed in, and in the next
+
+
+def test_a_part_that_fails_leaves_its_error_and_ends_no_other(tmp_path):
+    """There is no pool, so that nothing but the rates can be measured; these are of one thread's size."""
+    command = [sys.executable, "-c", WITHOUT_POOL, str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=SCRIPT.parent)
+    assert ended.returncode == 1 and "clusters: left out, as encoder failed" in ended.stderr, ended.stderr[-3000:]
+    encoder, rates = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+    assert "missing.parquet" in encoder["error"] and rates["part"] == "rates"
+    assert rates["training_images_s"] > 0
+    assert "timm/no_such_encoder" in rates["errors"]["encoder"]
