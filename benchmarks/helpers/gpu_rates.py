@@ -111,8 +111,8 @@ def _rate_of_assignment(engine: str, sizes: Sizes, device: torch.device) -> dict
 
 
 def _rate_of_neighbors(sizes: Sizes, device: torch.device) -> dict[str, float]:
-    """Find the neighbours of a tenth of the points, among that tenth."""
-    points = _points(sizes.num_points // 10)
+    """Find the neighbours of a twentieth of the points, among that twentieth."""
+    points = _points(sizes.num_points // 20)
     ids = np.arange(len(points))
     place = search_device(device.type)
     seconds = take_turns({"search": lambda: nearest_neighbors(points, ids, [(points, ids)], 50, device=place)}, 3)
