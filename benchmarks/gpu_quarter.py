@@ -115,9 +115,11 @@ CIFAR10: dict[str, Any] = {
         "rates": 60,
     },
 }
-# Of Ray's environment, for --quick: no worker that waits for notices of spot machines, and idle workers are kept, which
-# saves later tasks and actors their imports.
+# Of Ray's environment, for --quick: no metrics, no worker that waits for notices of spot machines, and idle workers are
+# kept, which saves later tasks and actors their imports.
 LIGHT_RAY = {
+    "RAY_enable_metrics_collection": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_idle_worker_killing_time_threshold_ms": "120000",
     "RAY_num_workers_soft_limit": "16",
@@ -136,7 +138,7 @@ QUICK: dict[str, Any] = {
     ),
     "methods": METHODS,
     "predicted_s": {},
-    "sizes": Sizes("pixels", num_images=64, num_points=5000, num_clusters=20, network="small_cnn", num_steps=1),
+    "sizes": Sizes("pixels", 16, num_points=5000, num_clusters=20, network="small_cnn", batch_size=32, num_steps=1),
 }
 
 

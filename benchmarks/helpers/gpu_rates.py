@@ -35,13 +35,14 @@ nearest_neighbors(rows, ids, [(rows, ids)], 2, device="cuda")
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of what is measured: images to encode; points and clusters of k-means; network and steps of a training."""
+    """Sizes of what is measured: encoder and images; points and clusters of k-means; network, batch, steps to train."""
 
     encoder: str = "timm/vit_base_patch16_224.dino"
     num_images: int = 1024
     num_points: int = 1_000_000
     num_clusters: int = 1000
     network: str = "resnet18"
+    batch_size: int = 256
     num_steps: int = 100
 
 
@@ -127,7 +128,7 @@ def _rates_of_training(sizes: Sizes, device: torch.device) -> dict[str, float]:
     settings = ClassifierSettings(
         network=sizes.network,
         iterations=10**6,
-        batch_size=256,
+        batch_size=sizes.batch_size,
         lr=0.01,
         min_lr=0.0,
         momentum=0.9,
@@ -141,7 +142,7 @@ def _rates_of_training(sizes: Sizes, device: torch.device) -> dict[str, float]:
     )
     training = Classifier(10, settings, seed=0, device=device.type)
     steps = training.steps(train)
-    bare = _BareSteps(sizes.network, device)
+    bare = _BareSteps(sizes, device)
 
     def take_steps() -> None:
         for _ in range(sizes.num_steps):
@@ -154,20 +155,20 @@ def _rates_of_training(sizes: Sizes, device: torch.device) -> dict[str, float]:
         wait(device)
 
     seconds = take_turns({"training_images_s": take_steps, "bare_training_images_s": take_bare_steps}, 3)
-    return {name: 256 * sizes.num_steps / each for name, each in seconds.items()}
+    return {name: sizes.batch_size * sizes.num_steps / each for name, each in seconds.items()}
 
 
 class _BareSteps:
     """Steps on one batch that is on the device already: no augmentation, no records, compiled on a GPU."""
 
-    def __init__(self, network: str, device: torch.device):
+    def __init__(self, sizes: Sizes, device: torch.device):
         self._on_gpu = device.type == "cuda"
-        self._model = build_proxy_model(network, 10).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._model = build_proxy_model(sizes.network, 10).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self._on_gpu:
             self._model.compile(dynamic=False)
         self._optimizer = torch.optim.SGD(self._model.parameters(), 0.01, 0.9, nesterov=True, fused=True)
-        self._images = torch.randn(256, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
-        self._labels = torch.randint(0, 10, (256,), device=device)
+        self._images = torch.randn(sizes.batch_size, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
+        self._labels = torch.randint(0, 10, (sizes.batch_size,), device=device)
 
     def step(self) -> None:
         with torch.autocast(self._images.device.type, torch.bfloat16, enabled=self._on_gpu):
