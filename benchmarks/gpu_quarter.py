@@ -32,7 +32,7 @@ import time
 import traceback
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -222,7 +222,8 @@ def run_tests(work: Work) -> dict[str, Any]:
     was_stopped = False
     with subprocess.Popen([*command, *files], cwd=ROOT, stdout=sys.stderr) as process:
         try:
-            _start_ray(work)  # meanwhile, for the next parts
+            with suppress(Exception):  # which the next part, that needs Ray, will tell
+                _start_ray(work)
             process.wait(TESTS_LIMIT_S)
         except subprocess.TimeoutExpired:
             was_stopped = True
@@ -234,7 +235,7 @@ def run_tests(work: Work) -> dict[str, Any]:
         return {"exit_code": process.returncode}
     (suite,) = ElementTree.parse(report).getroot()
     failures = {
-        f"{case.get('classname')}::{case.get('name')}": "\n".join(outcome.text or "" for outcome in case)
+        f"{case.get('classname')}::{case.get('name')}": "\n".join(outcome.text or "" for outcome in case)[-1500:]
         for case in suite
         if case.find("failure") is not None or case.find("error") is not None
     }
@@ -249,6 +250,7 @@ def train_encoder(work: Work) -> dict[str, Any]:
     rates = [metrics["images_per_s"] for metrics in history[1:]]
     # In the folder where the evaluation looks for it, and then does not search again.
     folder = str(work.judged / "quality")
+    connect(config.ray_address)  # a pipeline that was complete already has not
     vote = judge_embeddings(run_dir, read_labels(run_dir), config.seed, search_device(work.device), folder)
     return {
         "epochs": len(history),
@@ -302,8 +304,6 @@ PARTS: dict[str, Callable[[Work], dict[str, Any]]] = {
     "pruned_70": evaluate_pruned_70,
     "rates": measure_rates,
 }
-
-
 # The part that must have ended before; the others need none.
 CONTINUES = {"clusters": "encoder", "proxy": "clusters", "pruned_90": "proxy", "pruned_70": "proxy"}
 
