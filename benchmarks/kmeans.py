@@ -106,7 +106,7 @@ def measure_sizes(num_points: int | None, num_clusters: int | None) -> None:
     for n in [num_points] if num_points else SIZES:
         points = sample_points(n, seed=0)
         for k in [num_clusters] if num_clusters else NUMS_OF_CLUSTERS:
-            rounds = 9 if n * k <= 2_000_000 else 3 if n * k <= 20_000_000 else 1
+            rounds = 9 if n * k <= 1_000_000 else 3 if n * k <= 5_000_000 else 1
             for num_threads in (1, 2):
                 with threads(num_threads):
                     seconds = take_turns(ten_iterations(points, k), rounds)

@@ -13,6 +13,7 @@ from elfs_ray.methods.kmeans.filters import FaissFilter, ProductFilter
 from elfs_ray.methods.numeric.exact_arithmetic import (
     MAX_NORM,
     exact_centroids,
+    exact_rows,
     flat_nonzero,
     row_chunks,
     select_rows,
@@ -113,11 +114,18 @@ def squared_distances_to(embeddings: torch.Tensor, centroids: np.ndarray, labels
     return result
 
 
-def add_rows(sums: torch.Tensor, embeddings: torch.Tensor, labels: torch.Tensor, sign: int = 1) -> None:
-    """Add every embedding to the row of sums (k, d) float64 of its label, exactly; with sign=-1 subtract it."""
+def add_rows(sums: torch.Tensor, embeddings: torch.Tensor, labels: torch.Tensor) -> None:
+    """Add every embedding to the row of sums (k, d) float64 of its label, exactly."""
     space = Workspace(embeddings.device)
     for rows in row_chunks(len(embeddings), embeddings.shape[1], embeddings.device):
-        sums.index_add_(0, labels[rows], space.copy("rows", embeddings[rows], torch.float64), alpha=sign)
+        sums.index_add_(0, labels[rows], space.copy("rows", embeddings[rows], torch.float64))
+
+
+def move_rows(sums: torch.Tensor, embeddings: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> None:
+    """Take every embedding from the row of sums (k, d) float64 of one label and add it to that of another, exactly."""
+    exact = exact_rows(embeddings)
+    sums.index_add_(0, before, exact, alpha=-1)
+    sums.index_add_(0, after, exact)
 
 
 def _raise_for(sample_ids: np.ndarray, fault: str, remedy: str) -> None:

@@ -16,6 +16,7 @@ from elfs_ray.methods.kmeans.assignment import (
     add_rows,
     check_device,
     embeddings_with_norms,
+    move_rows,
     nearest_centroids,
     squared_distances_to,
 )
@@ -139,9 +140,8 @@ class ArrayPoints:
         else:
             assert self._labels is not None
             for rows in row_chunks(len(moved), self.dim, self._device):
-                embeddings = select_rows(self._embeddings, moved[rows])
-                add_rows(self._sums, embeddings, self._labels[moved[rows]], sign=-1)
-                add_rows(self._sums, embeddings, labels[moved[rows]])
+                some = moved[rows]
+                move_rows(self._sums, select_rows(self._embeddings, some), self._labels[some], labels[some])
         self._labels = labels
         return PartialSums(
             sums=self._sums.cpu().numpy().copy(),  # cpu() copies nothing on a CPU, and the next call updates in place
