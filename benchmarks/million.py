@@ -19,15 +19,14 @@ import json
 import multiprocessing
 import os
 import tempfile
-import threading
 import time
-from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from helpers.processes import Watch
 from helpers.reporting import command_line
 from object_store import copy, free_port, s3_server
 from PIL import Image
@@ -77,9 +76,9 @@ def _run(folder: Path, images: Path | None, num_images: int) -> None:
         say("copying the pool to the S3 server")
         copy(pool, f"{bucket}/pool")
         connect("local")
-        with _Memory() as memory:
+        with Watch() as watch:
             run_dir = pipeline.run(_config(folder / "run", f"{bucket}/pool"))
-    _report(run_dir, num_images, memory, folder)
+    _report(run_dir, num_images, watch, folder)
 
 
 def _config(run_dir: Path, pool: str) -> Config:
@@ -100,7 +99,7 @@ def _config(run_dir: Path, pool: str) -> Config:
     )
 
 
-def _report(run_dir: RunDir, num_images: int, memory: "_Memory", folder: Path) -> None:
+def _report(run_dir: RunDir, num_images: int, watch: Watch, folder: Path) -> None:
     """Print a line for each stage, from its marker, which includes stages of interrupted runs."""
     for stage, tables in TABLES.items():
         seconds = run_dir.complete_marker(stage).seconds
@@ -109,7 +108,7 @@ def _report(run_dir: RunDir, num_images: int, memory: "_Memory", folder: Path) -
     # Kept over interruptions: the largest worker may have belonged to a stage of an earlier start.
     peaks_file = folder / "memory.json"
     peaks = json.loads(peaks_file.read_text()) if peaks_file.exists() else {}
-    for name, num_bytes in memory.peaks.items():
+    for name, num_bytes in watch.peaks.items():
         peaks[name] = max(num_bytes, peaks.get(name, 0))
     peaks_file.write_text(json.dumps(peaks, indent=2))
     largest = max((name for name in peaks if name != "driver"), key=lambda name: peaks[name])
@@ -125,40 +124,6 @@ def _print(stage: str, seconds: float, images_per_s: float, bytes_written: int) 
 def _bytes_below(path: Path) -> int:
     files = [path] if path.is_file() else path.rglob("*")
     return sum(file.stat().st_size for file in files if file.is_file())
-
-
-class _Memory:
-    """Record the peak private memory of this process and of Ray's workers, by the name of their task or actor."""
-
-    def __init__(self) -> None:
-        self.peaks: dict[str, int] = defaultdict(int)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> "_Memory":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.5):
-            for folder in Path("/proc").glob("[0-9]*"):
-                try:
-                    title = (folder / "cmdline").read_bytes().split(b"\0")[0].decode()
-                    is_driver = int(folder.name) == os.getpid()
-                    if is_driver or title.startswith("ray::"):
-                        name = "driver" if is_driver else title.removeprefix("ray::")
-                        self.peaks[name] = max(self.peaks[name], _private_bytes(folder))
-                except OSError:  # the process has ended
-                    continue
-
-
-def _private_bytes(folder: Path) -> int:
-    lines = (folder / "status").read_text().splitlines()
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon:", "VmSwap:")))
 
 
 def _write_pool(pool: Path, images: Path | None, num_images: int) -> None:

@@ -3,12 +3,15 @@
     python benchmarks/neighbors.py [--quick] [--only PART]
 
 Ours takes float16 and makes faiss's answer that of a float64 search; faiss's flat index and scikit-learn's brute force
-get float32. The inverted file is measured with the share of the exact neighbours that it finds. The stage itself then
+get float32. The inverted file is measured with the share of the exact neighbours that it finds; then, in CPU seconds,
+what it takes to find lists through groups of them, and to search the same pool in more shards. The stage itself then
 runs with two CPUs and with one of them kept busy elsewhere. On a GPU the search is measured vs. a product of its shape.
 """
 
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import faiss
@@ -16,13 +19,13 @@ import numpy as np
 import ray
 import torch
 from helpers.reporting import command_line, emit, take_turns
+from helpers.scale_pool import embeddings_of
 from kmeans import DIM, SIDE, sample_points, stage_config, threads, write_embeddings
 from sklearn.neighbors import NearestNeighbors
 
-from elfs_ray.methods.kmeans.lloyd import kmeans
-from elfs_ray.methods.kmeans.points import ArrayPoints
 from elfs_ray.methods.neighbors.exact import Neighbors, nearest_neighbors, recall
-from elfs_ray.methods.neighbors.inverted import InvertedFile, merge_neighbors, search_lists
+from elfs_ray.methods.neighbors.inverted import InvertedFile, Lists, merge_neighbors, nearest_lists, search_lists
+from elfs_ray.methods.neighbors.lists import make_lists
 from elfs_ray.runtime.cluster import connect
 from elfs_ray.stages.neighbors.search import find_neighbors
 from elfs_ray.storage import filesystem, schema
@@ -30,12 +33,13 @@ from elfs_ray.storage.run_dir import RunDir
 
 K = 50
 MIN_RECALL = 0.95
+POOL = 10_000_000  # of which made-up embeddings are a part
 
 
 def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true", help="8,000 points; under 45 s on 2 cores")
-    parser.add_argument("--only", choices=("exact", "sizes", "inverted-file", "stage"))
+    parser.add_argument("--only", choices=("exact", "sizes", "inverted-file", "lists", "shards", "stage"))
     arguments = parser.parse_args()
     if torch.cuda.is_available():
         measure_gpu(200_000)
@@ -48,6 +52,8 @@ def main() -> None:
         "inverted-file": lambda: measure_inverted_file(
             *(8_000, 4_000) if arguments.quick else (200_000, 8_192), rounds
         ),
+        "lists": lambda: measure_lists(*((4_000,), 1_000) if arguments.quick else ((4_000, 12_649, 40_000), 4_096)),
+        "shards": lambda: measure_shards(*((4,), 1_000) if arguments.quick else ((2, 4, 8, 16), 8_192)),
         "stage": lambda: measure_stage(num_points, rounds),
     }
     for name, measure in parts.items():
@@ -101,8 +107,7 @@ def measure_inverted_file(num_points: int, num_queries: int, rounds: int) -> Non
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
     num_lists = 4 * round(len(points) ** 0.5)
-    fit = kmeans(ArrayPoints(points, ids), num_lists, seed=0, max_iterations=10, spherical=True)
-    lists = fit.centroids.astype(np.float16)
+    lists = Lists(*make_lists(points, ids, num_lists, seed=0))
     index = InvertedFile(lists, points, ids)
 
     def search(nprobe: int) -> Neighbors:
@@ -127,6 +132,47 @@ def measure_inverted_file(num_points: int, num_queries: int, rounds: int) -> Non
     )
     name = f"inverted file of {num_points:,} x {DIM}, {nprobe} of {len(lists)} lists, finds {share:.1%}"
     emit(name, num_queries / seconds["ivf"], "points/s", "exact search", num_queries / seconds["exact"])
+
+
+def measure_lists(sizes: Sequence[int], num_queries: int) -> None:
+    """Measure the search for the 4 nearest of many lists through groups of them vs. among all, on one thread."""
+    queries = embeddings_of(np.arange(num_queries) * 97, POOL)
+    for size in sizes:
+        centroids = embeddings_of(np.arange(size) * 249, POOL)
+        grouped = Lists(centroids, centroids[:: round(size**0.5)])
+        through_s = cpu_seconds(partial(grouped.nearest, queries, 4))
+        among_s = cpu_seconds(partial(nearest_lists, queries, centroids, 4))
+        name = f"the 4 nearest of {size:,} lists through groups"
+        emit(name, 1e6 * through_s / num_queries, "µs", "among all", 1e6 * among_s / num_queries, less_is_better=True)
+
+
+def measure_shards(numbers: Sequence[int], num_queries: int) -> None:
+    """Measure a search of 4 of 400 lists of 40,000 samples in several shards vs. in one, on one thread."""
+    ids = np.arange(40_000) * 23
+    rows = embeddings_of(ids, POOL)
+    lists = Lists(rows[::100])
+    queries, query_ids = rows[:num_queries], ids[:num_queries]
+    probed = lists.nearest(queries, 4)
+
+    def search(files: Sequence[InvertedFile]) -> Neighbors:
+        return merge_neighbors([file.search(queries, query_ids, probed, 8) for file in files])
+
+    one = [InvertedFile(lists, rows, ids)]
+    one_s = cpu_seconds(partial(search, one))
+    for number in numbers:
+        files = [InvertedFile(lists, rows[shard::number], ids[shard::number]) for shard in range(number)]
+        seconds = cpu_seconds(partial(search, files))
+        name = f"8 neighbours in {number} shards of 40,000 x {queries.shape[1]}, 4 of 400 lists"
+        emit(name, 1e6 * seconds / num_queries, "µs", "in one", 1e6 * one_s / num_queries, less_is_better=True)
+
+
+def cpu_seconds(call: Callable[[], object]) -> float:
+    """Return the CPU seconds of the second call, on one thread; other work changes them less than those of a clock."""
+    with threads(1):
+        call()
+        start_s = time.process_time()
+        call()
+    return time.process_time() - start_s
 
 
 def measure_stage(num_points: int, rounds: int) -> None:

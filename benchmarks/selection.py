@@ -15,12 +15,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
+from helpers.processes import family, memory_of
 from helpers.reporting import command_line, emit, peak_bytes
 
 from elfs_ray.config import SelectConfig
@@ -173,23 +173,7 @@ class Peak:
 
 def memory_of_ray() -> int:
     """Return the private memory of this process and its descendants, such as Ray's workers, and of the object store."""
-    parents, private, shared = {}, {}, {}
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
-        try:
-            status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
-        except OSError:
-            continue
-        if "RssAnon" in status:
-            pid = int(folder.name)
-            parents[pid] = int(status["PPid"])
-            private[pid], shared[pid] = (int(status[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
-    family = {os.getpid()}
-    while children := {pid for pid, parent in parents.items() if parent in family} - family:
-        family |= children
-    # Every process maps the same object store: it counts once.
-    return sum(private[pid] for pid in family) + max(shared[pid] for pid in family)
+    return memory_of(family())
 
 
 if __name__ == "__main__":

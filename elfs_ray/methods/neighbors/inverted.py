@@ -1,9 +1,10 @@
 """Find the k nearest neighbours through faiss's inverted file: approximate, for pools too large for exact search.
 
 Samples are listed under their most similar centroid, and a query is compared with the samples in the lists of the
-centroids most similar to it. The choice of lists is exact, and so is the ranking of their samples (ranking.py). The
-result is therefore a function of the embeddings and the centroids: it depends neither on how samples are divided over
-inverted files nor on how queries are divided over searches.
+centroids most similar to it. Many centroids (lists.py) lie in groups, and only those of the groups nearest to an
+embedding are compared with it. The choice of groups is exact, as is that of lists in them, and so is the ranking of
+their samples (ranking.py). The result is therefore a function of the embeddings and the centroids: it depends neither
+on how samples are divided over inverted files nor on how queries are divided over searches.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from elfs_ray.methods.neighbors.ranking import MARGIN, NO_ID, Points, Ranking, r
 _CPU = torch.device("cpu")
 _QUERIES = 512  # per search, which bounds the memory of their candidates
 _ADDED = 1 << 15  # rows that are converted to float32 at a time, for faiss to add
+_GROUPS = 4  # whose lists are compared with an embedding, at least
 
 
 def nearest_lists(embeddings: np.ndarray, centroids: np.ndarray, num: int) -> np.ndarray:
@@ -30,20 +32,49 @@ def nearest_lists(embeddings: np.ndarray, centroids: np.ndarray, num: int) -> np
     return FlatSearch(_CPU).rank(Ranking.empty(len(queries), num, _CPU), queries, points).ids.numpy()
 
 
+class Lists:
+    """The lists of an inverted file: their centroids (l, d), and those of their groups (g, d) where they have any.
+
+    Both are float16 of unit length. Memory: 2·d bytes a list, twice that with groups.
+    """
+
+    def __init__(self, centroids: np.ndarray, groups: np.ndarray | None = None):
+        self._centroids, self._groups = centroids, groups
+        # The centroids are the samples of an inverted file themselves, and the groups are its lists.
+        self._grouped = None if groups is None else InvertedFile(Lists(groups), centroids, np.arange(len(centroids)))
+
+    def __len__(self) -> int:
+        return len(self._centroids)
+
+    def nearest(self, embeddings: np.ndarray, num: int) -> np.ndarray:
+        """Return the `num` lists most similar to each embedding, as `nearest_lists`; of the nearest groups alone."""
+        if self._grouped is None or self._groups is None:
+            return nearest_lists(embeddings, self._centroids, num)
+        grouped = self._grouped
+
+        def search(queries: np.ndarray, query_ids: np.ndarray, groups: np.ndarray) -> Neighbors:
+            return merge_neighbors([grouped.search(queries, query_ids, groups, num)])
+
+        num_groups = min(max(_GROUPS, num // 2), len(self._groups))
+        no_ids = np.full(len(embeddings), -1)
+        return search_lists(search, embeddings, no_ids, Lists(self._groups), num_groups).neighbor_ids
+
+
 class InvertedFile:
     """Samples by list: embeddings (n, d) float16 of unit length with their sample_ids (n,) int64.
 
-    centroids (l, d) float16 of unit length come from a spherical k-means of the same embeddings; about 4 √n to 16 √n
-    lists suit n samples. Memory: 4·n·d + 24 n bytes with the embeddings themselves, as faiss keeps a float16 copy.
+    The centroids of the lists come from a spherical k-means of the same embeddings; about 4 √n to 16 √n lists suit n
+    samples, and n/250 where there are millions. Memory: 4·n·d + 24 n bytes with the embeddings themselves, as faiss
+    keeps a float16 copy.
     Raises ValueError for embeddings that are not finite or not of unit length, and without faiss.
     """
 
-    def __init__(self, centroids: np.ndarray, embeddings: np.ndarray, sample_ids: np.ndarray):
+    def __init__(self, lists: Lists, embeddings: np.ndarray, sample_ids: np.ndarray):
         self._points = points_on(embeddings, sample_ids, _CPU)
-        lists = nearest_lists(embeddings, centroids, 1)[:, 0]
-        self._order = np.argsort(lists, kind="stable")
-        self._ends = np.searchsorted(lists[self._order], np.arange(len(centroids)), side="right")
-        self._index = _filled_index(self._points.embeddings, lists, len(centroids))
+        under = lists.nearest(embeddings, 1)[:, 0]
+        self._order = np.argsort(under, kind="stable")
+        self._ends = np.searchsorted(under[self._order], np.arange(len(lists)), side="right")
+        self._index = _filled_index(self._points.embeddings, under, len(lists))
 
     def search(self, queries: np.ndarray, query_ids: np.ndarray, lists: np.ndarray, k: int) -> Neighbors:
         """Return the k most similar samples in each query's lists (m, p), the query itself (by id) left out.
@@ -122,7 +153,7 @@ def search_lists(
     search: Callable[[np.ndarray, np.ndarray, np.ndarray], Neighbors],
     queries: np.ndarray,
     query_ids: np.ndarray,
-    centroids: np.ndarray,
+    lists: Lists,
     nprobe: int,
 ) -> Neighbors:
     """Return k neighbours of every query from its `nprobe` nearest lists, or from more while these hold too few.
@@ -130,12 +161,12 @@ def search_lists(
     search: returns the merged result of all inverted files of a pool for (queries, query_ids, lists). The pool must
     hold more than k samples.
     """
-    neighbors = search(queries, query_ids, nearest_lists(queries, centroids, nprobe))
+    neighbors = search(queries, query_ids, lists.nearest(queries, nprobe))
     short = np.flatnonzero((neighbors.neighbor_ids < 0).any(1))
     while len(short):  # doubling reaches all lists in a few rounds, and few queries need any
-        assert nprobe < len(centroids), "all lists together hold no more than k samples"
-        nprobe = min(2 * nprobe, len(centroids))
-        more = search(queries[short], query_ids[short], nearest_lists(queries[short], centroids, nprobe))
+        assert nprobe < len(lists), "all lists together hold no more than k samples"
+        nprobe = min(2 * nprobe, len(lists))
+        more = search(queries[short], query_ids[short], lists.nearest(queries[short], nprobe))
         neighbors.neighbor_ids[short], neighbors.similarity[short] = more.neighbor_ids, more.similarity
         short = short[(more.neighbor_ids < 0).any(1)]
     return neighbors

@@ -3,15 +3,17 @@
 A task finds the neighbours of the samples of some files among all files, which it reads a few at a time. A resumed run
 skips the files that exist.
 
-Exact search costs 2·n²·d operations. Above 200,000 samples CPUs use faiss's inverted file instead, in shards on
-actors, around the centroids of a spherical k-means on a sample. It looks into as many lists as the requested recall
-takes, measured on a sample, and into more where these hold too few. A search for near-duplicates alone takes far fewer
-lists: its recall is measured by made-up copies of samples, each at a similarity of 0.9.
+Exact search costs 2·n²·d operations. Above 200,000 samples CPUs use faiss's inverted file instead, in shards of up to
+2 GiB on actors, around the centroids of a spherical k-means on a sample. It looks into as many lists as the requested
+recall takes, measured on a sample, and into more where these hold too few. A search for near-duplicates alone takes far
+fewer lists: its recall is measured by made-up copies of samples, each at a similarity of 0.9. Every shard ranks every
+query, so more shards than memory takes would be more work: where there are CPUs for more actors, they hold copies.
 """
 
 import math
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Sequence
+from functools import partial, reduce
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -20,10 +22,10 @@ import ray
 import torch
 
 from elfs_ray.config import ClusterConfig
-from elfs_ray.methods.kmeans.lloyd import kmeans
-from elfs_ray.methods.kmeans.points import ArrayPoints
-from elfs_ray.methods.neighbors.exact import Neighbors, nearest_neighbors
-from elfs_ray.methods.neighbors.inverted import InvertedFile, choose_nprobe, merge_neighbors, search_lists
+from elfs_ray.methods.neighbors.exact import FlatSearch, Neighbors, nearest_neighbors, points_on
+from elfs_ray.methods.neighbors.inverted import InvertedFile, Lists, choose_nprobe, merge_neighbors, search_lists
+from elfs_ray.methods.neighbors.lists import make_lists
+from elfs_ray.methods.neighbors.ranking import Ranking
 from elfs_ray.methods.numeric.hashing import hash_uniform
 from elfs_ray.runtime.cluster import devices_of_cluster, get_result, num_cpus, run_tasks
 from elfs_ray.runtime.placement import placement
@@ -37,17 +39,21 @@ MAX_EXACT_ON_CPU = 200_000
 MAX_QUERIES = 1 << 18  # samples of a task: a task that is lost is done again
 MIN_TASKS_PER_WORKER = 4  # so that workers end at about the same time
 SHARD_BYTES = 256 << 20  # embeddings that a task holds besides its queries
+LIST_SHARD_BYTES = 2 << 30  # of a shard of the inverted file: 1 GiB for each CPU, as there is one for two
 COPY_SIMILARITY = 0.9
 RECALL_QUERIES = 1000  # the standard error of a recall of 95% is then 0.7%
 LISTS_PER_ROOT = 4  # times the square root of the samples
+ROWS_PER_LIST = 250  # at most, which is what a million samples have by the square root
 LIST_ROWS = 39  # faiss's own lower bound of training rows a list
-LIST_ITERATIONS = 10
+MAX_LIST_ROWS = 1 << 20  # for all lists: 8·d bytes each, with what it takes to find the distinct ones
 # Of the inverted file's shards and of the tasks that query them: one waits while the other works, so that a whole CPU
 # for each would leave half of the CPUs idle.
 CPUS_OF_A_TURN = 0.5
 _LIST_STREAM, _QUERY_STREAM = 1, 2
 
 Files = list[tuple[str, int]]  # paths with their rows
+Sampled = tuple[np.ndarray, np.ndarray]  # embeddings (m, d) float16 and sample_ids (m,)
+Centroids = tuple[np.ndarray, np.ndarray | None]  # of the lists and of their groups: the arguments of `Lists`
 
 
 def find_neighbors(
@@ -82,11 +88,15 @@ def find_neighbors(
             searches: list[tuple] = [(shards, run_dir, group, num_neighbors, device) for group in pending]
             results = run_tasks(_exact, searches, num_gpus_each=int(on_gpus))
         else:
-            lists, centroids, measured = _build_lists(config, files, num_neighbors, seed, copies_alone)
-            metrics |= {"num_lists": len(centroids), "nprobe": measured[-1]["nprobe"]}
+            copies, centroids, measured = _build_lists(config, files, num_neighbors, seed, copies_alone)
+            metrics |= {"num_lists": len(centroids[0]), "nprobe": measured[-1]["nprobe"]}
             metrics |= {"recall": measured[-1]["recall"], "recall_measured": measured}
             shared = ray.put(centroids)
-            searches = [(shared, lists, run_dir, group, metrics["nprobe"], num_neighbors) for group in pending]
+            nprobe = metrics["nprobe"]
+            searches = [
+                (shared, shards, run_dir, group, nprobe, num_neighbors)
+                for group, shards in zip(pending, cycle(copies), strict=False)
+            ]
             results = run_tasks(_approximate, searches, num_cpus_each=CPUS_OF_A_TURN)
         progress.advance(num_samples - sum(map(_num_rows, pending)))
         for _, count in results:
@@ -113,8 +123,11 @@ def _group(files: Files, max_rows: int) -> list[Files]:
 
 def _shard_rows(files: Files) -> int:
     """Return the number of rows in about 256 MiB of embeddings."""
-    row_bytes = 2 * filesystem.read_schema(files[0][0]).field(schema.EMBEDDING).type.list_size
-    return max(1, SHARD_BYTES // row_bytes)
+    return max(1, SHARD_BYTES // (2 * _dim(files)))
+
+
+def _dim(files: Files) -> int:
+    return filesystem.read_schema(files[0][0]).field(schema.EMBEDDING).type.list_size
 
 
 def _read(files: Files) -> tuple[np.ndarray, np.ndarray]:
@@ -130,13 +143,13 @@ def _exact(shards: list[Files], run_dir: RunDir, group: Files, num_neighbors: in
 
 
 def _approximate(
-    centroids: np.ndarray, lists: list[Any], run_dir: RunDir, group: Files, nprobe: int, num_neighbors: int
+    centroids: Centroids, shards: list[Any], run_dir: RunDir, group: Files, nprobe: int, num_neighbors: int
 ) -> int:
     """Write the neighbours of the samples of a group of files by the inverted file. Returns the number of samples."""
     torch.set_num_threads(1)
     queries, query_ids = _read(group)
-    search = partial(_ask, lists, num_neighbors)
-    return _write(run_dir, group, query_ids, search_lists(search, queries, query_ids, centroids, nprobe))
+    search = partial(_ask, shards, num_neighbors)
+    return _write(run_dir, group, query_ids, search_lists(search, queries, query_ids, Lists(*centroids), nprobe))
 
 
 def _ask(shards: list[Any], k: int, *queries_ids_lists: np.ndarray) -> Neighbors:
@@ -149,9 +162,9 @@ def _ask(shards: list[Any], k: int, *queries_ids_lists: np.ndarray) -> Neighbors
 class _ListShard:
     """The samples of some files in the inverted file. Memory: n·(4·d + 24) bytes."""
 
-    def __init__(self, files: Files, centroids: np.ndarray):
+    def __init__(self, files: Files, centroids: Centroids):
         torch.set_num_threads(1)
-        self._index = InvertedFile(centroids, *_read(files))
+        self._index = InvertedFile(Lists(*centroids), *_read(files))
 
     def search(self, queries: np.ndarray, query_ids: np.ndarray, lists: np.ndarray, k: int) -> Neighbors:
         return self._index.search(queries, query_ids, lists, k)
@@ -159,50 +172,80 @@ class _ListShard:
 
 def _build_lists(
     config: ClusterConfig, files: Files, num_neighbors: int, seed: int, copies_alone: bool
-) -> tuple[list[Any], np.ndarray, list[dict[str, float]]]:
-    """Return the actors that hold the inverted file, its centroids, and the recall of each nprobe that was tried.
+) -> tuple[list[list[Any]], Centroids, list[dict[str, float]]]:
+    """Return copies of the inverted file, its centroids, and the recall of each nprobe that was tried.
 
-    The last nprobe is the one to use.
+    A copy is a list of actors that hold its shards. The last nprobe is the one to use.
     """
-    prepare = ray.remote(num_cpus=1, **placement())(_prepare)
-    centroids, queries, query_ids, exact = get_result(prepare.remote(files, num_neighbors, seed, copies_alone))
+    centroids, (queries, query_ids) = _lists_and_queries(files, seed)
+    if copies_alone:
+        exact = Neighbors(query_ids[:, None], np.full((len(query_ids), 1), COPY_SIMILARITY, np.float32))
+        queries, query_ids = _made_up_copies(queries, seed), np.full(len(queries), -1)
+    else:
+        exact = _exact_neighbors(files, queries, query_ids, num_neighbors)
     # With half a CPU each, so many leave at least half of the CPUs to the tasks that query them.
     num_workers = min(config.num_workers or max(1, num_cpus() // 2), num_cpus())
     actor = ray.remote(num_cpus=CPUS_OF_A_TURN, max_restarts=-1, max_task_retries=-1, **placement())(_ListShard)
     shared = ray.put(centroids)
-    lists: list[Any] = [actor.remote(share, shared) for share in _group(files, -(-_num_rows(files) // num_workers))]
+    shares = _group(files, _rows_of_shard(files, num_workers))
+    copies: list[list[Any]] = [
+        [actor.remote(share, shared) for share in shares] for _ in range(max(1, num_workers // len(shares)))
+    ]
+    lists = Lists(*centroids)
 
     def search(nprobe: int) -> Neighbors:
-        return search_lists(partial(_ask, lists, num_neighbors), queries, query_ids, centroids, nprobe)
+        return search_lists(partial(_ask, copies[0], num_neighbors), queries, query_ids, lists, nprobe)
 
-    _, measured = choose_nprobe(search, exact, len(centroids), config.neighbor_recall)
-    return lists, centroids, measured
+    _, measured = choose_nprobe(search, exact, len(lists), config.neighbor_recall)
+    return copies, centroids, measured
 
 
-def _prepare(
-    files: Files, num_neighbors: int, seed: int, copies_alone: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, Neighbors]:
-    """Return the centroids of the lists, and queries, their ids and the neighbours to find, to measure recall.
-
-    The centroids come from a k-means on a sample of the pool. There are no more lists than that sample has distinct
-    embeddings.
-    """
-    torch.set_num_threads(1)
+def _rows_of_shard(files: Files, num_workers: int) -> int:
+    """Return the rows of the largest shards of the inverted file that the memory for one allows, or one a worker."""
     num_samples = _num_rows(files)
-    num_lists = max(1, min(LISTS_PER_ROOT * math.isqrt(num_samples), num_samples // LIST_ROWS))
-    shards = _group(files, _shard_rows(files))
-    shares = {_LIST_STREAM: LIST_ROWS * num_lists / num_samples, _QUERY_STREAM: RECALL_QUERIES / num_samples}
-    (rows, ids), (queries, query_ids) = _samples(map(_read, shards), shares, seed)
-    rows, ids = _distinct(rows, ids)
-    points = ArrayPoints(rows, ids)
-    num_lists = min(num_lists, len(rows))
-    fit = kmeans(points, num_lists, seed=seed, max_iterations=LIST_ITERATIONS, spherical=True)
-    # Of unit length in float16 they are searched like samples: exactly.
-    centroids = fit.centroids.astype(np.float16)
-    if copies_alone:
-        originals = Neighbors(query_ids[:, None], np.full((len(query_ids), 1), COPY_SIMILARITY, np.float32))
-        return centroids, _made_up_copies(queries, seed), np.full(len(queries), -1), originals
-    return centroids, queries, query_ids, nearest_neighbors(queries, query_ids, map(_read, shards), num_neighbors)
+    num_shards = -(-num_samples * (4 * _dim(files) + 24) // LIST_SHARD_BYTES)  # see _ListShard
+    return -(-num_samples // min(num_shards, num_workers))
+
+
+def _lists_and_queries(files: Files, seed: int) -> tuple[Centroids, Sampled]:
+    """Return the centroids of the lists, from a k-means on a sample of the pool, and queries to measure recall.
+
+    There are no more lists than that sample has distinct embeddings.
+    """
+    num_samples = _num_rows(files)
+    num_lists = max(LISTS_PER_ROOT * math.isqrt(num_samples), num_samples // ROWS_PER_LIST)
+    num_lists = max(1, min(num_lists, num_samples // LIST_ROWS))
+    num_rows = min(LIST_ROWS * num_lists, MAX_LIST_ROWS)
+    shares = {_LIST_STREAM: num_rows / num_samples, _QUERY_STREAM: RECALL_QUERIES / num_samples}
+    sample: Any = ray.remote(num_cpus=1, num_returns=len(shares), max_retries=3, **placement())(_sample)
+    sampled = [sample.remote(shard, shares, seed) for shard in _group(files, _shard_rows(files))]
+    of_lists, of_queries = zip(*sampled, strict=True)
+    # The sample for the lists never comes to the driver.
+    make: Any = ray.remote(num_cpus=1, max_retries=3, **placement())(_make_lists)
+    centroids = get_result(make.remote(num_lists, seed, *of_lists))
+    return centroids, _joined([get_result(part) for part in of_queries])
+
+
+def _make_lists(num_lists: int, seed: int, *parts: Sampled) -> Centroids:
+    torch.set_num_threads(1)
+    rows, ids = _distinct(*_joined(parts))
+    return make_lists(rows, ids, min(num_lists, len(rows)), seed=seed)
+
+
+def _exact_neighbors(files: Files, queries: np.ndarray, query_ids: np.ndarray, k: int) -> Neighbors:
+    """Return the exact neighbours of a few queries; each task compares them with one shard of the pool."""
+    shared = ray.put((queries, query_ids))
+    tasks = [(shared, shard, k) for shard in _group(files, _shard_rows(files))]
+    rankings = [ranking for _, ranking in run_tasks(_rank, tasks)]
+    best = reduce(lambda best, other: best.merged(other.similarity, other.ids), rankings)
+    return Neighbors(best.ids.numpy(), best.similarity.float().numpy())
+
+
+def _rank(shared: Sampled, shard: Files, k: int) -> Ranking:
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
+    wanted, points = (points_on(*rows, device) for rows in (shared, _read(shard)))
+    return FlatSearch(device).rank(Ranking.empty(len(wanted), k, device), wanted, points)
 
 
 def _made_up_copies(embeddings: np.ndarray, seed: int) -> np.ndarray:
@@ -214,23 +257,19 @@ def _made_up_copies(embeddings: np.ndarray, seed: int) -> np.ndarray:
     return (COPY_SIMILARITY * rows + math.sqrt(1 - COPY_SIMILARITY**2) * noise).astype(np.float16)
 
 
-def _samples(
-    shards: Iterator[tuple[np.ndarray, np.ndarray]], shares: dict[int, float], seed: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return a random sample of (embeddings, ids) for each stream of random numbers, of about its share of the pool.
+def _sample(shard: Files, shares: dict[int, float], seed: int) -> tuple[Sampled, ...]:
+    """Return a random sample of some files for each stream of random numbers, of about its share of their samples.
 
-    A sample is chosen by the hash of its id, so the result does not depend on the division into shards.
+    A sample is chosen by the hash of its id, so those of all files do not depend on the division into shards.
     """
-    sampled: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {stream: [] for stream in shares}
-    for embeddings, sample_ids in shards:
-        for stream, share in shares.items():
-            chosen = hash_uniform(seed, stream, sample_ids) < share
-            sampled[stream].append((embeddings[chosen], sample_ids[chosen]))
-    joined = []
-    for parts in sampled.values():
-        rows, ids = zip(*parts, strict=True)
-        joined.append((np.concatenate(rows), np.concatenate(ids)))
-    return joined
+    embeddings, sample_ids = _read(shard)
+    chosen = [hash_uniform(seed, stream, sample_ids) < share for stream, share in shares.items()]
+    return tuple((embeddings[rows], sample_ids[rows]) for rows in chosen)
+
+
+def _joined(parts: Sequence[Sampled]) -> Sampled:
+    embeddings, sample_ids = zip(*parts, strict=True)
+    return np.concatenate(embeddings), np.concatenate(sample_ids)
 
 
 def _distinct(rows: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -8,6 +8,7 @@ from elfs_ray.methods.kmeans.points import ArrayPoints
 from elfs_ray.methods.neighbors.exact import Neighbors, nearest_neighbors, recall
 from elfs_ray.methods.neighbors.inverted import (
     InvertedFile,
+    Lists,
     choose_nprobe,
     merge_neighbors,
     nearest_lists,
@@ -30,7 +31,7 @@ def pool() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def make_search(embeddings, sample_ids, centroids, k, at=()):
     """Return the `search` argument of `search_lists`, over the inverted files of a pool cut at some places."""
     cuts = list(pairwise([0, *at, len(embeddings)]))
-    files = [InvertedFile(centroids, embeddings[first:last], sample_ids[first:last]) for first, last in cuts]
+    files = [InvertedFile(Lists(centroids), embeddings[first:last], sample_ids[first:last]) for first, last in cuts]
     return lambda queries, ids, lists: merge_neighbors([file.search(queries, ids, lists, k) for file in files])
 
 
@@ -57,7 +58,7 @@ def test_lists_are_the_most_similar_centroids_ties_to_the_first(pool):
 def test_searching_every_list_finds_the_exact_neighbours(pool):
     embeddings, sample_ids, centroids = pool
     neighbors = search_lists(
-        make_search(*pool, 10, [7, 3000]), embeddings[:200], sample_ids[:200], centroids, nprobe=len(centroids)
+        make_search(*pool, 10, [7, 3000]), embeddings[:200], sample_ids[:200], Lists(centroids), nprobe=len(centroids)
     )
     assert_same(neighbors, brute_force(embeddings[:200], sample_ids[:200], embeddings, sample_ids, 10))
 
@@ -65,10 +66,10 @@ def test_searching_every_list_finds_the_exact_neighbours(pool):
 @pytest.mark.parametrize("k", [5, 50])
 def test_cuts_of_the_pool_and_of_the_queries_do_not_change_the_result(pool, k):
     embeddings, sample_ids, centroids = pool
-    whole = search_lists(make_search(*pool, k), embeddings, sample_ids, centroids, nprobe=2)
+    whole = search_lists(make_search(*pool, k), embeddings, sample_ids, Lists(centroids), nprobe=2)
     search = make_search(*pool, k, [1, 120, 130, 2500])
     parts = [
-        search_lists(search, embeddings[rows], sample_ids[rows], centroids, nprobe=2)
+        search_lists(search, embeddings[rows], sample_ids[rows], Lists(centroids), nprobe=2)
         for rows in np.array_split(np.random.default_rng(0).permutation(4000), 9)
     ]
     order = np.argsort(np.random.default_rng(0).permutation(4000))
@@ -83,7 +84,7 @@ def _columns(neighbors: Neighbors) -> tuple[np.ndarray, np.ndarray]:
 def test_the_search_of_a_list_is_exact(pool):
     embeddings, sample_ids, centroids = pool
     lists = nearest_lists(embeddings, centroids, 1)
-    neighbors = InvertedFile(centroids, embeddings, sample_ids).search(
+    neighbors = InvertedFile(Lists(centroids), embeddings, sample_ids).search(
         embeddings[:100], sample_ids[:100], lists[:100], 8
     )
     for row in range(0, 100, 9):
@@ -98,7 +99,7 @@ def test_equal_samples_of_a_list_are_found_by_the_lowest_ids(pool):
     embeddings, sample_ids, centroids = pool
     equal = sample_ids[100:160]
     for cut in ([], [130]):
-        neighbors = search_lists(make_search(*pool, 8, cut), embeddings[100:160], equal, centroids, nprobe=1)
+        neighbors = search_lists(make_search(*pool, 8, cut), embeddings[100:160], equal, Lists(centroids), nprobe=1)
         lowest = np.sort(equal)
         assert neighbors.neighbor_ids.tolist() == [[i for i in lowest if i != query][:8] for query in equal]
 
@@ -109,7 +110,7 @@ def test_nprobe_is_the_smallest_power_of_two_that_reaches_the_recall(pool):
     search_all = make_search(*pool, 10)
 
     def search(nprobe: int) -> Neighbors:
-        return search_lists(search_all, embeddings[:300], sample_ids[:300], centroids, nprobe)
+        return search_lists(search_all, embeddings[:300], sample_ids[:300], Lists(centroids), nprobe)
 
     nprobe, measured = choose_nprobe(search, exact, NUM_LISTS, 0.9)
     assert [entry["nprobe"] for entry in measured] == [2**i for i in range(len(measured))]
@@ -123,10 +124,10 @@ def test_nprobe_is_the_smallest_power_of_two_that_reaches_the_recall(pool):
 def test_queries_whose_lists_hold_too_few_look_into_more(pool):
     rows, ids, centroids = uneven_pool(6000, 200)
     k = 20
-    first = InvertedFile(centroids, rows, ids).search(rows, ids, nearest_lists(rows, centroids, 1), k)
+    first = InvertedFile(Lists(centroids), rows, ids).search(rows, ids, nearest_lists(rows, centroids, 1), k)
     short = (first.neighbor_ids < 0).any(1)
     assert 100 < short.sum() < len(rows), "this pool is no test"
-    neighbors = search_lists(make_search(rows, ids, centroids, k, [1000]), rows, ids, centroids, nprobe=1)
+    neighbors = search_lists(make_search(rows, ids, centroids, k, [1000]), rows, ids, Lists(centroids), nprobe=1)
     exact = nearest_neighbors(rows, ids, [(rows, ids)], k)
     assert (neighbors.neighbor_ids >= 0).all() and np.isfinite(neighbors.similarity).all()
     np.testing.assert_array_equal(neighbors.neighbor_ids[~short], first.neighbor_ids[~short])
@@ -135,5 +136,5 @@ def test_queries_whose_lists_hold_too_few_look_into_more(pool):
 
 def test_all_other_samples_are_found_through_all_lists():
     rows, ids, centroids = uneven_pool(60, 8)
-    neighbors = search_lists(make_search(rows, ids, centroids, len(rows) - 1), rows, ids, centroids, nprobe=1)
+    neighbors = search_lists(make_search(rows, ids, centroids, len(rows) - 1), rows, ids, Lists(centroids), nprobe=1)
     assert_same(neighbors, nearest_neighbors(rows, ids, [(rows, ids)], len(rows) - 1))

@@ -78,8 +78,10 @@ def test_the_inverted_file_finds_the_neighbours_of_uneven_groups(ray_cluster, tm
     write_embeddings(run_dir, rows)
     options = ("cluster.neighbor_search=ivf", "cluster.neighbor_recall=0.8")
     tables = []
-    for num_workers, max_queries in ((1, 10_000), (2, 700), (3, 10_000), (7, 100)):
+    # A shard on one worker; one on each; two copies of three shards; copies of the whole pool.
+    for num_workers, max_queries, shard_bytes in ((1, 10_000, 1), (3, 10_000, 1), (7, 100, 150_000), (2, 700, 1 << 30)):
         monkeypatch.setattr(neighbor_search, "MAX_QUERIES", max_queries)
+        monkeypatch.setattr(neighbor_search, "LIST_SHARD_BYTES", shard_bytes)
         metrics = search(run_dir, 30, *options, f"cluster.num_workers={num_workers}")
         tables.append(contents(tmp_path, "neighbors"))
     assert all(table == tables[0] for table in tables)
