@@ -1,13 +1,21 @@
 """Measure TEMI's training steps vs. a loop over separate heads and a matrix product, and its memory for each sample.
 
     python benchmarks/temi.py [--quick]
+    python benchmarks/temi.py --batches DATA --embeddings FOLDER
 
 The full size has 50 heads, embeddings of 768 dimensions, 100 clusters and a batch of 1,024, in bfloat16 on a GPU if
 there is one. The loop is what one writes first: an nn.ModuleList of heads of standard layers, and the loss of one head
 after the other. Both start from the same weights, and their first losses are compared before anything is timed.
+
+With --batches it measures the accuracy of the pseudo-labels by the size of the batch, at as many samples seen, on
+10,000 images of MNIST and CIFAR-10 (helpers/pools.py says what DATA holds), with 4 heads of the profile for CPUs. What
+is done is kept in FOLDER, so that the same command goes on.
 """
 
 import copy
+import dataclasses
+import itertools
+import json
 import statistics
 import tempfile
 import time
@@ -18,13 +26,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from helpers.pools import load_pool
 from helpers.reporting import command_line, emit
 from torch import Tensor, nn
 
-from elfs_ray.methods.temi.heads import TemiHeads, TemiSettings
-from elfs_ray.methods.temi.training import TemiTrainer, train_epoch
+from elfs_ray.methods.clustering_metrics import contingency_table, matched_accuracy
+from elfs_ray.methods.neighbors.exact import nearest_neighbors
+from elfs_ray.methods.numeric.pca import fit_pca, project
+from elfs_ray.methods.temi.heads import CPU_PROFILE, MAX_BATCH_FACTOR, TemiHeads, TemiSettings, enlarge_batch
+from elfs_ray.methods.temi.training import TemiTrainer, pick_head, steps_per_epoch, train_epoch
 
 INPUT_DIM = 768
+POOLS, SEEDS = ("mnist", "cifar10"), (0, 1)
+VARIANTS = [(1, "as published"), (MAX_BATCH_FACTOR, "linear"), (MAX_BATCH_FACTOR, "sqrt")]
 
 
 class LoopHead(nn.Module):
@@ -164,10 +178,66 @@ def measure_memory(sizes: tuple[int, int], num_neighbors: int = 50) -> None:
     )
 
 
+def measure_batches(data: Path, folder: Path) -> None:
+    """Measure the accuracy of the labels with each batch and rule for the learning rate, for each seed."""
+    path = folder / "batches.json"
+    done = json.loads(path.read_text()) if path.exists() else {}
+    for seed, (factor, rule), name in itertools.product(SEEDS, VARIANTS, POOLS):
+        key = f"{name} x{factor} {rule} seed {seed}"
+        if key not in done:
+            done[key] = accuracy_of_batch(*temi_inputs(name, data, folder), factor, rule, seed)
+            path.write_text(json.dumps(done, indent=1))
+    for name, (factor, rule) in itertools.product(POOLS, VARIANTS):
+        mean, published = (
+            float(np.mean([done[f"{name} x{f} {r} seed {seed}"][0] for seed in SEEDS]))
+            for f, r in ((factor, rule), VARIANTS[0])
+        )
+        emit(f"temi_accuracy_{name}_x{factor}_{rule}", mean, "share", "the profile's batch", published)
+
+
+def temi_inputs(name: str, data: Path, folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return a pool's projected embeddings, the 50 nearest neighbours of each and the classes."""
+    pool = load_pool(name, data, folder)
+    path = folder / f"{name}-neighbors.npy"
+    ids = np.arange(len(pool.embeddings))
+    if not path.exists():
+        blocks = np.array_split(ids, 10)
+        shards = [(pool.embeddings, ids)]
+        parts = [nearest_neighbors(pool.embeddings[rows], rows, shards, 50).neighbor_ids for rows in blocks]
+        np.save(path, np.concatenate(parts).astype(np.int32))
+    mean, components = fit_pca(pool.embeddings.astype(np.float32), CPU_PROFILE["pca_dim"])
+    return project(pool.embeddings, mean, components), np.load(path), pool.classes
+
+
+def accuracy_of_batch(
+    x: np.ndarray, neighbors: np.ndarray, classes: np.ndarray, factor: int, rule: str, seed: int
+) -> tuple[float, float]:
+    """Return the share of images whose matched label is right, by the chosen head, and the mean over all heads."""
+    settings = enlarge_batch(TemiSettings(10, **{**CPU_PROFILE, "num_heads": 4}), factor)
+    if rule == "sqrt":
+        settings = dataclasses.replace(settings, learning_rate=settings.learning_rate / factor**0.5)
+    trainer = TemiTrainer(settings, x.shape[1], steps_per_epoch(len(x), settings), seed)
+    for epoch in range(settings.num_epochs):
+        losses = train_epoch(trainer, x, neighbors, seed, epoch)
+    labels = trainer.assign(torch.from_numpy(np.ascontiguousarray(x))).numpy()
+    right = [matched_accuracy(contingency_table(of_head, classes, 10, 10)) for of_head in labels]
+    return right[pick_head(losses)], float(np.mean(right))
+
+
 def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true", help="10 heads, batch 256, 200,000 samples; under 45 s")
-    quick = parser.parse_args().quick
+    parser.add_argument(
+        "--batches", type=Path, metavar="DATA", help="measure accuracy by the size of the batch instead"
+    )
+    parser.add_argument("--embeddings", type=Path, metavar="FOLDER", help="where --batches keeps what it has done")
+    arguments = parser.parse_args()
+    if arguments.batches:
+        if arguments.embeddings is None:
+            parser.error("--batches needs --embeddings FOLDER")
+        measure_batches(arguments.batches, arguments.embeddings)
+        return
+    quick = arguments.quick
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = (
         TemiSettings(100, num_heads=10, batch_size=256, num_warmup_epochs=0)

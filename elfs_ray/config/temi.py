@@ -21,14 +21,20 @@ class TemiConfig:
         None, "number of heads trained in parallel (paper 50, cpu 8)", unit="heads", bounds=WIDTH
     )
     num_epochs: int | None = option(
-        None, "number of passes over the pool (paper 200, cpu 10)", unit="epochs", bounds=POSITIVE
+        None,
+        "number of passes over the pool (paper 200, cpu 10; a larger pool than ImageNet fewer, to see as many images)",
+        unit="epochs",
+        bounds=POSITIVE,
     )
     num_warmup_epochs: int | None = option(
-        None, "epochs of linear warm-up (paper 20, cpu 1)", unit="epochs", bounds=Bounds(at_least=0)
+        None,
+        "epochs of linear warm-up (paper 20, cpu 1; fewer where num_epochs is)",
+        unit="epochs",
+        bounds=Bounds(at_least=0),
     )
     batch_size: int | None = option(
         None,
-        "global batch, a multiple of the number of workers (paper 1024, cpu 256)",
+        "global batch, a multiple of the number of workers (paper 1024, cpu 256; above twice ImageNet 2 to 8 times)",
         unit="images",
         bounds=BATCH,
     )

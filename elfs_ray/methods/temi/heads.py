@@ -5,6 +5,7 @@ learn to put a sample and its neighbour into the same cluster. All heads form on
 few large matrix products, however many heads there are. loss.py has what they minimize, training.py the training.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,7 @@ class TemiSettings:
     hidden_dim: int = 512
     bottleneck_dim: int = 256
     num_epochs: int = 200
-    num_warmup_epochs: int = 20
+    num_warmup_epochs: float = 20
     batch_size: int = 1024
     learning_rate: float = 1e-4
     weight_decay: float = 1e-4
@@ -62,6 +63,43 @@ CPU_PROFILE: dict[str, Any] = {
     "teacher_momentum": 0.9,
     "pca_dim": 128,
 }
+
+
+# Up to the size of ImageNet's training images, the published settings hold as they are.
+MOST_AS_PUBLISHED = 1_281_167
+MAX_BATCH_FACTOR = 8  # the most that was measured (benchmarks/temi.py --batches)
+
+
+def batch_factor(num_samples: int) -> int:
+    """Return how many times as large as published the batch of a pool is: it doubles as the pool does, from ImageNet's.
+
+    A function of the pool alone, and not of the workers that happen to be there: these must not change the labels.
+    """
+    return 1 << (max(1, min(MAX_BATCH_FACTOR, num_samples // MOST_AS_PUBLISHED)).bit_length() - 1)
+
+
+def cap_samples_seen(settings: TemiSettings, num_samples: int) -> TemiSettings:
+    """Return settings with which a pool shows no more samples than ImageNet does, but each at least once.
+
+    The warm-up is the same share of the steps, and may be a fraction of an epoch.
+    """
+    num_epochs = min(settings.num_epochs, -(-settings.num_epochs * MOST_AS_PUBLISHED // num_samples))
+    num_warmup_epochs = settings.num_warmup_epochs * num_epochs / settings.num_epochs
+    return dataclasses.replace(settings, num_epochs=num_epochs, num_warmup_epochs=num_warmup_epochs)
+
+
+def enlarge_batch(settings: TemiSettings, factor: int) -> TemiSettings:
+    """Return settings for a batch `factor` times as large, for training in as many times fewer steps.
+
+    The learning rate grows in proportion, as `learning_rate` says. Teacher and marginal are moving averages over steps,
+    which now move so much more in each that they reach back over as many samples as before.
+    """
+    return dataclasses.replace(
+        settings,
+        batch_size=settings.batch_size * factor,
+        teacher_momentum=settings.teacher_momentum**factor,
+        marginal_momentum=settings.marginal_momentum**factor,
+    )
 
 
 class TemiHeads(nn.Module):

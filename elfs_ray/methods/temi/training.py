@@ -91,7 +91,7 @@ class TemiTrainer:
         self.marginal = torch.full((settings.num_heads, settings.num_clusters), 1 / settings.num_clusters).to(device)
         self.step = 0
         self._autocast_dtype = autocast_dtype
-        self._num_warmup_steps = settings.num_warmup_epochs * num_steps_per_epoch
+        self._num_warmup_steps = round(settings.num_warmup_epochs * num_steps_per_epoch)
         self._optimizer = torch.optim.AdamW(
             [
                 {"params": self.student.decayed_parameters(), "weight_decay": settings.weight_decay},

@@ -23,7 +23,7 @@ from elfs_ray.methods.clustering_metrics import head_agreement
 from elfs_ray.methods.numeric.hashing import hash_uint64
 from elfs_ray.methods.numeric.pca import fit_pca, project
 from elfs_ray.methods.numeric.precision import AUTOCAST_DTYPES, resolve_precision
-from elfs_ray.methods.temi.heads import CPU_PROFILE, TemiSettings
+from elfs_ray.methods.temi.heads import CPU_PROFILE, TemiSettings, batch_factor, cap_samples_seen, enlarge_batch
 from elfs_ray.methods.temi.training import (
     TemiTrainer,
     check_clustering_collapse,
@@ -67,8 +67,8 @@ def temi_settings(config: TemiConfig, num_clusters: int, num_samples: int, num_w
     """Return the hyperparameters: those of the config, else of the profile, else of the paper.
 
     For a pool smaller than a batch, the batch is the largest that the workers can share evenly, and the profile's
-    projection has no more components than the samples span. Raises ConfigError for a batch that the workers cannot
-    share evenly.
+    projection has no more components than the samples span. A pool larger than ImageNet has a larger batch and fewer
+    epochs, unless the config sets them. Raises ConfigError for a batch that the workers cannot share evenly.
     """
     profile = CPU_PROFILE if config.profile == "cpu" else {}
     names = {spec.name for spec in dataclasses.fields(TemiSettings)} - {"num_clusters"}
@@ -79,6 +79,10 @@ def temi_settings(config: TemiConfig, num_clusters: int, num_samples: int, num_w
     chosen["pca_dim"] = chosen.get("pca_dim") or None  # 0 is the config's word for no projection
     settings = TemiSettings(num_clusters=num_clusters, **chosen)
     check_temi_workers(settings.batch_size, num_workers)
+    if config.batch_size is None:
+        settings = enlarge_batch(settings, batch_factor(num_samples))
+    if config.num_epochs is None and config.num_warmup_epochs is None:  # which are numbers of the same epochs
+        settings = cap_samples_seen(settings, num_samples)
     largest = max(1, num_samples // num_workers) * num_workers
     return dataclasses.replace(settings, batch_size=min(settings.batch_size, largest))
 

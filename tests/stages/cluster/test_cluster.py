@@ -178,6 +178,28 @@ def test_a_pool_smaller_than_a_batch_of_temi_is_one_even_batch():
         temi_settings(config, 10, num_samples=5000, num_workers=3)
 
 
+def test_a_pool_larger_than_imagenet_sees_as_many_samples_in_larger_batches():
+    config = digits_config("/run").cluster.temi
+    n = 1_281_167
+    sizes = (n - 1, n, 2 * n - 1, 2 * n, 5 * n, 78 * n)
+    settings = [temi_settings(config, 10, size, num_workers=4) for size in sizes]
+    assert [each.batch_size for each in settings] == [1024, 1024, 1024, 2048, 4096, 8192]
+    assert [each.num_epochs for each in settings] == [200, 200, 101, 100, 40, 3]
+    for size, each in zip(sizes, settings, strict=True):
+        assert each.num_epochs * size < 200 * n + size and each.num_warmup_epochs == each.num_epochs / 10
+    # How many samples back the moving averages reach.
+    published, largest = settings[0], settings[-1]
+    assert largest.teacher_momentum == pytest.approx(published.teacher_momentum**8)
+    assert largest.marginal_momentum == pytest.approx(published.marginal_momentum**8)
+
+
+def test_the_keys_of_temi_hold_for_any_pool():
+    config = digits_config("/run", "cluster.temi.batch_size=512", "cluster.temi.num_epochs=7").cluster.temi
+    settings = temi_settings(config, 10, 100_000_000, num_workers=4)
+    assert (settings.batch_size, settings.num_epochs, settings.num_warmup_epochs) == (512, 7, 20)
+    assert (settings.learning_rate, settings.teacher_momentum) == (1e-4, 0.996)
+
+
 def test_the_projection_of_the_cpu_profile_fits_a_small_pool(tmp_path):
     config = digits_config(tmp_path, "cluster.method=temi", "cluster.temi.profile=cpu").cluster.temi
     assert [temi_settings(config, 2, n, num_workers=1).pca_dim for n in (2, 33, 129, 5000)] == [1, 32, 128, 128]
