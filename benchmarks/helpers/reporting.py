@@ -23,16 +23,18 @@ def emit(
     print(json.dumps({**rounded, "ratio": float(f"{ratio:.4g}")}), flush=True)
 
 
-def take_turns(contestants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def take_turns(
+    contestants: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Return the median seconds of each contestant. Each is called once a round, after a round to warm up."""
     # In turns, because a machine slows down and recovers in the course of minutes: that must affect all of them alike.
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(rounds + 1):
         for name, call in contestants.items():
-            start_s = time.perf_counter()
+            start_s = clock()
             call()
             if turn > 0:
-                seconds[name].append(time.perf_counter() - start_s)
+                seconds[name].append(clock() - start_s)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
