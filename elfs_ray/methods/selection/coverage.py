@@ -15,7 +15,7 @@ import torch
 
 from elfs_ray.methods.numeric.workspace import Workspace
 
-KERNEL_WIDTH = 1.0  # sigma; 0.5, 0.7 and 1 select equally well
+KERNEL_WIDTH = 1.0  # sigma; 0.5 is better on CIFAR-10, worse on Fashion-MNIST (BENCHMARKS.md, "Few labels")
 SIMILARITY_ONE = 65_535  # the integer that stands for a similarity of 1
 MAX_POINTS = 65_537  # so many similarities of at most 65,535 have a sum below 2^32
 _GRID = 4096  # coordinates become multiples of 1/4096
