@@ -14,6 +14,7 @@ import importlib.util
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -88,7 +89,7 @@ def measure_sparse(num_points: int, budget: int) -> None:
         ours = coverage_of(points, points[chosen])
         for name, library in libraries.items():
             library(small, 10)  # compiles what is compiled at the first call
-            chosen, library_s = timed(lambda library=library: library(graph, budget))
+            chosen, library_s = timed(partial(library, graph, budget))
             title = f"{budget:,} of {num_points:,} x {DIM}"
             reference = f"{name}, {GRAPH_NEIGHBORS} neighbours"
             emit(f"coverage selects {title}, CPU", ours_s, "s", reference, graph_s + library_s, less_is_better=True)
