@@ -28,7 +28,17 @@ _ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THR
 # Each step of a network on a CPU allocates its activations anew. In huge pages that costs a fortieth of the page
 # faults and takes a seventh less time. C libraries other than glibc ignore the variable.
 _HUGE_PAGES = {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")}
-WORKER_ENVIRONMENT = _ONE_THREAD | _HUGE_PAGES
+# Whoever has sent a task to a node whose link is cut waits until gRPC finds the connection dead: by Ray's defaults for
+# seven minutes, also if Ray has long given the node up. With these, for 100 s at most. A server that was started with
+# the defaults drops clients that ask more than once a minute.
+_KEEPALIVE = {
+    name: os.environ.get(name, value)
+    for name, value in {
+        "RAY_grpc_client_keepalive_time_ms": "70000",
+        "RAY_grpc_client_keepalive_timeout_ms": "30000",
+    }.items()
+}
+WORKER_ENVIRONMENT = _ONE_THREAD | _HUGE_PAGES | _KEEPALIVE
 CONNECT_TIMEOUT_S = 10
 # One runs and one waits on each CPU, so that no CPU is idle while the driver handles a result.
 TASKS_PER_CPU = 2
@@ -48,6 +58,7 @@ def connect(address: str | None, *, show_worker_logs: bool = False, **init_optio
     key, value = ("ray_address", address) if address else ("RAY_ADDRESS", os.environ.get("RAY_ADDRESS", ""))
     _refuse_if_nothing_listens(key, value)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.update(_KEEPALIVE)
     os.environ.setdefault("RAY_task_oom_retries", str(OUT_OF_MEMORY_RETRIES))
     # Ray's warnings and notes go to its log files alone: in the terminal they would bury the progress.
     for name in ("ray", "ray.data", "ray.train"):
