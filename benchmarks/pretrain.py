@@ -28,8 +28,9 @@ from elfs_ray.config import Config, load_config
 from elfs_ray.methods.simclr.training import MEAN, STD, simclr_settings
 from elfs_ray.methods.simclr.views import change_colors, two_crops
 from elfs_ray.methods.training.networks import build_backbone
-from elfs_ray.runtime.cluster import num_cpus, num_gpus, remote_progress
+from elfs_ray.runtime.cluster import num_cpus, num_gpus
 from elfs_ray.runtime.progress import Progress
+from elfs_ray.runtime.remote_progress import remote_progress
 from elfs_ray.stages.copy import CopyResult
 from elfs_ray.stages.index import IndexResult
 from elfs_ray.stages.pretrain.run import run_pretrain

@@ -29,8 +29,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from elfs_ray.config import Config, load_config
 from elfs_ray.methods.training import augmentation
 from elfs_ray.methods.training.networks import build_proxy_model
-from elfs_ray.runtime.cluster import num_cpus, num_gpus, remote_progress
+from elfs_ray.runtime.cluster import num_cpus, num_gpus
 from elfs_ray.runtime.progress import Progress
+from elfs_ray.runtime.remote_progress import remote_progress
 from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.stages.train.run import run_train
 from elfs_ray.stages.train.worker import ProxyTrainingJob, ProxyTrainingWorker

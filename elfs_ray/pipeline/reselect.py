@@ -15,6 +15,7 @@ from typing import Any
 from elfs_ray.config import DIGEST, Config, ConfigError, check_budgets, expand_home, load_config
 from elfs_ray.methods.encoders.processor import TORCH
 from elfs_ray.pipeline import rewrite_report
+from elfs_ray.pipeline.connection import connect_if_needed
 from elfs_ray.pipeline.plan import wanted_marker
 from elfs_ray.pipeline.runner import locked
 from elfs_ray.runtime.progress import format_duration, say
@@ -94,11 +95,9 @@ def run(config: Config, name: str) -> SelectResult:
 
     Raises ConfigError for a budget that does not fit, and for a selection of that name with other keys.
     """
-    from elfs_ray.runtime.cluster import connect
-
     folder = folder_of(config, name)
     if not _is_done(config, folder):
-        connect(config.ray_address, show_worker_logs=config.ray_logs)
+        connect_if_needed(config, folder.base, [STAGE])
         with locked(folder.base):
             # Checked again: until this one got the lock, another driver may have made this very selection.
             if not _is_done(config, folder):

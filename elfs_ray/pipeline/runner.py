@@ -12,11 +12,12 @@ from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
 
 from elfs_ray.config import Config, ConfigError
+from elfs_ray.pipeline.connection import connect_if_needed
 from elfs_ray.pipeline.estimates import estimate_stages, may_take_days, warn_of_days
 from elfs_ray.pipeline.plan import PlannedStage, check, check_listed, make_plan, refuse_differences
 from elfs_ray.pipeline.replace import remove_stage
 from elfs_ray.pipeline.settle import settle, settle_runtime
-from elfs_ray.runtime.progress import count, format_duration, listen, say
+from elfs_ray.runtime.progress import count, format_duration, say
 from elfs_ray.stages.index import IndexResult
 from elfs_ray.stages.stage import Stage
 from elfs_ray.storage import filesystem
@@ -43,7 +44,7 @@ def run(config: Config) -> RunDir:
 
     for line in decisions:
         say(line)
-    _connect(config)
+    connect_if_needed(config, run_dir, _to_run(plan))
     config = _settle_runtime(config, plan)
     _announce_requests(plan, config)
     with locked(run_dir) as lock:
@@ -64,6 +65,7 @@ def run(config: Config) -> RunDir:
                 # Planned again by what was listed: the pool may have changed once more since it was compared.
                 plan = make_plan(config, run_dir)
                 check_listed(config, run_dir, plan)
+                connect_if_needed(config, run_dir, _to_run(plan))
                 _warn_of_days(config, run_dir, plan)
     return run_dir
 
@@ -97,12 +99,8 @@ def locked(run_dir: RunDir) -> Iterator[RunLock]:
         yield lock
 
 
-def _connect(config: Config) -> None:
-    from elfs_ray.runtime.cluster import connect
-    from elfs_ray.runtime.metrics import report_progress
-
-    connect(config.ray_address, show_worker_logs=config.ray_logs)
-    listen(report_progress)
+def _to_run(plan: list[PlannedStage]) -> list[Stage]:
+    return [planned.stage for planned in plan if planned.action != "done"]
 
 
 def _settle_runtime(config: Config, plan: list[PlannedStage]) -> Config:
@@ -122,7 +120,7 @@ def _announce_requests(plan: list[PlannedStage], config: Config) -> None:
 
     devices = devices_of_cluster()
     say(f"devices   {devices.describe()}")
-    stages = [planned.stage for planned in plan if planned.action != "done"]
+    stages = _to_run(plan)
     of_stage = {stage.name: stage.devices(config, devices) for stage in stages}
     requests = {stage.name: stage.requests(config, of_stage[stage.name]) for stage in stages}
     # All are checked before any is printed: an error comes alone, rather than after promises for earlier stages.

@@ -1,4 +1,8 @@
-"""Use a Ray cluster: connect, see its devices, run tasks a few at a time, follow the progress of remote workers."""
+"""Use a Ray cluster: connect, see its devices, run tasks a few at a time, follow the progress of remote workers.
+
+Where no Ray is connected, tasks and actors are threads and objects of this process (threads.py). The pipeline decides
+whether it connects (pipeline/connection.py).
+"""
 
 import concurrent.futures
 import contextlib
@@ -19,7 +23,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elfs_ray.config import ConfigError
 from elfs_ray.runtime.placement import describe_placement, is_chosen, placement
-from elfs_ray.runtime.progress import Progress, count
+from elfs_ray.runtime.progress import count
+from elfs_ray.runtime.threads import Actor, one_thread_each, run_in_threads
 
 # By default BLAS and OpenMP start a thread for each CPU of the machine in every worker. With a worker on each CPU that
 # is the square of the CPUs in threads, which are slower together than one thread a worker. The libraries read these
@@ -69,6 +74,7 @@ def connect(address: str | None, *, show_worker_logs: bool = False, **init_optio
         # Workers inherit the environment of the Ray that starts them. With a runtime_env none would start before the
         # first task needs it. The dashboard would take seconds of the CPUs that the first stages wait for.
         environment = _environment(WORKER_ENVIRONMENT)
+        address = "local"
         init_options.setdefault("include_dashboard", False)
     else:
         init_options["runtime_env"] = {"env_vars": WORKER_ENVIRONMENT}
@@ -91,11 +97,22 @@ def connect(address: str | None, *, show_worker_logs: bool = False, **init_optio
         signal.signal(signal.SIGTERM, on_sigterm if callable(on_sigterm) else signal.getsignal(signal.SIGTERM))
 
 
+def has_no_cluster(address: str | None) -> bool:
+    """Return whether no cluster is connected, named by `address` or RAY_ADDRESS, or running on this machine."""
+    if ray.is_initialized() or address or os.environ.get("RAY_ADDRESS"):
+        return False
+    return _starts_cluster(address, None)
+
+
 def _starts_cluster(address: str | None, temp_dir: str | None) -> bool:
     """Return whether ray.init will start a Ray on this machine, rather than join one."""
     address = address or os.environ.get("RAY_ADDRESS")
-    # Without an address ray.init joins what `ray start` has started here. Ray has no public way to ask for that.
-    return address == "local" if address else find_bootstrap_address(temp_dir) is None
+    if address:
+        return address == "local"
+    # Without an address ray.init joins what `ray start` has started here. Ray has no public way to ask for that. What
+    # it notes outlives a cluster that was killed, and ray.init would try for minutes to join that.
+    started = find_bootstrap_address(temp_dir)
+    return started is None or not _listens(started)
 
 
 @contextlib.contextmanager
@@ -119,9 +136,24 @@ def _refuse_if_nothing_listens(key: str, address: str) -> None:
     if not (host and port.isdecimal()):  # such as auto and local
         return
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+        _reach(host, port)
     except (OSError, OverflowError) as error:
         raise ConfigError(_no_answer(key, address, error)) from error
+
+
+def _reach(host: str, port: str) -> None:
+    """Raise OSError or OverflowError if nothing listens at a host's port."""
+    socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+
+
+def _listens(address: str) -> bool:
+    """Return whether anything listens at an address host:port."""
+    host, _, port = address.rpartition(":")
+    try:
+        _reach(host, port)
+    except OSError:
+        return False
+    return True
 
 
 def _no_answer(key: str, address: str, error: Exception) -> str:
@@ -169,22 +201,18 @@ def find_devices(address: str | None) -> Devices:
     Without either, or for "local", return those of this machine. Start no cluster, so that a dry run is quick. Raises
     ConfigError if no cluster answers.
     """
-    if ray.is_initialized():
-        return devices_of_cluster()
-    if (address or os.environ.get("RAY_ADDRESS") or "local") == "local":
-        import torch
-
-        if not is_chosen({}):  # a Ray that starts on this machine has no labels of the user's
-            return Devices(0, 0, f"on this machine{describe_placement()}", 0, num_nodes=0)
-        # The CPUs that this process may use, which in a container or a batch job are fewer than the machine's.
-        num_cpus = len(os.sched_getaffinity(0))
-        return Devices(num_cpus, torch.cuda.device_count(), "on this machine", num_cpus)
-    connect(address)
+    if not ray.is_initialized() and (address or os.environ.get("RAY_ADDRESS") or "local") != "local":
+        connect(address)
     return devices_of_cluster()
 
 
 def devices_of_cluster() -> Devices:
-    """Return the devices of the cluster that this process is connected to, on the nodes that placement.py chooses."""
+    """Return the devices of the cluster that this process is connected to, on the nodes that placement.py chooses.
+
+    Without a connection, return those of this machine.
+    """
+    if not ray.is_initialized():
+        return _devices_of_this_machine()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and is_chosen(node["Labels"])]
     # A cluster that this process started is this machine and never grows; one that it joined may have an autoscaler.
     # Ray has no public way to tell the two apart.
@@ -198,6 +226,21 @@ def devices_of_cluster() -> Devices:
         may_grow=not driver.is_head(),
         num_nodes=len(nodes),
     )
+
+
+def _devices_of_this_machine() -> Devices:
+    import torch
+
+    if not is_chosen({}):  # a Ray that starts on this machine has no labels of the user's
+        return Devices(0, 0, f"on this machine{describe_placement()}", 0, num_nodes=0)
+    # The CPUs that this process may use, which in a container or a batch job are fewer than the machine's.
+    num_cpus = len(os.sched_getaffinity(0))
+    return Devices(num_cpus, torch.cuda.device_count(), "on this machine", num_cpus)
+
+
+def limit_threads() -> AbstractContextManager[None]:
+    """Give tasks and actors of this process one thread each; with Ray, its workers have their limit already."""
+    return contextlib.nullcontext() if ray.is_initialized() else one_thread_each()
 
 
 def num_cpus() -> int:
@@ -219,7 +262,7 @@ def on_every_machine(function: Callable[[], Any]) -> list[Any]:
 
     These are the machines with CPUs that placement.py chooses.
     """
-    if not ray.is_initialized() or not devices_of_cluster().may_grow:
+    if not devices_of_cluster().may_grow:
         return [function()]
     alive = [node for node in ray.nodes() if node["Alive"] and is_chosen(node["Labels"])]
     nodes = [node["NodeID"] for node in alive if node["Resources"].get("CPU", 0)]
@@ -245,6 +288,9 @@ def run_tasks(
 
     Memory: the references of the tasks in flight; results stay with Ray until they are yielded.
     """
+    if not ray.is_initialized():
+        yield from run_in_threads(function, arguments, num_cpus())
+        return
     remote = _remote(function, num_gpus_each, num_cpus=num_cpus_each, max_retries=3, **placement())
     in_flight: dict[ray.ObjectRef, int] = {}
     for position, argument in enumerate(arguments):
@@ -288,11 +334,47 @@ def _next_result(in_flight: dict[ray.ObjectRef, int]) -> tuple[int, Any]:
     return in_flight.pop(done), get_result(done)
 
 
-def get_result(reference: ray.ObjectRef) -> Any:
+def start_task(function: Callable[..., Any], *arguments: Any, num_returns: int = 1, num_cpus: int = 1) -> Any:
+    """Start a Ray task; return the reference of its result, or a list with one for each of its `num_returns` results.
+
+    Without Ray, return what the function returns.
+    """
+    if not ray.is_initialized():
+        return function(*arguments)
+    remote: Any = ray.remote(num_cpus=num_cpus, max_retries=3, num_returns=num_returns, **placement())(function)
+    return remote.remote(*arguments)
+
+
+def start_actor(kind: type, *arguments: Any, **options: Any) -> Any:
+    """Start a Ray actor that is started again if its node is lost; without Ray, return an object that is called alike.
+
+    options: those of ray.remote.
+    """
+    if not ray.is_initialized():
+        return Actor(kind(*arguments))
+    remote: Any = ray.remote(**options, **placement(), max_restarts=-1, max_task_retries=-1)(kind)
+    return remote.remote(*arguments)
+
+
+def end_actor(actor: Any) -> None:
+    """End an actor, to free its memory and devices."""
+    if not isinstance(actor, Actor):
+        ray.kill(actor)
+
+
+def put(value: Any) -> Any:
+    """Return what to give to tasks for a value that many of them take, so that it is sent to each machine once."""
+    return ray.put(value) if ray.is_initialized() else value
+
+
+def get_result(reference: Any) -> Any:
     """Return ray.get of a reference, but raise the exception of a failed task as the task raised it.
 
-    ray.get itself raises a RayTaskError whose message is the whole remote traceback.
+    ray.get itself raises a RayTaskError whose message is the whole remote traceback. What is no reference, as tasks
+    return without Ray, is returned as it is.
     """
+    if not isinstance(reference, ray.ObjectRef):
+        return reference
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
@@ -314,45 +396,3 @@ def call_interruptibly(function: Callable[[], Any]) -> Any:
 
     threading.Thread(target=call, daemon=True).start()
     return outcome.result()
-
-
-class _Board:
-    """An actor on the driver's node that holds the progress of remote workers."""
-
-    def __init__(self) -> None:
-        self._state: tuple[int, str] = (0, "")
-
-    def write(self, done: int, note: str) -> None:
-        # An empty note keeps the last one: the driver reads twice a second and would miss a note that was replaced.
-        self._state = (done, note or self._state[1])
-
-    def read(self) -> tuple[int, str]:
-        return self._state
-
-
-@contextlib.contextmanager
-def remote_progress(progress: Progress) -> Iterator[Any]:
-    """Show the progress of remote workers: yield an actor on which they call `write.remote(done, note)`.
-
-    The actor is read twice a second.
-    """
-    # On the driver's node: with an actor on a worker's node, losing that node would fail the stage.
-    here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(_Board).remote()
-    stop = threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.5):
-            # A progress line that is not shown must not fail a stage.
-            with contextlib.suppress(ray.exceptions.RayError):
-                progress.update(*ray.get(board.read.remote()))
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield board
-        progress.update(*ray.get(board.read.remote()))
-    finally:
-        stop.set()
-        watcher.join()
-        ray.kill(board)

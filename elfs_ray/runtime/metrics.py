@@ -7,6 +7,7 @@ the first worker of a training adds the metrics of each epoch that its stage nam
 from collections.abc import Mapping
 from functools import lru_cache
 
+import ray
 from ray.util.metrics import Gauge
 
 # Name: (description, labels).
@@ -46,8 +47,9 @@ def report_progress(stage: str, unit: str, done: int, total: int, per_s: float, 
 
 
 def report_rejected(count: int) -> None:
-    """Set the number of images that could not be used."""
-    _gauge("elfs_rejected").set(count)
+    """Set the number of images that could not be used; do nothing without Ray."""
+    if ray.is_initialized():
+        _gauge("elfs_rejected").set(count)
 
 
 def report_epoch(stage: str, meanings: Mapping[str, str], metrics: Mapping[str, float]) -> None:

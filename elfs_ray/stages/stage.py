@@ -55,6 +55,7 @@ class Stage:
     inputs         the stages whose tables it reads
     tables, files  the tables that it writes, and the files beside them
     is_on_driver   True if it needs no tasks or workers
+    needs_ray      True if it trains a network, and so needs Ray for a small pool, too
     grows          True if it appends to its tables for new images of the pool; other stages run again
     requests       the workers and GPU tasks that it requests, besides tasks of one CPU. Workers are started from these
                    same numbers, so that the plan cannot differ from the run. Raises ConfigError for a GPU where there
@@ -77,6 +78,7 @@ class Stage:
     global_keys: tuple[str, ...] = ("seed",)
     section_keys: tuple[str, ...] | None = None
     is_on_driver: bool = False
+    needs_ray: Callable[[Config], bool] = lambda config: False
     is_estimated: bool = False
     grows: bool = False
     requests: "Callable[[Config, Devices], list[Request]]" = lambda config, devices: []
@@ -143,5 +145,7 @@ class Stage:
         """Do the work: call `run_<name>` of the stage's run.py."""
         # Imported only now, since run.py imports torch and Ray (see the module's docstring).
         module = importlib.import_module(f"elfs_ray.stages.{self.name}.run")
-        with on_nodes(label_selector(config, self.section)[0]):
+        from elfs_ray.runtime.cluster import limit_threads
+
+        with on_nodes(label_selector(config, self.section)[0]), limit_threads():
             return getattr(module, f"run_{self.name}")(config, run_dir)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from elfs_ray.runtime.cluster import connect, run_tasks
+from elfs_ray.stages.embed import ray_stream, worker
 from elfs_ray.stages.embed import run as embed
 from elfs_ray.stages.index import run as index
 from elfs_ray.storage.run_dir import RunDir
@@ -34,14 +35,14 @@ def main(pool: Path, folder: Path, greedy: str) -> None:
     mark(run_dir, index.run_index(config, run_dir))
     flag = folder / "hoarded"
 
-    class GreedyOnce(embed._DecodeAndEncodeBlock):
+    class GreedyOnce(worker.DecodeAndEncodeBlock):
         def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
             if not flag.exists():
                 flag.touch()
                 hoard(flag)
             return super().__call__(batch)
 
-    embed._DecodeAndEncodeBlock = GreedyOnce  # type: ignore[misc]
+    ray_stream.DecodeAndEncodeBlock = GreedyOnce  # type: ignore[misc]
     embed.run_embed(config, run_dir)
     print("embedded after the encoder was killed" if flag.exists() else "no encoder took too much memory")
 

@@ -16,8 +16,7 @@ from elfs_ray.evaluation.true_labels import NO_LABEL, list_labels
 from elfs_ray.pipeline.plan import check, wanted_marker
 from elfs_ray.pipeline.stages import stages_of
 from elfs_ray.pool.listing import PoolColumns
-from elfs_ray.stages.embed import EmbedResult, num_selectable
-from elfs_ray.stages.embed import run as embed
+from elfs_ray.stages.embed import EmbedResult, num_selectable, worker
 from elfs_ray.stages.index import IndexResult, records
 from elfs_ray.stages.index import run as index
 from elfs_ray.storage import filesystem
@@ -181,7 +180,7 @@ def test_a_killed_extension_resumes_with_the_same_bytes(go, tmp_path, monkeypatc
         (tmp_path / "pool" / f"{number:03d}.png").unlink()
     go("undisturbed")
     place, name = {
-        "embed": (embed, "_write_embeddings"),
+        "embed": (worker, "_write_embeddings"),
         "mark": (RunDir, "mark_complete"),
     }.get(killed_in, (index, killed_in))
     done = getattr(place, name)

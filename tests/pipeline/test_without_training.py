@@ -16,6 +16,7 @@ from elfs_ray.pipeline.plan import make_plan
 from elfs_ray.pipeline.settle import settle
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
+from tests.in_process import run_here
 from tests.tables import contents, digit_images, png
 
 CLUSTERS_AND_NETWORK = (
@@ -57,6 +58,12 @@ def test_it_has_neither_clusters_nor_training_nor_copies_and_its_plan_says_so(co
     plan = describe_plan(look(config_for(pool, tmp_path, "select.method=coverage")))
     assert [line.split()[0] for line in plan.split("\n\n")[1].splitlines()] == ["index", "embed", "select", "report"]
     assert "pixels, no copies" in plan and "coverage without training" in plan
+
+
+def test_it_has_the_same_bytes_without_ray(covered, pool, tmp_path, monkeypatch):
+    run_here(monkeypatch, config_for(pool, tmp_path, "select.method=coverage"))
+    tables = ("index", "embeddings", "select", "coreset")
+    assert contents(tmp_path, *tables) == contents(covered, *tables)
 
 
 def test_a_run_is_a_table_with_paths_and_says_what_happened(covered, pool):

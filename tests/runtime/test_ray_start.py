@@ -79,5 +79,7 @@ def test_a_ray_is_started_where_no_address_is_given(tmp_path, monkeypatch, addre
 
 def test_a_ray_that_was_started_on_this_machine_is_joined(tmp_path, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    (tmp_path / "ray_current_cluster").write_text("10.0.0.1:6379")
-    assert not _starts_cluster(None, str(tmp_path))
+    with socket.create_server(("127.0.0.1", 0)) as cluster:
+        (tmp_path / "ray_current_cluster").write_text(f"127.0.0.1:{cluster.getsockname()[1]}")
+        assert not _starts_cluster(None, str(tmp_path))
+    assert _starts_cluster(None, str(tmp_path))  # it was killed, and Ray still has its address

@@ -11,8 +11,7 @@ import pytest
 
 from elfs_ray.pool import images, parquet_rows
 from elfs_ray.stages.copy.run import _copy_block
-from elfs_ray.stages.embed import clock
-from elfs_ray.stages.embed import run as embed
+from elfs_ray.stages.embed import clock, worker
 from elfs_ray.stages.embed.blocks import blocks_a_turn, say_own_range
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
@@ -42,7 +41,7 @@ def config_of(run_dir: RunDir):
 def test_an_image_whose_copy_cannot_be_encoded_is_a_rejected_row(run_dir, monkeypatch):
     monkeypatch.setattr(images, "MAX_PROXY_ASPECT", 2000)  # wide.png would be 72,600 pixels wide: JPEG ends at 65,500
     config = config_of(run_dir)
-    encoder = embed._DecodeAndEncodeBlock(embed.make_job(config, run_dir), "cpu")
+    encoder = worker.DecodeAndEncodeBlock(worker.make_job(config, run_dir), "cpu")
     start_s = time.perf_counter()
     summary = encoder({"first": [0], "last": [3]})
     seconds = json.loads(summary.pop("seconds")[0])

@@ -16,7 +16,7 @@ import ray.data
 from PIL import Image
 
 from elfs_ray.pool.images import decode_proxy_image
-from elfs_ray.stages.embed import EmbedResult
+from elfs_ray.stages.embed import EmbedResult, ray_stream, worker
 from elfs_ray.stages.embed import blocks as embed_blocks
 from elfs_ray.stages.embed import run as embed
 from elfs_ray.stages.index import IndexResult
@@ -236,14 +236,14 @@ def test_a_network_embeds_one_colour_and_rejects_the_same_other_images(undisturb
 def test_a_killed_encoder_changes_no_byte(embedded, pool, tmp_path, monkeypatch):
     flag = tmp_path / "killed"
 
-    class DyingOnce(embed._DecodeAndEncodeBlock):
+    class DyingOnce(worker.DecodeAndEncodeBlock):
         def __call__(self, batch):
             if not flag.exists() and int(batch["first"][0]) == 30:
                 flag.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().__call__(batch)
 
-    monkeypatch.setattr(embed, "_DecodeAndEncodeBlock", DyingOnce)
+    monkeypatch.setattr(ray_stream, "DecodeAndEncodeBlock", DyingOnce)
     run(pool[0], tmp_path / "run", "embed.num_workers=1")
     assert flag.exists()
     assert contents(tmp_path / "run", *TABLES) == contents(embedded[0], *TABLES)
@@ -302,12 +302,12 @@ def test_decoding_tasks_apart_from_encoders_give_the_same_bytes(undisturbed, poo
     """Run the plan for GPUs, with encoders on CPUs instead."""
     config, run_dir = settings(pool[0], tmp_path, *NETWORK), RunDir(tmp_path)
     shutil.copytree(undisturbed / "index", tmp_path / "index")
-    job = embed.make_job(config, run_dir)
+    job = worker.make_job(config, run_dir)
     blocks = job.blocks(IndexResult(len(rows(tmp_path, "index")), 1, "folder", []))
     todo = ray.data.from_items([{"first": first, "last": last} for first, last in blocks])
-    decoded = todo.map_batches(embed._decode_block, batch_size=1, num_cpus=1, fn_kwargs={"job": job})
+    decoded = todo.map_batches(worker.decode_block, batch_size=1, num_cpus=1, fn_kwargs={"job": job})
     encoded = decoded.map_batches(
-        embed._EncodeBlock,
+        worker.EncodeBlock,
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=1),
         num_cpus=1,
@@ -335,7 +335,7 @@ def test_blocks_hold_every_id_once_and_do_not_depend_on_the_workers(tmp_path, bl
     for num_workers in (1, 7):
         overrides = (f"embed.block_images={block_images}", f"embed.num_workers={num_workers}")
         config = settings(tmp_path, tmp_path, *overrides)
-        plans.append(embed.make_job(config, RunDir(tmp_path)).blocks(IndexResult(num_samples, 1, "folder", [])))
+        plans.append(worker.make_job(config, RunDir(tmp_path)).blocks(IndexResult(num_samples, 1, "folder", [])))
     assert plans[0] == plans[1]
     ends = np.array(plans[0])
     assert ends[0, 0] == 0 and ends[-1, 1] == num_samples - 1
@@ -372,4 +372,4 @@ def test_a_damaged_copy_is_an_error_that_names_it_and_says_what_to_do(pool, tmp_
     with pytest.raises(
         ValueError, match=r"proxy image of sample_id 1 in .*part-0.* cannot be decoded.*on_change=rerun"
     ):
-        embed._read_copies(batch, embed.make_job(config, run_dir))
+        worker.read_copies(batch, worker.make_job(config, run_dir))

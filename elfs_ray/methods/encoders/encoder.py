@@ -106,10 +106,12 @@ def load_encoder(
     device: str | torch.device = "cpu",
     runtime: str = TORCH,
     precision: str = "auto",
+    num_threads: int = 1,
 ) -> "Encoder":
     """Build an encoder on a device; the module's docstring lists names and weights.
 
     runtime: what computes: torch, or openvino on a CPU. precision: fp32, bf16 or auto (bf16 on a GPU, else fp32).
+    num_threads: how many threads will call it at the same time.
 
     `image_size` (pixels) defaults to the encoder's native size. `weights_sha256` also checks downloaded weights. The
     call leaves torch's random state as it was. Memory: the weights twice while loading.
@@ -129,7 +131,7 @@ def load_encoder(
         torch.manual_seed(seed)
         network = source.network(model, size.crop, path, target)
     if runtime == OPENVINO:
-        compiled = OpenVinoRuntime(network, preprocessing, size.crop, precision=precision)
+        compiled = OpenVinoRuntime(network, preprocessing, size.crop, precision=precision, num_threads=num_threads)
         return Encoder(name, compiled, size, target)
     on_torch = TorchRuntime(network, preprocessing, target, is_program=source.is_program, precision=precision)
     return Encoder(name, on_torch, size, target)

@@ -4,6 +4,7 @@ One thread of a processor with AVX2 encodes 2.6 times as many images by Efficien
 many by a ViT-S/16, whose large matrix products torch does well already.
 """
 
+import threading
 import warnings
 from importlib.util import find_spec
 
@@ -38,29 +39,35 @@ class _FromBytes(nn.Module):
 class OpenVinoRuntime:
     """A network compiled for this CPU; calling it maps (n, s, s, 3) uint8 images to features, a tensor (n, d).
 
-    precision: fp32, or bf16, which a processor without it replaces by fp32. It uses torch's number of threads. Raises
-    ValueError where OpenVINO is not installed or cannot take the network.
+    precision: fp32, or bf16, which a processor without it replaces by fp32. num_threads: how many threads may call it
+    at the same time; each computes with torch's number of threads. Raises ValueError where OpenVINO is not installed or
+    cannot take the network.
     """
 
-    def __init__(self, network: nn.Module, preprocessing: Preprocessing, image_size: int, *, precision: str) -> None:
+    def __init__(
+        self, network: nn.Module, preprocessing: Preprocessing, image_size: int, *, precision: str, num_threads: int = 1
+    ) -> None:
         if find_spec("openvino") is None:
             raise ValueError(f"embed.runtime=openvino, and this machine has no OpenVINO: {INSTALL}, on every machine.")
         self._shape = (BATCH_SIZE, image_size, image_size, 3)
-        self._request = _compile(_FromBytes(network, preprocessing).eval(), self._shape, precision)
+        self._compiled = _compile(_FromBytes(network, preprocessing).eval(), self._shape, precision, num_threads)
+        self._of_thread = threading.local()  # a request is for one thread
 
     def __call__(self, images: np.ndarray) -> torch.Tensor:
+        if not hasattr(self._of_thread, "request"):
+            self._of_thread.request = self._compiled.create_infer_request()
         parts = []
         for start in range(0, len(images), BATCH_SIZE):
             part = images[start : start + BATCH_SIZE]
             batch = np.zeros(self._shape, np.uint8)
             batch[: len(part)] = part
             # Copied: the next batch is computed into the same memory.
-            parts.append(self._request.infer([batch])[0][: len(part)].copy())
+            parts.append(self._of_thread.request.infer([batch])[0][: len(part)].copy())
         return torch.from_numpy(np.concatenate(parts))
 
 
-def _compile(network: nn.Module, shape: tuple[int, ...], precision: str):
-    """Return an inference request of a network for this CPU. Takes two to five seconds."""
+def _compile(network: nn.Module, shape: tuple[int, ...], precision: str, num_threads: int):
+    """Return a network compiled for as many requests at once as threads. Takes two to five seconds."""
     import openvino
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
@@ -76,10 +83,10 @@ def _compile(network: nn.Module, shape: tuple[int, ...], precision: str):
         model.reshape(list(shape))
         settings = {
             "INFERENCE_PRECISION_HINT": "bf16" if precision == BF16 else "f32",
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "NUM_STREAMS": 1,
+            "INFERENCE_NUM_THREADS": torch.get_num_threads() * num_threads,
+            "NUM_STREAMS": num_threads,
         }
-        return openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
+        return openvino.Core().compile_model(model, "CPU", settings)
     except Exception as error:  # torch and OpenVINO raise several kinds for what they cannot trace or convert
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise ValueError(f"OpenVINO cannot take this encoder: {reason}. Give embed.runtime=torch.") from error

@@ -136,6 +136,7 @@ STAGE = Stage(
     section_keys=tuple(key for key in deciding_keys(ClusterConfig()) if key not in NEIGHBOR_KEYS),
     is_part_of=lambda config: config.needs_clusters,
     is_estimated=True,
+    needs_ray=lambda config: config.cluster.method == "temi",
     inputs=lambda config: ("embed", "neighbors") if config.cluster.kept_neighbors else ("embed",),
     tables=lambda config: (schema.CLUSTERS,),
     describe=_describe,

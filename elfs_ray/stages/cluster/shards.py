@@ -10,15 +10,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import ray
 import torch
 
 from elfs_ray.config import ClusterConfig
 from elfs_ray.methods.kmeans.assignment import FASTEST_ENGINE, add_rows, squared_distances_to
 from elfs_ray.methods.kmeans.points import ArrayPoints, PartialSums, smallest_ids
 from elfs_ray.methods.numeric.exact_arithmetic import to_fixed_point
-from elfs_ray.runtime.cluster import devices_of_cluster, get_result
-from elfs_ray.runtime.placement import placement
+from elfs_ray.runtime.cluster import devices_of_cluster, end_actor, get_result, put, start_actor, start_task
 from elfs_ray.runtime.resources import GIB
 from elfs_ray.stages.cluster import request_shards
 from elfs_ray.storage import filesystem, schema
@@ -64,12 +62,12 @@ class ShardedPoints:
         return get_result(self._workers()[0].on_rows.remote(function, *rows))
 
     def assign(self, centroids: np.ndarray) -> PartialSums:
-        reference = ray.put(centroids)
+        reference = put(centroids)
         return self._total([shard.assign.remote(reference) for shard in self._workers()], centroids.nbytes)
 
     def write_labels(self, run_dir: RunDir, centroids: np.ndarray) -> np.ndarray:
         """Write clusters/pseudo_labels/ with each sample's nearest centroid. Returns the cluster sizes (k,) int64."""
-        return sum(self._on_all("write_labels", run_dir, ray.put(centroids)))
+        return sum(self._on_all("write_labels", run_dir, put(centroids)))
 
     def means_of_labels(self, run_dir: RunDir, num_clusters: int) -> np.ndarray:
         """Return the mean embedding of each label in cluster/labels/, (k, d) float32; 0 for a label of no sample."""
@@ -79,12 +77,12 @@ class ShardedPoints:
 
     def write_labels_and_distances(self, run_dir: RunDir, centroids: np.ndarray) -> np.ndarray:
         """Write clusters/pseudo_labels/ with the labels of cluster/labels/. Returns the cluster sizes (k,) int64."""
-        return sum(self._on_all("write_labels_and_distances", run_dir, ray.put(centroids)))
+        return sum(self._on_all("write_labels_and_distances", run_dir, put(centroids)))
 
     def release(self) -> None:
         """End the workers, to free their memory and devices; the next call starts them again."""
         for shard in self._shards:
-            ray.kill(shard)
+            end_actor(shard)
         self._shards = []
 
     def _workers(self) -> list[Any]:
@@ -92,8 +90,9 @@ class ShardedPoints:
             request = self._request
             memory = int((request.memory_gib or 0) * GIB)
             options: dict[str, Any] = {"num_cpus": request.cpus, "num_gpus": request.gpus, "memory": memory}
-            actor: Any = ray.remote(**options, **placement(), max_restarts=-1, max_task_retries=-1)(_Shard)
-            self._shards = [actor.remote(files, request.device, self._engine) for files in self._shares]
+            self._shards = [
+                start_actor(_Shard, files, request.device, self._engine, **options) for files in self._shares
+            ]
         return self._shards
 
     def _on_all(self, method: str, *arguments: Any) -> list[Any]:
@@ -104,9 +103,9 @@ class ShardedPoints:
     def _total(self, sums: list[Any], centroid_bytes: int) -> PartialSums:
         """Return the total of the shards' sums, added up on the driver if they are small, else by a tree of tasks."""
         if len(sums) * 2 * centroid_bytes > MAX_BYTES_TO_DRIVER:
-            add_up = _add_up.options(**placement())
             while len(sums) > 1:
-                sums = [add_up.remote(*sums[i : i + FAN_IN]) for i in range(0, len(sums), FAN_IN)]
+                # Without a CPU of its own: the shards may hold all of them, and would wait for this task forever.
+                sums = [start_task(_add, *sums[i : i + FAN_IN], num_cpus=0) for i in range(0, len(sums), FAN_IN)]
         return _add(*(get_result(partial) for partial in sums))
 
 
@@ -241,7 +240,3 @@ def _add(*parts: PartialSums) -> PartialSums:
     for part in parts[1:]:
         total += part
     return total
-
-
-# Without a CPU of its own: the shards may hold all of them, and would wait for this task forever.
-_add_up: Any = ray.remote(num_cpus=0)(_add)

@@ -18,13 +18,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
 import torch
 
 from elfs_ray.config import Config
 from elfs_ray.methods.near_duplicates import components, divide
-from elfs_ray.runtime.cluster import run_tasks
-from elfs_ray.runtime.placement import placement
+from elfs_ray.runtime.cluster import run_tasks, start_task
 from elfs_ray.runtime.progress import Progress, count, say
 from elfs_ray.stages.duplicates import MAX_EXAMPLES, DuplicatesResult
 from elfs_ray.stages.embed import EmbedResult
@@ -105,9 +103,9 @@ def _embeddings_of(run_dir: RunDir, batches: Sequence[Sequence[np.ndarray]]) -> 
     batch_of = np.repeat(np.arange(len(batches)), [sum(map(len, batch)) for batch in batches])
     order = np.argsort(ids)
     # One return for each batch, so that the task which divides it fetches nothing else.
-    collect: Any = ray.remote(num_cpus=1, max_retries=3, num_returns=len(batches), **placement())(_collect)
+    num_returns = len(batches)
     ranges = zip(*(np.array_split(column[order], len(batches)) for column in (ids, batch_of)), strict=True)
-    collected = [collect.remote(run_dir, *one, len(batches)) for one in ranges]
+    collected = [start_task(_collect, run_dir, *one, len(batches), num_returns=num_returns) for one in ranges]
     if len(batches) == 1:  # Ray returns a single reference, not a list of one
         return [collected]
     return [list(pieces) for pieces in zip(*collected, strict=True)]

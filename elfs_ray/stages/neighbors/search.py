@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
 import torch
 
 from elfs_ray.config import ClusterConfig
@@ -27,8 +26,7 @@ from elfs_ray.methods.neighbors.inverted import InvertedFile, Lists, choose_npro
 from elfs_ray.methods.neighbors.lists import make_lists
 from elfs_ray.methods.neighbors.ranking import Ranking
 from elfs_ray.methods.numeric.hashing import hash_uniform
-from elfs_ray.runtime.cluster import devices_of_cluster, get_result, num_cpus, run_tasks
-from elfs_ray.runtime.placement import placement
+from elfs_ray.runtime.cluster import devices_of_cluster, get_result, num_cpus, put, run_tasks, start_actor, start_task
 from elfs_ray.runtime.progress import Progress
 from elfs_ray.stages.cluster.shards import read_embeddings
 from elfs_ray.stages.neighbors import searches_on_gpus
@@ -83,7 +81,7 @@ def find_neighbors(
     metrics: dict[str, Any] = {"search": search, "num_neighbors": num_neighbors}
     with Progress("neighbors", num_samples, "neighbours found") as progress:
         if search == "exact":
-            shards = ray.put(_group(files, _shard_rows(files)))
+            shards = put(_group(files, _shard_rows(files)))
             device = "cuda" if on_gpus else "cpu"
             searches: list[tuple] = [(shards, run_dir, group, num_neighbors, device) for group in pending]
             results = run_tasks(_exact, searches, num_gpus_each=int(on_gpus))
@@ -91,7 +89,7 @@ def find_neighbors(
             copies, centroids, measured = _build_lists(config, files, num_neighbors, seed, copies_alone)
             metrics |= {"num_lists": len(centroids[0]), "nprobe": measured[-1]["nprobe"]}
             metrics |= {"recall": measured[-1]["recall"], "recall_measured": measured}
-            shared = ray.put(centroids)
+            shared = put(centroids)
             nprobe = metrics["nprobe"]
             searches = [
                 (shared, shards, run_dir, group, nprobe, num_neighbors)
@@ -155,8 +153,9 @@ def _approximate(
 def _ask(shards: list[Any], k: int, *queries_ids_lists: np.ndarray) -> Neighbors:
     """Return the nearest neighbours in all shards of the inverted file."""
     # Stored once, not once for each shard that is called with them.
-    shared = [ray.put(array) for array in queries_ids_lists]
-    return merge_neighbors(ray.get([shard.search.remote(*shared, k) for shard in shards]))
+    shared = [put(array) for array in queries_ids_lists]
+    searches = [shard.search.remote(*shared, k) for shard in shards]
+    return merge_neighbors([get_result(search) for search in searches])
 
 
 class _ListShard:
@@ -185,11 +184,11 @@ def _build_lists(
         exact = _exact_neighbors(files, queries, query_ids, num_neighbors)
     # With half a CPU each, so many leave at least half of the CPUs to the tasks that query them.
     num_workers = min(config.num_workers or max(1, num_cpus() // 2), num_cpus())
-    actor = ray.remote(num_cpus=CPUS_OF_A_TURN, max_restarts=-1, max_task_retries=-1, **placement())(_ListShard)
-    shared = ray.put(centroids)
+    shared = put(centroids)
     shares = _group(files, _rows_of_shard(files, num_workers))
     copies: list[list[Any]] = [
-        [actor.remote(share, shared) for share in shares] for _ in range(max(1, num_workers // len(shares)))
+        [start_actor(_ListShard, share, shared, num_cpus=CPUS_OF_A_TURN) for share in shares]
+        for _ in range(max(1, num_workers // len(shares)))
     ]
     lists = Lists(*centroids)
 
@@ -217,12 +216,11 @@ def _lists_and_queries(files: Files, seed: int) -> tuple[Centroids, Sampled]:
     num_lists = max(1, min(num_lists, num_samples // LIST_ROWS))
     num_rows = min(LIST_ROWS * num_lists, MAX_LIST_ROWS)
     shares = {_LIST_STREAM: num_rows / num_samples, _QUERY_STREAM: RECALL_QUERIES / num_samples}
-    sample: Any = ray.remote(num_cpus=1, num_returns=len(shares), max_retries=3, **placement())(_sample)
-    sampled = [sample.remote(shard, shares, seed) for shard in _group(files, _shard_rows(files))]
+    shards = _group(files, _shard_rows(files))
+    sampled = [start_task(_sample, shard, shares, seed, num_returns=len(shares)) for shard in shards]
     of_lists, of_queries = zip(*sampled, strict=True)
     # The sample for the lists never comes to the driver.
-    make: Any = ray.remote(num_cpus=1, max_retries=3, **placement())(_make_lists)
-    centroids = get_result(make.remote(num_lists, seed, *of_lists))
+    centroids = get_result(start_task(_make_lists, num_lists, seed, *of_lists))
     return centroids, _joined([get_result(part) for part in of_queries])
 
 
@@ -234,7 +232,7 @@ def _make_lists(num_lists: int, seed: int, *parts: Sampled) -> Centroids:
 
 def _exact_neighbors(files: Files, queries: np.ndarray, query_ids: np.ndarray, k: int) -> Neighbors:
     """Return the exact neighbours of a few queries; each task compares them with one shard of the pool."""
-    shared = ray.put((queries, query_ids))
+    shared = put((queries, query_ids))
     tasks = [(shared, shard, k) for shard in _group(files, _shard_rows(files))]
     rankings = [ranking for _, ranking in run_tasks(_rank, tasks)]
     best = reduce(lambda best, other: best.merged(other.similarity, other.ids), rankings)

@@ -15,8 +15,9 @@ import dataclasses
 
 from elfs_ray.config import Config
 from elfs_ray.methods.simclr.training import SimclrSettings, simclr_settings
-from elfs_ray.runtime.cluster import devices_of_cluster, remote_progress
+from elfs_ray.runtime.cluster import devices_of_cluster
 from elfs_ray.runtime.progress import Progress, say
+from elfs_ray.runtime.remote_progress import remote_progress
 from elfs_ray.runtime.resources import Request
 from elfs_ray.stages.copy import CopyResult
 from elfs_ray.stages.pretrain import PretrainResult, request_pretraining_workers

@@ -9,11 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import ray
 
 from elfs_ray.methods.selection.quantiles import Cut, assign_parts, hard_first_order, part_ranks
-from elfs_ray.runtime.cluster import run_tasks
-from elfs_ray.runtime.placement import placement
+from elfs_ray.runtime.cluster import get_result, run_tasks, start_task
 from elfs_ray.runtime.progress import Progress
 from elfs_ray.stages.select.scored_pool import ScoredPool, ScoredRows
 from elfs_ray.stages.select.selection import Selection, find_part_cuts, num_parts
@@ -42,8 +40,9 @@ def write_coresets(run_dir: RunDir, pool: ScoredPool, selections: Mapping[str, S
     wanted = [(selection, parts[table]) for table, selection in selections.items()]
     places = [(table, part) for table, cuts in parts.items() for part in range(len(cuts) - 1)]
     # One return for each file to write, so that the task which writes it fetches nothing else.
-    collect: Any = ray.remote(num_cpus=1, max_retries=3, num_returns=len(places) + 1, **placement())(_collect)
-    collected = [collect.remote(run_dir, pool, files, wanted) for files in pool.shares()]
+    num_returns = len(places) + 1
+    shares = pool.shares()
+    collected = [start_task(_collect, run_dir, pool, files, wanted, num_returns=num_returns) for files in shares]
 
     tasks = []
     for position, (table, part) in enumerate(places):
@@ -56,7 +55,7 @@ def write_coresets(run_dir: RunDir, pool: ScoredPool, selections: Mapping[str, S
             table, part = places[position]
             shown[table][part] = examples
             progress.advance(tasks[position][3] - tasks[position][2])
-    ends = _join_ends([ray.get(pieces[0]) for pieces in collected])
+    ends = _join_ends([get_result(pieces[0]) for pieces in collected])
     for _ in run_tasks(_write_text, [(run_dir, table) for table in selections]):
         pass
     return {

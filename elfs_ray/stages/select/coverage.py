@@ -18,14 +18,13 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import ray
 import torch
 
 from elfs_ray.methods.clustering_trust import LEAST_TRUST
 from elfs_ray.methods.selection import greedi
 from elfs_ray.methods.selection.coverage import SIMILARITY_ONE, highest_similarity, sum_of
 from elfs_ray.methods.selection.pruning import random_selection
-from elfs_ray.runtime.cluster import run_tasks
+from elfs_ray.runtime.cluster import put, run_tasks
 from elfs_ray.runtime.progress import Progress, say
 from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.stages.select.scored_pool import ScoredPool
@@ -139,7 +138,7 @@ def _slices(
 
 def _centre(parts: Sequence[Sequence[Slice]], ignored_ids: np.ndarray, num_samples: int) -> np.ndarray:
     """Return the mean (d,) float64 of the samples to be covered. Their sums are exact, so that no order matters."""
-    shared = ray.put(ignored_ids)
+    shared = put(ignored_ids)
     totals = [total for _, total in run_tasks(_sum, [(slices, shared) for slices in parts])]
     return np.sum(totals, axis=0) / num_samples
 
@@ -189,7 +188,7 @@ def _select_in_parts(
     measured: dict[int, np.ndarray] = {}
     num_candidates = greedi.num_candidates(len(parts))
     # Stored once, not once for each task.
-    shared = tuple(map(ray.put, (ignored_ids, point_ids, measured_ids, labelled)))
+    shared = tuple(map(put, (ignored_ids, point_ids, measured_ids, labelled)))
     tasks = [(part, *shared, num_candidates, share) for part in parts]
     for position, (nominated, covered, kept) in run_tasks(_nominate, tasks):
         nominees[position], points[position], measured[position] = nominated, covered, kept
@@ -226,7 +225,7 @@ def _merge(
 
 def _rows_of(parts: Sequence[Part], sample_ids: np.ndarray) -> greedi.Rows | None:
     """Return those samples of the pool, in the order of their ids; None if it has none of them."""
-    wanted = ray.put(sample_ids)
+    wanted = put(sample_ids)
     rows = dict(run_tasks(_read_among, [(part, wanted) for part in parts]))
     joined = greedi.Rows.concatenate([rows[position] for position in range(len(parts))])
     return joined if len(joined.sample_ids) else None
@@ -246,7 +245,7 @@ def _measure(
 ) -> list[CoverageOfPool]:
     """Return how the first `counts` of the chosen and of the random samples, with the labelled, cover some points."""
     ends = sorted(set(counts))
-    shared = ray.put((points, *(_with_steps(ids, labelled_ids, ends) for ids in (chosen_ids, random_ids))))
+    shared = put((points, *(_with_steps(ids, labelled_ids, ends) for ids in (chosen_ids, random_ids))))
     covered = np.zeros((2, len(ends), len(points)), np.uint16)
     for _, of_part in run_tasks(_cover, [(part, shared, len(ends)) for part in parts]):
         np.maximum(covered, of_part, out=covered)
@@ -285,7 +284,7 @@ def _cover(
 
 def _write(run_dir: RunDir, pool: ScoredPool, ids: np.ndarray, scores: np.ndarray) -> ScoredPool:
     by_id = np.argsort(ids)
-    shared = ray.put((ids[by_id], by_id.astype(np.int32), scores[by_id]))
+    shared = put((ids[by_id], by_id.astype(np.int32), scores[by_id]))
     targets = [run_dir.path("select", COVERAGE, filesystem.basename(path)) for path in pool.files]
     tasks = [(source, target, shared) for source, target in zip(pool.files, targets, strict=True)]
     for _ in run_tasks(_write_file, tasks):

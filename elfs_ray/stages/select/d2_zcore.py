@@ -12,14 +12,12 @@ from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
-import ray
 
 from elfs_ray.config import Config
 from elfs_ray.methods.selection.d2 import d2_selection
 from elfs_ray.methods.selection.quantiles import Direction
 from elfs_ray.methods.selection.zcore import zcore_draws, zcore_sum, zcore_votes
-from elfs_ray.runtime.cluster import run_tasks
-from elfs_ray.runtime.placement import placement
+from elfs_ray.runtime.cluster import run_tasks, start_task
 from elfs_ray.runtime.progress import Progress
 from elfs_ray.stages.select.scored_pool import ScoredPool
 from elfs_ray.storage import filesystem, schema
@@ -60,7 +58,7 @@ def score_whole_pool(
 
 def _zcore(config: Config, run_dir: RunDir, sample_ids: np.ndarray) -> np.ndarray:
     files = run_dir.table_files(schema.EMBEDDINGS)
-    embeddings = ray.remote(num_cpus=1, **placement())(_load_embeddings).remote(files, sample_ids)
+    embeddings = start_task(_load_embeddings, files, sample_ids)
     ranges = zcore_draws(config.select.zcore_draws)
     tasks = [(embeddings, draws, config.seed) for draws in ranges]
 

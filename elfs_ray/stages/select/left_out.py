@@ -12,10 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import ray
 
 from elfs_ray.config import Config
-from elfs_ray.runtime.cluster import run_tasks
+from elfs_ray.runtime.cluster import put, run_tasks
 from elfs_ray.stages.index.records import gone_ids
 from elfs_ray.stages.select.named_images import read_named_images
 from elfs_ray.stages.select.scored_pool import ScoredPool
@@ -88,7 +87,7 @@ def _near_duplicates(run_dir: RunDir, named: np.ndarray, gone: np.ndarray, thres
     near.append(ids[of_named])
     if len(named):
         files = run_dir.table_files(schema.NEIGHBORS)
-        shared = ray.put(named)
+        shared = put(named)
         tasks = [
             (files[start : start + FILES_PER_TASK], shared, threshold) for start in range(0, len(files), FILES_PER_TASK)
         ]

@@ -13,8 +13,9 @@ an undisturbed one with as many workers.
 from concurrent.futures import ThreadPoolExecutor
 
 from elfs_ray.config import LINEAR, Config
-from elfs_ray.runtime.cluster import devices_of_cluster, remote_progress
+from elfs_ray.runtime.cluster import devices_of_cluster
 from elfs_ray.runtime.progress import Progress
+from elfs_ray.runtime.remote_progress import remote_progress
 from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.stages.train import FROM_EMBEDDINGS, TrainResult, needs_whole_images, request_proxy_workers
 from elfs_ray.stages.train.worker import ProxyTrainingJob, train_proxy

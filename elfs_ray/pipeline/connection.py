@@ -1,0 +1,45 @@
+"""Decide whether a run needs Ray, and connect to it.
+
+To start Ray and its workers takes longer than all the work on a small pool. A run does that work in threads of its own
+process if no Ray cluster is there to use, nothing is trained and there is no GPU. Every table has the same bytes.
+"""
+
+from collections.abc import Iterable
+
+from elfs_ray.config import Config, label_selector
+from elfs_ray.runtime.progress import listen
+from elfs_ray.stages.index import IndexResult
+from elfs_ray.stages.stage import Stage
+from elfs_ray.storage.run_dir import RunDir
+
+# With more images the work takes minutes. Then Ray's workers are worth their start: each is a process with a lock of
+# Python's own, and one that the machine kills for lack of memory does not end the run.
+MAX_IMAGES_WITHOUT_RAY = 5_000
+
+
+def connect_if_needed(config: Config, run_dir: RunDir, stages: Iterable[Stage]) -> None:
+    """Connect to a Ray cluster, or start one, unless the stages can run without. Raises ConfigError.
+
+    A pool that stage index has not listed yet counts as small.
+    """
+    # Late imports: they import Ray, and a complete run has no use for it.
+    from elfs_ray.runtime.cluster import connect, find_devices, has_no_cluster
+    from elfs_ray.runtime.metrics import report_progress
+
+    stages = list(stages)
+    if (
+        has_no_cluster(config.ray_address)
+        and not any(stage.trains or stage.needs_ray(config) for stage in stages)
+        and not any(label_selector(config, stage.section)[0] for stage in stages)
+        and _num_images(run_dir) <= MAX_IMAGES_WITHOUT_RAY
+        and not find_devices(None).num_gpus
+    ):
+        return
+    connect(config.ray_address, show_worker_logs=config.ray_logs)
+    listen(report_progress)
+
+
+def _num_images(run_dir: RunDir) -> int:
+    """Return the number of images that the run has listed."""
+    listed = run_dir.success_marker(IndexResult.stage)
+    return IndexResult.from_json(listed.result).rows if listed is not None else 0

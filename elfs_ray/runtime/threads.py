@@ -1,0 +1,67 @@
+"""Do in this process what Ray's tasks and actors do: a small pool on one machine is done before they have started.
+
+runtime/cluster.py calls this where no Ray is connected.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+from threadpoolctl import threadpool_limits
+
+
+@contextlib.contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Let BLAS, OpenMP and torch use one thread for each task of this process, as Ray's workers do.
+
+    Sums would round differently with another number.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def run_in_threads(
+    function: Callable[..., Any], arguments: Iterable[tuple], num_threads: int
+) -> Iterator[tuple[int, Any]]:
+    """Yield (position, result) of `function(*arguments)` as each ends, as `cluster.run_tasks` does.
+
+    If one raises an exception, or the caller is interrupted, those that have begun end first.
+    """
+    running: dict[Future, int] = {}
+    # OpenMP counts its threads in each thread apart.
+    with ThreadPoolExecutor(num_threads, initializer=partial(threadpool_limits, 1)) as threads:
+        try:
+            for position, each in enumerate(arguments):
+                # One runs and one waits for each thread, so that none is idle while the caller handles a result.
+                if len(running) >= 2 * num_threads:
+                    yield _next_result(running)
+                running[threads.submit(function, *each)] = position
+            while running:
+                yield _next_result(running)
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _next_result(running: dict[Future, int]) -> tuple[int, Any]:
+    done = min(wait(running, return_when=FIRST_COMPLETED).done, key=running.__getitem__)
+    return running.pop(done), done.result()
+
+
+class Actor:
+    """An object that is called as a Ray actor is: `actor.method.remote(...)` returns what the method returns."""
+
+    def __init__(self, instance: Any) -> None:
+        self._instance = instance
+
+    def __getattr__(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(remote=getattr(self._instance, name))
