@@ -22,21 +22,28 @@ def connect_if_needed(config: Config, run_dir: RunDir, stages: Iterable[Stage]) 
 
     A pool that stage index has not listed yet counts as small.
     """
+    if not needs_ray(config, stages, _num_images(run_dir)):
+        return
     # Late imports: they import Ray, and a complete run has no use for it.
-    from elfs_ray.runtime.cluster import connect, find_devices, has_no_cluster
+    from elfs_ray.runtime.cluster import connect
     from elfs_ray.runtime.metrics import report_progress
 
-    stages = list(stages)
-    if (
-        has_no_cluster(config.ray_address)
-        and not any(stage.trains or stage.needs_ray(config) for stage in stages)
-        and not any(label_selector(config, stage.section)[0] for stage in stages)
-        and _num_images(run_dir) <= MAX_IMAGES_WITHOUT_RAY
-        and not find_devices(None).num_gpus
-    ):
-        return
     connect(config.ray_address, show_worker_logs=config.ray_logs)
     listen(report_progress)
+
+
+def needs_ray(config: Config, stages: Iterable[Stage], num_images: int) -> bool:
+    """Return whether stages need Ray for a pool of this size."""
+    from elfs_ray.runtime.cluster import find_devices, has_no_cluster
+
+    stages = list(stages)
+    return (
+        num_images > MAX_IMAGES_WITHOUT_RAY
+        or any(stage.trains or stage.needs_ray(config) for stage in stages)
+        or any(label_selector(config, stage.section)[0] for stage in stages)
+        or not has_no_cluster(config.ray_address)
+        or find_devices(None).num_gpus > 0
+    )
 
 
 def _num_images(run_dir: RunDir) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from elfs_ray.config import LINEAR, Config
+from elfs_ray.pipeline.connection import needs_ray
 from elfs_ray.pipeline.plan import PlannedStage
 from elfs_ray.runtime.progress import count, format_duration
 from elfs_ray.stages.embed import EmbedResult
@@ -27,7 +28,7 @@ def estimate_stages(
 ) -> tuple[dict[str, str], float]:
     """Return a line for each stage that is to run and takes more than seconds, and the seconds of the run.
 
-    These include the start of Ray and of the workers of each stage.
+    These include the start of Ray and of the workers of each stage, in a run that needs them.
     """
     from elfs_ray.stages.estimate import Work
 
@@ -35,12 +36,13 @@ def estimate_stages(
     dim = EmbedResult.from_json(embedded.result).dim if embedded else 0
     work = Work(config, run_dir, num_samples, devices, dim)
     lines: dict[str, str] = {}
-    total_s = RAY_START_S
+    starts_ray = needs_ray(config, [planned.stage for planned in plan if planned.action != "done"], num_samples)
+    total_s = RAY_START_S if starts_ray else 0.0
     for planned in plan:
         if planned.action == "done":
             continue
         line, seconds, dim = _estimate(planned.stage, work)
-        total_s += seconds + (WORKERS_START_S if line else 0)
+        total_s += seconds + (WORKERS_START_S if starts_ray and line else 0)
         work = dataclasses.replace(work, dim=dim or work.dim)
         lines |= {planned.stage.name: line} if line else {}
     return lines, total_s
@@ -68,7 +70,7 @@ def describe_estimates(
     return [
         "",
         *(f"{name:<9} {line}" for name, line in lines.items()),
-        f"time      about {format_duration(total_s)} in all, with the start of Ray and of workers{besides}",
+        f"time      about {format_duration(total_s)} in all, with the start of all workers{besides}",
         *warn_of_days(total_s),
     ]
 
