@@ -1,9 +1,10 @@
 """Measure embedding photographs vs. DataLoader loops and Ray's read_images pipeline, from disk and from S3.
 
-    python benchmarks/embed.py [--quick] [--pool FOLDER_OF_TARS] [--images N]
+    python benchmarks/embed.py [--quick] [--pool FOLDER_OF_TARS] [--images N] [--rounds N] [--place PLACE] [--loop LOOP]
 
-The stage runs EfficientNet-lite0 with its published weights at 224 pixels, by OpenVINO (extra cpu-fast) and by torch.
-The baselines are loops on the same cores, each the fastest of three settings of workers and threads: the network as one
+The stage runs EfficientNet-lite0 with its published weights at 224 pixels, by OpenVINO (extra cpu-fast) on Ray's
+workers and in threads of one process, as for a small pool, and by torch. All take turns. --place and --loop measure a
+part. The baselines are loops on the same cores, each the fastest of three settings of workers and threads: the network as one
 would type it first, the same in channels last and huge pages, and the same by OpenVINO. From S3 a loop reads each
 image by its range. Beside them Ray Data's read_images with a pool of encoders by torch, as in its documentation. They
 write nothing, whereas the stage also writes its tables. Rates exclude the start of processes: they count from the first
@@ -21,7 +22,7 @@ import statistics
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
@@ -41,12 +42,13 @@ from elfs_ray.methods.encoders.encoder import encoder_input, load_encoder
 from elfs_ray.methods.encoders.processor import BF16, FP32, OPENVINO, TORCH, find_processor
 from elfs_ray.pipeline import runner as pipeline
 from elfs_ray.runtime.cluster import connect, num_cpus, num_gpus
-from elfs_ray.stages.embed.run import run_embed
+from elfs_ray.stages.embed import STAGE
 from elfs_ray.storage import filesystem, schema
 
 SIZE, BATCH = 224, 64
 SETTINGS = ((1, 1), (1, 2), (2, 2))  # DataLoader workers, threads of the encoder
 TYPED, TUNED, BY_OPENVINO, ON_GPU = "as typed", "channels last, huge pages", "OpenVINO", "on a GPU"
+LOOPS = (TYPED, TUNED, BY_OPENVINO)
 
 
 def main() -> None:
@@ -54,37 +56,50 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="192 images from disk, under 45 s on 2 cores")
     parser.add_argument("--pool", type=Path, help="folder of WebDataset tars")
     parser.add_argument("--images", type=int, help="the first N images of the pool")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each contestant, of which the median counts")
+    parser.add_argument("--place", choices=("disk", "S3"), help="where the images are; default: both")
+    parser.add_argument("--loop", choices=LOOPS, help="the loop to compare with; default: all, and read_images")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         pool = _write_pool(folder, arguments.pool, 192 if arguments.quick else arguments.images)
-        places = {"disk": str(pool)}
-        if not arguments.quick:
+        places = {"disk": str(pool)} if arguments.place != "S3" else {}
+        if not arguments.quick and arguments.place != "disk":
             places["S3"] = f"{stack.enter_context(s3_server(free_port(), 'pool'))}/pool"
             copy(pool, places["S3"])
         connect("local")
-        _measure(folder, pool, places, rounds=1 if arguments.quick else 3)
+        settings = SETTINGS[-1:] if arguments.quick else SETTINGS
+        _measure(folder, pool, places, settings, 1 if arguments.quick else arguments.rounds, arguments.loop)
 
 
-def _measure(folder: Path, pool: Path, places: dict[str, str], rounds: int) -> None:
+def _measure(
+    folder: Path,
+    pool: Path,
+    places: dict[str, str],
+    settings: Sequence[tuple[int, int]],
+    rounds: int,
+    loop: str | None,
+) -> None:
     """Measure every contestant in turn. places: name and URI of each place that holds the tars of `pool`."""
     members = _members(pool)
     device = "cuda" if num_gpus() else "cpu"
-    settings = SETTINGS if rounds > 1 else SETTINGS[-1:]
     ours = TORCH if num_gpus() else OPENVINO
-    loops = [ON_GPU] if num_gpus() else [TYPED, TUNED, BY_OPENVINO]
-    jpegs = _unpack(members, folder / "jpegs")
-    contestants: dict[str, Callable[[], float]] = {"read_images": lambda: _rate_of_read_images(jpegs, device)}
-    if ours == OPENVINO:
+    loops = [ON_GPU] if num_gpus() else [loop] if loop else LOOPS
+    contestants: dict[str, Callable[[], float]] = {}
+    if loop is None and "disk" in places:
+        jpegs = _unpack(members, folder / "jpegs")
+        contestants["read_images"] = lambda: _rate_of_read_images(jpegs, device)
+    if ours == OPENVINO and "disk" in places:
         contestants["by torch"] = partial(_rate_of_stage, folder, places["disk"], TORCH)
+        contestants["in threads"] = partial(_in_a_process, _rate_of_stage, folder, places["disk"], OPENVINO)
     for place, uri in places.items():
         images = [(filesystem.join(uri, Path(path).name), offset, size) for path, offset, size in members]
         contestants[place] = partial(_rate_of_stage, folder, uri, ours)
         # From S3, the fastest kind alone: it shows what the store costs.
-        for loop in loops if place == "disk" else loops[-1:]:
+        for kind in loops if place == "disk" else loops[-1:]:
             for setting in settings:
-                contestants[f"DataLoader from {place}, {loop} {setting}"] = partial(
-                    _rate_of_loop, images, loop, *setting
+                contestants[f"DataLoader from {place}, {kind} {setting}"] = partial(
+                    _rate_of_loop, images, kind, *setting
                 )
     rates: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
@@ -92,13 +107,17 @@ def _measure(folder: Path, pool: Path, places: dict[str, str], rounds: int) -> N
             rates[name].append(measure())
     rate = {name: statistics.median(measured) for name, measured in rates.items()}
     for place in places:
-        for loop in loops if place == "disk" else loops[-1:]:
-            names = [name for name in rate if name.startswith(f"DataLoader from {place}, {loop} ")]
+        for kind in loops if place == "disk" else loops[-1:]:
+            names = [name for name in rate if name.startswith(f"DataLoader from {place}, {kind} ")]
             fastest = max(names, key=lambda name: rate[name])
             emit(f"embed, from {place}", rate[place], "images/s", fastest, rate[fastest])
-    if "by torch" in rate:
-        emit("embed, from disk", rate["disk"], "images/s", "embed.runtime=torch", rate["by torch"])
-    emit("embed, from disk", rate["disk"], "images/s", "Ray Data read_images", rate["read_images"])
+            if place == "disk" and "in threads" in rate:
+                emit("embed, in threads", rate["in threads"], "images/s", fastest, rate[fastest])
+    for name, reference in (("by torch", "embed.runtime=torch"), ("read_images", "Ray Data read_images")):
+        if name in rate:
+            emit("embed, from disk", rate["disk"], "images/s", reference, rate[name])
+    if "disk" not in places:
+        return
     encode = ray.remote(num_cpus=1, num_gpus=1 if num_gpus() else 0)(_rate_of_encoder)
     encoding = ray.get(encode.remote(device, ours, 3 * rounds)) * (num_gpus() or num_cpus())
     emit("share of the time in which encoders encode", rate["disk"] / encoding, "share", "all the time", 1.0)
@@ -140,7 +159,7 @@ def _config(run_dir: Path, pool: str, runtime: str) -> Config:
         [
             *(f"run_dir={run_dir}", f"pool.uri={pool}", "budget=0.1", "cluster.num_clusters=10", *encoder),
             *(f"embed.image_size={SIZE}", f"embed.batch_size={BATCH}"),
-            *("select.method=coverage", "ray_address=local", "until=index"),
+            *("select.method=coverage", "until=index"),
         ],
     )
 
@@ -150,13 +169,20 @@ def _rate_of_stage(folder: Path, pool: str, runtime: str) -> float:
     with tempfile.TemporaryDirectory(dir=folder) as name:
         config = _config(Path(name), pool, runtime)
         run_dir = pipeline.run(config)
-        run_embed(config, run_dir)
-        files = sorted(
-            Path(run_dir.path(schema.EMBEDDINGS)).glob("*.parquet"), key=lambda path: path.stat().st_mtime_ns
-        )
-        ranges = [schema.parse_range_file(path.name) for path in files]
-        seconds = (files[-1].stat().st_mtime_ns - files[0].stat().st_mtime_ns) / 1e9
-        return sum(last - first + 1 for first, last in ranges[1:]) / seconds
+        STAGE.run(config, run_dir)
+        paths = Path(run_dir.path(schema.EMBEDDINGS)).glob("*.parquet")
+        files = sorted((path.stat().st_mtime_ns, path.name) for path in paths)
+        # Until each encoder has written a block, some are still loading their network.
+        num_encoders = min(num_gpus() or num_cpus(), len(files) - 1)
+        seconds = (files[-1][0] - files[num_encoders - 1][0]) / 1e9
+        ranges = [schema.parse_range_file(name) for _, name in files[num_encoders:]]
+        return sum(last - first + 1 for first, last in ranges) / seconds
+
+
+def _in_a_process(function: Callable[..., float], *arguments: Any) -> float:
+    """Return the result of a function in a process of its own, where no Ray is connected."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
 
 
 def _rate_of(batches: Iterable[int]) -> float:
@@ -203,8 +229,7 @@ def _rate_of_loop(members: list[tuple[str, int, int]], loop: str, num_workers: i
     """Return the images a second of a DataLoader loop in a process of its own, which can have its own malloc."""
     tunables = "" if loop == TYPED else "glibc.malloc.hugetlb=1"
     os.environ["GLIBC_TUNABLES"] = tunables  # read when a process starts
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        return process.submit(_rate_of_loader, members, loop, num_workers, num_threads).result()
+    return _in_a_process(_rate_of_loader, members, loop, num_workers, num_threads)
 
 
 def _rate_of_loader(members: list[tuple[str, int, int]], loop: str, num_workers: int, num_threads: int) -> float:
