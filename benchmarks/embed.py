@@ -3,12 +3,12 @@
     python benchmarks/embed.py [--quick] [--pool FOLDER_OF_TARS] [--images N] [--rounds N] [--place PLACE] [--loop LOOP]
 
 The stage runs EfficientNet-lite0 with its published weights at 224 pixels, by OpenVINO (extra cpu-fast) on Ray's
-workers and in threads of one process, as for a small pool, and by torch. All take turns. --place and --loop measure a
-part. The baselines are loops on the same cores, each the fastest of three settings of workers and threads: the network as one
-would type it first, the same in channels last and huge pages, and the same by OpenVINO. From S3 a loop reads each
-image by its range. Beside them Ray Data's read_images with a pool of encoders by torch, as in its documentation. They
-write nothing, whereas the stage also writes its tables. Rates exclude the start of processes: they count from the first
-batch or block on.
+workers and in threads of one process, as for a small pool, and by torch. The baselines are loops on the same cores,
+each the fastest of three settings of workers and threads: the network as one would type it first, the same in channels
+last and huge pages, and the same by OpenVINO. From S3 a loop reads each image by its range. Beside them Ray Data's
+read_images with a pool of encoders by torch, as in its documentation. They write nothing, whereas the stage also writes
+its tables. All take turns. Rates exclude the start of processes: they count from the first batch on, or from the block
+on by which every encoder works. --place and --loop measure a part.
 
 Without --pool, the images are crops of scikit-learn's two photographs, as JPEG in tars. The S3 server is moto, a Python
 process on the same cores, so its rate is that of a slow store. On a GPU the encoder is an untrained ViT-B/16 in bf16.
