@@ -41,6 +41,8 @@ def needs_ray(config: Config, stages: Iterable[Stage], num_images: int) -> bool:
         num_images > MAX_IMAGES_WITHOUT_RAY
         or any(stage.trains or stage.needs_ray(config) for stage in stages)
         or any(label_selector(config, stage.section)[0] for stage in stages)
+        # Only Ray knows how much memory its workers may have.
+        or any(section.memory_gib is not None for section in (config.embed, config.cluster))
         or not has_no_cluster(config.ray_address)
         or find_devices(None).num_gpus > 0
     )

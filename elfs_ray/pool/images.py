@@ -7,8 +7,8 @@ parquet_rows.py (a damaged container) and stages/embed/run.py (an unusable embed
 
 import contextlib
 import io
+import threading
 import warnings
-from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -54,7 +54,7 @@ def decode_image(data: bytes, *, max_pixels: int, min_size: int = 1) -> Image.Im
     if not data:
         raise BadImage("empty file (0 bytes)")
     try:
-        with _pillow_limit_and_warnings_off():
+        with _pillow_limit_and_warnings_off:
             # Pillow takes text chunks of a PNG for settings; elsewhere metadata can do no more than make it fail. Other
             # formats lose theirs only then: it costs time and, for TIFF, as much memory as uncompressed pixels.
             if data.startswith(PNG_SIGNATURE):
@@ -94,7 +94,7 @@ def read_header(data: bytes) -> tuple[str, int, int]:
     Raises BadImage where the header cannot be read; the pixels are not read.
     """
     try:
-        with _pillow_limit_and_warnings_off():
+        with _pillow_limit_and_warnings_off:
             try:
                 image, exif = _open(data), b""
             except BadImage:
@@ -217,14 +217,30 @@ def decode_proxy_image(data: bytes, size: int | None = None) -> np.ndarray:
     return pixels[top : top + size, left : left + size]
 
 
-@contextlib.contextmanager
-def _pillow_limit_and_warnings_off() -> Iterator[None]:
-    """Lift Pillow's limit on pixels and silence its warnings."""
+class _PillowLimitAndWarningsOff:
+    """A context that lifts Pillow's limit on pixels and silences its warnings; several threads may be in it at once."""
+
     # Pillow's limit of 179 million pixels would override a higher max_pixels. Its warnings, of damaged EXIF data and so
-    # on, would fill the logs with images that are decoded nonetheless.
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+    # on, would fill the logs with images that are decoded nonetheless. Both hold for the process: the first thread that
+    # enters changes them, and the last one that leaves restores them.
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_inside = 0
+        self._to_restore = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._num_inside:
+                self._to_restore.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+                Image.MAX_IMAGE_PIXELS = None
+                self._to_restore.enter_context(warnings.catch_warnings(action="ignore"))
+            self._num_inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._num_inside -= 1
+            if not self._num_inside:
+                self._to_restore.close()
+
+
+_pillow_limit_and_warnings_off = _PillowLimitAndWarningsOff()

@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from elfs_ray.config import ConfigError
 from elfs_ray.runtime.placement import describe_placement, is_chosen, placement
 from elfs_ray.runtime.progress import count
-from elfs_ray.runtime.threads import Actor, one_thread_each, run_in_threads
+from elfs_ray.runtime.threads import Actor, like_workers, run_in_threads
 
 # By default BLAS and OpenMP start a thread for each CPU of the machine in every worker. With a worker on each CPU that
 # is the square of the CPUs in threads, which are slower together than one thread a worker. The libraries read these
@@ -238,9 +238,9 @@ def _devices_of_this_machine() -> Devices:
     return Devices(num_cpus, torch.cuda.device_count(), "on this machine", num_cpus)
 
 
-def limit_threads() -> AbstractContextManager[None]:
-    """Give tasks and actors of this process one thread each; with Ray, its workers have their limit already."""
-    return contextlib.nullcontext() if ray.is_initialized() else one_thread_each()
+def task_settings() -> AbstractContextManager[None]:
+    """Return the context in which to run tasks: without Ray, this process must compute as its workers would."""
+    return contextlib.nullcontext() if ray.is_initialized() else like_workers()
 
 
 def num_cpus() -> int:

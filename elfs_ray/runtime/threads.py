@@ -4,6 +4,7 @@ runtime/cluster.py calls this where no Ray is connected.
 """
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import partial
@@ -14,17 +15,17 @@ from threadpoolctl import threadpool_limits
 
 
 @contextlib.contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Let BLAS, OpenMP and torch use one thread for each task of this process, as Ray's workers do.
+def like_workers() -> Iterator[None]:
+    """Let tasks of this process compute with one thread each and without showing warnings, as Ray's workers do.
 
-    Sums would round differently with another number.
+    With another number of threads, sums would round differently.
     """
     import torch
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with threadpool_limits(1):
+        with threadpool_limits(1), warnings.catch_warnings(action="ignore"):
             yield
     finally:
         torch.set_num_threads(before)

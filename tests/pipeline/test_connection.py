@@ -48,11 +48,12 @@ def test_a_small_pool_on_one_machine_needs_no_ray(connects, monkeypatch):
         ["ray_address=local"],
         ["select.method=double_end", "select.hard_fraction=0.3"],
         ["select.method=auto", "cluster.method=temi", "cluster.num_clusters=3"],
+        ["cluster.memory_gib=1"],
         ["label_selector=zone=a"],
         ["embed.label_selector=zone=a"],
     ],
 )
-def test_trainings_labels_and_addresses_need_ray(connects, monkeypatch, keys):
+def test_trainings_labels_memory_and_addresses_need_ray(connects, monkeypatch, keys):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert connects(*keys)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from elfs_ray.pool import rgb
+from elfs_ray.pool import images, rgb
 from elfs_ray.pool.images import BadImage, decode_image, decode_proxy_image, encode_proxy_image, resize_center_crop
 from tests.image_files import encode, grey_png
 
@@ -177,6 +177,14 @@ def test_pillows_limit_is_lifted_and_restored(photographs, monkeypatch):
     assert decode(encode(photographs[0])).shape == (427, 640, 3)
     with pytest.raises(BadImage):
         decode(b"")
+    assert Image.MAX_IMAGE_PIXELS == 1000
+
+
+def test_pillows_limit_is_lifted_until_the_last_thread_has_decoded(photographs, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with images._pillow_limit_and_warnings_off:
+        assert decode(encode(photographs[0])).shape == (427, 640, 3)
+        assert Image.MAX_IMAGE_PIXELS is None
     assert Image.MAX_IMAGE_PIXELS == 1000
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from threadpoolctl import threadpool_info
 
-from elfs_ray.runtime.threads import Actor, one_thread_each, run_in_threads
+from elfs_ray.runtime.threads import Actor, like_workers, run_in_threads
 
 
 def test_every_result_comes_with_its_position():
@@ -17,14 +17,11 @@ def test_every_result_comes_with_its_position():
 
 
 def test_results_come_as_they_end():
-    second_ended = threading.Event()
-
-    def wait_for_second(is_first: bool) -> None:
-        if is_first:
-            assert second_ended.wait(10)
-        second_ended.set()
-
-    assert [position for position, _ in run_in_threads(wait_for_second, [(True,), (False,)], 2)] == [1, 0]
+    second_came = threading.Event()
+    results = run_in_threads(lambda waits: not waits or second_came.wait(10), [(True,), (False,)], 2)
+    assert next(results) == (1, True)
+    second_came.set()
+    assert next(results) == (0, True)
 
 
 def test_arguments_are_taken_a_few_at_a_time():
@@ -71,7 +68,7 @@ def test_each_thread_computes_with_one_thread_and_the_limit_ends():
         return {torch.get_num_threads(), *(pool["num_threads"] for pool in threadpool_info())}
 
     try:
-        with one_thread_each():
+        with like_workers():
             assert [counts for _, counts in run_in_threads(threads_here, [(0,), (1,)], 2)] == [{1}, {1}]
         assert torch.get_num_threads() == 3
     finally:
