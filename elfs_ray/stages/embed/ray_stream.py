@@ -5,7 +5,7 @@ their own blocks.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import ray.data
@@ -19,7 +19,7 @@ from elfs_ray.stages.embed.worker import DecodeAndEncodeBlock, EmbedJob, EncodeB
 MAX_INPUT_BLOCKS = 4096  # the driver keeps an account of each of Ray Data's blocks
 
 
-def stream(job: EmbedJob, blocks: list[tuple[int, int]], request: Request) -> Iterator[dict[str, Any]]:
+def stream(job: EmbedJob, blocks: list[tuple[int, int]], request: Request) -> Iterable[dict[str, Any]]:
     """Run the blocks through Ray Data; yield the summary of each block when it is written."""
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # the import of ray.data has set it to INFO
     context = ray.data.DataContext.get_current()

@@ -13,7 +13,7 @@ and nothing is decoded at full size again.
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import ray
@@ -86,7 +86,7 @@ def pending_blocks(run_dir: RunDir, blocks: list[tuple[int, int]], *, keeps_copi
     return [block for block in blocks if not is_done(*block)]
 
 
-def _stream(job: EmbedJob, blocks: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
+def _stream(job: EmbedJob, blocks: list[tuple[int, int]]) -> Iterable[dict[str, Any]]:
     """Embed the blocks; yield the summary of each when it is written."""
     request = request_encoders(job.config, devices_of_cluster())
     if not ray.is_initialized():
