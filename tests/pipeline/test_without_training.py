@@ -66,6 +66,15 @@ def test_it_has_the_same_bytes_without_ray(covered, pool, tmp_path, monkeypatch)
     assert contents(tmp_path, *tables) == contents(covered, *tables)
 
 
+@pytest.mark.slow
+def test_clusters_and_near_duplicates_have_the_same_bytes_without_ray(ray_cluster, pool, tmp_path, monkeypatch):
+    keys = ("select.method=auto", "cluster.num_clusters=auto", "cluster.num_workers=2", "duplicates.threshold=0.93")
+    elfs_ray.run(config_for(pool, tmp_path / "ray", *keys))
+    run_here(monkeypatch, config_for(pool, tmp_path / "here", *keys))
+    tables = ("index", "embeddings", "neighbors", "duplicates", "clusters", "select", "coreset")
+    assert contents(tmp_path / "here", *tables) == contents(tmp_path / "ray", *tables)
+
+
 def test_a_run_is_a_table_with_paths_and_says_what_happened(covered, pool):
     run = elfs_ray.run(config_for(pool, covered, "select.method=coverage"))
     assert isinstance(run, elfs_ray.Run) and run.uri == str(covered)
