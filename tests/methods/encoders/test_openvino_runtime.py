@@ -1,5 +1,6 @@
 """OpenVINO computes what torch computes, whatever the batch, and tells nobody about it."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -54,6 +55,19 @@ def test_features_do_not_depend_on_the_batch():
     for one in (0, 7, BATCH_SIZE + 2):
         assert np.array_equal(encoder.encode(images[one : one + 1])[0], features[one])
     assert np.array_equal(encoder.encode(images[::-1])[::-1], features)
+
+
+def test_threads_that_call_at_once_get_the_bytes_of_one_that_calls_alone():
+    name, size = CONVOLUTIONS
+    images = some_images(3 * BATCH_SIZE, size)
+    alone = load(name, size, "openvino", "fp32").encode(images)
+    encoder = load_encoder(
+        name, weights="random:0", image_size=size, runtime="openvino", precision="fp32", num_threads=3
+    )
+    parts = [images[start:] for start in range(0, len(images), 5)]
+    with ThreadPoolExecutor(3) as threads:
+        for part, features in zip(parts, threads.map(encoder.encode, parts), strict=True):
+            assert np.array_equal(features, alone[len(images) - len(part) :])
 
 
 def test_no_usage_data_is_kept_or_sent(tmp_path, monkeypatch):
