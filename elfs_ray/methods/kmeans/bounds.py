@@ -57,7 +57,8 @@ class BoundedSearch:
         exact = exact_centroids(centroids, torch.device("cpu"))
         # An interrupted call leaves bounds of two iterations: without centroids the next call searches from scratch.
         before, self._centroids = self._centroids, None
-        if before is None or before.shape != exact.shape:
+        # An empty shard has no rows to estimate from what the bounds would save.
+        if before is None or before.shape != exact.shape or len(self._labels) == 0:
             self._take_offset(mean_centroid(exact))
             before = None
         search = ProductFilter(exact, self._offset, self._space)
