@@ -33,8 +33,9 @@ from elfs_ray.methods.clustering_trust import LEAST_TRUST, estimate_trust
 from elfs_ray.methods.kmeans.assignment import nearest_centroids
 from elfs_ray.methods.kmeans.lloyd import kmeans
 from elfs_ray.methods.kmeans.points import ArrayPoints
+from elfs_ray.methods.selection import greedi
 from elfs_ray.methods.selection.cluster_centres import kmeans_centres, typiclust
-from elfs_ray.methods.selection.coverage import centred, facility_location, sum_of
+from elfs_ray.methods.selection.coverage import centred, sum_of
 from elfs_ray.methods.training.linear_probe import fit_linear_probe
 
 IMAGES_A_CLASS = (1, 2, 5, 10, 25, 50)
@@ -102,16 +103,19 @@ class Track:
         if method in baselines:
             return [self._kept(f"{method}-{count}", baselines[method])]
         # Every beginning of these is the selection of a smaller count.
-        inside = method == "auto" and self.trust() >= LEAST_TRUST
-        name = f"{'inside' if inside else 'coverage'}-{self.counts[-1]}"
-        return [self._kept(name, lambda: self._cover(inside))[:count]]
+        classes_first = method == "auto" and self.trust() >= LEAST_TRUST
+        name = f"{'classes_first' if classes_first else 'coverage'}-{self.counts[-1]}"
+        return [self._kept(name, lambda: self._cover(classes_first))[:count]]
 
-    def _cover(self, inside: bool) -> np.ndarray:
-        """Return the order of the largest count, by coverage inside the pseudo-classes or of the whole pool."""
-        embeddings = self.pool.embeddings
-        if inside:
-            return facility_location(embeddings, self.counts[-1], groups=self.labels).order
-        return facility_location(centred(embeddings, sum_of(embeddings) / len(embeddings)), self.counts[-1]).order
+    def _cover(self, classes_first: bool) -> np.ndarray:
+        """Return the order of the largest count, by coverage of the pool, of each pseudo-class before it if wanted."""
+        ids, embeddings = np.arange(self.num_images), self.pool.embeddings
+        whole = greedi.Rows(centred(embeddings, sum_of(embeddings) / len(embeddings)), ids, None)
+        if not classes_first:
+            return greedi.select(whole, self.counts[-1])[0]
+        first = greedi.select(greedi.Rows(embeddings, ids, self.labels), self.num_classes)[0]
+        rest = greedi.select(whole, self.counts[-1] - len(first), whole.among(np.sort(first)))[0]
+        return np.concatenate([first, rest])
 
     def trust(self) -> float:
         """Return the estimated share of right pseudo-labels."""

@@ -161,7 +161,7 @@ def measure_pool(num_samples: int, budget: int) -> None:
         pool = ScoredPool(files, score, DIRECTIONS[score], num_samples, 1)
         idle = memory_of_ray()
         with Peak(memory_of_ray) as measured:
-            _, (coverage,) = score_by_coverage(run_dir, pool, 0, [budget], inside_classes=False)
+            _, (coverage,) = score_by_coverage(run_dir, pool, 0, [budget])
     title = f"coverage selects {budget:,} of {num_samples:,} x {DIM}"
     emit(title, measured.seconds, "s", "target for a million", TARGET_S, less_is_better=True)
     gib = (measured.peak_bytes - idle) / 2**30

@@ -105,7 +105,7 @@ def _describe(name: str, coreset: CoresetResult, num_samples: int, method: str) 
     line = f"  {name:<8} {coreset.rows:,} of {count(num_samples, 'image')} by {method}"
     if coreset.coverage is None:
         return line
-    place = "each pseudo-class" if coreset.coverage["inside_classes"] else "the whole pool"
+    place = "each pseudo-class, then the whole pool" if coreset.coverage["classes_first"] else "the whole pool"
     return (
         f"{line}, covering {place}: mean similarity {coreset.coverage['coreset']:.3f} to the nearest image chosen, "
         f"{coreset.coverage['random']:.3f} with random images"

@@ -164,7 +164,7 @@ def write_later(run_dir: RunDir, name: str, ids: np.ndarray, **keys: object) -> 
     coreset = pa.table(columns, schema=schema.CORESET_SCHEMA)
     filesystem.write_table(folder.path(schema.CORESET, schema.range_file(0, len(ids) - 1)), coreset)
     result = SelectResult.read(run_dir).coresets[schema.CORESET]
-    covered = {"coreset": 0.875, "random": 0.75, "inside_classes": True}
+    covered = {"coreset": 0.875, "random": 0.75, "classes_first": True}
     result = dataclasses.replace(result, rows=len(ids), hardest_examples=[], easiest_examples=[7], coverage=covered)
     selected = SelectResult(len(ids), 1000, {schema.CORESET: result}, left_out={"labelled": 100})
     config = {"select.method": "auto", **{f"select.{key}": value for key, value in keys.items()}}

@@ -55,8 +55,8 @@ class SelectConfig:
     method: str = option(
         "auto",
         "how the coreset is chosen; coverage: in turn the image that makes all images most similar to a chosen one; "
-        "auto: the same inside each pseudo-class, or in the whole pool if few pseudo-labels look right; double_end: as "
-        "in the paper, by the training dynamics of a proxy network; random, prototypicality, d2 and zcore are "
+        "auto: the same, after one image for each pseudo-class unless few pseudo-labels look right; double_end: as in "
+        "the paper, by the training dynamics of a proxy network; random, prototypicality, d2 and zcore are "
         "baselines; auto, coverage and these four train no network",
         choices=SELECT_METHODS,
     )

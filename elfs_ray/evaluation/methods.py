@@ -39,7 +39,7 @@ def _unbalanced(method: str, *keys: str) -> tuple[str, ...]:
 
 METHODS = {
     "run": Method("as the run selects, at each budget", ()),
-    "auto": Method("coverage of each pseudo-class, or of the pool", ("select.method=auto", "select.balance=false")),
+    "auto": Method("coverage of each pseudo-class, then of the pool", ("select.method=auto", "select.balance=false")),
     "coverage": Method("coverage of the pool", ("select.method=coverage", "select.balance=false"), "embeddings"),
     "random": Method("sampled uniformly, anew for each seed", _unbalanced("random"), "first run", is_per_seed=True),
     "prototypicality": Method(

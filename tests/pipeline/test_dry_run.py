@@ -57,4 +57,4 @@ def test_the_plan_says_how_many_images_a_cluster_has(tmp_path):
     assert "0.5 a cluster are too few for auto, which needs about 10: give a number, or search" in plan
     plan = describe(tmp_path / "pool", tmp_path / "run", "cluster.num_clusters=auto", "select.method=auto")
     assert "2 to 3 clusters, as the embeddings suggest" in plan
-    assert "covers each pseudo-class by its members if 60% of the pseudo-labels look right" in plan
+    assert "covers each pseudo-class first if 60% of pseudo-labels look right" in plan

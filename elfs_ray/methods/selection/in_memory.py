@@ -28,7 +28,7 @@ class Selection:
     scores: (b,) float32, by how much each raised the sum of similarities over the pool when it was selected.
     coverage, random_coverage: the mean similarity, 0 to 1, of the pool to its nearest selected or labelled sample, and
         with random samples in place of the selected ones.
-    inside_classes: whether each pseudo-class was covered by its members, and not the whole pool at once.
+    classes_first: whether the first samples, as many as there are pseudo-classes, were to cover their classes alone.
     num_samples: the number of samples that were to be covered.
     """
 
@@ -36,7 +36,7 @@ class Selection:
     scores: np.ndarray
     coverage: float
     random_coverage: float
-    inside_classes: bool
+    classes_first: bool
     num_samples: int
 
     def __len__(self) -> int:
@@ -44,7 +44,7 @@ class Selection:
 
     def __repr__(self) -> str:
         ids = ", ".join(map(str, self.ids[:5].tolist())) + (", …" if len(self) > 5 else "")
-        place = "each pseudo-class" if self.inside_classes else "the whole pool"
+        place = "each pseudo-class, then the whole pool" if self.classes_first else "the whole pool"
         return (
             f"Selection of {len(self):,} of {self.num_samples:,} samples, covering {place}: mean similarity "
             f"{self.coverage:.3f} to the nearest one, {self.random_coverage:.3f} with random samples; ids [{ids}]"
@@ -62,17 +62,17 @@ def select(
     seed: int = 0,
 ) -> Selection:
     """Select the samples to label, in their order, without a cluster: in turn the one that makes all others most
-    similar to a selected one (greedy facility location). To cover the whole pool, similarities are those of the
-    embeddings minus their mean.
+    similar to a selected one (greedy facility location). Similarities are those of the embeddings minus their mean.
 
     embeddings: (n, d), an array or a tensor, of any length but 0. They are rounded to float16 as in a run.
     budget: a number of samples, or as a float the fraction of n.
-    pseudo_labels: (n,) int. If at least 60% look right by their neighbours, each class is covered by its members.
+    pseudo_labels: (n,) int. If at least 60% look right by their neighbours, the first samples, as many as there are
+        classes, each cover members of their own class alone.
     labelled: ids of samples that are labelled already: they cover others and are not selected again.
     exclude: ids of samples that are neither selected nor covered.
     ids: (n,) int, distinct ids of the samples; 0 to n-1 by default.
 
-    Raises ValueError for shapes, ids or a budget that do not fit. Memory: 6·n·d bytes, and 2·n² of similarities up to
+    Raises ValueError for shapes, ids or a budget that do not fit. Memory: 8·n·d bytes, and 2·n² of similarities up to
     20,000 samples; above that 0.8 GB, at the end 1.6 GB.
     """
     rows = _rows_of(embeddings, ids, pseudo_labels)
@@ -82,45 +82,52 @@ def select(
     others = np.setdiff1d(left, labelled_ids)
     if count > len(others):
         raise ValueError(f"budget is {count}, but only {len(others)} samples are neither labelled nor excluded")
-    if rows.groups is not None and not _look_right(rows, seed):
-        rows = rows._replace(groups=None)
-    if rows.groups is None:
-        rows = rows.centred(sum_of(rows.among(left).embeddings) / len(left))
-    already = rows.among(np.setdiff1d(labelled_ids, excluded)) if len(labelled_ids) else None
-    # Divided before any are excluded, as a run does.
-    ranges = greedi.partitions(len(rows.sample_ids))
-    parts = [rows.among(np.intersect1d(rows.sample_ids[part.start : part.stop], left)) for part in ranges]
-    points, measured = (rows.among(sample) for sample in greedi.samples_of(left, seed))
-    share = greedi.share_of(rows.sample_ids, others, count)
-    selected, gains, num_points = _choose(parts, points, already, count, share)
-    fixed = np.empty((0, rows.embeddings.shape[1])) if already is None else already.embeddings
+    labelled_ids = np.setdiff1d(labelled_ids, excluded)
+    num_classes = 0 if rows.groups is None or not _look_right(rows, seed) else len(np.unique(rows.groups))
+    num_first = min(count, max(0, num_classes - len(labelled_ids)))
+    whole = rows._replace(groups=None).centred(sum_of(rows.among(left).embeddings) / len(left))
+    steps = [each for each in ((rows, num_first), (whole, count - num_first)) if each[1]]
+    selected, scores = np.empty(0, np.int64), np.empty(0, np.float32)
+    for each, number in steps:
+        chosen, gains = _choose(each, number, np.union1d(labelled_ids, selected), left, seed)
+        selected, scores = np.concatenate([selected, chosen]), np.concatenate([scores, gains])
+    measured = whole.among(greedi.samples_of(left, seed)[1])
 
     def coverage(chosen: np.ndarray) -> float:
-        near = np.concatenate([rows.among(chosen).embeddings, fixed])
+        near = whole.among(np.union1d(chosen, labelled_ids)).embeddings
         return float(highest_similarity(measured.embeddings, near).mean(dtype=np.float64) / SIMILARITY_ONE)
 
     return Selection(
         ids=selected,
-        scores=greedi.scores_of(gains, num_points, len(left)),
+        scores=scores,
         coverage=coverage(selected),
         random_coverage=coverage(others[random_selection(others, count, seed)]),
-        inside_classes=rows.groups is not None,
+        classes_first=num_classes > 0,
         num_samples=len(left),
     )
 
 
 def _choose(
-    parts: list[greedi.Rows], points: greedi.Rows, labelled: greedi.Rows | None, count: int, share: int
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return the ids in the order of selection, their gains, and the number of points that they were to cover."""
+    rows: greedi.Rows, count: int, covering_ids: np.ndarray, left: np.ndarray, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids (b,) of the next `count` samples in their order, and the scores (b,) float32.
+
+    covering_ids: those that cover others already; left: those that are to be covered.
+    """
+    covering = rows.among(covering_ids) if len(covering_ids) else None
+    # Divided before any are excluded, as a run does.
+    ranges = greedi.partitions(len(rows.sample_ids))
+    parts = [rows.among(np.intersect1d(rows.sample_ids[part.start : part.stop], left)) for part in ranges]
     if len(parts) == 1:
-        order, gains = greedi.select(parts[0], count, labelled)
-        return parts[0].sample_ids[order], gains, len(parts[0].sample_ids)
+        order, gains = greedi.select(parts[0], count, covering)
+        return parts[0].sample_ids[order], greedi.scores_of(gains, len(left), len(left))
     num_candidates = greedi.num_candidates(len(parts))
+    share = greedi.share_of(rows.sample_ids, np.setdiff1d(left, covering_ids), count)
     # A partition may have no samples but excluded ones.
-    nominees = [greedi.nominate(part, num_candidates, share, labelled) for part in parts if len(part.sample_ids)]
-    merged = greedi.merge(nominees, points, count, labelled)
-    return merged.sample_ids, merged.gains, len(points.sample_ids)
+    nominees = [greedi.nominate(part, num_candidates, share, covering) for part in parts if len(part.sample_ids)]
+    points = rows.among(greedi.samples_of(left, seed)[0])
+    merged = greedi.merge(nominees, points, count, covering)
+    return merged.sample_ids, greedi.scores_of(merged.gains, len(points.sample_ids), len(left))
 
 
 def _rows_of(

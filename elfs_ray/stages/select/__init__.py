@@ -22,7 +22,7 @@ class CoresetResult:
     num_hard and num_easy count the samples pruned from each end, num_not_drawn those left out for no such reason. The
     scores are in the column `score` of the table at `score_table`; `hard_side`, low or high, is the end with the hard
     samples. coverage: for the methods coverage and auto, the mean similarity of the pool to its nearest sample in this
-    coreset and in a random one, as "coreset" and "random", and whether it was chosen "inside_classes".
+    coreset and in a random one, as "coreset" and "random", and whether it covers "classes_first".
     """
 
     rows: int
@@ -82,8 +82,7 @@ def _describe(config: Config, num_samples: int) -> str:
         from elfs_ray.methods.clustering_trust import LEAST_TRUST
 
         source += (
-            f": covers each pseudo-class by its members if {LEAST_TRUST:.0%} of the pseudo-labels look right, else the "
-            "pool at once"
+            f": covers each pseudo-class first if {LEAST_TRUST:.0%} of pseudo-labels look right, then the whole pool"
         )
     return f"{select.method} {source}{balanced}"
 

@@ -1,11 +1,13 @@
 """Select by coverage: greedy facility location on the embeddings (methods/selection/coverage.py, greedi.py).
 
-Reads   select/pool/ (ids and pseudo-labels), embeddings/; clusters/ to cover each pseudo-class by its members
+Reads   select/pool/ (ids and pseudo-labels), embeddings/; clusters/ to cover each pseudo-class first
 Writes  select/coverage/ (sample_id, pseudo_label, score, rank), a file for each of select/pool/
 
 To cover the whole pool, embeddings are taken relative to the mean of the samples to be covered. A pool of up to
 20,000 samples is one task. A larger one is divided into partitions, a task each, and one more task selects among what
-these nominate. The result depends on embeddings, pseudo-labels, labelled samples and seed alone.
+these nominate. If the pseudo-labels can be trusted, this is done twice: the first samples, as many as there are
+pseudo-classes, each cover members of their own class alone, and the others, given these, the whole pool. The result
+depends on embeddings, pseudo-labels, labelled samples and seed alone.
 
 Memory: a task holds 0.8 GB of similarities, the last one 1.6 GB, and its embeddings. The driver holds some 40 bytes a
 sample, and the embeddings of 20,000 nominees and of a sample of 44,000.
@@ -59,16 +61,29 @@ class CoverageOfPool(NamedTuple):
     random: float
 
 
-def covers_inside_classes(clusters: ClusterResult) -> bool:
-    """Return whether `select.method=auto` covers each pseudo-class by its members, and say so.
+class Samples(NamedTuple):
+    """Ids of samples, ascending: all that are embedded, those to be covered, those to leave out, and a sample to cover.
 
-    On the three sets where at least 60% looked right this raised accuracy by 1.2 points, on average over 1 to 50 labels
+    A large pool is covered by covering the sample.
+    """
+
+    embedded: np.ndarray
+    wanted: np.ndarray
+    ignored: np.ndarray
+    points: np.ndarray
+
+
+def covers_classes_first(clusters: ClusterResult) -> bool:
+    """Return whether `select.method=auto` first covers each pseudo-class by its members, and say so.
+
+    On the three sets where at least 60% looked right this raised accuracy by 1.6 points, on average over 1 to 50 labels
     a class (BENCHMARKS.md, "Few labels").
     """
     right = clusters.trust["right"] if clusters.trust else 0.0
-    inside = right >= LEAST_TRUST
-    say(f"select    covering {'each pseudo-class' if inside else 'the whole pool: too few pseudo-labels look right'}")
-    return inside
+    classes_first = right >= LEAST_TRUST
+    place = "each pseudo-class, then the whole pool" if classes_first else "the whole pool"
+    say(f"select    covering {place}" + ("" if classes_first else ": too few pseudo-labels look right"))
+    return classes_first
 
 
 def score_by_coverage(
@@ -77,43 +92,63 @@ def score_by_coverage(
     seed: int,
     counts: Sequence[int],
     *,
-    inside_classes: bool,
+    num_classes: int = 0,
     labelled_ids: np.ndarray = _NONE,
     ignored_ids: np.ndarray = _NONE,
 ) -> tuple[ScoredPool, list[CoverageOfPool]]:
     """Write the ranks and gains of the samples. Returns the pool with these, and how coresets of `counts` cover it.
 
-    inside_classes: whether a sample covers those of its pseudo-class alone, and not the whole pool. labelled_ids:
-    samples (l,) that cover others already and are not chosen; ignored_ids: samples (i,) that are neither chosen nor
-    covered; both ascending. As many others must be left as the largest count.
-    A score is a gain: by how much the sample raised the sum of similarities over the pool when it was chosen.
+    num_classes: the first so many samples, with the labelled ones, cover their pseudo-classes alone; the others cover
+    the whole pool. labelled_ids: samples (l,) that cover others already and are not chosen; ignored_ids: samples (i,)
+    that are neither chosen nor covered; both ascending. As many others must be left as the largest count.
+    A score is a gain: by how much the sample raised the sum of similarities that counted when it was chosen.
     """
     files = run_dir.counted_files(schema.EMBEDDINGS)
     embedded_ids = np.concatenate([_column(path, schema.SAMPLE_ID) for path in pool.files])
     sample_ids = np.setdiff1d(embedded_ids, ignored_ids, assume_unique=True)
+    labelled_ids = np.intersect1d(labelled_ids, embedded_ids, assume_unique=True)
     point_ids, measured_ids = greedi.samples_of(sample_ids, seed)
-    labels = (schema.CLUSTERS, schema.PSEUDO_LABELS_DIR)  # in files as those of the embeddings
-    label_files = [run_dir.path(*labels, filesystem.basename(path)) if inside_classes else None for path, _ in files]
-    slices = _slices(files, label_files, greedi.partitions(len(embedded_ids)))
-    centre = None if inside_classes else _centre(slices, ignored_ids, len(sample_ids))
-    parts = [Part(each, centre) for each in slices]
-    covered = _rows_of(parts, labelled_ids) if len(labelled_ids) else None
-    labelled_ids = _NONE if covered is None else covered.sample_ids
+    samples = Samples(embedded_ids, sample_ids, ignored_ids, point_ids)
+    ranges = greedi.partitions(len(embedded_ids))
+    slices = _slices(files, [None] * len(files), ranges)
+    centre = _centre(slices, ignored_ids, len(sample_ids))
+    whole = [Part(each, centre) for each in slices]
+    num_first = min(max(counts), max(0, num_classes - len(labelled_ids)))
+    steps = [(whole, max(counts) - num_first)] if max(counts) > num_first else []
+    if num_first:
+        labels = (schema.CLUSTERS, schema.PSEUDO_LABELS_DIR)  # in files as those of the embeddings
+        label_files = [run_dir.path(*labels, filesystem.basename(path)) for path, _ in files]
+        steps.insert(0, ([Part(each, None) for each in _slices(files, label_files, ranges)], num_first))
+    ids, scores = _NONE, np.empty(0, np.float32)
+    with Progress("select", len(steps) * (len(whole) + 1), "parts selected") as progress:
+        for parts, count in steps:
+            chosen, gains = _choose(parts, count, np.union1d(labelled_ids, ids), samples, progress)
+            ids, scores = np.concatenate([ids, chosen]), np.concatenate([scores, gains])
     others = np.setdiff1d(sample_ids, labelled_ids, assume_unique=True)
-    share = greedi.share_of(embedded_ids, others, max(counts))
-    with Progress("select", len(parts) + 1, "parts selected") as progress:
-        if len(parts) == 1:
-            ids, gains, measured = _select_at_once(parts[0], covered, ignored_ids, measured_ids, max(counts))
-            num_points = len(sample_ids)
-        else:
-            ids, gains, measured, num_points = _select_in_parts(
-                parts, covered, ignored_ids, point_ids, measured_ids, max(counts), share, progress
-            )
-        progress.update(len(parts) + 1)
-    scores = greedi.scores_of(gains, num_points, len(sample_ids))
     random_ids = others[random_selection(others, max(counts), seed)]
-    coverages = _measure(parts, measured, ids, random_ids, labelled_ids, counts)
+    measured = _rows_of(whole, measured_ids).embeddings
+    coverages = _measure(whole, measured, ids, random_ids, labelled_ids, counts)
     return _write(run_dir, pool, ids, scores), coverages
+
+
+def _choose(
+    parts: Sequence[Part], count: int, covering_ids: np.ndarray, samples: Samples, progress: Progress
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids (b,) of the next `count` samples in their order, and the scores (b,) float32.
+
+    covering_ids: those that cover others already.
+    """
+    covering = _rows_of(parts, covering_ids) if len(covering_ids) else None
+    if len(parts) == 1:
+        ((_, (ids, gains)),) = run_tasks(_select_at_once, [(parts[0], covering, samples.ignored, count)])
+        num_points = len(samples.wanted)
+        progress.advance(1)
+    else:
+        others = np.setdiff1d(samples.wanted, covering_ids, assume_unique=True)
+        share = greedi.share_of(samples.embedded, others, count)
+        ids, gains, num_points = _select_in_parts(parts, covering, samples, count, share, progress)
+    progress.advance(1)
+    return ids, greedi.scores_of(gains, num_points, len(samples.wanted))
 
 
 def _slices(
@@ -148,87 +183,65 @@ def _sum(slices: Sequence[Slice], ignored_ids: np.ndarray) -> np.ndarray:
 
 
 def _select_at_once(
-    part: Part,
-    labelled: greedi.Rows | None,
-    ignored_ids: np.ndarray,
-    measured_ids: np.ndarray,
-    count: int,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the ids in the order of selection, their gains, and the embeddings of the samples to measure on."""
-    ((_, result),) = run_tasks(_select_whole_pool, [(part, labelled, ignored_ids, measured_ids, count)])
-    return result
-
-
-def _select_whole_pool(
-    part: Part,
-    labelled: greedi.Rows | None,
-    ignored_ids: np.ndarray,
-    measured_ids: np.ndarray,
-    count: int,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    part: Part, covering: greedi.Rows | None, ignored_ids: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids in the order of selection and their gains, from a pool of one partition."""
     torch.set_num_threads(1)
     rows = _read_centred(part).without(ignored_ids)
-    order, gains = greedi.select(rows, count, labelled)
-    return rows.sample_ids[order], gains, rows.among(measured_ids).embeddings
+    order, gains = greedi.select(rows, count, covering)
+    return rows.sample_ids[order], gains
 
 
 def _select_in_parts(
     parts: Sequence[Part],
-    labelled: greedi.Rows | None,
-    ignored_ids: np.ndarray,
-    point_ids: np.ndarray,
-    measured_ids: np.ndarray,
+    covering: greedi.Rows | None,
+    samples: Samples,
     count: int,
     share: int,
     progress: Progress,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+) -> tuple[np.ndarray, np.ndarray, int]:
     """Return what `_select_at_once` does, and the number of points that the choice was made to cover."""
     nominees: dict[int, greedi.Nominees] = {}
     points: dict[int, greedi.Rows] = {}
-    measured: dict[int, np.ndarray] = {}
     num_candidates = greedi.num_candidates(len(parts))
     # Stored once, not once for each task.
-    shared = tuple(map(put, (ignored_ids, point_ids, measured_ids, labelled)))
+    shared = tuple(map(put, (samples.ignored, samples.points, covering)))
     tasks = [(part, *shared, num_candidates, share) for part in parts]
-    for position, (nominated, covered, kept) in run_tasks(_nominate, tasks):
-        nominees[position], points[position], measured[position] = nominated, covered, kept
+    for position, (nominated, covered) in run_tasks(_nominate, tasks):
+        nominees[position], points[position] = nominated, covered
         progress.advance(1)
     # In the order of the partitions, whichever ended first.
     in_order = range(len(parts))
     all_points = greedi.Rows.concatenate([points[part] for part in in_order])
-    ((_, merged),) = run_tasks(_merge, [([nominees[part] for part in in_order], all_points, count, labelled)])
-    all_measured = np.concatenate([measured[part] for part in in_order])
-    return merged.sample_ids, merged.gains, all_measured, len(all_points.sample_ids)
+    ((_, merged),) = run_tasks(_merge, [([nominees[part] for part in in_order], all_points, count, covering)])
+    return merged.sample_ids, merged.gains, len(all_points.sample_ids)
 
 
 def _nominate(
     part: Part,
     ignored_ids: np.ndarray,
     point_ids: np.ndarray,
-    measured_ids: np.ndarray,
-    labelled: greedi.Rows | None,
+    covering: greedi.Rows | None,
     num_candidates: int,
     share: int,
-) -> tuple[greedi.Nominees, greedi.Rows, np.ndarray]:
+) -> tuple[greedi.Nominees, greedi.Rows]:
     torch.set_num_threads(1)
     rows = _read_centred(part).without(ignored_ids)
-    nominees = greedi.nominate(rows, num_candidates, share, labelled)
-    return nominees, rows.among(point_ids), rows.among(measured_ids).embeddings
+    return greedi.nominate(rows, num_candidates, share, covering), rows.among(point_ids)
 
 
 def _merge(
-    nominees: Sequence[greedi.Nominees], points: greedi.Rows, count: int, labelled: greedi.Rows | None
+    nominees: Sequence[greedi.Nominees], points: greedi.Rows, count: int, covering: greedi.Rows | None
 ) -> greedi.Merged:
     torch.set_num_threads(1)
-    return greedi.merge(nominees, points, count, labelled)
+    return greedi.merge(nominees, points, count, covering)
 
 
-def _rows_of(parts: Sequence[Part], sample_ids: np.ndarray) -> greedi.Rows | None:
-    """Return those samples of the pool, in the order of their ids; None if it has none of them."""
+def _rows_of(parts: Sequence[Part], sample_ids: np.ndarray) -> greedi.Rows:
+    """Return those samples of the pool, in the order of their ids."""
     wanted = put(sample_ids)
     rows = dict(run_tasks(_read_among, [(part, wanted) for part in parts]))
-    joined = greedi.Rows.concatenate([rows[position] for position in range(len(parts))])
-    return joined if len(joined.sample_ids) else None
+    return greedi.Rows.concatenate([rows[position] for position in range(len(parts))])
 
 
 def _read_among(part: Part, sample_ids: np.ndarray) -> greedi.Rows:

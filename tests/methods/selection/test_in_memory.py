@@ -25,7 +25,7 @@ def test_the_ids_are_the_greedy_selection_in_its_order():
     assert selection.ids.tolist() == expected.order.tolist()
     np.testing.assert_allclose(selection.scores, expected.gains / SIMILARITY_ONE, rtol=1e-2)
     assert selection.random_coverage < selection.coverage < 1
-    assert not selection.inside_classes
+    assert not selection.classes_first
 
 
 def test_every_beginning_is_the_selection_for_a_smaller_budget():
@@ -72,13 +72,15 @@ def test_two_rounds_and_excluded_samples(monkeypatch, rows):
 def test_pseudo_labels_that_look_wrong_are_not_used():
     wrong = np.random.default_rng(0).integers(0, 10, 300)
     selection = elfs_ray.select(EMBEDDINGS, 25, pseudo_labels=wrong)
-    assert not selection.inside_classes
+    assert not selection.classes_first
     assert selection.ids.tolist() == elfs_ray.select(EMBEDDINGS, 25).ids.tolist()
 
 
 def test_the_repr_says_what_was_selected():
     text = repr(elfs_ray.select(EMBEDDINGS, 6, pseudo_labels=LABELS))
-    assert text.startswith("Selection of 6 of 300 samples, covering each pseudo-class: mean similarity 0.")
+    assert text.startswith(
+        "Selection of 6 of 300 samples, covering each pseudo-class, then the whole pool: mean similarity 0."
+    )
     assert "with random samples; ids [" in text and text.endswith(", …]")
 
 

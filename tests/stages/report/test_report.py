@@ -218,7 +218,7 @@ def test_the_choice_of_the_hard_fraction_is_explained(ray_cluster, tmp_path):
 
 @pytest.mark.parametrize(
     ("right", "words"),
-    [(0.75, "so the images were chosen inside each group"), (0.25, "so the groups were not used")],
+    [(0.75, "so the first images were chosen about one for each group"), (0.25, "so the groups were not used")],
 )
 def test_a_selection_by_auto_says_how_far_its_groups_are_trusted(ray_cluster, tmp_path, right, words):
     run_dir = RunDir(tmp_path)
@@ -228,5 +228,5 @@ def test_a_selection_by_auto_says_how_far_its_groups_are_trusted(ray_cluster, tm
     page, metrics = select_and_report(tmp_path, "select.method=auto", "budget=30")
     text = "".join(page.texts)
     assert f"About {right:.0%} of the images seem to be in the right group" in text and words in text
-    assert metrics["coresets"]["coreset"]["coverage"]["inside_classes"] == (right > 0.5)
+    assert metrics["coresets"]["coreset"]["coverage"]["classes_first"] == (right > 0.5)
     assert "Too hard" not in text and "score_histogram" not in metrics

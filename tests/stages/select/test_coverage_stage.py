@@ -93,21 +93,25 @@ def write_clusters(run_dir, right):
     return ids
 
 
-@pytest.mark.parametrize(("right", "place"), [(0.9, "each pseudo-class"), (0.3, "the whole pool")])
-def test_auto_covers_each_pseudo_class_unless_few_pseudo_labels_look_right(ray_cluster, tmp_path, capsys, right, place):
+@pytest.mark.parametrize(
+    ("right", "place"), [(0.9, "each pseudo-class, then the whole pool"), (0.3, "the whole pool:")]
+)
+def test_auto_covers_classes_first_if_labels_look_right(ray_cluster, tmp_path, capsys, right, place):
     run_dir = RunDir(tmp_path)
     ids = write_clusters(run_dir, right)
     result = select.run_select(digits_config(tmp_path, "select.method=auto", "budget=40"), run_dir)
-    groups = digit_images(1003)[1][ids] if right > 0.5 else None
-    embeddings = embeddings_of(run_dir)
-    expected = facility_location(embeddings if right > 0.5 else around_mean(embeddings), 40, groups=groups)
-    np.testing.assert_array_equal(read(run_dir, "coreset")["sample_id"], ids[expected.order])
+    embeddings, groups = embeddings_of(run_dir), digit_images(1003)[1][ids] if right > 0.5 else None
+    first = [] if groups is None else facility_location(embeddings, 10, groups=groups).order
+    whole = around_mean(embeddings)
+    rest = facility_location(whole, 40, covered_by=whole[first] if len(first) else None).order
+    expected = [*first, *rest[~np.isin(rest, first)]][:40]
+    np.testing.assert_array_equal(read(run_dir, "coreset")["sample_id"], ids[expected])
     coverage = result.coresets["coreset"].coverage
     assert coverage["random"] < coverage["coreset"]
     assert f"covering {place}" in "".join(capsys.readouterr())
     selection = elfs_ray.select(embeddings_of(run_dir), 40, ids=ids, pseudo_labels=groups)
     assert_equal_in_memory(selection, read(run_dir, "coreset"), coverage)
-    assert selection.inside_classes == (right > 0.5)
+    assert selection.classes_first == (right > 0.5)
 
 
 @pytest.mark.slow
