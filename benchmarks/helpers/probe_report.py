@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from elfs_ray.evaluation.chart import COLOURS
 
@@ -135,6 +136,7 @@ def _draw(axes: Axes, track: Measured, methods: Sequence[str]) -> None:
         if spreads.any():
             axes.fill_between(counts, means - spreads, means + spreads, color=colour, alpha=0.15, linewidth=0)
     axes.set_xscale("log")
+    axes.xaxis.set_minor_formatter(NullFormatter())  # between 200 and 2,000 they would lie on each other
     axes.set_title(title_of(track), fontsize=9)
     axes.set_xlabel("labels")
     axes.set_ylabel("test accuracy, %")
