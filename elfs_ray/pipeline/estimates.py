@@ -70,7 +70,7 @@ def describe_estimates(
     return [
         "",
         *(f"{name:<9} {line}" for name, line in lines.items()),
-        f"time      about {format_duration(total_s)} in all, with the start of all workers{besides}",
+        f"time      about {format_duration(total_s)} in all{besides}",
         *warn_of_days(total_s),
     ]
 

@@ -110,7 +110,7 @@ def run(config: Config, name: str) -> SelectResult:
 
 
 def write(config: Config, folder: Overlay) -> Marker:
-    """Select into a folder that nobody else writes to, on Ray; return the marker of stage select.
+    """Select into a folder that nobody else writes to; return the marker of stage select.
 
     Resumes a selection that was started with the same config; deletes anything else in the folder.
     """

@@ -153,8 +153,12 @@ def _watch(stage: Stage, config: Config) -> AbstractContextManager[None]:
     from elfs_ray.runtime.cluster import devices_of_cluster
     from elfs_ray.runtime.lost_nodes import tell_of_lost_nodes
 
-    requests = stage.requests(config, stage.devices(config, devices_of_cluster()))
-    return tell_of_lost_nodes(stage.name, requests, devices_of_cluster) if requests else contextlib.nullcontext()
+    # On the stage's own nodes, as the looks are: these happen while the stage runs.
+    before = stage.devices(config, devices_of_cluster())
+    requests = stage.requests(config, before)
+    return (
+        tell_of_lost_nodes(stage.name, requests, before, devices_of_cluster) if requests else contextlib.nullcontext()
+    )
 
 
 def _versions() -> dict[str, str]:

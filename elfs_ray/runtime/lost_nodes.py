@@ -22,14 +22,20 @@ PATIENCE_S = 30.0  # in which a cluster may replace a node
 class Watch:
     """Finds that the devices have become too few for workers that had room when the stage began.
 
-    `devices` returns those that there are now. `look` returns a line to print once they have been too few for some
-    looks in a row, else None.
+    `before` are those when it began, `devices` returns those that there are now. `look` returns a line to print once
+    they have been too few for some looks in a row, else None.
     """
 
-    def __init__(self, name: str, requests: Sequence[Request], devices: Callable[[], "Devices"], patience: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        requests: Sequence[Request],
+        before: "Devices",
+        devices: Callable[[], "Devices"],
+        patience: int,
+    ) -> None:
         self._name, self._devices, self._patience = name, devices, patience
-        here = devices()
-        self._requests = [request for request in requests if not describe_shortage(request, here)]
+        self._requests = [request for request in requests if not describe_shortage(request, before)]
         self._looks = 0
 
     def look(self) -> str | None:
@@ -45,9 +51,11 @@ class Watch:
 
 
 @contextlib.contextmanager
-def tell_of_lost_nodes(name: str, requests: Sequence[Request], devices: Callable[[], "Devices"]) -> Iterator[None]:
+def tell_of_lost_nodes(
+    name: str, requests: Sequence[Request], before: "Devices", devices: Callable[[], "Devices"]
+) -> Iterator[None]:
     """Watch the cluster within the context, from a thread, and print what is to be said."""
-    watch = Watch(name, requests, devices, patience=int(PATIENCE_S / LOOK_INTERVAL_S))
+    watch = Watch(name, requests, before, devices, patience=int(PATIENCE_S / LOOK_INTERVAL_S))
     stop = threading.Event()
 
     def keep_looking() -> None:

@@ -4,6 +4,7 @@ runtime/cluster.py calls this where no Ray is connected.
 """
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -59,10 +60,19 @@ def _next_result(running: dict[Future, int]) -> tuple[int, Any]:
 
 
 class Actor:
-    """An object that is called as a Ray actor is: `actor.method.remote(...)` returns what the method returns."""
+    """An object that is called as a Ray actor is: `actor.method.remote(...)` returns what the method returns.
+
+    It does one call at a time, whichever threads call it.
+    """
 
     def __init__(self, instance: Any) -> None:
-        self._instance = instance
+        self._instance, self._lock = instance, threading.Lock()
 
     def __getattr__(self, name: str) -> SimpleNamespace:
-        return SimpleNamespace(remote=getattr(self._instance, name))
+        method = getattr(self._instance, name)
+
+        def call(*arguments: Any) -> Any:
+            with self._lock:
+                return method(*arguments)
+
+        return SimpleNamespace(remote=call)

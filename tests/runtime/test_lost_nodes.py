@@ -14,7 +14,7 @@ SHARDS = Request("cluster", "cluster.num_workers", "shard", fewest=2, most=2, cp
 def lines_of(*devices: Devices, request: Request = SHARDS) -> list[str | None]:
     """Return what three looks in a row find, after the devices with which the stage begins."""
     each = iter(devices)
-    watch = Watch("cluster", [request], lambda: next(each), patience=2)
+    watch = Watch("cluster", [request], next(each), lambda: next(each), patience=2)
     return [watch.look() for _ in devices[1:]]
 
 

@@ -1,6 +1,7 @@
 """Tasks and actors without Ray: results as they end, few arguments at a time, errors as they were raised."""
 
 import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -74,3 +75,19 @@ def test_each_thread_computes_with_one_thread_and_the_limit_ends():
     finally:
         torch.set_num_threads(torch_before)
     assert [(pool["filepath"], pool["num_threads"]) for pool in threadpool_info()] == before
+
+
+def test_an_actor_does_one_call_at_a_time():
+    class Counter:
+        inside = most = 0
+
+        def call(self) -> None:
+            self.inside += 1
+            self.most = max(self.most, self.inside)
+            time.sleep(0.01)
+            self.inside -= 1
+
+    counter = Counter()
+    actor = Actor(counter)
+    list(run_in_threads(lambda: actor.call.remote(), [()] * 8, 4))
+    assert counter.most == 1

@@ -28,7 +28,7 @@ class Selection:
     scores: (b,) float32, by how much each raised the sum of similarities over the pool when it was selected.
     coverage, random_coverage: the mean similarity, 0 to 1, of the pool to its nearest selected or labelled sample, and
         with random samples in place of the selected ones.
-    classes_first: whether the first samples, as many as there are pseudo-classes, were to cover their classes alone.
+    classes_first: whether the first samples were to cover their pseudo-classes alone.
     num_samples: the number of samples that were to be covered.
     """
 
@@ -66,10 +66,10 @@ def select(
 
     embeddings: (n, d), an array or a tensor, of any length but 0. They are rounded to float16 as in a run.
     budget: a number of samples, or as a float the fraction of n.
-    pseudo_labels: (n,) int. If at least 60% look right by their neighbours, the first samples, as many as there are
-        classes, each cover members of their own class alone.
+    pseudo_labels: (n,) int. If at least 60% look right by their neighbours, the first samples, with the labelled ones
+        as many as there are classes, each cover members of their own class alone.
     labelled: ids of samples that are labelled already: they cover others and are not selected again.
-    exclude: ids of samples that are neither selected nor covered.
+    exclude: ids of samples that are neither selected nor covered, unless they are labelled.
     ids: (n,) int, distinct ids of the samples; 0 to n-1 by default.
 
     Raises ValueError for shapes, ids or a budget that do not fit. Memory: 8·n·d bytes, and 2·n² of similarities up to
@@ -78,11 +78,11 @@ def select(
     rows = _rows_of(embeddings, ids, pseudo_labels)
     count = budget_count(budget, len(rows.sample_ids))
     labelled_ids, excluded = _known(labelled, "labelled", rows), _known(exclude, "exclude", rows)
+    excluded = np.setdiff1d(excluded, labelled_ids)  # what is labelled covers others all the same, as in a run
     left = np.setdiff1d(rows.sample_ids, excluded)
     others = np.setdiff1d(left, labelled_ids)
     if count > len(others):
         raise ValueError(f"budget is {count}, but only {len(others)} samples are neither labelled nor excluded")
-    labelled_ids = np.setdiff1d(labelled_ids, excluded)
     num_classes = 0 if rows.groups is None or not _look_right(rows, seed) else len(np.unique(rows.groups))
     num_first = min(count, max(0, num_classes - len(labelled_ids)))
     whole = rows._replace(groups=None).centred(sum_of(rows.among(left).embeddings) / len(left))
@@ -102,7 +102,7 @@ def select(
         scores=scores,
         coverage=coverage(selected),
         random_coverage=coverage(others[random_selection(others, count, seed)]),
-        classes_first=num_classes > 0,
+        classes_first=num_first > 0,
         num_samples=len(left),
     )
 

@@ -21,7 +21,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from elfs_ray.config import BY_COVERAGE, Config
@@ -32,7 +31,7 @@ from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.stages.index import IndexResult
 from elfs_ray.stages.select import CoresetResult, SelectResult
 from elfs_ray.stages.select.coreset_files import write_coresets
-from elfs_ray.stages.select.coverage import covers_classes_first, score_by_coverage
+from elfs_ray.stages.select.coverage import score_by_coverage, trusted_classes
 from elfs_ray.stages.select.d2_zcore import WHOLE_POOL_METHODS, score_whole_pool
 from elfs_ray.stages.select.hard_fraction import choose_hard_fractions
 from elfs_ray.stages.select.left_out import LeftOut, find_left_out, leave_out
@@ -120,15 +119,14 @@ def _score(
     elif config.select.method in BY_COVERAGE:
         num_classes = 0
         if config.select.method == "auto":
-            clusters = ClusterResult.read(run_dir)
-            num_classes = int(np.count_nonzero(clusters.sizes)) if covers_classes_first(clusters) else 0
+            num_classes = trusted_classes(ClusterResult.read(run_dir))
         pool, measured = score_by_coverage(
             *(run_dir, pool, config.seed, counts),
             num_classes=num_classes,
             labelled_ids=left_out.labelled,
             ignored_ids=left_out.ignored,
         )
-        coverages = [{**coverage._asdict(), "classes_first": num_classes > 0} for coverage in measured]
+        coverages = [coverage._asdict() for coverage in measured]
     return pool, coverages
 
 

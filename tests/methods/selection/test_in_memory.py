@@ -69,6 +69,19 @@ def test_two_rounds_and_excluded_samples(monkeypatch, rows):
     assert sorted([*left.ids, *first, *excluded]) == list(range(300))
 
 
+def test_with_a_label_for_each_class_the_whole_pool_is_covered_at_once():
+    first = elfs_ray.select(EMBEDDINGS, 10, pseudo_labels=LABELS)
+    assert first.classes_first and len(set(LABELS[first.ids])) >= 9
+    second = elfs_ray.select(EMBEDDINGS, 10, pseudo_labels=LABELS, labelled=first.ids)
+    assert not second.classes_first
+    assert second.ids.tolist() == elfs_ray.select(EMBEDDINGS, 10, labelled=first.ids).ids.tolist()
+
+
+def test_what_is_labelled_and_excluded_still_covers_others():
+    selection = elfs_ray.select(EMBEDDINGS, 10, labelled=[3, 5], exclude=[5])
+    assert selection.ids.tolist() == elfs_ray.select(EMBEDDINGS, 10, labelled=[3, 5]).ids.tolist()
+
+
 def test_pseudo_labels_that_look_wrong_are_not_used():
     wrong = np.random.default_rng(0).integers(0, 10, 300)
     selection = elfs_ray.select(EMBEDDINGS, 25, pseudo_labels=wrong)
