@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from helpers.elfs import double_end, proxy_scores
 from helpers.pools import SOURCES, Pool, embed_pool, load_pool, read_parquet
-from helpers.probe_report import judge, write_chart, write_table
+from helpers.probe_report import judge, print_means, write_chart, write_table
 from helpers.reporting import command_line
 from helpers.tracks import write_digits
 
@@ -153,12 +153,19 @@ def measure_all(tracks: Sequence[Track], methods: Sequence[str], folder: Path) -
     for track in tracks:
         for method in methods:
             track.measure(method)
-            means = [round(float(np.mean(track.accuracies[f"{method} {count}"])), 1) for count in track.counts]
-            line = {"pool": track.name, "method": method, "counts": track.counts, "accuracies": means}
-            print(json.dumps(line), flush=True)
+            print_means(track, method)
     write_table(tracks, methods, folder / "results.md")
     write_chart(tracks, methods, folder / "results.svg")
     print(judge(tracks, methods), file=sys.stderr)
+
+
+def add_options(parser: argparse.ArgumentParser, pools: Iterable[str]) -> None:
+    """Add the options that say what to measure on which of the pools, and where everything is kept."""
+    parser.add_argument("--data", type=Path, help="folder with the data sets")
+    parser.add_argument("--only", default=",".join(pools), help="pools to measure, separated by commas")
+    parser.add_argument("--methods", default=",".join(METHODS), help="methods to measure, separated by commas")
+    parser.add_argument("--folder", type=Path, default=Path("runs/cpu_track"), help="folder of everything kept")
+    parser.add_argument("--quick", action="store_true")
 
 
 def refuse_unknown(
@@ -172,12 +179,8 @@ def refuse_unknown(
 
 def main() -> None:
     parser = command_line(__doc__)
-    parser.add_argument("--data", type=Path, help="folder with the data sets")
-    parser.add_argument("--only", default=",".join(SOURCES), help="pools to measure, separated by commas")
-    parser.add_argument("--methods", default=",".join(METHODS), help="methods to measure, separated by commas")
-    parser.add_argument("--folder", type=Path, default=Path("runs/cpu_track"), help="folder of everything kept")
+    add_options(parser, SOURCES)
     parser.add_argument("--up-to", type=int, metavar="LABELS", help="leave out larger numbers of labels")
-    parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     methods = arguments.methods.split(",")

@@ -24,7 +24,7 @@ import cpu_track
 import numpy as np
 import torch
 from helpers.pools import SOURCES, Labelled, embed_pool, load_pool, read_parquet, read_set
-from helpers.probe_report import judge, write_table
+from helpers.probe_report import judge, print_means, write_table
 from helpers.reporting import command_line
 from helpers.tracks import write_digits
 from PIL import Image
@@ -125,20 +125,14 @@ def measure_all(tracks: Sequence[ScratchTrack], methods: Sequence[str], folder: 
         for method in methods:
             for count in track.counts:
                 track.measure(method, count)
-            means = [round(float(np.mean(track.accuracies[f"{method} {count}"])), 1) for count in track.counts]
-            line = {"pool": track.name, "method": method, "counts": track.counts, "accuracies": means}
-            print(json.dumps(line), flush=True)
+            print_means(track, method)
     write_table(tracks, methods, folder / "scratch_results.md")
     print(judge(tracks, methods), file=sys.stderr)
 
 
 def main() -> None:
     parser = command_line(__doc__)
-    parser.add_argument("--data", type=Path, help="folder with the data sets")
-    parser.add_argument("--only", default=",".join(LOOKS), help="pools to measure, separated by commas")
-    parser.add_argument("--methods", default=",".join(METHODS), help="methods to measure, separated by commas")
-    parser.add_argument("--folder", type=Path, default=Path("runs/cpu_track"), help="folder of everything kept")
-    parser.add_argument("--quick", action="store_true")
+    cpu_track.add_options(parser, LOOKS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     methods = arguments.methods.split(",")

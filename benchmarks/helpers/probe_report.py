@@ -1,5 +1,6 @@
 """Report accuracies of linear probes by method and number of labels: a table, a chart, and how `auto` fares."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -63,6 +64,12 @@ def cells_of(track: Measured, method: str) -> dict[int, Cell]:
         if values := track.accuracies.get(f"{method} {count}"):
             cells[count] = Cell(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0)
     return cells
+
+
+def print_means(track: Measured, method: str) -> None:
+    """Print the mean accuracies of a method on a pool, one for each number of labels, as a line of JSON."""
+    means = [round(float(np.mean(track.accuracies[f"{method} {count}"])), 1) for count in track.counts]
+    print(json.dumps({"pool": track.name, "method": method, "counts": track.counts, "accuracies": means}), flush=True)
 
 
 def write_table(tracks: Sequence[Measured], methods: Sequence[str], path: Path) -> None:
