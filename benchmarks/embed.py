@@ -33,7 +33,7 @@ import pyarrow as pa
 import ray.data
 import torch
 from helpers.reporting import command_line, emit
-from object_store import copy, free_port, s3_server
+from helpers.object_store import copy, free_port, s3_server
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 

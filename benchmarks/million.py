@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from helpers.processes import Watch
 from helpers.reporting import command_line
-from object_store import copy, free_port, s3_server
+from helpers.object_store import copy, free_port, s3_server
 from PIL import Image
 
 from elfs_ray.config import Config, load_config

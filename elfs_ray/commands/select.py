@@ -20,13 +20,13 @@ usage: elfs-ray select PHOTOS --budget 200 [--dry-run] [key=value ...]
 PHOTOS      a folder of images, Parquet or WebDataset tars, local, s3:// or gs:// (or pool.uri=...)
 --budget    how many images: a number (200), or a fraction of the pool (0.1)
 --preset    settings to start from: {", ".join(NAMES)}
-            {DEFAULT}, the default: what is here is used, nothing is trained
+            {DEFAULT}, the default: the best encoder on this machine; no training, no download
 --dry-run   check everything and print the plan, its hours and memory; start nothing
 --help-all  list every key with its default; each can be written as key=value or --key value
 
 run_dir=FOLDER             where results go; else {RESULTS}/<name of the pool> in the current folder
 select.labelled=FILE       images that are labelled already: the budget is the next ones
-select.method=double_end   ELFS as in the paper (with select.hard_fraction=auto); needs a GPU
+select.method=double_end   ELFS as in the paper (with select.hard_fraction=auto); slow without a GPU
 embed.encoder=NAME         another encoder, such as timm/vit_base_patch14_dinov2.lvd142m
 embed.weights=FILE         its weights, if this machine cannot download them
 cluster.num_clusters=N     the number of classes that you expect
