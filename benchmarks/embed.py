@@ -32,8 +32,8 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 import torch
-from helpers.reporting import command_line, emit
 from helpers.object_store import copy, free_port, s3_server
+from helpers.reporting import command_line, emit
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 

@@ -23,9 +23,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
+from helpers.object_store import environment, free_port
 from helpers.processes import Watch
 from helpers.reporting import command_line
-from helpers.object_store import environment, free_port
 from PIL import Image
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 

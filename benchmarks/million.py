@@ -26,9 +26,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from helpers.object_store import copy, free_port, s3_server
 from helpers.processes import Watch
 from helpers.reporting import command_line
-from helpers.object_store import copy, free_port, s3_server
 from PIL import Image
 
 from elfs_ray.config import Config, load_config

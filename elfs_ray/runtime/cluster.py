@@ -233,8 +233,9 @@ def _devices_of_this_machine() -> Devices:
 
     if not is_chosen({}):  # a Ray that starts on this machine has no labels of the user's
         return Devices(0, 0, f"on this machine{describe_placement()}", 0, num_nodes=0)
-    # The CPUs that this process may use, which in a container or a batch job are fewer than the machine's.
-    num_cpus = len(os.sched_getaffinity(0))
+    # A batch job may use fewer CPUs than the machine has, and a container's limit, which Ray reads, may be lower still.
+    limit = int(ray._private.utils.get_num_cpus(override_docker_cpu_warning=True))
+    num_cpus = max(1, min(len(os.sched_getaffinity(0)), limit))
     return Devices(num_cpus, torch.cuda.device_count(), "on this machine", num_cpus)
 
 
@@ -303,12 +304,14 @@ def run_tasks(
 
 
 def _remote(function: Callable[..., Any], num_gpus: float, **options: Any) -> Any:
-    """Return the function as a Ray task, whose worker takes further tasks on its GPU if its node has no other one.
+    """Return the function as a Ray task, whose worker takes further tasks on its GPU if there is no other one.
 
     By default Ray ends a worker after each task on a GPU, and the next one spends seconds on a process, its imports and
-    CUDA, and compiles anew. A worker cannot change to another GPU, so where nodes have several, the default stays.
+    CUDA, and compiles anew. A worker cannot change to another GPU, so where a node has several, or one that has may
+    come, the default stays.
     """
-    if num_gpus and all(node["Resources"].get("GPU", 0) <= 1 for node in ray.nodes() if node["Alive"]):
+    devices = devices_of_cluster()
+    if num_gpus and devices.num_gpus == 1 and not devices.may_grow:
         return ray.remote(num_gpus=num_gpus, max_calls=0, **options)(_freeing_memory(function))
     return ray.remote(num_gpus=num_gpus, **options)(function)
 

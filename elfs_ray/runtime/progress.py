@@ -9,6 +9,7 @@ from typing import TextIO
 
 TERMINAL_INTERVAL_S = 0.2
 LOG_INTERVAL_S = 10.0
+_ERASE_LINE = "\r\x1b[2K"  # go to the start of the line and erase it
 
 # Called with (name, unit, done, total, units a second, whether it is still running) whenever a line may be printed.
 Listener = Callable[[str, str, int, int, float, bool], None]
@@ -94,13 +95,13 @@ class Progress:
         else:
             line += f"  starting, {format_duration(self._printed_s - self._start_s)}"
         line += f"  {self._note}" if self._note else ""
-        # \r and ESC[2K: go to the start of the line and erase it, as the new one may be shorter.
-        _write(f"\r\x1b[2K{line}{end}" if self._in_terminal else f"{line}{end}")
+        # The line is erased, as the new one may be shorter.
+        _write(f"{_ERASE_LINE}{line}{end}" if self._in_terminal else f"{line}{end}")
 
 
 def say(line: str) -> None:
-    """Print one line to stderr, where progress goes; stdout is for results."""
-    _write(line + "\n")
+    """Print one line to stderr, in a terminal in place of a line of progress. Results go to stdout."""
+    _write(f"{_ERASE_LINE if sys.stderr.isatty() else ''}{line}\n")
 
 
 def _write(text: str) -> None:

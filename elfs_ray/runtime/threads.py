@@ -14,6 +14,8 @@ from typing import Any
 
 from threadpoolctl import threadpool_limits
 
+from elfs_ray.runtime.progress import say
+
 
 @contextlib.contextmanager
 def like_workers() -> Iterator[None]:
@@ -50,6 +52,9 @@ def run_in_threads(
                 running[threads.submit(function, *each)] = position
             while running:
                 yield _next_result(running)
+        except KeyboardInterrupt:
+            say("stopping when what has begun is done, in seconds")
+            raise
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
 

@@ -26,6 +26,17 @@ def test_a_log_has_the_last_line_only_once(capsys, monkeypatch):
     assert "10/10 images 100%" in lines[1] and lines[1].endswith("epoch 2/2")
 
 
+def test_a_line_in_a_terminal_takes_the_place_of_the_progress(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr(progress, "TERMINAL_INTERVAL_S", 0.0)
+    with Progress("embed", total=10, unit="images") as shown:
+        shown.update(5)
+        progress.say("a node was lost")
+        shown.update(10)
+    erased = capsys.readouterr().err.split("\r\x1b[2K")
+    assert "5/10 images" in erased[1] and erased[2] == "a node was lost\n" and "10/10" in erased[3]
+
+
 def test_a_failed_stage_does_not_print_its_last_line(capsys):
     with pytest.raises(RuntimeError), Progress("train", total=10, unit="images"):
         raise RuntimeError

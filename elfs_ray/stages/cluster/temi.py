@@ -81,7 +81,8 @@ def temi_settings(config: TemiConfig, num_clusters: int, num_samples: int, num_w
     settings = TemiSettings(num_clusters=num_clusters, **chosen)
     check_temi_workers(settings.batch_size, num_workers)
     if config.batch_size is None:
-        settings = enlarge_batch(settings, batch_factor(num_samples))
+        moments = {name: chosen[name] for name in ("teacher_momentum", "marginal_momentum") if name in from_config}
+        settings = dataclasses.replace(enlarge_batch(settings, batch_factor(num_samples)), **moments)
     if config.num_epochs is None and config.num_warmup_epochs is None:  # which are numbers of the same epochs
         settings = cap_samples_seen(settings, num_samples)
     largest = max(1, num_samples // num_workers) * num_workers

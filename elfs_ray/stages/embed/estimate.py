@@ -109,7 +109,8 @@ def _decode(config: Config, shape: EncoderInput, data: bytes) -> np.ndarray | No
     """Return the encoder's view of an image, and make its copy where the run keeps one; None for a bad image."""
     embed = config.embed
     try:
-        image = decode_image(data, max_pixels=embed.max_image_pixels, min_size=shape.resize)
+        min_size = max(shape.resize, embed.proxy_image_size)
+        image = decode_image(data, max_pixels=embed.max_image_pixels, min_size=min_size)
         if config.keeps_copies:
             encode_proxy_image(image, short_side=embed.proxy_image_size, jpeg_quality=embed.proxy_jpeg_quality)
     except BadImage:

@@ -20,7 +20,7 @@ import ray
 
 from elfs_ray.config import Config
 from elfs_ray.methods.encoders.encoder import describe_weights, fetch_weights
-from elfs_ray.runtime.cluster import devices_of_cluster
+from elfs_ray.runtime.cluster import devices_of_cluster, num_cpus
 from elfs_ray.runtime.metrics import report_rejected
 from elfs_ray.runtime.progress import Progress, say
 from elfs_ray.runtime.threads import run_in_threads
@@ -90,7 +90,8 @@ def _stream(job: EmbedJob, blocks: list[tuple[int, int]]) -> Iterable[dict[str, 
     """Embed the blocks; yield the summary of each when it is written."""
     request = request_encoders(job.config, devices_of_cluster())
     if not ray.is_initialized():
-        return _stream_in_threads(job, blocks, min(request.most, len(blocks)))
+        room = max(request.fewest, num_cpus() // request.cpus)
+        return _stream_in_threads(job, blocks, min(request.most, room, len(blocks)))
     # Imported only now: the import takes two seconds.
     from elfs_ray.stages.embed.ray_stream import stream
 

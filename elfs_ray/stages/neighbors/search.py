@@ -136,6 +136,8 @@ def _read(files: Files) -> tuple[np.ndarray, np.ndarray]:
 def _exact(shards: list[Files], run_dir: RunDir, group: Files, num_neighbors: int, device: str) -> int:
     """Write the neighbours of the samples of a group of files by exact search. Returns the number of samples."""
     queries, query_ids = _read(group)
+    if len(query_ids) == 0:
+        return _write(run_dir, group, query_ids, _no_neighbors(num_neighbors))
     neighbors = nearest_neighbors(queries, query_ids, map(_read, shards), num_neighbors, device=device)
     return _write(run_dir, group, query_ids, neighbors)
 
@@ -146,8 +148,15 @@ def _approximate(
     """Write the neighbours of the samples of a group of files by the inverted file. Returns the number of samples."""
     torch.set_num_threads(1)
     queries, query_ids = _read(group)
+    if len(query_ids) == 0:
+        return _write(run_dir, group, query_ids, _no_neighbors(num_neighbors))
     search = partial(_ask, shards, num_neighbors)
     return _write(run_dir, group, query_ids, search_lists(search, queries, query_ids, Lists(*centroids), nprobe))
+
+
+def _no_neighbors(num_neighbors: int) -> Neighbors:
+    """Return the neighbours of no image: all images of a block may have been rejected."""
+    return Neighbors(np.empty((0, num_neighbors), np.int64), np.empty((0, num_neighbors), np.float32))
 
 
 def _ask(shards: list[Any], k: int, *queries_ids_lists: np.ndarray) -> Neighbors:

@@ -83,7 +83,9 @@ def estimate_hard_fractions(
 
 def _score_range(pool: ScoredPool, files: Sequence[str]) -> tuple[float, float]:
     scores = [pool.read(path).scores for path in files]
-    return min(float(column.min()) for column in scores), max(float(column.max()) for column in scores)
+    # All images of a file may be gone or excluded.
+    lowest = min(float(column.min(initial=np.inf)) for column in scores)
+    return lowest, max(float(column.max(initial=-np.inf)) for column in scores)
 
 
 def _count_difficulty(pool: ScoredPool, files: Sequence[str], score_range: tuple[float, float]) -> np.ndarray:

@@ -198,6 +198,10 @@ def test_the_keys_of_temi_hold_for_any_pool():
     settings = temi_settings(config, 10, 100_000_000, num_workers=4)
     assert (settings.batch_size, settings.num_epochs, settings.num_warmup_epochs) == (512, 7, 20)
     assert (settings.learning_rate, settings.teacher_momentum) == (1e-4, 0.996)
+    config = digits_config("/run", "cluster.temi.teacher_momentum=0.5").cluster.temi
+    settings = temi_settings(config, 10, 100_000_000, num_workers=4)
+    assert (settings.batch_size, settings.teacher_momentum) == (8192, 0.5)
+    assert settings.marginal_momentum == pytest.approx(0.9**8)
 
 
 def test_the_projection_of_the_cpu_profile_fits_a_small_pool(tmp_path):

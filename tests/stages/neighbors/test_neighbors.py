@@ -61,6 +61,18 @@ def test_neighbours_equal_brute_force_for_any_number_of_tasks(ray_cluster, tmp_p
     np.testing.assert_array_equal(neighbors_in(run_dir), brute_force(rows, ids, rows, ids, 7).neighbor_ids)
 
 
+@pytest.mark.parametrize("kind", ["exact", pytest.param("ivf", marks=pytest.mark.slow)])
+def test_a_block_whose_images_were_all_rejected_has_no_neighbours(ray_cluster, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(neighbor_search, "MAX_QUERIES", 1)  # each file for itself
+    run_dir, rows = RunDir(tmp_path), unit(np.random.default_rng(9).normal(size=(600, 16)))
+    write_embeddings(run_dir, rows)
+    empty = pa.table([[], schema.matrix_column(rows[:0])], schema=schema.embeddings_schema(16))
+    filesystem.write_table(run_dir.path(schema.EMBEDDINGS, schema.range_file(600, 699)), empty)
+    search(run_dir, 7, f"cluster.neighbor_search={kind}")
+    assert len(run_dir.table_files(schema.NEIGHBORS)) == NUM_FILES + 1
+    assert neighbors_in(run_dir).shape == (600, 7)
+
+
 @pytest.mark.slow
 def test_the_inverted_file_reaches_the_requested_recall(ray_cluster, tmp_path):
     run_dir = RunDir(tmp_path)

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,7 @@ from elfs_ray.evaluation.methods import METHODS
 from elfs_ray.methods.selection import greedi
 from elfs_ray.methods.selection.coverage import facility_location
 from elfs_ray.stages.select import STAGE
+from elfs_ray.stages.select import hard_fraction
 from elfs_ray.stages.select import run as select
 from elfs_ray.stages.select.left_out import heirs_of
 from elfs_ray.storage.run_dir import RunDir
@@ -157,3 +159,9 @@ def test_the_first_of_a_group_that_is_left_takes_the_place_of_one_that_is_gone()
     assert heirs_of(ids, representatives, np.array([1, 4])).tolist() == [5]
     assert heirs_of(ids, representatives, np.array([4, 5])).tolist() == []
     assert heirs_of(ids, representatives, np.array([1, 6])).tolist() == [4, 7]
+
+
+def test_a_file_whose_images_are_all_gone_does_not_end_the_search_for_beta():
+    files = {"some": np.array([3.0, -1.0]), "none": np.empty(0)}
+    pool = SimpleNamespace(read=lambda path: SimpleNamespace(scores=files[path]))
+    assert hard_fraction._score_range(pool, ["some", "none"]) == (-1.0, 3.0)
