@@ -8,7 +8,7 @@ tables readable to later stages.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -153,6 +153,18 @@ class RunDir:
         files = filesystem.list_files(self.path(name), recursive=True)
         sizes = [info.size for info in files if info.base_name.endswith(".parquet")]
         return {"files": len(sizes), "bytes": sum(sizes)}
+
+    def first_choice(self, *parts: str, choose: Callable[[], str]) -> str:
+        """Return what the run chose earlier; otherwise choose, and write it down in the file `parts`.
+
+        For a choice that depends on the cluster and decides the result: a resumed run may see another cluster.
+        """
+        path = self.path(*parts)
+        if filesystem.exists(path):
+            return filesystem.read_bytes(path).decode()
+        choice = choose()
+        filesystem.write_bytes(path, choice.encode())
+        return choice
 
     def table_files(self, *parts: str) -> list[str]:
         """Return the paths of a table's Parquet files, sorted by name; none if the table has no rows."""

@@ -12,7 +12,8 @@ from elfs_ray.pipeline.dry_run import describe_time, look
 from elfs_ray.pipeline.estimates import DAY_S, RAY_START_S, WORKERS_START_S, may_take_days, warn_of_days
 from elfs_ray.pipeline.plan import PoolCount
 from elfs_ray.runtime.cluster import Devices
-from elfs_ray.stages.estimate import Estimate, in_worker, rate_of
+from elfs_ray.stages.estimate import Estimate, Work, in_worker, rate_of
+from elfs_ray.stages.neighbors.estimate import estimate
 from elfs_ray.storage.run_dir import RunDir
 from tests.small_run import config_of
 from tests.tables import digit_images, png
@@ -52,6 +53,17 @@ def test_the_copies_that_an_encoder_is_trained_on_are_measured(pool, tmp_path):
     copy, total = describe_time(replace(look(config), pool=PoolCount(50_000))).splitlines()[1:]
     assert copy.startswith("copy      about ") and " GiB a worker; measured here: " in copy
     assert "in all" in total and "not estimated" not in total
+
+
+def test_the_search_of_a_large_pool_is_not_estimated_as_an_exact_one(pool, tmp_path):
+    def seconds(num_samples: int, *keys: str) -> float:
+        config = config_of(pool, tmp_path / "run", "duplicates.threshold=0.93", *keys)
+        return estimate(Work(config, RunDir(tmp_path / "run"), num_samples, TWO_CPUS, dim=384)).seconds
+
+    assert seconds(200_000) / seconds(100_000) == pytest.approx(4)
+    assert seconds(20_000_000) / seconds(10_000_000) == pytest.approx(2, rel=0.02)
+    with pytest.raises(ValueError, match="measured when it is built"):
+        seconds(1_000_000, "cluster.num_neighbors=50")
 
 
 def test_a_run_of_days_is_worth_a_warning(pool, tmp_path):

@@ -13,6 +13,8 @@ from elfs_ray.storage import schema
 if TYPE_CHECKING:
     from elfs_ray.runtime.cluster import Devices
 
+MAX_EXACT_ON_CPU = 200_000
+
 
 @dataclass(frozen=True)
 class NeighborsResult(Result):
@@ -34,6 +36,13 @@ class NeighborsResult(Result):
 def searches_on_gpus(cluster: ClusterConfig, devices: "Devices") -> bool:
     """Return True if tasks on GPUs search for the nearest neighbours; the inverted file is on CPUs only."""
     return devices.resolve(cluster.device, "cluster.device") == "cuda" and cluster.neighbor_search != "ivf"
+
+
+def choose_search(cluster: ClusterConfig, devices: "Devices", num_samples: int) -> str:
+    """Return exact or ivf, as the config says or as the size of the pool decides."""
+    if cluster.neighbor_search != "auto":
+        return cluster.neighbor_search
+    return "exact" if num_samples <= MAX_EXACT_ON_CPU or searches_on_gpus(cluster, devices) else "ivf"
 
 
 def _describe(config: Config, num_samples: int) -> str:

@@ -29,11 +29,11 @@ from elfs_ray.methods.numeric.hashing import hash_uniform
 from elfs_ray.runtime.cluster import devices_of_cluster, get_result, num_cpus, put, run_tasks, start_actor, start_task
 from elfs_ray.runtime.progress import Progress
 from elfs_ray.stages.cluster.shards import read_embeddings
-from elfs_ray.stages.neighbors import searches_on_gpus
+from elfs_ray.stages.neighbors import choose_search, searches_on_gpus
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
-MAX_EXACT_ON_CPU = 200_000
+SEARCH_FILE = "search.txt"
 MAX_QUERIES = 1 << 18  # samples of a task: a task that is lost is done again
 MIN_TASKS_PER_WORKER = 4  # so that workers end at about the same time
 SHARD_BYTES = 256 << 20  # embeddings that a task holds besides its queries
@@ -70,9 +70,9 @@ def find_neighbors(
         raise ValueError(
             f"cluster.num_neighbors={num_neighbors} of {num_samples} samples: it must be below the number of samples"
         )
-    search = config.neighbor_search
-    if search == "auto":
-        search = "exact" if on_gpus or num_samples <= MAX_EXACT_ON_CPU else "ivf"
+    # The two find different neighbours, and a resumed run may see a cluster with GPUs, or without.
+    choose = partial(choose_search, config, devices, num_samples)
+    search = run_dir.first_choice(schema.NEIGHBORS, SEARCH_FILE, choose=choose)
 
     done = {filesystem.basename(path) for path in run_dir.table_files(schema.NEIGHBORS)}
     num_workers = max(1, devices.num_gpus if on_gpus else devices.num_cpus)
@@ -243,7 +243,7 @@ def _exact_neighbors(files: Files, queries: np.ndarray, query_ids: np.ndarray, k
     """Return the exact neighbours of a few queries; each task compares them with one shard of the pool."""
     shared = put((queries, query_ids))
     tasks = [(shared, shard, k) for shard in _group(files, _shard_rows(files))]
-    rankings = [ranking for _, ranking in run_tasks(_rank, tasks)]
+    rankings = (ranking for _, ranking in run_tasks(_rank, tasks))  # one at a time, as they come
     best = reduce(lambda best, other: best.merged(other.similarity, other.ids), rankings)
     return Neighbors(best.ids.numpy(), best.similarity.float().numpy())
 

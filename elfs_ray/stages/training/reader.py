@@ -221,18 +221,17 @@ def choose_reading(
     run_dir: RunDir, stage: str, configured: str, num_samples: int, proxy_size: int, *, needs_whole_images: bool
 ) -> str:
     """Return memory or streamed, as the config says or as the pool's size decides."""
-    # The order of samples differs between the two. A resumed run may see another cluster, with larger or smaller object
-    # stores, so the first choice is written down and kept.
-    path = run_dir.path(stage, READING_FILE)
-    if filesystem.exists(path):
-        return filesystem.read_bytes(path).decode()
-    reading = planned_reading(configured, needs_whole_images=needs_whole_images)
-    if reading is None:
-        stores = [node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"]]
-        fits = num_samples * 3 * proxy_size**2 <= MAX_STORE_SHARE * min(stores)
-        reading = "memory" if fits else "streamed"
-    filesystem.write_bytes(path, reading.encode())
-    return reading
+
+    def choose() -> str:
+        reading = planned_reading(configured, needs_whole_images=needs_whole_images)
+        if reading is None:
+            stores = [node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"]]
+            fits = num_samples * 3 * proxy_size**2 <= MAX_STORE_SHARE * min(stores)
+            reading = "memory" if fits else "streamed"
+        return reading
+
+    # The order of samples differs between the two, and object stores between clusters.
+    return run_dir.first_choice(stage, READING_FILE, choose=choose)
 
 
 def load_images(run_dir: RunDir, size: int) -> tuple[np.ndarray, ray.ObjectRef]:

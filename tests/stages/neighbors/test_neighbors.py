@@ -9,6 +9,7 @@ import pytest
 import ray
 
 from elfs_ray.methods.neighbors.exact import recall
+from elfs_ray.stages import neighbors
 from elfs_ray.stages.neighbors import search as neighbor_search
 from elfs_ray.stages.neighbors.search import find_neighbors
 from elfs_ray.storage import filesystem, schema
@@ -73,6 +74,17 @@ def test_a_block_whose_images_were_all_rejected_has_no_neighbours(ray_cluster, t
     assert neighbors_in(run_dir).shape == (600, 7)
 
 
+def test_a_resumed_search_is_of_the_kind_that_it_began_as(ray_cluster, tmp_path, monkeypatch):
+    run_dir = RunDir(tmp_path)
+    write_embedded(run_dir)
+    assert search(run_dir, 7)["search"] == "exact"
+    before = contents(tmp_path, "neighbors")
+    filesystem.delete(run_dir.table_files(schema.NEIGHBORS)[-1])
+    monkeypatch.setattr(neighbors, "MAX_EXACT_ON_CPU", 1)  # as if GPUs had been there before
+    assert find_neighbors(digits_config(tmp_path).cluster, run_dir, 7, seed=0)["search"] == "exact"
+    assert contents(tmp_path, "neighbors") == before
+
+
 @pytest.mark.slow
 def test_the_inverted_file_reaches_the_requested_recall(ray_cluster, tmp_path):
     run_dir = RunDir(tmp_path)
@@ -97,10 +109,10 @@ def test_the_inverted_file_finds_the_neighbours_of_uneven_groups(ray_cluster, tm
         metrics = search(run_dir, 30, *options, f"cluster.num_workers={num_workers}")
         tables.append(contents(tmp_path, "neighbors"))
     assert all(table == tables[0] for table in tables)
-    neighbors = neighbors_in(run_dir)
-    assert metrics["nprobe"] < metrics["num_lists"] and (neighbors >= 0).all()
+    nearest = neighbors_in(run_dir)
+    assert metrics["nprobe"] < metrics["num_lists"] and (nearest >= 0).all()
     exact = brute_force(rows, np.arange(len(rows)), rows, np.arange(len(rows)), 30).neighbor_ids
-    assert recall(neighbors, exact) >= 0.8
+    assert recall(nearest, exact) >= 0.8
 
 
 @pytest.mark.slow

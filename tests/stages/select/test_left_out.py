@@ -12,8 +12,7 @@ from elfs_ray.config import ConfigError
 from elfs_ray.evaluation.methods import METHODS
 from elfs_ray.methods.selection import greedi
 from elfs_ray.methods.selection.coverage import facility_location
-from elfs_ray.stages.select import STAGE
-from elfs_ray.stages.select import hard_fraction
+from elfs_ray.stages.select import STAGE, hard_fraction
 from elfs_ray.stages.select import run as select
 from elfs_ray.stages.select.left_out import heirs_of
 from elfs_ray.storage.run_dir import RunDir
