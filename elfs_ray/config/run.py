@@ -58,8 +58,8 @@ class Config:
     until: str | None = option(None, "last stage to run; null runs all stages", decides=False)
     ray_address: str | None = option(
         None,
-        "address of a Ray cluster; null means RAY_ADDRESS, else a cluster that runs on this machine, else a new one; "
-        "up to 5,000 images need none if nothing is trained and there is no GPU; 'local' always starts a new one",
+        "address of a Ray cluster; null means RAY_ADDRESS, else a cluster that runs on this machine, else a new one, "
+        "which up to 5,000 images without a GPU do not need; 'local' uses no cluster that exists",
         decides=False,
     )
     label_selector: str | None = label_option("the stages", "any node")

@@ -11,10 +11,10 @@ bytes a sample for s pixels, or its embeddings, and the factors of the gradients
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
 import torch
 
 from elfs_ray.evaluation.trials import TrialPlace
@@ -23,7 +23,7 @@ from elfs_ray.methods.selection.badge import badge_selection
 from elfs_ray.methods.selection.pruning import random_selection
 from elfs_ray.methods.training.classifier import Classifier, ClassifierSettings, LabelledImages
 from elfs_ray.methods.training.linear_probe import fit_linear_probe
-from elfs_ray.runtime.cluster import get_result
+from elfs_ray.runtime.cluster import get_result, put, run_tasks
 from elfs_ray.runtime.progress import Progress
 from elfs_ray.runtime.remote_progress import remote_progress
 from elfs_ray.stages.training.classifier_inputs import load_embeddings
@@ -64,16 +64,16 @@ def buy_labels(job: BadgeJob, labels: TrueLabels, folder: str, place: TrialPlace
 
     The first n of them are what BADGE selects for a budget of n.
     """
-    buy = ray.remote(num_cpus=place.num_cpus_each, num_gpus=place.num_gpus_each, max_retries=3)(_buy)
     with Progress("badge", len(job.round_ends), "rounds") as progress, remote_progress(progress) as board:
-        return get_result(buy.remote(job, [ray.put(labels)], folder, place, board))
+        task = (job, [put(labels)], folder, place, board)
+        resources = {"num_gpus_each": place.num_gpus_each, "num_cpus_each": place.num_cpus_each}
+        ((_, bought),) = run_tasks(_buy, [task], **resources)
+        return bought
 
 
-def _buy(
-    job: BadgeJob, labels: list[ray.ObjectRef], folder: str, place: TrialPlace, board: ray.ObjectRef
-) -> np.ndarray:
+def _buy(job: BadgeJob, labels: list[Any], folder: str, place: TrialPlace, board: Any) -> np.ndarray:
     torch.set_num_threads(place.num_cpus_each)
-    true_labels: TrueLabels = ray.get(labels[0])
+    true_labels: TrueLabels = get_result(labels[0])
     bought = np.empty(0, np.int64)
     inputs = None
     for number, end in enumerate(job.round_ends):
@@ -87,7 +87,7 @@ def _buy(
             new = _next_round(job, inputs, true_labels, bought, end - len(bought), number, place.device)
             filesystem.write_table(path, pa.table({schema.SAMPLE_ID: new}))
         bought = np.concatenate([bought, new])
-        board.write.remote(number + 1, "")  # type: ignore[attr-defined]
+        board.write.remote(number + 1, "")
     return bought
 
 

@@ -49,8 +49,8 @@ class EvaluateRunsConfig(EvaluateConfig):
     )
     ray_address: str | None = option(
         None,
-        "Ray cluster to use; null takes RAY_ADDRESS, else a cluster on this machine, else starts one; 'local' always "
-        "starts one",
+        "Ray cluster to use; null takes RAY_ADDRESS, else a cluster on this machine, else starts one, which up to "
+        "5,000 images without a GPU do not need; 'local' uses no cluster that exists",
     )
     ray_logs: bool = option(False, "show what Ray's workers print, too")
     pool: LabelConfig = field(default_factory=LabelConfig)

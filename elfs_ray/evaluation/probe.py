@@ -70,7 +70,8 @@ def embed_test_images(
     # Where OpenVINO has computed the pool's embeddings, on CPUs, it computes these, too.
     device = "cpu" if source.config.embed.runtime == OPENVINO else device
     keys += [f"embed.device={device}", "budget=1.0", "until=embed", "on_change=rerun"]
-    keys.append("on_pool_change=extend")
+    # The evaluation has connected to Ray already, if it needs it.
+    keys += ["on_pool_change=extend", "ray_address=local"]
     # A method that needs no copies of the images.
     keys += [
         "select.method=random",

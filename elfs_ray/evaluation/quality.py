@@ -6,9 +6,9 @@ Writes  <folder>/knn-<hash>.json
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
-import ray
 import torch
 
 from elfs_ray.evaluation.true_labels import NO_LABEL, TrueLabels, digest
@@ -21,7 +21,7 @@ from elfs_ray.methods.clustering_metrics import (
 )
 from elfs_ray.methods.neighbors.exact import nearest_neighbors
 from elfs_ray.methods.numeric.hashing import hash_uint64
-from elfs_ray.runtime.cluster import run_tasks
+from elfs_ray.runtime.cluster import get_result, put, run_tasks
 from elfs_ray.runtime.progress import Progress
 from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.stages.training.classifier_inputs import kept_or_computed, load_embeddings
@@ -104,7 +104,7 @@ def neighbor_accuracy(run_dir: RunDir, labels: TrueLabels, seed: int, device: st
     # the rows of a task lie close together.
     order = np.argsort(hash_uint64(seed, _QUERY_STREAM, sample_ids), kind="stable")
     queries = np.sort(order[:MAX_QUERIES])
-    labelled = ray.put((sample_ids, classes))
+    labelled = put((sample_ids, classes))
     tasks = [
         (run_dir, [labelled], queries[start : start + QUERIES_PER_TASK], device)
         for start in range(0, len(queries), QUERIES_PER_TASK)
@@ -117,13 +117,13 @@ def neighbor_accuracy(run_dir: RunDir, labels: TrueLabels, seed: int, device: st
     return NeighborVote(num_right / len(queries), min(NUM_NEIGHBORS, len(sample_ids) - 1), len(queries))
 
 
-def _vote(run_dir: RunDir, labelled: list[ray.ObjectRef], queries: np.ndarray, device: str) -> int:
+def _vote(run_dir: RunDir, labelled: list[Any], queries: np.ndarray, device: str) -> int:
     """Return how many queries have the class that most of their neighbours have.
 
     queries: positions among the labelled samples, (q,) int64.
     """
     torch.set_num_threads(1)  # a task holds one CPU; by default torch would use every core
-    sample_ids, classes = ray.get(labelled[0])
+    sample_ids, classes = get_result(labelled[0])
     numbers = np.unique(classes, return_inverse=True)[1]
     nearest = nearest_neighbors(
         load_embeddings(run_dir, sample_ids[queries]),

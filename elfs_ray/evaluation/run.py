@@ -39,9 +39,11 @@ from elfs_ray.evaluation.workload import Workload, make_workload
 from elfs_ray.methods.numeric.faiss_build import device_of_search
 from elfs_ray.methods.numeric.precision import resolve_precision
 from elfs_ray.methods.training.classifier import ClassifierSettings
+from elfs_ray.pipeline.connection import connect, fits_this_process
 from elfs_ray.pipeline.runner import locked
-from elfs_ray.runtime.cluster import connect, resolve_device
+from elfs_ray.runtime.cluster import resolve_device, task_settings
 from elfs_ray.runtime.progress import say
+from elfs_ray.stages import train as proxy
 from elfs_ray.stages.index import IndexResult
 from elfs_ray.stages.train import TrainResult
 from elfs_ray.stages.training.classifier_inputs import training_settings
@@ -57,13 +59,14 @@ def run(config: EvaluateRunsConfig, train: TrainConfig | None = None) -> Results
     train: augmentation and optimiser of the trainings, if the runs trained nothing; the defaults if not known.
     """
     workload = make_workload(config)
-    connect(config.ray_address, show_worker_logs=config.ray_logs)
+    if _needs_ray(config, workload):
+        connect(config.ray_address, show_worker_logs=config.ray_logs)
     device = resolve_device(config.device, "device")
     config = replace(config, network=network_on(config.network, device, workload.sources[0].has_copies))
     settings = _settings(config, workload, device, train)
     place = TrialPlace(device, config.gpus_per_training if device == "cuda" else 0.0, config.cpus_per_training)
     out = RunDir(config.out)
-    with locked(out):
+    with locked(out), task_settings():
         # Before any label is read: what the label-free methods select cannot depend on one.
         selections = select_without_labels(config, workload, out)
         labels = _labels(workload)
@@ -79,6 +82,15 @@ def run(config: EvaluateRunsConfig, train: TrainConfig | None = None) -> Results
         filesystem.write_bytes(out.path(RESULTS_MD), to_markdown(config, workload, results).encode())
         _write_chart(config, workload, out, results)
         return results
+
+
+def _needs_ray(config: EvaluateRunsConfig, workload: Workload) -> bool:
+    """Return whether an evaluation needs Ray: by the sizes of its runs, and by how it trains proxies on true labels."""
+    num_images = max(source.num_samples for source in workload.sources)
+    trains = any(entry.method.is_supervised for entry in workload.entries)
+    return (trains and proxy.STAGE.needs_ray(workload.sources[0].config)) or not fits_this_process(
+        config.ray_address, num_images
+    )
 
 
 def _write_chart(config: EvaluateRunsConfig, workload: Workload, out: RunDir, results: Results) -> None:

@@ -1,4 +1,4 @@
-"""Learn from selections with their true labels, in parallel on the cluster's devices, and test.
+"""Learn from selections with their true labels, in parallel on the devices, and test.
 
 Writes  <folder>/<hash>-seed<seed>.json, one per trial
 
@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import ray
 import torch
 
 from elfs_ray.evaluation.true_labels import TrueLabels, digest
-from elfs_ray.runtime.cluster import run_tasks
+from elfs_ray.runtime.cluster import get_result, put, run_tasks
 from elfs_ray.runtime.progress import Progress
 from elfs_ray.stages.training.classifier_inputs import kept_or_computed
 from elfs_ray.storage import filesystem
@@ -80,7 +79,7 @@ def run_trials(trials: Sequence[Trial], learner: Learner, folder: str, place: Tr
     left = [name for name in distinct if name not in results]
     # In the object store once for all tasks. Ray fetches references that are arguments before a task starts, those in a
     # list only where the task calls `ray.get`: a task whose result exists fetches nothing.
-    reference = [ray.put(learner)]
+    reference = [put(learner)]
     tasks = [(reference, distinct[name], filesystem.join(folder, name), place) for name in left]
     with Progress("evaluate", len(distinct), "trainings", done=len(results)) as progress:
         for position, metrics in run_tasks(
@@ -106,12 +105,12 @@ def _read_results(folder: str, names: Iterable[str]) -> dict[str, dict[str, Any]
     return results
 
 
-def _run_trial(references: list[ray.ObjectRef], trial: Trial, path: str, place: TrialPlace) -> dict[str, Any]:
+def _run_trial(references: list[Any], trial: Trial, path: str, place: TrialPlace) -> dict[str, Any]:
     """Learn once and return the metrics, which an earlier try of this task may have written already."""
     torch.set_num_threads(place.num_cpus_each)
 
     def learn() -> dict[str, Any]:
-        accuracies = ray.get(references[0]).accuracies(trial, path + UNFINISHED, place)
+        accuracies = get_result(references[0]).accuracies(trial, path + UNFINISHED, place)
         return {
             "seed": trial.seed,
             "num_samples": len(trial.sample_ids),

@@ -98,10 +98,11 @@ def connect(address: str | None, *, show_worker_logs: bool = False, **init_optio
 
 
 def has_no_cluster(address: str | None) -> bool:
-    """Return whether no cluster is connected, named by `address` or RAY_ADDRESS, or running on this machine."""
-    if ray.is_initialized() or address or os.environ.get("RAY_ADDRESS"):
-        return False
-    return _starts_cluster(address, None)
+    """Return whether no cluster is connected, named by `address` or RAY_ADDRESS, or running on this machine.
+
+    The address local means that none is to be used.
+    """
+    return not ray.is_initialized() and _starts_cluster(address, None)
 
 
 def _starts_cluster(address: str | None, temp_dir: str | None) -> bool:
@@ -290,7 +291,7 @@ def run_tasks(
     Memory: the references of the tasks in flight; results stay with Ray until they are yielded.
     """
     if not ray.is_initialized():
-        yield from run_in_threads(function, arguments, num_cpus())
+        yield from run_in_threads(function, arguments, max(1, int(num_cpus() // num_cpus_each)))
         return
     remote = _remote(function, num_gpus_each, num_cpus=num_cpus_each, max_retries=3, **placement())
     in_flight: dict[ray.ObjectRef, int] = {}

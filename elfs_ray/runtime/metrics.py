@@ -53,6 +53,8 @@ def report_rejected(count: int) -> None:
 
 
 def report_epoch(stage: str, meanings: Mapping[str, str], metrics: Mapping[str, float]) -> None:
-    """Set the gauges of an epoch of a stage, one for each metric in `meanings`."""
+    """Set the gauges of an epoch of a stage, one for each metric in `meanings`; do nothing without Ray."""
+    if not ray.is_initialized():
+        return
     for metric, meaning in meanings.items():
         _epoch_gauge(epoch_gauge(stage, metric), meaning).set(metrics[metric])

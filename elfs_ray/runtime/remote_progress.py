@@ -9,6 +9,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elfs_ray.runtime.progress import Progress
+from elfs_ray.runtime.threads import Actor
 
 
 class _Board:
@@ -25,12 +26,25 @@ class _Board:
         return self._state
 
 
+class _Line:
+    """What stands for a board in this process: the progress line itself."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def write(self, done: int, note: str) -> None:
+        self._progress.update(done, note)
+
+
 @contextlib.contextmanager
 def remote_progress(progress: Progress) -> Iterator[Any]:
     """Show the progress of remote workers: yield an actor on which they call `write.remote(done, note)`.
 
-    The actor is read twice a second.
+    The actor is read twice a second. Without Ray, workers of this process show theirs at once.
     """
+    if not ray.is_initialized():
+        yield Actor(_Line(progress))
+        return
     # On the driver's node: with an actor on a worker's node, losing that node would fail the stage.
     here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(_Board).remote()

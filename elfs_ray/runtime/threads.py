@@ -4,6 +4,7 @@ runtime/cluster.py calls this where no Ray is connected.
 """
 
 import contextlib
+import ctypes
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -13,8 +14,6 @@ from types import SimpleNamespace
 from typing import Any
 
 from threadpoolctl import threadpool_limits
-
-from elfs_ray.runtime.progress import say
 
 
 @contextlib.contextmanager
@@ -39,9 +38,19 @@ def run_in_threads(
 ) -> Iterator[tuple[int, Any]]:
     """Yield (position, result) of `function(*arguments)` as each ends, as `cluster.run_tasks` does.
 
-    If one raises an exception, or the caller is interrupted, those that have begun end first.
+    If one raises an exception, those that have begun end first. If the caller is interrupted, so are they: a training may
+    take minutes.
     """
     running: dict[Future, int] = {}
+    busy: set[int] = set()  # threads by their ids
+
+    def call(*arguments: Any) -> Any:
+        busy.add(threading.get_ident())
+        try:
+            return function(*arguments)
+        finally:
+            busy.remove(threading.get_ident())
+
     # OpenMP counts its threads in each thread apart.
     with ThreadPoolExecutor(num_threads, initializer=partial(threadpool_limits, 1)) as threads:
         try:
@@ -49,11 +58,12 @@ def run_in_threads(
                 # One runs and one waits for each thread, so that none is idle while the caller handles a result.
                 if len(running) >= 2 * num_threads:
                     yield _next_result(running)
-                running[threads.submit(function, *each)] = position
+                running[threads.submit(call, *each)] = position
             while running:
                 yield _next_result(running)
         except KeyboardInterrupt:
-            say("stopping when what has begun is done, in seconds")
+            for thread in list(busy):
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(KeyboardInterrupt))
             raise
         finally:
             threads.shutdown(wait=False, cancel_futures=True)

@@ -55,7 +55,7 @@ class Stage:
     inputs         the stages whose tables it reads
     tables, files  the tables that it writes, and the files beside them
     is_on_driver   True if it needs no tasks or workers
-    needs_ray      True if it needs Ray for a small pool, too, although it does not train the proxy or an encoder
+    needs_ray      True if it needs Ray for a small pool, too
     grows          True if it appends to its tables for new images of the pool; other stages run again
     requests       the workers and GPU tasks that it requests, besides tasks of one CPU. Workers are started from these
                    same numbers, so that the plan cannot differ from the run. Raises ConfigError for a GPU where there

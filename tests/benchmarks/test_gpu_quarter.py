@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,12 +15,14 @@ import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_quarter.py"
-# What a part that takes long has written once it is in the middle of its work.
+MOST_CPU_S = 120  # of --quick: a minute of two cores
+# What a part writes in the middle of its work.
 HALFWAY = {
     "encoder": "run/pretrain/_STARTED.json",
     "clusters": "run/cluster/_STARTED.json",
     "proxy": "run/dynamics/epoch=000/*.parquet",
     "pruned_90": "judged/trials/*.json",
+    "pruned_70": "judged/trials/*.json",
 }
 # An encoder that does not exist stands for a library that is not installed.
 WITHOUT_POOL = """
@@ -62,21 +65,29 @@ def wait_until(is_met: Callable[[], bool], process: subprocess.Popen) -> None:
 
 
 def kill_in(part: str, folder: Path, log: Path) -> None:
-    """Start the command and kill it, with all of its workers, in the middle of this part."""
+    """Start the command and kill it, with all that it has started, in the middle of this part."""
+    before = set(folder.glob(HALFWAY.get(part, "*")))
     with (
         log.open("wb") as sink,
         subprocess.Popen(command(folder), stdout=sink, stderr=sink, start_new_session=True) as process,
     ):
         wait_until(lambda: f"{part}: ? s predicted" in log.read_text(), process)
-        wait_until(lambda: part not in HALFWAY or bool(list(folder.glob(HALFWAY[part]))), process)
+        wait_until(lambda: part not in HALFWAY or not before.issuperset(folder.glob(HALFWAY[part])), process)
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def cpu_seconds_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
+    start_s = cpu_seconds_of_children()
     ended = subprocess.run(command(folder), capture_output=True, text=True, timeout=1200)
     assert ended.returncode == 0, ended.stderr[-3000:]
+    assert cpu_seconds_of_children() - start_s < MOST_CPU_S
     return folder
 
 

@@ -42,18 +42,46 @@ def test_a_small_pool_on_one_machine_needs_no_ray(connects, monkeypatch):
     assert connects(num_images=connection.MAX_IMAGES_WITHOUT_RAY + 1)
 
 
+TRAINS = (
+    "select.method=double_end",
+    "select.hard_fraction=search",
+    "train.network=small_cnn",
+    "cluster.num_clusters=3",
+)
+
+
 @pytest.mark.parametrize(
     "keys",
     [
         ["ray_address=local"],
-        ["select.method=double_end", "select.hard_fraction=0.3"],
+        TRAINS,
+        [*TRAINS, "train.num_workers=1", "train.network=linear", "select.hard_fraction=0.3"],
         ["select.method=auto", "cluster.method=temi", "cluster.num_clusters=3"],
-        ["cluster.memory_gib=1"],
+        ["embed.encoder=self_supervised"],
+    ],
+)
+def test_one_training_worker_needs_no_ray(connects, monkeypatch, keys):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert not connects(*keys)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        [*TRAINS, "train.num_workers=2"],
+        [*TRAINS, "train.num_workers=1-4"],
+        [*TRAINS, "train.reading=streamed"],
+        [*TRAINS, "train.augmentation=resized_crop_flip"],
+        [*TRAINS, "embed.proxy_image_size=300"],
+        [*TRAINS, "train.memory_gib=1"],
+        ["embed.encoder=self_supervised", "pretrain.reading=streamed"],
+        ["select.method=auto", "cluster.method=temi", "cluster.num_clusters=3", "cluster.temi.num_workers=2"],
+        ["select.method=auto", "cluster.memory_gib=1"],
         ["label_selector=zone=a"],
         ["embed.label_selector=zone=a"],
     ],
 )
-def test_trainings_labels_memory_and_addresses_need_ray(connects, monkeypatch, keys):
+def test_workers_streams_labels_and_memory_need_ray(connects, monkeypatch, keys):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert connects(*keys)
 

@@ -1,5 +1,7 @@
 """Tasks and actors without Ray: results as they end, few arguments at a time, errors as they were raised."""
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -49,6 +51,33 @@ def test_an_error_is_raised_as_it_was_and_stops_what_has_not_begun():
     with pytest.raises(ValueError, match="image 0"):
         list(run_in_threads(fail, [(number,) for number in range(100)], 1))
     assert len(begun) <= 3
+
+
+def test_an_interrupt_ends_what_has_begun_and_what_has_not():
+    begun, ended_by = threading.Barrier(3), []
+
+    def train(number: int) -> None:
+        begun.wait(10)
+        try:
+            while True:
+                time.sleep(0.01)
+        except BaseException as error:
+            ended_by.append((number, type(error)))
+            raise
+
+    def interrupt() -> None:
+        begun.wait(10)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = threading.active_count()
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        list(run_in_threads(train, [(number,) for number in range(4)], 2))
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert sorted(ended_by) == [(0, KeyboardInterrupt), (1, KeyboardInterrupt)]
 
 
 def test_an_object_is_called_as_an_actor():

@@ -10,7 +10,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from elfs_ray.stages.train import run as train
-from elfs_ray.stages.training import worker_group
+from elfs_ray.stages.training import ray_train
 from elfs_ray.storage.run_dir import RunDir
 from tests.tables import digits_config
 
@@ -21,7 +21,7 @@ NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
 def main(folder: Path) -> None:
     cluster = Cluster(initialize_head=True, head_node_args=NODE)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    worker_group.RESIZE_INTERVAL_S = RESIZE_INTERVAL_S
+    ray_train.RESIZE_INTERVAL_S = RESIZE_INTERVAL_S
     config = digits_config(
         folder,
         "train.num_workers=1-2",
@@ -53,7 +53,7 @@ def _wait_for_workers(folder: Path, num_workers: int, training: Future) -> float
 
 def _wait_for_report(folder: Path, since_s: float) -> None:
     """Wait until Ray Train lists a newer checkpoint: an epoch without one would be trained again."""
-    while (folder / "train" / "checkpoints" / worker_group.SNAPSHOT_FILE).stat().st_mtime <= since_s:
+    while (folder / "train" / "checkpoints" / ray_train.SNAPSHOT_FILE).stat().st_mtime <= since_s:
         time.sleep(0.1)
 
 

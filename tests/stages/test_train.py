@@ -24,8 +24,8 @@ from elfs_ray.methods.training.dynamics import epoch_order
 from elfs_ray.methods.training.networks import build_proxy_model
 from elfs_ray.stages.train import run as train
 from elfs_ray.stages.train.worker import init_seed
+from elfs_ray.stages.training import ray_train
 from elfs_ray.stages.training import reader as proxy_reader
-from elfs_ray.stages.training import worker_group
 from elfs_ray.stages.training.reader import Augmenter
 from elfs_ray.storage.run_dir import RunDir
 from elfs_ray.storage.schema import matrix_of
@@ -150,7 +150,7 @@ def test_a_broken_list_of_checkpoints_costs_no_epoch(undisturbed, tmp_path, brok
     folder, overrides, _ = undisturbed
     copy = shutil.copytree(folder, tmp_path / "run")
     checkpoints = copy / "train" / "checkpoints"
-    listed = checkpoints / worker_group.SNAPSHOT_FILE
+    listed = checkpoints / ray_train.SNAPSHOT_FILE
     last = max(path for path in checkpoints.iterdir() if path.is_dir())
     if broken == "a checkpoint that is gone":
         listed.write_bytes(listed.read_bytes().replace(last.name.encode(), b"checkpoint_2000-01-01_00-00-00.000000"))
@@ -176,9 +176,9 @@ def test_an_intact_list_of_checkpoints_is_kept(tmp_path):
         (b'{"checkpoint_res', False),
         (b"", False),
     ):
-        (tmp_path / worker_group.SNAPSHOT_FILE).write_bytes(content)
-        worker_group._drop_broken_snapshot(str(tmp_path))
-        assert (tmp_path / worker_group.SNAPSHOT_FILE).exists() == is_kept, content
+        (tmp_path / ray_train.SNAPSHOT_FILE).write_bytes(content)
+        ray_train._drop_broken_snapshot(str(tmp_path))
+        assert (tmp_path / ray_train.SNAPSHOT_FILE).exists() == is_kept, content
 
 
 def test_records_deleted_after_training_are_an_error(tmp_path):

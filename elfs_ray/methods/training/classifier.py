@@ -3,6 +3,7 @@
 Training takes the same number of iterations for a coreset of any size, as in the paper.
 """
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -27,6 +28,7 @@ from elfs_ray.methods.training.sgd import (
 
 _INIT_STREAM = 0x6576616C
 _TEST_BATCH = 512
+_init_lock = threading.Lock()  # all threads of a process draw initial weights from one generator
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,9 @@ class Classifier:
 
     def __init__(self, num_classes: int, settings: ClassifierSettings, *, seed: int, device: str = "cpu") -> None:
         self.settings, self.seed, self.device = settings, seed, torch.device(device)
-        torch.manual_seed(int(hash_uint64(seed, _INIT_STREAM)) >> 1)  # torch's seeds are int64: drop the top bit
-        self.model = build_proxy_model(settings.network, num_classes).to(self.device)
+        with _init_lock:
+            torch.manual_seed(int(hash_uint64(seed, _INIT_STREAM)) >> 1)  # torch's seeds are int64: drop the top bit
+            self.model = build_proxy_model(settings.network, num_classes).to(self.device)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         # A wrapper beside the model, so that tests, of batches of other sizes, do not compile once more for each.
         self._network: Any = torch.compile(self.model, dynamic=False) if settings.compile else self.model

@@ -18,6 +18,7 @@ from elfs_ray.methods.numeric.faiss_build import check_faiss
 from elfs_ray.runtime.progress import count
 from elfs_ray.runtime.resources import Request, request_workers
 from elfs_ray.stages.stage import Result, Stage
+from elfs_ray.stages.training import needs_ray
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
 
@@ -136,7 +137,7 @@ STAGE = Stage(
     section_keys=tuple(key for key in deciding_keys(ClusterConfig()) if key not in NEIGHBOR_KEYS),
     is_part_of=lambda config: config.needs_clusters,
     is_estimated=True,
-    needs_ray=lambda config: config.cluster.method == "temi",
+    needs_ray=lambda config: config.cluster.method == "temi" and needs_ray(config.cluster.temi.num_workers, None),
     inputs=lambda config: ("embed", "neighbors") if config.cluster.kept_neighbors else ("embed",),
     tables=lambda config: (schema.CLUSTERS,),
     describe=_describe,

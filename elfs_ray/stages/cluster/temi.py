@@ -1,4 +1,4 @@
-"""Train TEMI deep clustering on Ray Train: heads learn to put a sample and its neighbours into one cluster.
+"""Train TEMI deep clustering in a group of workers: heads learn to put a sample and its neighbours into one cluster.
 
 Reads   embeddings/, neighbors/
 Writes  cluster/labels/ (of the best head), cluster/temi/ (checkpoints, and the losses of every epoch)
@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 
 from elfs_ray.config import PCA_SAMPLES, Config, TemiConfig, check_temi_workers
@@ -31,8 +30,7 @@ from elfs_ray.methods.temi.training import (
     steps_per_epoch,
     train_epoch,
 )
-from elfs_ray.runtime.cluster import devices_of_cluster
-from elfs_ray.runtime.placement import placement
+from elfs_ray.runtime.cluster import devices_of_cluster, get_result, start_task
 from elfs_ray.runtime.progress import Progress
 from elfs_ray.runtime.remote_progress import remote_progress
 from elfs_ray.stages.cluster import request_temi_workers
@@ -60,7 +58,7 @@ class _Job:
     precision: str
     seed: int
     run_dir: RunDir
-    data: list[ray.ObjectRef]
+    data: list[Any]
     board: Any
 
 
@@ -113,15 +111,14 @@ def run_temi(config: Config, run_dir: RunDir, num_clusters: int, num_samples: in
     return metrics
 
 
-def _load(run_dir: RunDir, pca_dim: int | None, seed: int) -> ray.ObjectRef:
+def _load(run_dir: RunDir, pca_dim: int | None, seed: int) -> Any:
     """Join embeddings/ (projected to `pca_dim`) and neighbors/ into one object. Returns its reference.
 
     Memory of the object store: 2·d + 4·k bytes a sample; 1.28M samples of 768 dimensions with 50 neighbours take 2.2
     GB.
     """
     names = [filesystem.basename(path) for path in run_dir.table_files(schema.EMBEDDINGS)]
-    read = ray.remote(num_cpus=1, **placement())(_read_file)
-    parts = [read.remote(run_dir, name) for name in names]
+    parts = [start_task(_read_file, run_dir, name) for name in names]
     return share(_join, pca_dim, seed, *parts)
 
 
@@ -149,7 +146,7 @@ def _join(
 def _train_heads(job: _Job) -> None:
     """Train the epochs that are left, as one worker of the group; rank 0 then writes the result."""
     member = GroupMember.current()
-    sample_ids, embeddings, neighbors = ray.get(job.data[0])
+    sample_ids, embeddings, neighbors = get_result(job.data[0])
     num_steps = steps_per_epoch(len(embeddings), job.settings)
     trainer = TemiTrainer(
         job.settings,
@@ -163,7 +160,7 @@ def _train_heads(job: _Job) -> None:
     # Copied, because memory of the object store is read-only and torch warns of it.
     rows = torch.from_numpy(embeddings.copy()).to(member.device) if member.device.type == "cuda" else embeddings
     first_epoch, losses = _load_checkpoint(job, trainer, member)
-    checkpoints, notice = CheckpointReporter(member), Notice(member)
+    checkpoints, notice = CheckpointReporter(_checkpoints(job), member), Notice(member)
     for epoch in range(first_epoch, job.settings.num_epochs):
         losses.append(train_epoch(trainer, rows, neighbors, job.seed, epoch).tolist())
         if member.rank == 0:
@@ -182,9 +179,13 @@ def _train_heads(job: _Job) -> None:
         _write_result(job, trainer, sample_ids, embeddings, losses)
 
 
+def _checkpoints(job: _Job) -> str:
+    return job.run_dir.path("cluster", CHECKPOINTS_DIR)
+
+
 def _load_checkpoint(job: _Job, trainer: TemiTrainer, member: GroupMember) -> tuple[int, list[list[float]]]:
     """Restore the last checkpoint, if there is one. Returns the next epoch and the losses of the epochs before it."""
-    state = load_checkpoint(job.run_dir.path("cluster", CHECKPOINTS_DIR), member)
+    state = load_checkpoint(_checkpoints(job), member)
     if state is None:
         return 0, []
     trainer.load_state_dict(state["trainer"])

@@ -9,7 +9,7 @@ from elfs_ray.config import Config, check_pretraining_workers
 from elfs_ray.runtime.progress import count
 from elfs_ray.runtime.resources import Request
 from elfs_ray.stages.stage import Result, Stage
-from elfs_ray.stages.training import check_network, planned_reading, request_training_workers
+from elfs_ray.stages.training import check_network, needs_ray, planned_reading, request_training_workers
 from elfs_ray.storage import schema
 
 if TYPE_CHECKING:
@@ -47,6 +47,11 @@ def request_pretraining_workers(config: Config, devices: "Devices", reading: str
     return request
 
 
+def _needs_ray(config: Config) -> bool:
+    reading = planned_reading(config.pretrain.reading, needs_whole_images=False)
+    return needs_ray(config.pretrain.num_workers, reading, config.embed.proxy_image_size)
+
+
 def _requests(config: Config, devices: "Devices") -> list[Request]:
     reading = planned_reading(config.pretrain.reading, needs_whole_images=False)
     return [request_pretraining_workers(config, devices, reading)]
@@ -71,6 +76,7 @@ STAGE = Stage(
     section="pretrain",
     is_part_of=lambda config: config.pretrains,
     is_estimated=True,
+    needs_ray=_needs_ray,
     inputs=lambda config: ("index", "copy"),
     files=lambda config: (f"pretrain/{schema.ENCODER_FILE}",),
     describe=_describe,

@@ -6,9 +6,9 @@ Writes  pretrain/encoder.pt (embed.weights of a later run can name it), pretrain
 
 Runs before embed, with embed.encoder=self_supervised. The method is SimCLR (methods/simclr/loss.py says why). Ray Train
 runs the workers (worker_group.py, worker.py), DDP (gloo or NCCL) averages their gradients, and the readers are those of
-proxy training (training/reader.py). Every random choice is a function of the seed, the epoch, the sample and the view,
-so a resumed run equals an undisturbed one with as many workers. A lost worker costs one epoch, or the epochs of the
-last minute.
+proxy training (training/reader.py); a single worker for a small pool runs in this process. Every random choice is a
+function of the seed, the epoch, the sample and the view, so a resumed run equals an undisturbed one with as many
+workers. A lost worker costs one epoch, or the epochs of the last minute.
 """
 
 import dataclasses

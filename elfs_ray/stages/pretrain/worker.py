@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
-import ray
 import torch
 
 from elfs_ray.methods.encoders.weights import TrainedEncoder
@@ -17,6 +16,7 @@ from elfs_ray.methods.simclr.training import MEAN, STD, SimclrSettings, SimclrTr
 from elfs_ray.methods.simclr.views import NUM_VIEWS, ViewSettings, change_colors, two_crops
 from elfs_ray.methods.training.dynamics import BatchPlan
 from elfs_ray.methods.training.sgd import LossMonitor
+from elfs_ray.runtime.cluster import get_result
 from elfs_ray.stages.pretrain import STAGE
 from elfs_ray.stages.training.epoch_log import EpochLog
 from elfs_ray.stages.training.group_member import GroupMember
@@ -81,7 +81,7 @@ class PretrainWorker:
     def __init__(self, job: PretrainJob):
         self.job, self.settings, self.member = job, job.settings, GroupMember.current()
         member = self.member
-        pool, images = ray.get(job.data)
+        pool, images = map(get_result, job.data)
         num_samples = len(pool.sample_ids)
         batch_size = even_batch(num_samples, self.settings.batch_size)
         self.plan = BatchPlan(num_samples, batch_size, member.rank, member.world_size)

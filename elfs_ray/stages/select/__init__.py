@@ -130,7 +130,6 @@ STAGE = Stage(
     section="select",
     global_keys=("seed", "budget"),
     is_estimated=True,
-    needs_ray=lambda config: "search" in config.hard_fractions,
     inputs=_inputs,
     tables=_tables,
     files=_files,

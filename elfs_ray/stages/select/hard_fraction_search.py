@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import ray
 import torch
 
 from elfs_ray.config import Config, deciding_keys, scaled_lr
@@ -24,7 +23,7 @@ from elfs_ray.methods.numeric.hashing import hash_uniform
 from elfs_ray.methods.numeric.precision import resolve_precision
 from elfs_ray.methods.selection.hard_fraction import fraction_grid
 from elfs_ray.methods.training.classifier import LabelledImages, train_and_test
-from elfs_ray.runtime.cluster import resolve_device, run_tasks
+from elfs_ray.runtime.cluster import get_result, put, resolve_device, run_tasks
 from elfs_ray.runtime.progress import Progress
 from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.stages.select.scored_pool import ScoredPool
@@ -65,7 +64,7 @@ def search_hard_fractions(
             f"(must be at least 1), and the smallest coreset has {smallest} of the others (must be at least 2): set "
             "select.hard_fraction to a number or auto, or give another select.search_holdout"
         )
-    test = ray.put(_load(config, run_dir, held_out))
+    test = put(_load(config, run_dir, held_out))
     folder = run_dir.path("select", "search", _identity(config, run_dir))
     device = resolve_device(config.train.device, "train.device")
     # `test` is in a list because Ray replaces a bare reference by its value, and a task whose result exists needs none.
@@ -129,7 +128,7 @@ def _load(config: Config, run_dir: RunDir, samples: _Samples) -> LabelledImages:
 
 
 def _train(
-    config: Config, run_dir: RunDir, path: str, coreset: _Samples, test: list[ray.ObjectRef], device: str
+    config: Config, run_dir: RunDir, path: str, coreset: _Samples, test: list[Any], device: str
 ) -> dict[str, float]:
     """Train on a coreset with its pseudo-labels and return the accuracy, or read that which an earlier run wrote."""
     torch.set_num_threads(1)
@@ -146,7 +145,7 @@ def _train(
 
     def compute() -> dict[str, float]:
         images = _load(config, run_dir, coreset)
-        accuracies = train_and_test(images, ray.get(test[0]), num_classes, settings, seed=config.seed, device=device)
+        accuracies = train_and_test(images, get_result(test[0]), num_classes, settings, seed=config.seed, device=device)
         return {"accuracy": accuracies[-1]}
 
     return kept_or_computed(path, compute)

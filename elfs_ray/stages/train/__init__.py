@@ -9,7 +9,7 @@ from elfs_ray.config import LINEAR, Config, proxy_workers
 from elfs_ray.runtime.progress import count
 from elfs_ray.runtime.resources import Request
 from elfs_ray.stages.stage import Result, Stage
-from elfs_ray.stages.training import check_network, planned_reading, request_training_workers
+from elfs_ray.stages.training import check_network, needs_ray, planned_reading, request_training_workers
 from elfs_ray.storage import schema
 
 if TYPE_CHECKING:
@@ -49,12 +49,14 @@ def request_proxy_workers(config: Config, devices: "Devices", reading: str | Non
     return request_training_workers(devices, "train", config.train, num_workers=num_workers, reading=reading)
 
 
-def _requests(config: Config, devices: "Devices") -> list[Request]:
+def _reading(config: Config) -> str | None:
     if config.train.network == LINEAR:
-        reading: str | None = FROM_EMBEDDINGS
-    else:
-        reading = planned_reading(config.train.reading, needs_whole_images=needs_whole_images(config))
-    return [request_proxy_workers(config, devices, reading)]
+        return FROM_EMBEDDINGS
+    return planned_reading(config.train.reading, needs_whole_images=needs_whole_images(config))
+
+
+def _requests(config: Config, devices: "Devices") -> list[Request]:
+    return [request_proxy_workers(config, devices, _reading(config))]
 
 
 STAGE = Stage(
@@ -62,6 +64,7 @@ STAGE = Stage(
     section="train",
     is_part_of=lambda config: config.needs_dynamics,
     is_estimated=True,
+    needs_ray=lambda config: needs_ray(config.train.num_workers, _reading(config), config.embed.proxy_image_size),
     inputs=lambda config: ("embed", "cluster"),
     tables=lambda config: (schema.DYNAMICS,),
     describe=_describe,

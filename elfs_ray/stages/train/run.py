@@ -4,10 +4,10 @@ Reads   clusters/pseudo_labels, proxy_images/ (embeddings/ for train.network=lin
 Writes  dynamics/epoch=NNN/ (one file a worker), train/history/ (one file an epoch), train/checkpoints/,
         train/reading.txt (memory or streamed, chosen once)
 
-Ray Train runs the workers (worker_group.py, worker.py), and DDP (gloo or NCCL) averages their gradients. An epoch's
-records are written before its checkpoint, so a checkpoint proves that they are on disk; an epoch that is trained again
-overwrites its files. Every random choice is a function of the seed, the epoch and the sample, so a resumed run equals
-an undisturbed one with as many workers.
+Ray Train runs the workers (worker_group.py, worker.py), and DDP (gloo or NCCL) averages their gradients; a single one
+for a small pool runs in this process. An epoch's records are written before its checkpoint, so a checkpoint proves that
+they are on disk; an epoch that is trained again overwrites its files. Every random choice is a function of the seed,
+the epoch and the sample, so a resumed run equals an undisturbed one with as many workers.
 """
 
 from concurrent.futures import ThreadPoolExecutor

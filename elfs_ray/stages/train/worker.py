@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
-import ray
 import torch
 from torch import distributed, nn
 
@@ -29,6 +28,7 @@ from elfs_ray.methods.training.sgd import (
     set_learning_rate,
     update,
 )
+from elfs_ray.runtime.cluster import get_result
 from elfs_ray.stages.train import STAGE
 from elfs_ray.stages.training.checkpoints import PARTS
 from elfs_ray.stages.training.epoch_log import NEXT_STEP, EpochLog
@@ -82,7 +82,7 @@ class ProxyTrainingWorker:
         self.job, self.config, self.member = job, job.config, GroupMember.current()
         config, member = self.config, self.member
         self.precision = resolve_precision(config.precision, member.device)
-        pool, inputs = ray.get(job.data)
+        pool, inputs = map(get_result, job.data)
         is_linear = config.network == LINEAR
         self.plan = BatchPlan(
             len(pool.sample_ids), config.batch_size, member.rank, member.world_size, config.micro_batch_size

@@ -1,13 +1,17 @@
-"""Shared by the stages that train networks: readers, worker groups on Ray Train, checkpoints, epoch logs."""
+"""Shared by the stages that train networks: readers, worker groups, checkpoints, epoch logs."""
 
 import dataclasses
 from typing import TYPE_CHECKING
 
-from elfs_ray.config import ConfigError, PretrainConfig, TrainConfig
+from elfs_ray.config import ConfigError, PretrainConfig, TrainConfig, worker_range
 from elfs_ray.runtime.resources import Request, request_workers
 
 if TYPE_CHECKING:
     from elfs_ray.runtime.cluster import Devices
+
+
+# Decoded images of the largest pool that needs no Ray (pipeline/connection.py) then take a gigabyte at most.
+MAX_SIDE_WITHOUT_RAY = 256
 
 
 def check_network(key: str, network: str, *others: str) -> None:
@@ -25,6 +29,16 @@ def planned_reading(configured: str, *, needs_whole_images: bool) -> str | None:
     if configured != "auto":
         return configured
     return "streamed" if needs_whole_images else None
+
+
+def needs_ray(num_workers: int | str | None, reading: str | None, side: int = 0) -> bool:
+    """Return whether a training on CPUs needs Ray for a small pool, too: several workers, or processes that decode.
+
+    One worker is as fast in the command's own process: it computes with a thread for each CPU there and in Ray Train.
+    reading: as `planned_reading` returns it. side: of the images that are decoded, in pixels.
+    """
+    limits = worker_range(num_workers, "num_workers")
+    return (limits or (1, 1))[1] > 1 or reading == "streamed" or side > MAX_SIDE_WITHOUT_RAY
 
 
 def request_training_workers(

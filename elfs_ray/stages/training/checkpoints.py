@@ -1,18 +1,19 @@
-"""Save and load the checkpoints of a worker group on Ray Train (V2).
+"""Save and load the checkpoints of a worker group on Ray Train (V2), or of one that is this process.
 
-If Ray Train's list of checkpoints is broken or lost (worker_group.py), the newest intact checkpoint is loaded.
+If Ray Train's list of checkpoints is broken or lost (ray_train.py), the newest intact checkpoint is loaded. Either kind
+of group goes on from a checkpoint of the other.
 """
 
 import io
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ray.train
 import torch
 
 from elfs_ray.stages.training.group_member import GroupMember
@@ -20,6 +21,8 @@ from elfs_ray.storage import filesystem
 
 CHECKPOINTS_DIR = "checkpoints"
 STATE_FILE = "state.pt"
+SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"  # Ray Train's list of checkpoints
+NAME_FORMAT = "checkpoint_%Y-%m-%d_%H-%M-%S.%f"  # of Ray Train's folders, so that the last name is the newest
 NUM_PARTS = "num_parts"
 PARTS = "parts"
 # A report waits until Ray Train's controller has polled. In a small pool, whose epochs take a fraction of a second,
@@ -35,8 +38,8 @@ class CheckpointReporter:
     skipped. After a lost worker, training repeats the unreported epochs: one epoch, or those of the last minute.
     """
 
-    def __init__(self, member: GroupMember) -> None:
-        self._member = member
+    def __init__(self, folder: str, member: GroupMember) -> None:
+        self._folder, self._member = folder, member
         self._cost_s, self._ended_s = 0.0, time.monotonic()
 
     def end_epoch(self, metrics: dict[str, Any], make_state: Callable[[], dict[str, Any]], *, is_last: bool) -> None:
@@ -64,9 +67,13 @@ class CheckpointReporter:
             contents[STATE_FILE] = {NUM_PARTS: self._member.world_size, **make_state()}
         self._report(metrics, contents)
 
-    @staticmethod
-    def _report(metrics: dict[str, Any], contents: dict[str, Any]) -> None:
+    def _report(self, metrics: dict[str, Any], contents: dict[str, Any]) -> None:
         """Report an epoch with the files of this worker; Ray Train puts those of all workers into one folder."""
+        if not self._member.is_in_ray_train:
+            _replace_checkpoint(self._folder, contents)
+            return
+        import ray.train
+
         if not contents:
             ray.train.report(metrics)  # every rank must report: Ray Train waits for all of them
             return
@@ -83,6 +90,20 @@ class CheckpointReporter:
         return bool(self._member.from_rank_0(due))
 
 
+def _replace_checkpoint(folder: str, contents: Mapping[str, Any]) -> None:
+    """Write a checkpoint as Ray Train does, and then delete the older ones."""
+    name = datetime.now().strftime(NAME_FORMAT)
+    for file, content in contents.items():
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        filesystem.write_bytes(filesystem.join(folder, name, file), buffer.getvalue())
+    # Ray Train would go on from the checkpoint that it has listed last.
+    filesystem.delete(filesystem.join(folder, SNAPSHOT_FILE))
+    for info in filesystem.list_dirs(folder):
+        if info.base_name != name:
+            filesystem.delete(filesystem.join(folder, info.base_name))
+
+
 def part_file(rank: int) -> str:
     """Return the name of the file that holds what one worker alone knew when it saved within an epoch."""
     return f"part-{rank:05d}.pt"
@@ -95,12 +116,15 @@ def load_checkpoint(folder: str, member: GroupMember) -> dict[str, Any] | None:
     within an epoch are dealt out, each to one worker. `folder` holds the group's checkpoints, including those that Ray
     Train no longer lists.
     """
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as local:
-            state = _load(lambda name: Path(local, name).read_bytes(), member)
-            if state is not None:
-                return state
+    if member.is_in_ray_train:
+        import ray.train
+
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is not None:
+            with checkpoint.as_directory() as local:
+                state = _load(lambda name: Path(local, name).read_bytes(), member)
+                if state is not None:
+                    return state
     # Ray Train names the folders of checkpoints by time, so the last name is the newest.
     for name in sorted((info.base_name for info in filesystem.list_dirs(folder)), reverse=True):
         state = _load(partial(_read_from, filesystem.join(folder, name)), member)

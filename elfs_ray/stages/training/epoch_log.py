@@ -5,8 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-import ray
-
+from elfs_ray.runtime.cluster import get_result
 from elfs_ray.runtime.metrics import report_epoch
 from elfs_ray.stages.stage import Stage
 from elfs_ray.stages.training.checkpoints import CHECKPOINTS_DIR, CheckpointReporter, load_checkpoint
@@ -31,12 +30,13 @@ class EpochLog:
     ):
         self._stage, self._run_dir, self._board, self._member = stage, run_dir, board, member
         self._num_samples, self._num_epochs = num_samples, num_epochs
-        self._checkpoints, self._notice = CheckpointReporter(member), Notice(member)
+        self._folder = run_dir.path(stage.name, CHECKPOINTS_DIR)
+        self._checkpoints, self._notice = CheckpointReporter(self._folder, member), Notice(member)
         self._shown_s = 0.0
 
     def epochs_left(self, load_state: Callable[[dict[str, Any]], None]) -> Iterator[tuple[int, int]]:
         """Load the last checkpoint, if there is one; yield each epoch that is left to train, with its first step."""
-        state = load_checkpoint(self._run_dir.path(self._stage.name, CHECKPOINTS_DIR), self._member)
+        state = load_checkpoint(self._folder, self._member)
         first_epoch, first_step = 0, 0
         if state is not None:
             load_state(state)
@@ -87,7 +87,7 @@ class EpochLog:
                 f"{metrics['images_per_s']:,.0f} images/s, {metrics['data_wait_share']:.0%} waiting for data"
             )
             # Waited for, unlike in `end_step`: after the last epoch the worker may exit before the message is sent.
-            ray.get(self._board.write.remote(next_epoch * self._num_samples, line))
+            get_result(self._board.write.remote(next_epoch * self._num_samples, line))
 
 
 def read_metrics(run_dir: RunDir, stage: str, epoch: int) -> dict[str, Any]:

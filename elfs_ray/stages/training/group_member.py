@@ -2,25 +2,34 @@
 
 from dataclasses import dataclass
 
-import ray.train
-import ray.train.torch
+import ray
 import torch
 from torch import distributed
 
 
 @dataclass(frozen=True)
 class GroupMember:
-    """One worker of a group; `device` is where it computes and where tensors for the other workers lie."""
+    """One worker of a group; `device` is where it computes and where tensors for the other workers lie.
+
+    is_in_ray_train: False for a group of one without Ray.
+    """
 
     rank: int
     world_size: int
     device: torch.device
+    is_in_ray_train: bool = True
 
     @classmethod
     def current(cls) -> "GroupMember":
-        """Return the place of the calling Ray Train worker."""
-        context = ray.train.get_context()
-        return cls(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+        """Return the place of the calling Ray Train worker; without Ray, this process is a group of one."""
+        if not ray.is_initialized():
+            return cls(0, 1, torch.device("cpu"), is_in_ray_train=False)
+        # Late: the import takes two seconds, and a run without Ray has no use for it.
+        from ray import train
+        from ray.train.torch import get_device
+
+        context = train.get_context()
+        return cls(context.get_world_rank(), context.get_world_size(), get_device())
 
     @property
     def process_group(self) -> distributed.ProcessGroup | None:

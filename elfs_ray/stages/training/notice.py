@@ -2,12 +2,10 @@
 
 A cloud warns half a minute to two minutes before. Ray Train passes the warning on to the workers; these save what they
 have, also within an epoch, and leave at once (`LeftOnNotice`). The group then starts again on other machines, or when
-there are some (worker_group.py), and loses no step.
+there are some (ray_train.py), and loses no step.
 """
 
 import time
-
-import ray.train
 
 from elfs_ray.stages.training.group_member import GroupMember
 
@@ -31,8 +29,10 @@ class Notice:
     def is_here(self) -> bool:
         """Return True if a machine of the group is about to be taken away; all workers must ask after each step."""
         self._steps_left -= 1
-        if self._steps_left:
+        if self._steps_left or not self._member.is_in_ray_train:
             return False
+        import ray.train
+
         if ray.train.get_preemption_info() is not None:
             self._steps_left = 1  # a caller that cannot leave now asks again after its next step
             return True

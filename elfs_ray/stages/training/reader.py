@@ -21,8 +21,7 @@ from elfs_ray.config import TrainConfig
 from elfs_ray.methods.training import augmentation
 from elfs_ray.methods.training.dynamics import BatchPlan, epoch_order
 from elfs_ray.pool.images import decode_proxy_image, describe_bad_copy
-from elfs_ray.runtime.cluster import get_result
-from elfs_ray.runtime.placement import placement
+from elfs_ray.runtime.cluster import get_result, put, start_task
 from elfs_ray.stages.training import planned_reading
 from elfs_ray.stages.training.shared_data import share
 from elfs_ray.storage import filesystem, schema
@@ -224,17 +223,19 @@ def choose_reading(
 
     def choose() -> str:
         reading = planned_reading(configured, needs_whole_images=needs_whole_images)
-        if reading is None:
-            stores = [node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"]]
-            fits = num_samples * 3 * proxy_size**2 <= MAX_STORE_SHARE * min(stores)
-            reading = "memory" if fits else "streamed"
-        return reading
+        if reading is not None:
+            return reading
+        if not ray.is_initialized():
+            return "memory"  # a run that trains in this process has few images
+        stores = [node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"]]
+        fits = num_samples * 3 * proxy_size**2 <= MAX_STORE_SHARE * min(stores)
+        return "memory" if fits else "streamed"
 
     # The order of samples differs between the two, and object stores between clusters.
     return run_dir.first_choice(stage, READING_FILE, choose=choose)
 
 
-def load_images(run_dir: RunDir, size: int) -> tuple[np.ndarray, ray.ObjectRef]:
+def load_images(run_dir: RunDir, size: int) -> tuple[np.ndarray, Any]:
     """Decode proxy_images/ into the object store. Returns sample_ids and the reference of (n, size, size, 3) uint8.
 
     Driver memory: 8 bytes a sample. Object store: 3·size² bytes a sample, and twice that while the parts are joined.
@@ -243,20 +244,19 @@ def load_images(run_dir: RunDir, size: int) -> tuple[np.ndarray, ray.ObjectRef]:
     return _load(_decode_file, [(path, size) for path in run_dir.table_files(schema.PROXY_IMAGES)])
 
 
-def load_embeddings(run_dir: RunDir) -> list[ray.ObjectRef]:
+def load_embeddings(run_dir: RunDir) -> list[Any]:
     """Return references to the data of a linear proxy: a TrainingPool, then embeddings (n, d) float16.
 
     Driver memory: 50 bytes a sample. Object store: 2·d bytes a sample, and twice that while the parts are joined.
     """
     sample_ids, embeddings = _load(_read_embeddings, [(path,) for path in run_dir.table_files(schema.EMBEDDINGS)])
-    return [ray.put(read_pool(run_dir, sample_ids, schema.EMBEDDINGS)[0]), embeddings]
+    return [put(read_pool(run_dir, sample_ids, schema.EMBEDDINGS)[0]), embeddings]
 
 
-def _load(read: Callable[..., tuple[np.ndarray, np.ndarray]], tasks: list[tuple]) -> tuple[np.ndarray, ray.ObjectRef]:
+def _load(read: Callable[..., tuple[np.ndarray, np.ndarray]], tasks: list[tuple]) -> tuple[np.ndarray, Any]:
     """Return (sample_ids, reference of the rows) of all files; `read` returns the ids and rows of one."""
     # Two returns, so that the ids come to the driver and the rows stay in the object store.
-    remote = ray.remote(num_cpus=1, num_returns=2, **placement())(read)
-    parts: list[Any] = [remote.remote(*task) for task in tasks]
+    parts: list[Any] = [start_task(read, *task, num_returns=2) for task in tasks]
     sample_ids = np.concatenate([get_result(ids) for ids, _ in parts])
     return sample_ids, share(_join, *[rows for _, rows in parts])
 

@@ -2,7 +2,7 @@
 
 Ray restores a lost object by repeating the tasks that made it. These need a CPU, and a group may hold all of them: its
 workers would wait for ever. So what a group reads is never restored. The workers notice that it is lost, and leave, and
-it is loaded again while no worker holds a CPU (worker_group.py).
+it is loaded again while no worker holds a CPU (ray_train.py).
 """
 
 import time
@@ -21,11 +21,15 @@ from elfs_ray.stages.training.group_member import GroupMember
 ACCIDENTS = (NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError)
 
 
-def share(function: Callable[..., Any], *arguments: Any) -> ray.ObjectRef:
+def share(function: Callable[..., Any], *arguments: Any) -> Any:
     """Return the reference of `function(*arguments)`, which a task has computed and Ray will not restore.
 
-    Raises the exception of a task that failed, after retries if its node or its memory was lost.
+    Without Ray, return what the function returns. Raises the exception of a task that failed, after retries if its node
+    or its memory was lost.
     """
+
+    if not ray.is_initialized():
+        return function(*arguments)
 
     def compute(*values: Any) -> tuple[None, Any]:
         return None, function(*values)

@@ -22,13 +22,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from elfs_ray.methods.training.dynamics import NUM_LANES, WINDOW_CHUNKS, BatchPlan, Step, streamed_order
 from elfs_ray.pool.images import decode_proxy_image, describe_bad_copy
-from elfs_ray.runtime.cluster import run_tasks
+from elfs_ray.runtime.cluster import put, run_tasks
 from elfs_ray.stages.training.reader import (
     Augmentation,
     Batch,
@@ -69,16 +68,16 @@ class _Part(NamedTuple):
     upcoming: np.ndarray
 
 
-def load_data(run_dir: RunDir, reading: str, proxy_size: int, pool_of: PoolOf = read_pool) -> list[ray.ObjectRef]:
+def load_data(run_dir: RunDir, reading: str, proxy_size: int, pool_of: PoolOf = read_pool) -> list[Any]:
     """Return references to the data of `make_reader`: a TrainingPool, then decoded images or a ChunkTable.
 
     `pool_of` returns the samples to train on and their positions among all images, as `read_pool` does.
     """
     if reading == "streamed":
         pool, chunks = scan_chunks(run_dir, pool_of)
-        return [ray.put(pool), ray.put(chunks)]
+        return [put(pool), put(chunks)]
     image_ids, images = load_images(run_dir, proxy_size)
-    return [ray.put(pool_of(run_dir, image_ids)[0]), images]
+    return [put(pool_of(run_dir, image_ids)[0]), images]
 
 
 def make_reader(

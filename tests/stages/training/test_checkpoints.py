@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import ray.train
 import torch
 from torch import distributed
 from torch.multiprocessing import spawn
@@ -32,7 +33,7 @@ def make_reports(monkeypatch):
     def make(report_s: float) -> Reports:
         reports = Reports(report_s)
         monkeypatch.setattr(checkpoints, "time", SimpleNamespace(monotonic=lambda: reports.now_s))
-        monkeypatch.setattr(checkpoints.ray.train, "report", reports.take)
+        monkeypatch.setattr(ray.train, "report", reports.take)
         return reports
 
     return make
@@ -44,7 +45,7 @@ def make_reports(monkeypatch):
 )
 def test_reports_take_at_most_3_percent_of_the_time_and_keep_the_last(make_reports, epoch_s, report_s, reported):
     reports = make_reports(report_s)
-    reporter = CheckpointReporter(GroupMember(0, 1, torch.device("cpu")))
+    reporter = CheckpointReporter("", GroupMember(0, 1, torch.device("cpu")))
     for epoch in range(8):
         reports.now_s += epoch_s
         reporter.end_epoch({"epoch": epoch}, lambda: {"next": epoch + 1}, is_last=epoch == 7)  # noqa: B023
@@ -54,7 +55,7 @@ def test_reports_take_at_most_3_percent_of_the_time_and_keep_the_last(make_repor
 
 def test_after_a_slow_report_the_next_comes_within_a_minute(make_reports):
     reports = make_reports(100.0)
-    reporter = CheckpointReporter(GroupMember(0, 1, torch.device("cpu")))
+    reporter = CheckpointReporter("", GroupMember(0, 1, torch.device("cpu")))
     for epoch, passed_s in enumerate([0.0, checkpoints.MAX_UNREPORTED_S - 1, 1.0]):
         reports.now_s += passed_s
         reporter.end_epoch({"epoch": epoch}, dict, is_last=False)
@@ -64,7 +65,7 @@ def test_after_a_slow_report_the_next_comes_within_a_minute(make_reports):
 @pytest.fixture
 def make_checkpoint(tmp_path, monkeypatch):
     """Return a function that writes a checkpoint as a group of `num_workers` workers does."""
-    monkeypatch.setattr(checkpoints.ray.train, "get_checkpoint", lambda: None)
+    monkeypatch.setattr(ray.train, "get_checkpoint", lambda: None)
 
     def make(name: str, num_workers: int, state: dict) -> Path:
         folder = tmp_path / name
@@ -73,13 +74,25 @@ def make_checkpoint(tmp_path, monkeypatch):
             with checkpoint.as_directory() as files:
                 shutil.copytree(files, folder, dirs_exist_ok=True)
 
-        monkeypatch.setattr(checkpoints.ray.train, "report", copy)
+        monkeypatch.setattr(ray.train, "report", copy)
         for rank in range(num_workers):
-            reporter = CheckpointReporter(GroupMember(rank, num_workers, torch.device("cpu")))
+            reporter = CheckpointReporter("", GroupMember(rank, num_workers, torch.device("cpu")))
             reporter.save_within_epoch({}, lambda: state, {"rank": rank})
         return folder
 
     return make
+
+
+def test_without_ray_the_last_checkpoint_alone_is_kept(tmp_path):
+    member = GroupMember(0, 1, torch.device("cpu"), is_in_ray_train=False)
+    reporter = CheckpointReporter(str(tmp_path), member)
+    (tmp_path / checkpoints.SNAPSHOT_FILE).write_text("Ray Train's list")
+    (tmp_path / "result.json").write_text("what TEMI writes beside them")
+    for epoch in range(3):
+        reporter.end_epoch({}, lambda: {"next": epoch + 1}, is_last=True)  # noqa: B023
+        assert checkpoints.load_checkpoint(str(tmp_path), member)["next"] == epoch + 1
+        folder, other = sorted(path.name for path in tmp_path.iterdir())
+        assert folder.startswith("checkpoint_") and other == "result.json"
 
 
 def loaded_by(folder: Path, num_workers: int) -> list[dict]:
@@ -113,8 +126,8 @@ def test_a_checkpoint_that_lacks_a_part_is_passed_over(tmp_path, make_checkpoint
 def _end_epochs(rank: int, folder: str) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     answers = []
-    checkpoints.ray.train.report = lambda metrics, checkpoint=None: answers.append((metrics, checkpoint is not None))
-    reporter = CheckpointReporter(GroupMember(rank, 2, torch.device("cpu")))
+    ray.train.report = lambda metrics, checkpoint=None: answers.append((metrics, checkpoint is not None))
+    reporter = CheckpointReporter("", GroupMember(rank, 2, torch.device("cpu")))
     for epoch, slow_rank in enumerate((0, 1)):
         reporter._cost_s = 1e6 if rank == slow_rank else 0.0
         reporter.end_epoch({"epoch": epoch}, dict, is_last=False)

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import ray.train
 import torch
 
 from elfs_ray.stages.training import notice
@@ -14,7 +15,7 @@ from elfs_ray.stages.training.notice import INTERVAL_S, Notice
 def test_workers_ask_about_every_two_seconds_or_after_every_step(monkeypatch, step_s):
     now_s, asked_s = 0.0, []
     monkeypatch.setattr(notice, "time", SimpleNamespace(monotonic=lambda: now_s))
-    monkeypatch.setattr(notice.ray.train, "get_preemption_info", lambda: asked_s.append(now_s))
+    monkeypatch.setattr(ray.train, "get_preemption_info", lambda: asked_s.append(now_s))
     watch = Notice(GroupMember(0, 1, torch.device("cpu")))
     num_steps = int(60 / step_s)
     for _ in range(num_steps):
@@ -26,6 +27,6 @@ def test_workers_ask_about_every_two_seconds_or_after_every_step(monkeypatch, st
 
 
 def test_a_notice_is_told_until_the_workers_can_leave(monkeypatch):
-    monkeypatch.setattr(notice.ray.train, "get_preemption_info", lambda: "a node is about to be taken away")
+    monkeypatch.setattr(ray.train, "get_preemption_info", lambda: "a node is about to be taken away")
     watch = Notice(GroupMember(0, 1, torch.device("cpu")))
     assert [watch.is_here() for _ in range(3)] == [True, True, True]

@@ -1,6 +1,8 @@
 """A group of workers: which errors a retry may repair, which are final, and what a lost node takes away."""
 
+import dataclasses
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,10 +14,12 @@ import torch
 from torch import distributed
 
 from elfs_ray.runtime.resources import Request
-from elfs_ray.stages.training import worker_group
+from elfs_ray.stages.training import ray_train
+from elfs_ray.stages.training.checkpoints import CheckpointReporter, load_checkpoint
 from elfs_ray.stages.training.group_member import GroupMember
-from elfs_ray.stages.training.worker_group import WorkerGroup, run_workers
+from elfs_ray.stages.training.worker_group import FAILURE_FILE, WorkerGroup, run_workers
 from elfs_ray.storage import filesystem
+from tests.in_process import without_ray
 
 
 @dataclass(frozen=True)
@@ -107,12 +111,12 @@ def test_a_restarted_group_does_no_work_after_a_final_error(alone, monkeypatch, 
 
     loop_config = {"group": group(tmp_path, max_failures=1), "worker": work, "job": Job(tmp_path)}
     with pytest.raises(error):
-        worker_group._work(loop_config)
-    written = tmp_path / worker_group.FAILURE_FILE
+        ray_train._work(loop_config)
+    written = tmp_path / FAILURE_FILE
     assert written.exists() == is_final
     if is_final:
         assert written.read_text() == "loss is nan at epoch 0"
-        worker_group._work(loop_config)
+        ray_train._work(loop_config)
     assert len(tries) == 1
 
 
@@ -122,7 +126,7 @@ def test_a_group_whose_data_is_lost_leaves_before_it_works(alone, monkeypatch, t
 
     monkeypatch.setattr(ray, "get", get_lost)
     loop_config = {"group": group(tmp_path, max_failures=1), "worker": mark, "job": Job(tmp_path)}
-    assert worker_group._work(loop_config) == worker_group.LOST
+    assert ray_train._work(loop_config) == ray_train.LOST
     assert not list(tmp_path.glob("try-*"))
 
 
@@ -133,5 +137,48 @@ def test_a_group_whose_data_is_lost_on_another_node_leaves_too(monkeypatch, tmp_
     monkeypatch.setattr(distributed, "all_reduce", lambda sums: sums.add_(1))
     monkeypatch.setattr(ray, "get", lambda references: ["read"])
     loop_config = {"group": group(tmp_path, max_failures=1), "worker": mark, "job": Job(tmp_path)}
-    assert worker_group._work(loop_config) == worker_group.LOST
+    assert ray_train._work(loop_config) == ray_train.LOST
     assert not list(tmp_path.glob("try-*"))
+
+
+def fail(job: Job) -> None:
+    mark(job)
+    raise [OSError, ValueError, FloatingPointError, pa.ArrowInvalid, MemoryError][int(job.marks.name)]("no more")
+
+
+@pytest.mark.parametrize(("number", "tries"), [(0, 3), (1, 1), (2, 1), (3, 3), (4, 3)])
+def test_without_ray_only_what_may_pass_is_tried_again(tmp_path, monkeypatch, number, tries):
+    marks = tmp_path / str(number)
+    marks.mkdir()
+    message = "gave up after 2 retries: no more" if tries > 1 else "training stopped: no more"
+    with without_ray(monkeypatch, tmp_path), pytest.raises(RuntimeError, match=message):
+        run_workers(group(tmp_path, max_failures=2), fail, lambda: Job(marks))
+    assert len(list(marks.glob("try-*"))) == tries
+
+
+def test_without_ray_a_worker_has_the_cpus_as_threads_and_leaves_torch_as_it_was(tmp_path, monkeypatch):
+    threads, state = torch.get_num_threads(), torch.random.get_rng_state()
+    four = dataclasses.replace(group(tmp_path, 0), request=dataclasses.replace(group(tmp_path, 0).request, cpus=4))
+    seen = []
+    with without_ray(monkeypatch, tmp_path):
+        run_workers(four, lambda job: seen.append((torch.get_num_threads(), torch.rand(1))), lambda: Job(tmp_path))
+    assert [number for number, _ in seen] == [4] and torch.get_num_threads() == threads
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.slow
+def test_ray_train_and_one_process_go_on_from_each_others_checkpoints(ray_cluster, tmp_path, monkeypatch):
+    of_group = group(tmp_path, max_failures=0)
+
+    def work(job: Job) -> None:
+        member = GroupMember.current()
+        seen = (load_checkpoint(of_group.checkpoints, member) or {"seen": []})["seen"]
+        seen.append("Ray Train" if member.is_in_ray_train else "here")
+        CheckpointReporter(of_group.checkpoints, member).end_epoch({}, lambda: {"seen": seen}, is_last=True)
+        (job.marks / "seen").write_text(", ".join(seen))
+        raise ValueError("stopped")
+
+    for turn in range(4):
+        with without_ray(monkeypatch, tmp_path) if turn % 2 else nullcontext(), pytest.raises(RuntimeError):
+            run_workers(of_group, work, lambda: Job(tmp_path))
+    assert (tmp_path / "seen").read_text() == "Ray Train, here, Ray Train, here"
