@@ -55,7 +55,9 @@ def fits_this_process(ray_address: str | None, num_images: int) -> bool:
     """
     from elfs_ray.runtime.cluster import find_devices, has_no_cluster
 
-    return num_images <= MAX_IMAGES_WITHOUT_RAY and has_no_cluster(ray_address) and find_devices(None).num_gpus == 0
+    return (
+        num_images <= MAX_IMAGES_WITHOUT_RAY and has_no_cluster(ray_address) and find_devices(ray_address).num_gpus == 0
+    )
 
 
 def _num_images(run_dir: RunDir) -> int:

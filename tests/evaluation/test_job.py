@@ -1,6 +1,7 @@
 """A job with test images evaluates its run at the end, and refuses a bad evaluation before the run starts."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from elfs_ray.methods.training.linear_probe import L2_PENALTY
 from elfs_ray.methods.training.networks import EMBEDDING_LENGTH
 from elfs_ray.presets import preset
 from elfs_ray.storage.run_dir import RunDir
+from tests.in_process import without_ray
 from tests.tables import digit_images, embeddings_of, png
 
 NUM_POOL, NUM_TEST = 300, 100
@@ -100,7 +102,13 @@ def test_a_job_with_test_images_evaluates_all_its_budgets(ray_cluster, digits, t
     assert now.items() >= times.items() and len(now) == 12
 
 
-def test_a_run_without_training_is_evaluated_by_linear_probes(ray_cluster, digits, tmp_path, capfd):
+@pytest.fixture
+def one_process(monkeypatch, tmp_path) -> Iterator[None]:
+    with without_ray(monkeypatch, tmp_path):
+        yield
+
+
+def test_a_run_without_training_is_evaluated_by_linear_probes(one_process, digits, tmp_path, capfd):
     """Without a GPU; they agree with scikit-learn's logistic regression, and are never repeated."""
     keys = ["select.method=coverage", "evaluate.network=auto", "evaluate.badge.rounds=2"]
     keys.append("evaluate.methods=[random,run,badge,full]")
@@ -131,7 +139,7 @@ def test_a_run_without_training_is_evaluated_by_linear_probes(ray_cluster, digit
     assert {path: path.stat().st_mtime_ns for path in (out / "trials").iterdir()} == times
 
 
-def test_a_run_that_ends_before_select_says_that_it_is_not_evaluated(ray_cluster, digits, tmp_path, capfd):
+def test_a_run_that_ends_before_select_says_that_it_is_not_evaluated(one_process, digits, tmp_path, capfd):
     config = config_of(digits, tmp_path, "until=index")
     assert "evaluate  left out, as until=index" in job.describe(config)
     job.run(config)

@@ -12,7 +12,7 @@ from elfs_ray.storage.run_dir import RunDir
 from tests.tables import embeddings_of, write_embedded
 
 
-def test_leaks_are_the_test_images_near_the_pool(ray_cluster, tmp_path, monkeypatch):
+def test_leaks_are_the_test_images_near_the_pool(tmp_path, monkeypatch):
     monkeypatch.setattr("elfs_ray.evaluation.leaks.QUERIES_PER_TASK", 40)
     run_dir = RunDir(tmp_path / "run")
     ids = write_embedded(run_dir)

@@ -52,7 +52,7 @@ def test_metrics_of_pseudo_labels_equal_those_of_scikit_learn(run_dir, labels):
     assert measured.ari == pytest.approx(adjusted_rand_score(truth, clusters))
 
 
-def test_the_vote_of_neighbours_equals_that_of_scikit_learn(ray_cluster, run_dir, labels, tmp_path):
+def test_the_vote_of_neighbours_equals_that_of_scikit_learn(run_dir, labels, tmp_path):
     """A sample is not its own neighbour. The result is read from its file the next time."""
     ids, vectors = embeddings(run_dir)
     truth = labels.of(ids)
@@ -68,7 +68,7 @@ def test_the_vote_of_neighbours_equals_that_of_scikit_learn(ray_cluster, run_dir
     assert judge_embeddings(run_dir, labels, 0, "cpu", str(tmp_path)).num_neighbors == 7
 
 
-def test_samples_without_a_label_take_no_part_in_the_vote(ray_cluster, run_dir, labels, monkeypatch):
+def test_samples_without_a_label_take_no_part_in_the_vote(run_dir, labels, monkeypatch):
     """Of a large pool a random part are queries."""
     some = TrueLabels(np.where(np.arange(NUM_POOL) % 3 == 0, labels.of_id, NO_LABEL), ())
     ids, vectors = embeddings(run_dir)

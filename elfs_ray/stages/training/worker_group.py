@@ -89,7 +89,7 @@ def gave_up(group: WorkerGroup, cause: str) -> RuntimeError:
 
 def _run_here(group: WorkerGroup, worker: Callable[[Any], None], make_job: Callable[[], Job]) -> None:
     """Run a group of one worker in this process, with as many threads as the worker would have CPUs."""
-    failures = 0
+    job, failures = make_job(), 0
     threads_before = torch.get_num_threads()
     torch.set_num_threads(group.request.cpus)
     try:
@@ -97,7 +97,7 @@ def _run_here(group: WorkerGroup, worker: Callable[[Any], None], make_job: Calla
             try:
                 # The caller of a library expects torch's generator as it was.
                 with torch.random.fork_rng(devices=[]):
-                    worker(make_job())
+                    worker(job)
                 return
             except Exception as error:
                 if is_final(error):

@@ -18,7 +18,7 @@ NUM_NEIGHBORS = 12
 
 
 @pytest.fixture
-def run_dir(ray_cluster, tmp_path, monkeypatch):
+def run_dir(tmp_path, monkeypatch):
     monkeypatch.setattr(select, "IDS_PER_FILE", 300)
     return RunDir(tmp_path / "run")
 

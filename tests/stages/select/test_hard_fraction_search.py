@@ -18,7 +18,7 @@ WRONG = 0.45  # share of the pool, from the hard end, whose pseudo-labels are ma
 
 
 @pytest.fixture(scope="module")
-def spoiled(ray_cluster, tmp_path_factory) -> RunDir:
+def spoiled(tmp_path_factory) -> RunDir:
     run_dir = RunDir(tmp_path_factory.mktemp("spoiled"))
     records = write_trained(run_dir)
     aum = (records["target_prob"] - records["max_other_prob"]).sum(0)
@@ -86,7 +86,7 @@ def test_numbers_and_auto_may_be_mixed_and_need_no_training(spoiled):
         assert 0 <= coreset.hard_fraction <= 1 - coreset.rows / 1000
 
 
-def test_a_pool_too_small_to_search_is_refused(ray_cluster, tmp_path):
+def test_a_pool_too_small_to_search_is_refused(tmp_path):
     run_dir = RunDir(tmp_path)
     write_trained(run_dir, num_samples=20)
     config = digits_config(tmp_path, "select.hard_fraction=search", "budget=1")

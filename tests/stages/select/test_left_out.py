@@ -39,7 +39,7 @@ def run_dir(tmp_path):
 
 
 @pytest.mark.parametrize("rows", [130, 20_000])
-def test_two_rounds_choose_what_one_would_and_nothing_twice(ray_cluster, run_dir, tmp_path, monkeypatch, rows):
+def test_two_rounds_choose_what_one_would_and_nothing_twice(run_dir, tmp_path, monkeypatch, rows):
     monkeypatch.setattr(greedi, "PARTITION_ROWS", rows)
     at_once = chosen(run_dir, "select.method=coverage", "budget=40")
     labelled = names(tmp_path / "first.txt", at_once[:20])
@@ -64,7 +64,7 @@ RESAMPLE = ("stratified", "dual_beta", "auto select.exclude={excluded}")
 @pytest.mark.parametrize(
     "method", [*GOES_ON[:2], *(pytest.param(each, marks=pytest.mark.slow) for each in GOES_ON[2:] + SLOW + RESAMPLE)]
 )
-def test_no_method_chooses_what_is_labelled_or_excluded(ray_cluster, trained, tmp_path, method):
+def test_no_method_chooses_what_is_labelled_or_excluded(trained, tmp_path, method):
     excluded = names(tmp_path / "excluded.txt", [0, 1])
     keys = f"select.method={method}".format(excluded=excluded).split()
     at_once, first = (chosen(trained, *keys, f"budget={budget}") for budget in (100, 50))
@@ -75,7 +75,7 @@ def test_no_method_chooses_what_is_labelled_or_excluded(ray_cluster, trained, tm
         assert set(first) | set(second) == set(at_once)
 
 
-def test_the_hard_fraction_is_one_of_the_whole_pool(ray_cluster, trained, tmp_path):
+def test_the_hard_fraction_is_one_of_the_whole_pool(trained, tmp_path):
     scores = pa.concat_tables(trained.read_table("scores")).sort_by([("aum", "ascending"), ("sample_id", "ascending")])
     by_hardness = scores["sample_id"].to_numpy()
     excluded = names(tmp_path / "hard.txt", by_hardness[:200:2])
@@ -84,7 +84,7 @@ def test_the_hard_fraction_is_one_of_the_whole_pool(ray_cluster, trained, tmp_pa
     assert kept == left[:30].tolist()
 
 
-def test_any_labelled_images_cover_and_the_coverage_counts_them(ray_cluster, run_dir, tmp_path):
+def test_any_labelled_images_cover_and_the_coverage_counts_them(run_dir, tmp_path):
     ids, embeddings = run_dir.read_column("embeddings", column="sample_id"), embeddings_of(run_dir)
     labelled = names(tmp_path / "some.txt", ids[::4])
     config = digits_config(tmp_path / "run", "select.method=coverage", "budget=10", f"select.labelled={labelled}")
@@ -95,7 +95,7 @@ def test_any_labelled_images_cover_and_the_coverage_counts_them(ray_cluster, run
 
 
 @pytest.mark.parametrize("rows", [130, 20_000])
-def test_excluded_images_need_not_be_covered(ray_cluster, run_dir, tmp_path, monkeypatch, rows):
+def test_excluded_images_need_not_be_covered(run_dir, tmp_path, monkeypatch, rows):
     """The first of them are a whole partition."""
     monkeypatch.setattr(greedi, "PARTITION_ROWS", rows)
     ids, embeddings = run_dir.read_column("embeddings", column="sample_id"), embeddings_of(run_dir)
@@ -109,7 +109,7 @@ def test_excluded_images_need_not_be_covered(ray_cluster, run_dir, tmp_path, mon
         assert kept.tolist() == ids[300:][facility_location(around_mean(embeddings[300:]), 10).order].tolist()
 
 
-def test_a_budget_above_what_is_left_is_refused(ray_cluster, run_dir, tmp_path):
+def test_a_budget_above_what_is_left_is_refused(run_dir, tmp_path):
     ids = run_dir.read_column("embeddings", column="sample_id")
     keys = (f"select.labelled={names(tmp_path / 'most.txt', ids[:-5])}",)
     keys += (f"select.exclude={names(tmp_path / 'bad.txt', ids[-5:-3])}",)
