@@ -38,8 +38,8 @@ def run_in_threads(
 ) -> Iterator[tuple[int, Any]]:
     """Yield (position, result) of `function(*arguments)` as each ends, as `cluster.run_tasks` does.
 
-    If one raises an exception, those that have begun end first. If the caller is interrupted, so are they: a training may
-    take minutes.
+    If one raises an exception, those that have begun end first. If the caller is interrupted, so are they: a training
+    may take minutes.
     """
     running: dict[Future, int] = {}
     busy: set[int] = set()  # threads by their ids
