@@ -8,6 +8,7 @@ import torch
 from elfs_ray.methods.kmeans.lloyd import kmeans
 from elfs_ray.methods.kmeans.points import ArrayPoints
 from elfs_ray.methods.kmeans.seeding import distances_to_seeds
+from elfs_ray.methods.numeric.distinct import first_of_equal
 from elfs_ray.methods.numeric.exact_arithmetic import squared_norms
 
 ESTIMATE_ROWS = 20_000
@@ -84,9 +85,7 @@ def _largest_peak(silhouettes: dict[int, float]) -> int:
 
 def count_distinct(rows: torch.Tensor) -> int:
     """Return the number of distinct rows (m, d) float16."""
-    embeddings = np.ascontiguousarray(rows.cpu().numpy())
-    # Viewed as one opaque value each, rows are compared by their bytes.
-    return len(np.unique(embeddings.view(np.dtype((np.void, 2 * embeddings.shape[1])))))
+    return len(first_of_equal(rows.cpu().numpy()))
 
 
 def _silhouette(points: ArrayPoints, rows: torch.Tensor, num_clusters: int, seed: int) -> dict[str, float]:

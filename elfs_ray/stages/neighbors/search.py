@@ -25,6 +25,7 @@ from elfs_ray.methods.neighbors.exact import FlatSearch, Neighbors, nearest_neig
 from elfs_ray.methods.neighbors.inverted import InvertedFile, Lists, choose_nprobe, merge_neighbors, search_lists
 from elfs_ray.methods.neighbors.lists import make_lists
 from elfs_ray.methods.neighbors.ranking import Ranking
+from elfs_ray.methods.numeric.distinct import first_of_equal
 from elfs_ray.methods.numeric.hashing import hash_uniform
 from elfs_ray.runtime.cluster import devices_of_cluster, get_result, num_cpus, put, run_tasks, start_actor, start_task
 from elfs_ray.runtime.progress import Progress
@@ -235,8 +236,9 @@ def _lists_and_queries(files: Files, seed: int) -> tuple[Centroids, Sampled]:
 
 def _make_lists(num_lists: int, seed: int, *parts: Sampled) -> Centroids:
     torch.set_num_threads(1)
-    rows, ids = _distinct(*_joined(parts))
-    return make_lists(rows, ids, min(num_lists, len(rows)), seed=seed)
+    rows, ids = _joined(parts)
+    first = first_of_equal(rows)
+    return make_lists(rows[first], ids[first], min(num_lists, len(first)), seed=seed)
 
 
 def _exact_neighbors(files: Files, queries: np.ndarray, query_ids: np.ndarray, k: int) -> Neighbors:
@@ -277,15 +279,6 @@ def _sample(shard: Files, shares: dict[int, float], seed: int) -> tuple[Sampled,
 def _joined(parts: Sequence[Sampled]) -> Sampled:
     embeddings, sample_ids = zip(*parts, strict=True)
     return np.concatenate(embeddings), np.concatenate(sample_ids)
-
-
-def _distinct(rows: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first of each group of equal embeddings, with its id."""
-    as_numbers = np.ascontiguousarray(rows + np.float16(0))  # turns -0.0 into 0.0, whose bytes differ
-    # Each row becomes a single value of bytes, which `np.unique` can compare.
-    whole_rows = as_numbers.view(np.dtype((np.void, as_numbers.shape[1] * 2)))[:, 0]
-    first = np.sort(np.unique(whole_rows, return_index=True)[1])
-    return rows[first], ids[first]
 
 
 def _write(run_dir: RunDir, group: Files, query_ids: np.ndarray, neighbors: Neighbors) -> int:

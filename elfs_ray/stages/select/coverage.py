@@ -107,7 +107,7 @@ def score_by_coverage(
     A score is a gain: by how much the sample raised the sum of similarities that counted when it was chosen.
     """
     files = run_dir.counted_files(schema.EMBEDDINGS)
-    embedded_ids = np.concatenate([_column(path, schema.SAMPLE_ID) for path in pool.files])
+    embedded_ids = pool.sample_ids()
     sample_ids = np.setdiff1d(embedded_ids, ignored_ids, assume_unique=True)
     labelled_ids = np.intersect1d(labelled_ids, embedded_ids, assume_unique=True)
     point_ids, measured_ids = greedi.samples_of(sample_ids, seed)
@@ -322,28 +322,3 @@ def _write_file(source: str, target: str, selected: tuple[np.ndarray, np.ndarray
     ranks[places], scores[places] = ranks_of_ids[here], scores_of_ids[here]
     rows = rows.append_column(schema.SCORE, pa.array(scores)).append_column(schema.RANK, pa.array(ranks))
     filesystem.write_table(target, rows)
-
-
-def _read_centred(part: Part) -> greedi.Rows:
-    rows = _read(part.slices)
-    return rows if part.centre is None else rows.centred(part.centre)
-
-
-def _read(slices: Sequence[Slice]) -> greedi.Rows:
-    embeddings, sample_ids, labels = [], [], []
-    for path, first, end, label_path in slices:
-        rows = filesystem.read_slice(path, first, end)
-        embeddings.append(schema.matrix_of(rows, schema.EMBEDDING))
-        sample_ids.append(rows[schema.SAMPLE_ID].to_numpy())
-        if label_path is not None:
-            labelled = filesystem.read_slice(label_path, first, end)
-            assert np.array_equal(labelled[schema.SAMPLE_ID], rows[schema.SAMPLE_ID]), (
-                "clusters/ and embeddings/ differ"
-            )
-            labels.append(labelled[schema.PSEUDO_LABEL].to_numpy())
-    groups = np.concatenate(labels) if labels else None
-    return greedi.Rows(np.concatenate(embeddings), np.concatenate(sample_ids), groups)
-
-
-def _column(path: str, name: str) -> np.ndarray:
-    return filesystem.read_table(path, [name])[name].to_numpy()

@@ -36,7 +36,7 @@ def score_whole_pool(
     budget, `max_count`, come last. ignored_ids: samples (i,), ascending, that cannot be chosen and affect no score;
     theirs are the worst. Raises ValueError if stage neighbors has not written enough neighbours.
     """
-    pool_ids = np.concatenate([_column(path, schema.SAMPLE_ID) for path in pool.files])
+    pool_ids = pool.sample_ids()
     counts = ~np.isin(pool_ids, ignored_ids, assume_unique=True)
     sample_ids = pool_ids[counts]
     method = config.select.method
@@ -130,7 +130,3 @@ def _load_embeddings(files: Sequence[str], sample_ids: np.ndarray) -> np.ndarray
         parts.append(schema.matrix_of(rows, schema.EMBEDDING)[counts])
     assert np.array_equal(np.concatenate(ids), sample_ids), "embeddings/ and scores/ hold different samples"
     return np.concatenate(parts)
-
-
-def _column(path: str, name: str) -> np.ndarray:
-    return filesystem.read_table(path, [name])[name].to_numpy()

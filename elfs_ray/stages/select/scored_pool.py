@@ -95,6 +95,10 @@ class ScoredPool:
         """Return the pool with the samples that must not be chosen."""
         return replace(self, left_out=None)
 
+    def sample_ids(self) -> np.ndarray:
+        """Return the ids of all samples, (n,) int64, also of those that must not be chosen."""
+        return np.concatenate([self.whole.read(path).column(schema.SAMPLE_ID) for path in self.files])
+
     def hardness_keys(self, rows: ScoredRows) -> np.ndarray:
         if self.rank is not None:
             return rows.column(self.rank).astype(np.uint32)
