@@ -84,7 +84,7 @@ def make_report(folder, *overrides: str) -> tuple[Page, dict]:
     return select_and_report(folder, *overrides)
 
 
-def test_the_page_refers_to_nothing_outside_itself(ray_cluster, tmp_path):
+def test_the_page_refers_to_nothing_outside_itself(tmp_path):
     page, _ = make_report(tmp_path)
     assert page.links and all(link.startswith("data:image/") for link in page.links)
     assert page.scripts == SCRIPTS
@@ -94,7 +94,7 @@ def test_the_page_refers_to_nothing_outside_itself(ray_cluster, tmp_path):
     assert re.search(r"default-src 'none'; img-src data:; .*script-src 'sha256-[\w+/=]+'", text)
 
 
-def test_what_the_listing_passed_over_and_warned_of_is_shown(ray_cluster, tmp_path):
+def test_what_the_listing_passed_over_and_warned_of_is_shown(tmp_path):
     write_run(RunDir(tmp_path))
     num_samples = IndexResult.read(RunDir(tmp_path)).rows
     told = {"passed_over": {".jxl": 10, ".heic": 5000}, "warnings": ["a.tar is <cut> short"]}
@@ -105,18 +105,18 @@ def test_what_the_listing_passed_over_and_warned_of_is_shown(ray_cluster, tmp_pa
     assert {name: metrics["stages"]["index"][name] for name in told} == told and metrics["pool"] == "/a, /b"
 
 
-def test_each_group_has_the_configured_number_of_images(ray_cluster, tmp_path):
+def test_each_group_has_the_configured_number_of_images(tmp_path):
     page, _ = make_report(tmp_path, "report.images_per_grid=7")
     assert page.tags.count("img") == 21
 
 
-def test_an_end_that_was_not_pruned_shows_none(ray_cluster, tmp_path):
+def test_an_end_that_was_not_pruned_shows_none(tmp_path):
     page, metrics = make_report(tmp_path, "select.hard_fraction=0", "report.images_per_grid=5")
     assert metrics["counts"]["pruned_hard"] == 0
     assert page.tags.count("img") == 10 and "None were left out at this end." in page.texts
 
 
-def test_counts_sizes_and_histogram_add_up(ray_cluster, tmp_path):
+def test_counts_sizes_and_histogram_add_up(tmp_path):
     _, metrics = make_report(tmp_path)
     counts = metrics["counts"]
     assert counts["pool"] == counts["embedded"] + counts["rejected"] == 1003
@@ -129,7 +129,7 @@ def test_counts_sizes_and_histogram_add_up(ray_cluster, tmp_path):
     assert edges[0] <= cuts[0] <= cuts[1] <= edges[-1]
 
 
-def test_clustering_and_training_are_described(ray_cluster, tmp_path):
+def test_clustering_and_training_are_described(tmp_path):
     run_dir = RunDir(tmp_path)
     write_trained(run_dir)
     temi = {"head": 1, "head_losses": [-1.25, -1.75], "head_agreement": [0.625, 1.0], "loss_history": [-1.0, -1.75]}
@@ -159,7 +159,7 @@ def test_clustering_and_training_are_described(ray_cluster, tmp_path):
     assert metrics["stages"]["cluster"]["temi"] == temi
 
 
-def test_an_encoder_trained_by_the_run_is_described(ray_cluster, tmp_path):
+def test_an_encoder_trained_by_the_run_is_described(tmp_path):
     run_dir = RunDir(tmp_path)
     write_run(run_dir)
     names = ("loss", "spread", "effective_rank", "images_per_s", "data_wait_share")
@@ -174,7 +174,7 @@ def test_an_encoder_trained_by_the_run_is_described(ray_cluster, tmp_path):
         assert metrics["stages"].get("pretrain", {}).get("history") == (history if is_described else None)
 
 
-def test_hostile_names_are_shown_as_they_are(ray_cluster, tmp_path):
+def test_hostile_names_are_shown_as_they_are(tmp_path):
     """Uris, the pool and the run directory are text of strangers: shown letter by letter, never read as HTML."""
     hostile = """<script>alert("1")</script>&amp;'><img src=x onerror=alert(1)>"""
     folder = tmp_path / "<b>&amp;run"
@@ -192,7 +192,7 @@ def test_hostile_names_are_shown_as_they_are(ray_cluster, tmp_path):
     assert "/<script>alert(1)</script>&amp;" in page.texts and str(folder) in page.texts
 
 
-def test_images_that_were_not_sampled_are_counted_and_explained(ray_cluster, tmp_path):
+def test_images_that_were_not_sampled_are_counted_and_explained(tmp_path):
     page, metrics = make_report(tmp_path, "select.method=random")
     counts = metrics["counts"]
     assert counts["not_sampled"] == counts["embedded"] - counts["coreset"] > 0
@@ -201,7 +201,7 @@ def test_images_that_were_not_sampled_are_counted_and_explained(ray_cluster, tmp
     assert "Hard fraction (β)" not in "".join(page.texts)
 
 
-def test_the_choice_of_the_hard_fraction_is_explained(ray_cluster, tmp_path):
+def test_the_choice_of_the_hard_fraction_is_explained(tmp_path):
     search = ("select.search_iterations=2", "select.search_step=0.4")
     page, metrics = make_report(tmp_path, "budget=[0.2,0.1]", "select.hard_fraction=[search,auto]", *search)
     first, second = metrics["coresets"].values()
@@ -223,7 +223,7 @@ def test_the_choice_of_the_hard_fraction_is_explained(ray_cluster, tmp_path):
         (0.25, "and the groups were not used to choose images"),
     ],
 )
-def test_a_selection_by_auto_says_how_far_its_groups_are_trusted(ray_cluster, tmp_path, right, words):
+def test_a_selection_by_auto_says_how_far_its_groups_are_trusted(tmp_path, right, words):
     run_dir = RunDir(tmp_path)
     write_run(run_dir)
     trust = {"neighbor_purity": 1.0, "agreement": right, "right": right}
