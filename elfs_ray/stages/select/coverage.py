@@ -13,7 +13,6 @@ Memory: a task holds 0.8 GB of similarities, the last one 1.6 GB, and its embedd
 sample, and the embeddings of 20,000 nominees and of a sample of 44,000.
 """
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -29,6 +28,7 @@ from elfs_ray.methods.selection.pruning import random_selection
 from elfs_ray.runtime.cluster import put, run_tasks
 from elfs_ray.runtime.progress import Progress, say
 from elfs_ray.stages.cluster import ClusterResult
+from elfs_ray.stages.select.parts import Part, Slice, read, read_centred, slices_of
 from elfs_ray.stages.select.scored_pool import ScoredPool
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir
@@ -36,22 +36,6 @@ from elfs_ray.storage.run_dir import RunDir
 COVERAGE = "coverage"
 UNRANKED = 2**31 - 1
 _NONE = np.empty(0, np.int64)
-
-
-class Slice(NamedTuple):
-    """Some rows of one file of embeddings/, and the file of the same samples' pseudo-labels where these matter."""
-
-    path: str
-    first: int
-    end: int
-    labels: str | None
-
-
-class Part(NamedTuple):
-    """Some rows of embeddings/, and the centre (d,) float64 that they are taken relative to, if any."""
-
-    slices: Sequence[Slice]
-    centre: np.ndarray | None
 
 
 class CoverageOfPool(NamedTuple):
@@ -83,10 +67,13 @@ def trusted_classes(clusters: ClusterResult) -> int:
     On the three sets where at least 60% looked right accuracy was 1.6 points higher than by coverage of the whole pool
     from the start, on average over 1 to 50 labels a class (BENCHMARKS.md, "Few labels").
     """
-    if clusters.trust and clusters.trust["right"] >= LEAST_TRUST:
-        return int(np.count_nonzero(clusters.sizes))
-    say("select    covering the whole pool: too few pseudo-labels look right")
-    return 0
+    if clusters.trust is None:
+        say("select    covering the whole pool: the clusters are too small to tell how many pseudo-labels are right")
+        return 0
+    if clusters.trust["right"] < LEAST_TRUST:
+        say("select    covering the whole pool: too few pseudo-labels look right")
+        return 0
+    return int(np.count_nonzero(clusters.sizes))
 
 
 def score_by_coverage(
@@ -113,7 +100,7 @@ def score_by_coverage(
     point_ids, measured_ids = greedi.samples_of(sample_ids, seed)
     samples = Samples(embedded_ids, sample_ids, ignored_ids, point_ids)
     ranges = greedi.partitions(len(embedded_ids))
-    slices = _slices(files, [None] * len(files), ranges)
+    slices = slices_of(files, [None] * len(files), ranges)
     centre = _centre(slices, ignored_ids, len(sample_ids))
     whole = [Part(each, centre) for each in slices]
     num_first = min(max(counts), max(0, num_classes - len(labelled_ids)))
@@ -124,7 +111,7 @@ def score_by_coverage(
     if num_first:
         labels = (schema.CLUSTERS, schema.PSEUDO_LABELS_DIR)  # in files as those of the embeddings
         label_files = [run_dir.path(*labels, filesystem.basename(path)) for path, _ in files]
-        steps.insert(0, ([Part(each, None) for each in _slices(files, label_files, ranges)], num_first))
+        steps.insert(0, ([Part(each, None) for each in slices_of(files, label_files, ranges)], num_first))
     ids, scores = _NONE, np.empty(0, np.float32)
     with Progress("select", len(steps) * (len(whole) + 1), "parts selected") as progress:
         for parts, count in steps:
@@ -158,26 +145,6 @@ def _choose(
     return ids, greedi.scores_of(gains, num_points, len(samples.wanted))
 
 
-def _slices(
-    files: Sequence[tuple[str, int]], label_files: Sequence[str | None], parts: Sequence[range]
-) -> list[list[Slice]]:
-    """Return, for each part, a range of the rows of a table, the slices of files that hold it."""
-    ends = np.cumsum([num_rows for _, num_rows in files]).tolist()
-    slices: list[list[Slice]] = []
-    for part in parts:
-        slices.append([])
-        # From the file with the part's first row: to look at all files would take the square of the pool's time.
-        number = bisect_right(ends, part.start)
-        while number < len(files) and ends[number] - files[number][1] < part.stop:
-            path, num_rows = files[number]
-            start = ends[number] - num_rows
-            first, end = max(part.start - start, 0), min(part.stop - start, num_rows)
-            if first < end:
-                slices[-1].append(Slice(path, first, end, label_files[number]))
-            number += 1
-    return slices
-
-
 def _centre(parts: Sequence[Sequence[Slice]], ignored_ids: np.ndarray, num_samples: int) -> np.ndarray:
     """Return the mean (d,) float64 of the samples to be covered. Their sums are exact, so that no order matters."""
     shared = put(ignored_ids)
@@ -186,7 +153,7 @@ def _centre(parts: Sequence[Sequence[Slice]], ignored_ids: np.ndarray, num_sampl
 
 
 def _sum(slices: Sequence[Slice], ignored_ids: np.ndarray) -> np.ndarray:
-    return sum_of(_read(slices).without(ignored_ids).embeddings)
+    return sum_of(read(slices).without(ignored_ids).embeddings)
 
 
 def _select_at_once(
@@ -194,7 +161,7 @@ def _select_at_once(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the ids in the order of selection and their gains, from a pool of one partition."""
     torch.set_num_threads(1)
-    rows = _read_centred(part).without(ignored_ids)
+    rows = read_centred(part).without(ignored_ids)
     order, gains = greedi.select(rows, count, covering)
     return rows.sample_ids[order], gains
 
@@ -233,7 +200,7 @@ def _nominate(
     share: int,
 ) -> tuple[greedi.Nominees, greedi.Rows]:
     torch.set_num_threads(1)
-    rows = _read_centred(part).without(ignored_ids)
+    rows = read_centred(part).without(ignored_ids)
     return greedi.nominate(rows, num_candidates, share, covering), rows.among(point_ids)
 
 
@@ -252,7 +219,7 @@ def _rows_of(parts: Sequence[Part], sample_ids: np.ndarray) -> greedi.Rows:
 
 
 def _read_among(part: Part, sample_ids: np.ndarray) -> greedi.Rows:
-    return _read_centred(part).among(sample_ids)
+    return read_centred(part).among(sample_ids)
 
 
 def _measure(
@@ -292,7 +259,7 @@ def _cover(
     """Return the similarity (2, steps, points) of each point to the nearest chosen and random sample in these rows."""
     torch.set_num_threads(1)
     points, *selections = shared
-    embeddings, sample_ids, _ = _read_centred(part)
+    embeddings, sample_ids, _ = read_centred(part)
     covered = np.zeros((2, num_steps, len(points)), np.uint16)
     for kind, (ids, steps) in enumerate(selections):
         here = (ids >= sample_ids[0]) & (ids <= sample_ids[-1])

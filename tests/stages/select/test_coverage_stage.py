@@ -15,6 +15,7 @@ from elfs_ray.runtime import cluster
 from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.stages.select import coverage
 from elfs_ray.stages.select import run as select
+from elfs_ray.stages.select.parts import slices_of
 from elfs_ray.storage import filesystem
 from elfs_ray.storage.run_dir import RunDir
 from tests.tables import (
@@ -42,7 +43,7 @@ def test_parts_are_cut_from_the_files_that_hold_them():
     rows = [(path, row, label) for (path, size), label in zip(files, labels, strict=True) for row in range(size)]
     for ends in ([0, 13], [0, 2, 3, 9, 13], [0, 8, 12, 13]):
         parts = [range(first, end) for first, end in pairwise(ends)]
-        for part, slices in zip(parts, coverage._slices(files, labels, parts), strict=True):
+        for part, slices in zip(parts, slices_of(files, labels, parts), strict=True):
             cut = [(piece.path, row, piece.labels) for piece in slices for row in range(piece.first, piece.end)]
             assert cut == rows[part.start : part.stop]
 
