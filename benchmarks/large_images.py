@@ -159,7 +159,7 @@ def measure(kind: str, folder: Path, pool: Path, num_images: int) -> None:
     on_gpus = kind != "on CPUs"
     connect("local", num_cpus=NUM_CPUS, num_gpus=int(on_gpus), object_store_memory=STORE_BYTES)
     if on_gpus:
-        ray_stream.EncodeBlock = EncodeWithoutGpu  # type: ignore[misc]
+        ray_stream.EncodeBlock = EncodeWithoutGpu  # type: ignore[misc,assignment]
     halves = Halves(kind, num_images)
     progress.listen(halves.see)
     runner.run(config_of(folder / kind.replace(" ", "-"), pool, KINDS[kind]))
