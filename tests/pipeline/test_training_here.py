@@ -120,9 +120,10 @@ def test_a_training_stopped_in_an_epoch_resumes_to_the_same_bytes(images, tmp_pa
         with pytest.raises(KeyboardInterrupt):
             run_here(monkeypatch, load_config(None, overrides(images, stopped)))
         torch.manual_seed(7)  # whatever a process has done with torch's generator before
-        assert checkpoint(stopped, "train/checkpoints")["next_epoch"] == 2
+        saved = checkpoint(stopped, "train/checkpoints")["next_epoch"]
+        assert saved in (1, 2)  # of epochs this short not all are saved
         run_here(monkeypatch, load_config(None, overrides(images, stopped)))
-    assert len(calls) == 10 + 2 * 4
+    assert len(calls) == 10 + (4 - saved) * 4
     tables = ("dynamics", "scores", "coreset")
     assert contents(stopped, *tables) == contents(undisturbed, *tables)
     assert tensors(checkpoint(stopped, "train/checkpoints")) == tensors(checkpoint(undisturbed, "train/checkpoints"))
