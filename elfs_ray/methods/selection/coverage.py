@@ -15,7 +15,7 @@ import torch
 
 from elfs_ray.methods.numeric.workspace import Workspace
 
-KERNEL_WIDTH = 1.0  # sigma; 0.5 is better on CIFAR-10, worse on Fashion-MNIST (BENCHMARKS.md, "Few labels")
+KERNEL_WIDTH = 1.0  # sigma; 0.5 is better on CIFAR-10, worse on Fashion-MNIST (BENCHMARKS.md, "Tried and dropped")
 SIMILARITY_ONE = 65_535  # the integer that stands for a similarity of 1
 MAX_POINTS = 65_537  # so many similarities of at most 65,535 have a sum below 2^32
 _GRID = 4096  # coordinates become multiples of 1/4096
@@ -82,8 +82,8 @@ def sum_of(embeddings: np.ndarray) -> np.ndarray:
 def centred(embeddings: np.ndarray, centre: np.ndarray) -> np.ndarray:
     """Return embeddings (n, d) float16 relative to a centre (d,) float64, the mean of the pool, of unit length again.
 
-    What all images of a pool share hides how they differ (BENCHMARKS.md, "Few labels", has what this changes). An
-    embedding that lies at the centre has no direction from it and stays as it is.
+    What all images of a pool share hides how they differ (BENCHMARKS.md, "Other ways to cover", has what this changes).
+    An embedding that lies at the centre has no direction from it and stays as it is.
     """
     result = np.empty(embeddings.shape, np.float16)
     for start in range(0, len(embeddings), _BLOCK):
