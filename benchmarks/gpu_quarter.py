@@ -53,7 +53,8 @@ from elfs_ray.evaluation.true_labels import read_labels
 from elfs_ray.evaluation.workload import load
 from elfs_ray.pipeline import runner
 from elfs_ray.presets import preset
-from elfs_ray.runtime.cluster import connect, num_cpus, run_tasks
+from elfs_ray.runtime.cluster import connect, num_cpus
+from elfs_ray.runtime.tasks import run_tasks
 from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.stages.pretrain import PretrainResult
 from elfs_ray.stages.select import SelectResult

@@ -27,7 +27,8 @@ from elfs_ray.methods.selection.hard_fraction import fraction_grid
 from elfs_ray.methods.training.classifier import LabelledImages, train_and_test
 from elfs_ray.pipeline import runner as pipeline
 from elfs_ray.pool.images import decode_proxy_image
-from elfs_ray.runtime.cluster import connect, run_tasks
+from elfs_ray.runtime.cluster import connect
+from elfs_ray.runtime.tasks import run_tasks
 from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.stages.index import IndexResult
 from elfs_ray.stages.select.hard_fraction import estimate_hard_fractions

@@ -34,7 +34,8 @@ from helpers.reporting import command_line, emit
 from helpers.scale_pool import write_pool
 
 from elfs_ray.config import Config, load_config
-from elfs_ray.runtime.cluster import connect, run_tasks
+from elfs_ray.runtime.cluster import connect
+from elfs_ray.runtime.tasks import run_tasks
 from elfs_ray.storage import filesystem
 from elfs_ray.storage.run_dir import Overlay, RunDir
 

@@ -24,7 +24,8 @@ from helpers.processes import family, memory_of
 from helpers.reporting import command_line, emit, peak_bytes
 
 from elfs_ray.config import SelectConfig
-from elfs_ray.runtime.cluster import connect, run_tasks
+from elfs_ray.runtime.cluster import connect
+from elfs_ray.runtime.tasks import run_tasks
 from elfs_ray.stages.select.run import IDS_PER_FILE, write_scores
 from elfs_ray.stages.select.scored_pool import ScoredPool
 from elfs_ray.stages.select.selection import Budget, Selection, choose

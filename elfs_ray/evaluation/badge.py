@@ -23,9 +23,9 @@ from elfs_ray.methods.selection.badge import badge_selection
 from elfs_ray.methods.selection.pruning import random_selection
 from elfs_ray.methods.training.classifier import Classifier, ClassifierSettings, LabelledImages
 from elfs_ray.methods.training.linear_probe import fit_linear_probe
-from elfs_ray.runtime.cluster import get_result, put, run_tasks
 from elfs_ray.runtime.progress import Progress
 from elfs_ray.runtime.remote_progress import remote_progress
+from elfs_ray.runtime.tasks import get_result, put, run_tasks
 from elfs_ray.stages.training.classifier_inputs import load_embeddings
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir

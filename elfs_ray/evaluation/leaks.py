@@ -12,8 +12,8 @@ import torch
 
 from elfs_ray.evaluation.true_labels import digest
 from elfs_ray.methods.neighbors.exact import nearest_neighbors
-from elfs_ray.runtime.cluster import run_tasks
 from elfs_ray.runtime.progress import Progress
+from elfs_ray.runtime.tasks import run_tasks
 from elfs_ray.stages.training.classifier_inputs import kept_or_computed
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir

@@ -21,8 +21,8 @@ from elfs_ray.methods.clustering_metrics import (
 )
 from elfs_ray.methods.neighbors.exact import nearest_neighbors
 from elfs_ray.methods.numeric.hashing import hash_uint64
-from elfs_ray.runtime.cluster import get_result, put, run_tasks
 from elfs_ray.runtime.progress import Progress
+from elfs_ray.runtime.tasks import get_result, put, run_tasks
 from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.stages.training.classifier_inputs import kept_or_computed, load_embeddings
 from elfs_ray.storage import filesystem, schema

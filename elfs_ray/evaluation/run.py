@@ -41,8 +41,9 @@ from elfs_ray.methods.numeric.precision import resolve_precision
 from elfs_ray.methods.training.classifier import ClassifierSettings
 from elfs_ray.pipeline.connection import connect, fits_this_process
 from elfs_ray.pipeline.runner import locked
-from elfs_ray.runtime.cluster import resolve_device, task_settings
+from elfs_ray.runtime.cluster import resolve_device
 from elfs_ray.runtime.progress import say
+from elfs_ray.runtime.tasks import task_settings
 from elfs_ray.stages import train as proxy
 from elfs_ray.stages.index import IndexResult
 from elfs_ray.stages.train import TrainResult

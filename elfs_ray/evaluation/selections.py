@@ -23,8 +23,8 @@ from elfs_ray.evaluation.workload import Entry, Source, Workload
 from elfs_ray.methods.selection.cluster_centres import kmeans_centres, typiclust
 from elfs_ray.methods.training.classifier import ClassifierSettings
 from elfs_ray.pipeline import reselect
-from elfs_ray.runtime.cluster import run_tasks
 from elfs_ray.runtime.progress import format_duration, say
+from elfs_ray.runtime.tasks import run_tasks
 from elfs_ray.stages.index.records import gone_ids
 from elfs_ray.stages.select import CoresetResult, SelectResult
 from elfs_ray.stages.train.run import run_train

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from elfs_ray.evaluation.true_labels import TrueLabels, digest
-from elfs_ray.runtime.cluster import get_result, put, run_tasks
 from elfs_ray.runtime.progress import Progress
+from elfs_ray.runtime.tasks import get_result, put, run_tasks
 from elfs_ray.stages.training.classifier_inputs import kept_or_computed
 from elfs_ray.storage import filesystem
 

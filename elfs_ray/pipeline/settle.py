@@ -75,7 +75,7 @@ def settle_runtime(config: Config, plan: Sequence[PlannedStage], devices: "Devic
 
 def _choose_runtime(section: EmbedConfig) -> tuple[EmbedConfig, str]:
     """Return the section with what all machines can do on their CPUs, and a line about it. Raises ConfigError."""
-    from elfs_ray.runtime.cluster import on_every_machine
+    from elfs_ray.runtime.tasks import on_every_machine
 
     processor = common(on_every_machine(find_processor))
     if not processor.has_openvino:

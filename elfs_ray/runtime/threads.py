@@ -1,6 +1,6 @@
 """Do in this process what Ray's tasks and actors do: a small pool on one machine is done before they have started.
 
-runtime/cluster.py calls this where no Ray is connected.
+runtime/tasks.py calls this where no Ray is connected.
 """
 
 import contextlib

@@ -145,7 +145,7 @@ class Stage:
         """Do the work: call `run_<name>` of the stage's run.py."""
         # Imported only now, since run.py imports torch and Ray (see the module's docstring).
         module = importlib.import_module(f"elfs_ray.stages.{self.name}.run")
-        from elfs_ray.runtime.cluster import task_settings
+        from elfs_ray.runtime.tasks import task_settings
 
         with on_nodes(label_selector(config, self.section)[0]), task_settings():
             return getattr(module, f"run_{self.name}")(config, run_dir)

@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from elfs_ray.runtime.cluster import connect, run_tasks
+from elfs_ray.runtime.cluster import connect
+from elfs_ray.runtime.tasks import run_tasks
 from elfs_ray.stages.embed import ray_stream, worker
 from elfs_ray.stages.embed import run as embed
 from elfs_ray.stages.index import run as index

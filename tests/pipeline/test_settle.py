@@ -10,7 +10,7 @@ from elfs_ray.methods.encoders.processor import Processor
 from elfs_ray.pipeline.plan import make_plan
 from elfs_ray.pipeline.settle import settle, settle_runtime
 from elfs_ray.presets import preset
-from elfs_ray.runtime import cluster
+from elfs_ray.runtime import cluster, tasks
 from elfs_ray.stages import embed
 from elfs_ray.storage import filesystem
 from elfs_ray.storage.run_dir import RunDir
@@ -99,7 +99,7 @@ def test_a_stage_without_rows_takes_other_keys(tmp_path):
 
 def settled_on(machines: list[Processor], monkeypatch, config: Config, devices=TWO_CPUS) -> tuple[Config, list[str]]:
     """Settle a config as a run on these machines does."""
-    monkeypatch.setattr(cluster, "on_every_machine", lambda function: machines)
+    monkeypatch.setattr(tasks, "on_every_machine", lambda function: machines)
     run_dir = RunDir(config.run_dir)
     config, _ = settle(config, run_dir)
     return settle_runtime(config, make_plan(config, run_dir), devices)

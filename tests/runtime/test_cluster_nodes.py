@@ -92,7 +92,8 @@ ON_EVERY_MACHINE = """
 import os, sys
 import ray
 from ray.cluster_utils import Cluster
-from elfs_ray.runtime.cluster import connect, on_every_machine
+from elfs_ray.runtime.cluster import connect
+from elfs_ray.runtime.tasks import on_every_machine
 
 machines = Cluster(shutdown_at_exit=True)
 machines.add_node(num_cpus=0, temp_dir=sys.argv[1], include_dashboard=False)

@@ -11,7 +11,8 @@ SCRIPT = """
 import os
 import sys
 
-from elfs_ray.runtime.cluster import connect, run_tasks
+from elfs_ray.runtime.cluster import connect
+from elfs_ray.runtime.tasks import run_tasks
 
 
 def worker(_):

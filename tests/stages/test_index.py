@@ -11,7 +11,7 @@ import pytest
 
 from elfs_ray.config import ConfigError
 from elfs_ray.pool.listing import PoolColumns, find_units, list_unit
-from elfs_ray.runtime import cluster as ray_runtime
+from elfs_ray.runtime import tasks
 from elfs_ray.stages.index import run as index
 from elfs_ray.storage import schema
 from elfs_ray.storage.run_dir import RunDir
@@ -91,11 +91,11 @@ def test_labels_of_folders_number_the_sorted_names(ray_cluster, tmp_path):
 
 @pytest.mark.slow
 def test_one_two_and_seven_workers_give_the_same_bytes(ray_cluster, digit_pools, large_pool, tmp_path, monkeypatch):
-    monkeypatch.setattr(ray_runtime, "TASKS_PER_CPU", 1)
+    monkeypatch.setattr(tasks, "TASKS_PER_CPU", 1)
     for pool, label in ((large_pool, "y"), (digit_pools.uris["folder"], "folder")):
         tables = []
         for num_workers in (1, 2, 7):
-            monkeypatch.setattr(ray_runtime, "num_cpus", lambda num_workers=num_workers: num_workers)
+            monkeypatch.setattr(tasks, "num_cpus", lambda num_workers=num_workers: num_workers)
             folder = tmp_path / f"{label}{num_workers}"
             run(pool, folder, f"pool.label={label}")
             tables.append(contents(folder, "index"))

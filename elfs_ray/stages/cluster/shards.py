@@ -16,8 +16,9 @@ from elfs_ray.config import ClusterConfig
 from elfs_ray.methods.kmeans.assignment import FASTEST_ENGINE, add_rows, squared_distances_to
 from elfs_ray.methods.kmeans.points import ArrayPoints, PartialSums, smallest_ids
 from elfs_ray.methods.numeric.exact_arithmetic import to_fixed_point
-from elfs_ray.runtime.cluster import devices_of_cluster, end_actor, get_result, put, start_actor, start_task
+from elfs_ray.runtime.cluster import devices_of_cluster
 from elfs_ray.runtime.resources import GIB
+from elfs_ray.runtime.tasks import end_actor, get_result, put, start_actor, start_task
 from elfs_ray.stages.cluster import request_shards
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir

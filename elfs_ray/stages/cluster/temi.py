@@ -30,9 +30,10 @@ from elfs_ray.methods.temi.training import (
     steps_per_epoch,
     train_epoch,
 )
-from elfs_ray.runtime.cluster import devices_of_cluster, get_result, start_task
+from elfs_ray.runtime.cluster import devices_of_cluster
 from elfs_ray.runtime.progress import Progress
 from elfs_ray.runtime.remote_progress import remote_progress
+from elfs_ray.runtime.tasks import get_result, start_task
 from elfs_ray.stages.cluster import request_temi_workers
 from elfs_ray.stages.cluster.shards import write_label_file
 from elfs_ray.stages.training.checkpoints import CheckpointReporter, load_checkpoint

@@ -11,9 +11,10 @@ from typing import Any
 
 from elfs_ray.config import Config
 from elfs_ray.pool.images import has_own_range
-from elfs_ray.runtime.cluster import num_cpus, run_tasks
+from elfs_ray.runtime.cluster import num_cpus
 from elfs_ray.runtime.metrics import report_rejected
 from elfs_ray.runtime.progress import Progress
+from elfs_ray.runtime.tasks import run_tasks
 from elfs_ray.stages.copy import CopyResult
 from elfs_ray.stages.embed.blocks import (
     blocks_a_turn,

@@ -22,8 +22,8 @@ import torch
 
 from elfs_ray.config import Config
 from elfs_ray.methods.near_duplicates import components, divide
-from elfs_ray.runtime.cluster import run_tasks, start_task
 from elfs_ray.runtime.progress import Progress, count, say
+from elfs_ray.runtime.tasks import run_tasks, start_task
 from elfs_ray.stages.duplicates import MAX_EXAMPLES, DuplicatesResult
 from elfs_ray.stages.embed import EmbedResult
 from elfs_ray.storage import filesystem, schema

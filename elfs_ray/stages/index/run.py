@@ -34,8 +34,8 @@ from elfs_ray.pool.listing import (
     inventory_of_rows,
     list_unit,
 )
-from elfs_ray.runtime.cluster import run_tasks
 from elfs_ray.runtime.progress import Progress, count, say
+from elfs_ray.runtime.tasks import run_tasks
 from elfs_ray.stages.index import STAGE, IndexResult
 from elfs_ray.stages.index.records import divide_units, read_records, write_gone, write_records
 from elfs_ray.storage import filesystem, schema

@@ -27,8 +27,9 @@ from elfs_ray.methods.neighbors.lists import make_lists
 from elfs_ray.methods.neighbors.ranking import Ranking
 from elfs_ray.methods.numeric.distinct import first_of_equal
 from elfs_ray.methods.numeric.hashing import hash_uniform
-from elfs_ray.runtime.cluster import devices_of_cluster, get_result, num_cpus, put, run_tasks, start_actor, start_task
+from elfs_ray.runtime.cluster import devices_of_cluster, num_cpus
 from elfs_ray.runtime.progress import Progress
+from elfs_ray.runtime.tasks import get_result, put, run_tasks, start_actor, start_task
 from elfs_ray.stages.cluster.shards import read_embeddings
 from elfs_ray.stages.neighbors import choose_search, searches_on_gpus
 from elfs_ray.storage import filesystem, schema

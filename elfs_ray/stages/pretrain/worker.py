@@ -16,7 +16,7 @@ from elfs_ray.methods.simclr.training import MEAN, STD, SimclrSettings, SimclrTr
 from elfs_ray.methods.simclr.views import NUM_VIEWS, ViewSettings, change_colors, two_crops
 from elfs_ray.methods.training.dynamics import BatchPlan
 from elfs_ray.methods.training.sgd import LossMonitor
-from elfs_ray.runtime.cluster import get_result
+from elfs_ray.runtime.tasks import get_result
 from elfs_ray.stages.pretrain import STAGE
 from elfs_ray.stages.training.epoch_log import EpochLog
 from elfs_ray.stages.training.group_member import GroupMember

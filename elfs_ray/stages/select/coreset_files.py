@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from elfs_ray.methods.selection.quantiles import Cut, assign_parts, hard_first_order, part_ranks
-from elfs_ray.runtime.cluster import get_result, run_tasks, start_task
 from elfs_ray.runtime.progress import Progress
+from elfs_ray.runtime.tasks import get_result, run_tasks, start_task
 from elfs_ray.stages.select.scored_pool import ScoredPool, ScoredRows
 from elfs_ray.stages.select.selection import Selection, find_part_cuts, num_parts
 from elfs_ray.storage import filesystem, schema

@@ -25,8 +25,8 @@ from elfs_ray.methods.clustering_trust import LEAST_TRUST
 from elfs_ray.methods.selection import greedi
 from elfs_ray.methods.selection.coverage import SIMILARITY_ONE, highest_similarity, sum_of
 from elfs_ray.methods.selection.pruning import random_selection
-from elfs_ray.runtime.cluster import put, run_tasks
 from elfs_ray.runtime.progress import Progress, say
+from elfs_ray.runtime.tasks import put, run_tasks
 from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.stages.select.parts import Part, Slice, read, read_centred, slices_of
 from elfs_ray.stages.select.scored_pool import ScoredPool

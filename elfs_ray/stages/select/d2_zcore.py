@@ -17,8 +17,8 @@ from elfs_ray.config import Config
 from elfs_ray.methods.selection.d2 import d2_selection
 from elfs_ray.methods.selection.quantiles import Direction
 from elfs_ray.methods.selection.zcore import zcore_draws, zcore_sum, zcore_votes
-from elfs_ray.runtime.cluster import run_tasks, start_task
 from elfs_ray.runtime.progress import Progress
+from elfs_ray.runtime.tasks import run_tasks, start_task
 from elfs_ray.stages.select.scored_pool import ScoredPool
 from elfs_ray.storage import filesystem, schema
 from elfs_ray.storage.run_dir import RunDir

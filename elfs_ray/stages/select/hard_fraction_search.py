@@ -23,8 +23,9 @@ from elfs_ray.methods.numeric.hashing import hash_uniform
 from elfs_ray.methods.numeric.precision import resolve_precision
 from elfs_ray.methods.selection.hard_fraction import fraction_grid
 from elfs_ray.methods.training.classifier import LabelledImages, train_and_test
-from elfs_ray.runtime.cluster import get_result, put, resolve_device, run_tasks
+from elfs_ray.runtime.cluster import resolve_device
 from elfs_ray.runtime.progress import Progress
+from elfs_ray.runtime.tasks import get_result, put, run_tasks
 from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.stages.select.scored_pool import ScoredPool
 from elfs_ray.stages.select.selection import Budget, Selection, choose

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from elfs_ray.config import Config
-from elfs_ray.runtime.cluster import put, run_tasks
+from elfs_ray.runtime.tasks import put, run_tasks
 from elfs_ray.stages.index.records import gone_ids
 from elfs_ray.stages.select.named_images import read_named_images
 from elfs_ray.stages.select.scored_pool import ScoredPool

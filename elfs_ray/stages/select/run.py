@@ -25,8 +25,8 @@ import pyarrow as pa
 
 from elfs_ray.config import BY_COVERAGE, Config
 from elfs_ray.methods.selection.scores import ScoreAccumulator
-from elfs_ray.runtime.cluster import run_tasks
 from elfs_ray.runtime.progress import Progress
+from elfs_ray.runtime.tasks import run_tasks
 from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.stages.index import IndexResult
 from elfs_ray.stages.select import CoresetResult, SelectResult

@@ -10,7 +10,8 @@ import numpy as np
 
 from elfs_ray.methods.selection.quantiles import Direction, grouped_keys, hardness_keys
 from elfs_ray.methods.selection.scores import SCORES
-from elfs_ray.runtime.cluster import num_cpus, run_tasks
+from elfs_ray.runtime.cluster import num_cpus
+from elfs_ray.runtime.tasks import run_tasks
 from elfs_ray.storage import filesystem, schema
 
 MAX_SHARES = 512

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from elfs_ray.methods.selection.pruning import random_keys
-from elfs_ray.runtime.cluster import run_tasks
+from elfs_ray.runtime.tasks import run_tasks
 from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.stages.select.scored_pool import ScoredPool
 from elfs_ray.storage import filesystem, schema

@@ -28,7 +28,7 @@ from elfs_ray.methods.training.sgd import (
     set_learning_rate,
     update,
 )
-from elfs_ray.runtime.cluster import get_result
+from elfs_ray.runtime.tasks import get_result
 from elfs_ray.stages.train import STAGE
 from elfs_ray.stages.training.checkpoints import PARTS
 from elfs_ray.stages.training.epoch_log import NEXT_STEP, EpochLog

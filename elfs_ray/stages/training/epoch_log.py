@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from elfs_ray.runtime.cluster import get_result
 from elfs_ray.runtime.metrics import report_epoch
+from elfs_ray.runtime.tasks import get_result
 from elfs_ray.stages.stage import Stage
 from elfs_ray.stages.training.checkpoints import CHECKPOINTS_DIR, CheckpointReporter, load_checkpoint
 from elfs_ray.stages.training.group_member import GroupMember

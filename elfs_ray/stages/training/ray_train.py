@@ -19,9 +19,9 @@ import ray.train
 import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from elfs_ray.runtime.cluster import call_interruptibly
 from elfs_ray.runtime.placement import placement
 from elfs_ray.runtime.progress import say
+from elfs_ray.runtime.tasks import call_interruptibly
 from elfs_ray.stages.training.checkpoints import SNAPSHOT_FILE
 from elfs_ray.stages.training.group_member import GroupMember
 from elfs_ray.stages.training.notice import LeftOnNotice

@@ -21,7 +21,7 @@ from elfs_ray.config import TrainConfig
 from elfs_ray.methods.training import augmentation
 from elfs_ray.methods.training.dynamics import BatchPlan, epoch_order
 from elfs_ray.pool.images import decode_proxy_image, describe_bad_copy
-from elfs_ray.runtime.cluster import get_result, put, start_task
+from elfs_ray.runtime.tasks import get_result, put, start_task
 from elfs_ray.stages.training import planned_reading
 from elfs_ray.stages.training.shared_data import share
 from elfs_ray.storage import filesystem, schema

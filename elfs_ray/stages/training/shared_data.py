@@ -12,9 +12,10 @@ from typing import Any
 import ray
 from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError
 
-from elfs_ray.runtime.cluster import OUT_OF_MEMORY_RETRIES, get_result
+from elfs_ray.runtime.cluster import OUT_OF_MEMORY_RETRIES
 from elfs_ray.runtime.placement import placement
 from elfs_ray.runtime.progress import say
+from elfs_ray.runtime.tasks import get_result
 from elfs_ray.stages.training.group_member import GroupMember
 
 # What ends a task through no fault of its own.

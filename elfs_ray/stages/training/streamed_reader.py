@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from elfs_ray.methods.training.dynamics import NUM_LANES, WINDOW_CHUNKS, BatchPlan, Step, streamed_order
 from elfs_ray.pool.images import decode_proxy_image, describe_bad_copy
-from elfs_ray.runtime.cluster import put, run_tasks
+from elfs_ray.runtime.tasks import put, run_tasks
 from elfs_ray.stages.training.reader import (
     Augmentation,
     Batch,

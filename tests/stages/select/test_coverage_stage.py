@@ -11,7 +11,7 @@ import pytest
 import elfs_ray
 from elfs_ray.methods.selection import greedi, pruning
 from elfs_ray.methods.selection.coverage import SIMILARITY_ONE, facility_location, highest_similarity
-from elfs_ray.runtime import cluster
+from elfs_ray.runtime import tasks
 from elfs_ray.stages.cluster import ClusterResult
 from elfs_ray.stages.select import coverage
 from elfs_ray.stages.select import run as select
@@ -136,7 +136,7 @@ def test_the_number_of_workers_and_a_killed_one_change_nothing(ray_cluster, tmp_
         if num_workers == "killed":
             monkeypatch.setattr(coverage, "_nominate", die_once)
         else:
-            monkeypatch.setattr(cluster, "num_cpus", lambda count=num_workers: count)
+            monkeypatch.setattr(tasks, "num_cpus", lambda count=num_workers: count)
         select.run_select(config, run_dir)
         files = contents(tmp_path / "run", "coreset", "select") | {"text": (tmp_path / "run/coreset.txt").read_bytes()}
         outcomes.add(tuple(sorted(files.items())))
