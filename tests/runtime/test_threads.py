@@ -57,8 +57,8 @@ def test_an_interrupt_ends_what_has_begun_and_what_has_not():
     begun, ended_by = threading.Barrier(3), []
 
     def train(number: int) -> None:
-        begun.wait(10)
         try:
+            begun.wait(10)
             while True:
                 time.sleep(0.01)
         except BaseException as error:
