@@ -27,7 +27,7 @@ class _Board:
 
 
 class _Line:
-    """What stands for a board in this process: the progress line itself."""
+    """Show the progress of a worker in this process at once, where a board would be read twice a second."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
