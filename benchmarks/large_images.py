@@ -16,6 +16,7 @@ import io
 import json
 import multiprocessing
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -159,6 +160,8 @@ def measure(kind: str, folder: Path, pool: Path, num_images: int) -> None:
     on_gpus = kind != "on CPUs"
     connect("local", num_cpus=NUM_CPUS, num_gpus=int(on_gpus), object_store_memory=STORE_BYTES)
     if on_gpus:
+        # By value, since Ray's workers do not know this script.
+        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
         ray_stream.EncodeBlock = EncodeWithoutGpu  # type: ignore[misc,assignment]
     halves = Halves(kind, num_images)
     progress.listen(halves.see)
@@ -175,14 +178,18 @@ def main() -> None:
     photograph, port = make_photograph(), free_port()
     num_images = int((0.3 if arguments.quick else arguments.gigabytes) * 1e9 / len(photograph))
     print(json.dumps({"name": "pool", "images": num_images, "bytes": num_images * len(photograph)}), flush=True)
-    server = multiprocessing.get_context("spawn").Process(target=serve, args=(port, photograph), daemon=True)
+    context = multiprocessing.get_context("spawn")
+    server = context.Process(target=serve, args=(port, photograph), daemon=True)
     server.start()
     os.environ |= environment(port)
     with tempfile.TemporaryDirectory() as folder:
         pool = Path(folder) / "pool.parquet"
         pq.write_table(pa.table({"uri": [f"s3://photographs/{n:06d}.jpg" for n in range(num_images)]}), pool)
         for kind in list(KINDS)[: 1 if arguments.quick else None]:
-            measure(kind, Path(folder), pool, num_images)
+            # In a process of its own, so that neither adds to the driver's peak of the other.
+            run = context.Process(target=measure, args=(kind, Path(folder), pool, num_images))
+            run.start()
+            run.join()
     server.terminate()
 
 
