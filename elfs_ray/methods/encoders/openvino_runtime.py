@@ -88,5 +88,7 @@ def _compile(network: nn.Module, shape: tuple[int, ...], precision: str, num_thr
         }
         return openvino.Core().compile_model(model, "CPU", settings)
     except Exception as error:  # torch and OpenVINO raise several kinds for what they cannot trace or convert
+        if "KeyboardInterrupt" in str(error):  # which OpenVINO, called back by C++, wraps into its own
+            raise KeyboardInterrupt from error
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise ValueError(f"OpenVINO cannot take this encoder: {reason}. Give embed.runtime=torch.") from error

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from torch import nn
 
 from elfs_ray.methods.encoders.encoder import can_use_openvino, check_encoder, load_encoder
@@ -88,6 +89,15 @@ class _LeastSquares(nn.Module):
 def test_a_network_that_openvino_cannot_take_is_an_error_with_a_way_out():
     with pytest.raises(ValueError, match=r"OpenVINO cannot take this encoder: .*embed\.runtime=torch"):
         OpenVinoRuntime(_LeastSquares(), IMAGENET, 8, precision="fp32")
+
+
+def test_ctrl_c_in_a_conversion_is_no_fault_of_the_encoder(monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TorchScriptPythonDecoder, "get_op_type", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        OpenVinoRuntime(nn.Conv2d(3, 4, 3), IMAGENET, 8, precision="fp32")
 
 
 @pytest.mark.parametrize("name", ["pixels", "file"])
