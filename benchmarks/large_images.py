@@ -48,7 +48,7 @@ KINDS = {
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers a request for any object with the photograph, which differs by the object's name in a comment."""
+    """Answer a request for any object with the photograph, which differs by the object's name in a comment."""
 
     protocol_version = "HTTP/1.1"
     photograph = b""
@@ -99,7 +99,7 @@ def serve(port: int, photograph: bytes) -> None:
 
 
 class MeansOfSquares:
-    """Stands for an encoder on a GPU: the mean of each of 8 x 8 squares of the image."""
+    """Stand for an encoder on a GPU: the mean of each of 8 x 8 squares of the image."""
 
     dim, name = 192, "means"
 
@@ -110,14 +110,14 @@ class MeansOfSquares:
 
 
 class EncodeWithoutGpu(EncodeBlock):
-    """Takes decoded blocks from the object store as the encoder of a GPU does."""
+    """Take decoded blocks from the object store as the encoder of a GPU does."""
 
     def __init__(self, job: EmbedJob, device: str) -> None:
         super().__init__(job, "cpu", MeansOfSquares())  # type: ignore[arg-type]
 
 
 class Halves:
-    """Watches the memory of each half of the images apart: `see` listens to the run's progress."""
+    """Watch the memory of each half of the images apart: `see` listens to the run's progress."""
 
     def __init__(self, kind: str, num_images: int) -> None:
         self._kind, self._num_images = kind, num_images

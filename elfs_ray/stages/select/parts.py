@@ -14,7 +14,7 @@ from elfs_ray.storage import filesystem, schema
 
 
 class Slice(NamedTuple):
-    """Some rows of one file of embeddings/, and the file of the same samples' pseudo-labels where these matter."""
+    """Name some rows of one file of embeddings/, and the file of the same samples' pseudo-labels where these matter."""
 
     path: str
     first: int
@@ -23,7 +23,7 @@ class Slice(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Some rows of embeddings/, and the centre (d,) float64 that they are taken relative to, if any."""
+    """Name some rows of embeddings/, and the centre (d,) float64 that they are taken relative to, if any."""
 
     slices: Sequence[Slice]
     centre: np.ndarray | None

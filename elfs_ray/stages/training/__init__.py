@@ -1,4 +1,4 @@
-"""Shared by the stages that train networks: readers, worker groups, checkpoints, epoch logs."""
+"""Train networks in several stages alike: readers, worker groups, checkpoints, epoch logs."""
 
 import dataclasses
 from typing import TYPE_CHECKING

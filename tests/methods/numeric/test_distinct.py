@@ -1,4 +1,4 @@
-"""Equal embeddings: minus zero equals zero."""
+"""Tell equal embeddings apart from others: minus zero equals zero."""
 
 import numpy as np
 
